@@ -1,0 +1,329 @@
+"""The Llama family: Llama 2 / 3 / 3.1 / 3.2, Vicuna, SmolLM2, and Qwen2 by its biases.
+
+Touvron et al. 2023 (arXiv 2307.09288), Grattafiori et al. 2024 (arXiv 2407.21783). Pre-norm
+decoder with grouped-query attention, SwiGLU and rotary positions. Names follow the published
+checkpoints. Two things are our own:
+
+* Layers are stacked on a leading axis and scanned. `unstack` gives the same model with a list of
+  layers, which decoding prefers: every weight is then a buffer of its own, read once per step.
+* Tokens that a recipe adds (start and end of a picture) are leaves of their own, `added`, so that
+  they can be trained while the tables they extend stay frozen. Id `vocab_size + j` is row j.
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from metamorph_jax.nn import rope
+from metamorph_jax.nn.attention import attend
+from metamorph_jax.nn.norms import RMSNorm
+from metamorph_jax.sharding import constrain
+
+REMAT = {
+    "none": None,
+    # Keeps matrix products that no batch dimension enters, recomputes the cheap rest.
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # Keeps nothing but the layer inputs.
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    vocab_size: int
+    width: int
+    mlp_width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    added_tokens: int = 0
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: rope.RopeScaling = rope.RopeScaling()
+    tied: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    init_std: float = 0.02
+    dtype: str = "float32"  # of the computation; parameters are float32
+    remat: str = "none"
+
+    def __post_init__(self):
+        if self.heads % self.kv_heads:
+            raise ValueError(f"{self.heads} heads don't divide over {self.kv_heads} kv heads")
+        if self.remat not in REMAT:
+            raise ValueError(f"remat {self.remat!r} is none of {', '.join(REMAT)}")
+
+    @property
+    def tokens(self) -> int:
+        """Ids that can stand in the input or be predicted."""
+        return self.vocab_size + self.added_tokens
+
+
+_LLAMA31 = rope.RopeScaling("llama3", factor=8.0)
+_LLAMA32 = rope.RopeScaling("llama3", factor=32.0)
+
+SIZES: dict[str, LlamaConfig] = {
+    "tiny": LlamaConfig(320, 64, 160, 2, 4, 2, 16, tied=True),
+    "bench-68m": LlamaConfig(32000, 512, 2048, 8, 8, 8, 64, rope_theta=5e5),
+    "smollm2-135m": LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, rope_theta=1e5, tied=True),
+    "llama3.2-1b": LlamaConfig(
+        128256, 2048, 8192, 16, 32, 8, 64, rope_theta=5e5, rope_scaling=_LLAMA32, tied=True
+    ),
+    "llama2-7b": LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128),
+    "llama3.1-8b": LlamaConfig(
+        128256, 4096, 14336, 32, 32, 8, 128, rope_theta=5e5, rope_scaling=_LLAMA31
+    ),
+    "llama3.1-70b": LlamaConfig(
+        128256, 8192, 28672, 80, 64, 8, 128, rope_theta=5e5, rope_scaling=_LLAMA31
+    ),
+}
+
+
+class KVCache(nnx.Pytree):
+    """Keys and values of past positions.
+
+    Attributes:
+        keys, values: one float[B, S, K, H] per layer (a list), or stacked [layers, B, S, K, H].
+        filled: int32[] slots written so far; the next one goes there, in every row.
+        visible: bool[B, S] slots that queries may look at (left padding is not).
+    """
+
+    def __init__(self, keys, values, filled, visible):
+        self.keys = nnx.data(keys)
+        self.values = nnx.data(values)
+        self.filled = nnx.data(filled)
+        self.visible = nnx.data(visible)
+
+
+def _linear(cfg: LlamaConfig, d_in, d_out, names, bias, rngs):
+    return nnx.Linear(
+        d_in,
+        d_out,
+        use_bias=bias,
+        kernel_init=nnx.initializers.normal(cfg.init_std),
+        dtype=jnp.dtype(cfg.dtype),
+        kernel_metadata={"logical": names},
+        bias_metadata={"logical": (names[1],)},
+        rngs=rngs,
+    )
+
+
+class Attention(nnx.Module):
+    def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
+        D, q, kv = cfg.width, cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
+        self.cfg = cfg
+        self.q_proj = _linear(cfg, D, q, ("embed", "heads"), cfg.qkv_bias, rngs)
+        self.k_proj = _linear(cfg, D, kv, ("embed", "heads"), cfg.qkv_bias, rngs)
+        self.v_proj = _linear(cfg, D, kv, ("embed", "heads"), cfg.qkv_bias, rngs)
+        self.o_proj = _linear(cfg, q, D, ("heads", "embed"), cfg.o_bias, rngs)
+
+    def __call__(self, x, cos, sin, mask, cache=None):
+        """x: float[B, L, D]; `cache` is (keys, values, slot) of this layer or None."""
+        B, L, _ = x.shape
+        H = self.cfg.head_dim
+        q = rope.rotate(self.q_proj(x).reshape(B, L, -1, H), cos, sin)
+        k = rope.rotate(self.k_proj(x).reshape(B, L, -1, H), cos, sin)
+        v = self.v_proj(x).reshape(B, L, -1, H)
+        q = constrain(q, "act_batch", "act_len", "act_heads", None)
+        if cache is not None:
+            keys, values, slot = cache
+            k = jax.lax.dynamic_update_slice(keys, k.astype(keys.dtype), (0, slot, 0, 0))
+            v = jax.lax.dynamic_update_slice(values, v.astype(values.dtype), (0, slot, 0, 0))
+        return self.o_proj(attend(q, k, v, mask).reshape(B, L, -1)), (k, v)
+
+
+class MLP(nnx.Module):
+    """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
+        D, F = cfg.width, cfg.mlp_width
+        self.gate_proj = _linear(cfg, D, F, ("embed", "mlp"), cfg.mlp_bias, rngs)
+        self.up_proj = _linear(cfg, D, F, ("embed", "mlp"), cfg.mlp_bias, rngs)
+        self.down_proj = _linear(cfg, F, D, ("mlp", "embed"), cfg.mlp_bias, rngs)
+
+    def __call__(self, x):
+        hidden = nnx.silu(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(constrain(hidden, "act_batch", "act_len", "act_mlp"))
+
+
+class Layer(nnx.Module):
+    def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
+        self.input_layernorm = RMSNorm(cfg.width, cfg.norm_eps, rngs=rngs)
+        self.self_attn = Attention(cfg, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(cfg.width, cfg.norm_eps, rngs=rngs)
+        self.mlp = MLP(cfg, rngs=rngs)
+
+    def __call__(self, x, cos, sin, mask, cache=None):
+        mixed, kv = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        x = x + mixed
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return constrain(x, "act_batch", "act_len", "act_embed"), kv
+
+
+class Embed(nnx.Module):
+    """A table of V rows and, apart from it, the rows of added tokens."""
+
+    def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(cfg.init_std)
+        self.cfg = cfg
+        self.embedding = nnx.Param(
+            init(rngs.params(), (cfg.vocab_size, cfg.width)), logical=("vocab", "embed")
+        )
+        if cfg.added_tokens:
+            self.added = nnx.Param(
+                init(rngs.params(), (cfg.added_tokens, cfg.width)), logical=("added", "embed")
+            )
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """float[..., D] of int[...] ids below `cfg.tokens`."""
+        V = self.cfg.vocab_size
+        dtype = jnp.dtype(self.cfg.dtype)
+        x = self.embedding[...].astype(dtype)[jnp.minimum(tokens, V - 1)]
+        if self.cfg.added_tokens:
+            new = self.added[...].astype(dtype)[jnp.clip(tokens - V, 0)]
+            x = jnp.where((tokens >= V)[..., None], new, x)
+        return x
+
+
+class Head(nnx.Module):
+    """The output table of an untied model: kernel [D, V] and `added` [n, D]."""
+
+    def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(cfg.init_std)
+        self.kernel = nnx.Param(
+            init(rngs.params(), (cfg.width, cfg.vocab_size)), logical=("embed", "vocab")
+        )
+        if cfg.added_tokens:
+            self.added = nnx.Param(
+                init(rngs.params(), (cfg.added_tokens, cfg.width)), logical=("added", "embed")
+            )
+
+
+class Llama(nnx.Module):
+    def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.embed_tokens = Embed(cfg, rngs=rngs)
+        self.layers = nnx.vmap(lambda r: Layer(cfg, rngs=r))(rngs.fork(split=cfg.layers))
+        self.norm = RMSNorm(cfg.width, cfg.norm_eps, rngs=rngs)
+        if not cfg.tied:
+            self.lm_head = Head(cfg, rngs=rngs)
+
+    def __call__(
+        self,
+        embeds: jax.Array,
+        positions: jax.Array,
+        mask: jax.Array,
+        cache: KVCache | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Runs the layers and the final norm.
+
+        Args:
+            embeds: float[B, L, D] text embeddings with visual ones already in place.
+            positions: int32[B, L].
+            mask: bool[B, L, S]; S = L without a cache, the cache's length with one.
+            cache: written at slots `filled … filled + L`, and returned.
+
+        Returns:
+            (float[B, L, D] hidden states after the final RMSNorm, the advanced cache or None).
+        """
+        freq = rope.frequencies(self.cfg.head_dim, self.cfg.rope_theta, self.cfg.rope_scaling)
+        cos, sin = rope.angles(positions, freq)
+        x = constrain(
+            embeds.astype(jnp.dtype(self.cfg.dtype)), "act_batch", "act_len", "act_embed"
+        )
+        if isinstance(self.layers, nnx.List):
+            x, cache = self._run_list(x, cos, sin, mask, cache)
+        else:
+            x, cache = self._run_stacked(x, cos, sin, mask, cache)
+        return self.norm(x), cache
+
+    def _run_list(self, x, cos, sin, mask, cache):
+        keys, values = [], []
+        for i, layer in enumerate(self.layers):
+            past = cache and (cache.keys[i], cache.values[i], cache.filled)
+            x, (k, v) = layer(x, cos, sin, mask, past)
+            keys.append(k)
+            values.append(v)
+        if cache is not None:
+            cache = KVCache(keys, values, cache.filled + x.shape[1], cache.visible)
+        return x, cache
+
+    def _run_stacked(self, x, cos, sin, mask, cache):
+        graph, weights = nnx.split(self.layers)
+
+        def body(x, layer):
+            weights, past = layer
+            past = past and (*past, cache.filled)
+            x, kv = nnx.merge(graph, weights)(x, cos, sin, mask, past)
+            return x, kv if past else None
+
+        if self.cfg.remat != "none":
+            body = jax.checkpoint(body, policy=REMAT[self.cfg.remat], prevent_cse=False)
+        past = cache and (cache.keys, cache.values)
+        x, kv = jax.lax.scan(body, x, (weights, past))
+        if cache is not None:
+            cache = KVCache(*kv, cache.filled + x.shape[1], cache.visible)
+        return x, cache
+
+    def head_tables(self) -> tuple[jax.Array, jax.Array | None]:
+        """The output table as ([D, V], [n, D] or None for the added tokens)."""
+        if self.cfg.tied:
+            table, holder = self.embed_tokens.embedding[...].T, self.embed_tokens
+        else:
+            table, holder = self.lm_head.kernel[...], self.lm_head
+        return table, holder.added[...] if self.cfg.added_tokens else None
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """float32[..., V + n] next-token logits of float[..., D] (after the final norm)."""
+        table, added = self.head_tables()
+        product = partial(jnp.matmul, preferred_element_type=jnp.float32)
+        logits = product(hidden, table.astype(hidden.dtype))
+        if added is not None:
+            extra = product(hidden, added.T.astype(hidden.dtype))
+            logits = jnp.concatenate([logits, extra], axis=-1)
+        return logits
+
+    def empty_cache(self, batch: int, length: int) -> KVCache:
+        """A cache of `length` slots; list or stacked as the layers are."""
+        cfg = self.cfg
+        shape = (batch, length, cfg.kv_heads, cfg.head_dim)
+        dtype = jnp.dtype(cfg.dtype)
+        visible = jnp.zeros((batch, length), bool)
+        if isinstance(self.layers, nnx.List):
+            zeros = lambda: [jnp.zeros(shape, dtype) for _ in range(cfg.layers)]  # noqa: E731
+        else:
+            zeros = lambda: jnp.zeros((cfg.layers, *shape), dtype)  # noqa: E731
+        return KVCache(zeros(), zeros(), jnp.zeros((), jnp.int32), visible)
+
+
+def unstack(llm: Llama) -> Llama:
+    """The same model with a list of layers in place of stacked ones."""
+    graph, weights = nnx.split(llm.layers)
+    layers = [
+        nnx.merge(graph, jax.tree.map(lambda w, i=i: w[i], weights))
+        for i in range(llm.cfg.layers)
+    ]
+    model_graph, model_weights = nnx.split(llm)
+    copy = nnx.merge(model_graph, model_weights)
+    copy.layers = nnx.List(layers)
+    return copy
+
+
+def init_added_tokens(llm: Llama) -> None:
+    """Sets the rows of added tokens to the mean of all rows of the table they extend.
+
+    As the reference does when it resizes its tables; in place.
+    """
+    if not llm.cfg.added_tokens:
+        return
+    n = llm.cfg.added_tokens
+    embed = llm.embed_tokens
+    embed.added[...] = jnp.tile(embed.embedding[...].mean(0, keepdims=True), (n, 1))
+    if not llm.cfg.tied:
+        head = llm.lm_head
+        head.added[...] = jnp.tile(head.kernel[...].mean(1)[None], (n, 1))
