@@ -1,0 +1,298 @@
+"""Reads a Llama-family GGUF file: config, weights by Hugging Face names, tokenizer.
+
+GGUF is llama.cpp's container: metadata and (quantised) tensors in one file. The `gguf` package
+(extra `quickstart`) parses and dequantises it; this module translates:
+
+* tensor names, `blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`, float32 [out, in];
+* q and k rows. llama.cpp rotates neighbouring pairs (0,1), (2,3), ... of a head, Hugging Face
+  rotates (0, H/2), (1, H/2 + 1), ...; its converter interleaves the rows of q and k, undone here:
+
+      file, one head of H = 6:   0 3 1 4 2 5      ->      0 1 2 3 4 5
+
+* metadata -> the fields of Hugging Face's LlamaConfig, and a byte-level BPE tokenizer.
+
+4-bit weights come back as the float32 numbers they stand for; what quantisation lost stays lost.
+"""
+
+import pathlib
+import re
+
+import numpy as np
+
+MAGIC = b"GGUF"
+
+# GGUF name -> Hugging Face name; {i} is the layer.
+GLOBAL_KEYS = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+LAYER_KEYS = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+LAYER_NAME = re.compile(r"blk\.(\d+)\.([a-z_]+)\.(weight|bias)")
+
+# `tokenizer.ggml.token_type` values that make a token atomic.
+CONTROL, USER_DEFINED = 3, 4
+
+# Text splitting before BPE, by `tokenizer.ggml.pre`.
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PRE_TOKENIZERS = ("smollm", "llama-bpe", "gpt-2", "default")
+
+
+class GGUFError(ValueError):
+    """The file is not a GGUF file that we can read; the message says why."""
+
+
+def open_gguf(path):
+    """A `gguf.GGUFReader` over `path`, or GGUFError for a wrong, truncated or foreign file."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no GGUF file at {path}")
+    with path.open("rb") as f:
+        head = f.read(4)
+    if head != MAGIC:
+        raise GGUFError(f"{path} is not a GGUF file: it starts with {head!r}, expected {MAGIC!r}")
+    try:
+        import gguf
+    except ImportError:
+        raise ImportError(
+            "reading GGUF files needs the gguf package: pip install 'metamorph_jax[quickstart]'"
+        ) from None
+    try:
+        reader = gguf.GGUFReader(path)
+        # The reader maps tensors lazily; touching the shapes finds a file cut inside the data.
+        for tensor in reader.tensors:
+            if tensor.data.nbytes != tensor.n_bytes:
+                raise ValueError(f"{tensor.name}: {tensor.data.nbytes} of {tensor.n_bytes} bytes")
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError, OSError) as error:
+        size = path.stat().st_size
+        raise GGUFError(
+            f"{path} ({size:,} bytes) is truncated or damaged: {type(error).__name__}: {error}"
+        ) from error
+    return reader
+
+
+def field(reader, key: str, default=None):
+    """Value of one metadata key; GGUFError if it is absent and there is no default."""
+    entry = reader.get_field(key)
+    if entry is not None:
+        return entry.contents()
+    if default is None:
+        raise GGUFError(f"metadata key {key!r} is missing")
+    return default
+
+
+def read_config(reader) -> dict:
+    """Fields of Hugging Face's LlamaConfig, plus `max_position_embeddings` and token ids."""
+    arch = field(reader, "general.architecture")
+    if arch != "llama":
+        raise GGUFError(f"general.architecture is {arch!r}; only 'llama' is supported")
+    names = {tensor.name: tensor for tensor in reader.tensors}
+    if any("_exps" in name for name in names):
+        raise GGUFError("mixture-of-experts weights are not supported")
+    if "rope_freqs.weight" in names:
+        raise GGUFError("per-frequency RoPE factors (rope_freqs.weight) are not supported; "
+                        "load the Hugging Face checkpoint instead")  # fmt: skip
+    heads = int(field(reader, "llama.attention.head_count"))
+    width = int(field(reader, "llama.embedding_length"))
+    head_dim = int(field(reader, "llama.attention.key_length", width // heads))
+    rotated = int(field(reader, "llama.rope.dimension_count", head_dim))
+    if rotated != head_dim:
+        raise GGUFError(f"partial rotation ({rotated} of {head_dim} per head) is not supported")
+    if "token_embd.weight" not in names:
+        raise GGUFError("tensor token_embd.weight is missing")
+    config = {
+        "model_type": "llama",
+        "hidden_size": width,
+        "intermediate_size": int(field(reader, "llama.feed_forward_length")),
+        "num_hidden_layers": int(field(reader, "llama.block_count")),
+        "num_attention_heads": heads,
+        "num_key_value_heads": int(field(reader, "llama.attention.head_count_kv", heads)),
+        "head_dim": head_dim,
+        "vocab_size": int(names["token_embd.weight"].shape[1]),
+        # float32 of 1e-5 prints as 9.99999974e-06; the shortest decimal is what was meant.
+        "rms_norm_eps": _decimal(field(reader, "llama.attention.layer_norm_rms_epsilon", 1e-5)),
+        "rope_theta": _decimal(field(reader, "llama.rope.freq_base", 10000.0)),
+        "max_position_embeddings": int(field(reader, "llama.context_length", 2048)),
+        "tie_word_embeddings": "output.weight" not in names,
+        "attention_bias": "blk.0.attn_q.bias" in names,
+        "mlp_bias": "blk.0.ffn_gate.bias" in names,
+        "hidden_act": "silu",
+    }
+    scaling = reader.get_field("llama.rope.scaling.type")
+    if scaling is not None and scaling.contents() != "none":
+        if scaling.contents() != "linear":
+            raise GGUFError(f"RoPE scaling {scaling.contents()!r} is not supported")
+        factor = float(field(reader, "llama.rope.scaling.factor"))
+        config["rope_scaling"] = {"rope_type": "linear", "factor": factor}
+    for ours, theirs in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
+        entry = reader.get_field(f"tokenizer.ggml.{theirs}_token_id")
+        if entry is not None:
+            config[ours] = int(entry.contents())
+    return config
+
+
+def hf_name(name: str) -> str | None:
+    """Hugging Face's name of a GGUF tensor, or None if we don't know it."""
+    if name in GLOBAL_KEYS:
+        return GLOBAL_KEYS[name]
+    match = LAYER_NAME.fullmatch(name)
+    if match is None or match[2] not in LAYER_KEYS:
+        return None
+    return f"model.layers.{match[1]}.{LAYER_KEYS[match[2]]}.{match[3]}"
+
+
+def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of q or k in Hugging Face's order. rows: float[heads * H, ...]"""
+    H = rows.shape[0] // heads
+    split = rows.reshape(heads, H // 2, 2, *rows.shape[1:])
+    return np.ascontiguousarray(split.swapaxes(1, 2).reshape(rows.shape))
+
+
+def read_tensors(reader, config: dict) -> dict[str, np.ndarray]:
+    """Every weight by Hugging Face name, float32, matrices [out, in]. Unknown names are an error."""
+    from gguf.quants import dequantize
+
+    out, unknown = {}, []
+    for tensor in reader.tensors:
+        name = hf_name(tensor.name)
+        if name is None:
+            unknown.append(tensor.name)
+            continue
+        try:
+            value = dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError as error:
+            raise GGUFError(f"{tensor.name}: cannot dequantise {tensor.tensor_type.name}") from error
+        shape = tuple(int(n) for n in reversed(tensor.shape))
+        value = np.asarray(value, np.float32).reshape(shape)
+        if ".q_proj." in name:
+            value = unpermute(value, config["num_attention_heads"])
+        elif ".k_proj." in name:
+            value = unpermute(value, config["num_key_value_heads"])
+        out[name] = np.array(value, np.float32)  # own memory: the file may be closed or moved
+    if unknown:
+        raise GGUFError(f"{len(unknown)} unknown tensors: {', '.join(sorted(unknown)[:8])}")
+    missing = sorted(expected_shapes(config).items() - {(k, v.shape) for k, v in out.items()})
+    if missing:
+        listed = ", ".join(f"{k} {v}" for k, v in missing[:8])
+        raise GGUFError(f"{len(missing)} tensors are missing or have another shape: {listed}")
+    return out
+
+
+def expected_shapes(config: dict) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every weight that the config implies (biases aside)."""
+    D, F, V = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    N, K, H = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
+    layer = {
+        "input_layernorm": (D,),
+        "post_attention_layernorm": (D,),
+        "self_attn.q_proj": (N * H, D),
+        "self_attn.k_proj": (K * H, D),
+        "self_attn.v_proj": (K * H, D),
+        "self_attn.o_proj": (D, N * H),
+        "mlp.gate_proj": (F, D),
+        "mlp.up_proj": (F, D),
+        "mlp.down_proj": (D, F),
+    }
+    out = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
+    for i in range(config["num_hidden_layers"]):
+        out |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+    if not config["tie_word_embeddings"]:
+        out["lm_head.weight"] = (V, D)
+    return out
+
+
+def read_tokenizer(reader):
+    """transformers.PreTrainedTokenizerFast: byte-level BPE with the file's special tokens and chat
+    template. encode() adds no BOS unless the file asks for one."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    model = field(reader, "tokenizer.ggml.model")
+    if model != "gpt2":
+        raise GGUFError(f"tokenizer model {model!r} is not supported, only byte-level BPE ('gpt2')")
+    pieces = field(reader, "tokenizer.ggml.tokens")
+    kinds = field(reader, "tokenizer.ggml.token_type", [1] * len(pieces))
+    merges = [tuple(pair.split(" ", 1)) for pair in field(reader, "tokenizer.ggml.merges")]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    if len(vocab) != len(pieces):
+        raise GGUFError(f"{len(pieces) - len(vocab)} duplicate tokens in tokenizer.ggml.tokens")
+
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    tokenizer.pre_tokenizer = _pre_tokenizer(field(reader, "tokenizer.ggml.pre", "default"))
+    tokenizer.decoder = decoders.ByteLevel()
+    for kind, special in ((CONTROL, True), (USER_DEFINED, False)):
+        atomic = [p for p, k in zip(pieces, kinds, strict=True) if k == kind]
+        add = tokenizer.add_special_tokens if special else tokenizer.add_tokens
+        add([AddedToken(piece, special=special, normalized=False) for piece in atomic])
+
+    def named(what: str) -> str | None:
+        entry = reader.get_field(f"tokenizer.ggml.{what}_token_id")
+        return None if entry is None else pieces[int(entry.contents())]
+
+    bos = named("bos")
+    if field(reader, "tokenizer.ggml.add_bos_token", False) and bos is not None:
+        from tokenizers.processors import TemplateProcessing
+
+        tokenizer.post_processor = TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocab[bos])]
+        )
+    special = {f"{ours}_token": named(theirs)
+               for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))}  # fmt: skip
+    out = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        clean_up_tokenization_spaces=False,
+        model_max_length=int(field(reader, "llama.context_length", 2048)),
+        **{k: v for k, v in special.items() if v is not None},
+    )
+    template = reader.get_field("tokenizer.chat_template")
+    if template is not None:
+        out.chat_template = template.contents()
+    return out
+
+
+def read_llama(path) -> tuple[dict, dict[str, np.ndarray]]:
+    """(config fields, weights by Hugging Face name) of a GGUF file."""
+    reader = open_gguf(path)
+    config = read_config(reader)
+    return config, read_tensors(reader, config)
+
+
+def load_tokenizer(path):
+    """The tokenizer of a GGUF file, without touching its weights."""
+    return read_tokenizer(open_gguf(path))
+
+
+def _pre_tokenizer(name: str):
+    from tokenizers import Regex, pre_tokenizers
+
+    if name == "smollm":
+        return pre_tokenizers.Sequence([
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ])  # fmt: skip
+    if name in ("gpt-2", "default"):
+        return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    if name == "llama-bpe":
+        return pre_tokenizers.Sequence([
+            pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ])  # fmt: skip
+    raise GGUFError(f"pre-tokenizer {name!r} is not supported; known: {', '.join(PRE_TOKENIZERS)}")
+
+
+def _decimal(x) -> float:
+    """The shortest decimal that rounds to this float32."""
+    return float(str(np.float32(x)))

