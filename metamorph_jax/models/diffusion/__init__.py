@@ -1,0 +1,1 @@
+"""Stable Diffusion's parts: schedule, UNet, autoencoder, text tower, conditioning projectors."""

@@ -1,0 +1,166 @@
+"""CLIP's text tower as Stable Diffusion uses it (`CLIPTextModel`): causal, pre-norm, learned positions.
+
+Learning Transferable Visual Models From Natural Language Supervision (Radford et al. 2021).
+The pipelines give no padding mask, so padding is attended like any other id. Stable Diffusion 1.5
+reads the last hidden state; 2.1 the penultimate one behind the final norm (its published tower has
+had its last layer cut off, so there too the last state is the right one).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from metamorph_jax.models.diffusion import blocks
+from metamorph_jax.models.diffusion.blocks import LayerNorm, linear
+
+_ACTIVATIONS = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+}
+
+_ACCEPTED = {
+    "model_type": ("clip_text_model",), "architectures": (["CLIPTextModel"],),
+    "attention_dropout": (0.0,), "dropout": (0.0,), "bos_token_id": range(1 << 31),
+    "pad_token_id": range(1 << 31), "torch_dtype": (None, "float16", "float32", "bfloat16"),
+    "dtype": (None, "float16", "float32", "bfloat16"), "initializer_factor": (1, 1.0),
+    "initializer_range": (0.02,), "projection_dim": range(1 << 31),
+    "transformers_version": None,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPTextConfig:
+    vocab_size: int = 49408
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 77
+    layer_norm_eps: float = 1e-5
+    hidden_act: str = "quick_gelu"
+    eos_token_id: int = 2
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        if self.hidden_act not in _ACTIVATIONS:
+            known = sorted(_ACTIVATIONS)
+            raise ValueError(f"CLIPTextModel config: hidden_act={self.hidden_act!r}, not in {known}")
+
+    @classmethod
+    def tiny(cls, **kw):
+        size = dict(
+            vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=2, max_position_embeddings=16,
+        )  # fmt: skip
+        return cls(**(size | kw))
+
+    @classmethod
+    def sd15(cls, **kw):
+        return cls(**kw)
+
+    @classmethod
+    def sd21(cls, **kw):
+        size = dict(
+            hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16,
+            hidden_act="gelu",
+        )  # fmt: skip
+        return cls(**(size | kw))
+
+    @classmethod
+    def from_dict(cls, fields: dict, dtype: str = "float32"):
+        """Reads the library's config.json; anything that is not implemented is an error."""
+        own = {f.name for f in dataclasses.fields(cls)} - {"dtype"}
+        free = {"transformers_version", "pad_token_id", "bos_token_id"}
+        blocks.require("CLIPTextModel", fields, _ACCEPTED, own | free)
+        return cls(**{k: v for k, v in fields.items() if k in own}, dtype=dtype)
+
+
+class CLIPAttention(nnx.Module):
+    def __init__(self, cfg: CLIPTextConfig, rngs):
+        width = cfg.hidden_size
+        self.heads = cfg.num_attention_heads
+        self.q_proj = linear(width, width, rngs, cfg.dtype)
+        self.k_proj = linear(width, width, rngs, cfg.dtype)
+        self.v_proj = linear(width, width, rngs, cfg.dtype)
+        self.out_proj = linear(width, width, rngs, cfg.dtype)
+
+    def __call__(self, x):
+        split = lambda y: y.reshape(*y.shape[:2], self.heads, -1)
+        q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
+        out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
+        return self.out_proj(out.reshape(x.shape))
+
+
+class CLIPMLP(nnx.Module):
+    def __init__(self, cfg: CLIPTextConfig, rngs):
+        self.act = cfg.hidden_act
+        self.fc1 = linear(cfg.hidden_size, cfg.intermediate_size, rngs, cfg.dtype)
+        self.fc2 = linear(cfg.intermediate_size, cfg.hidden_size, rngs, cfg.dtype)
+
+    def __call__(self, x):
+        return self.fc2(_ACTIVATIONS[self.act](self.fc1(x)))
+
+
+class CLIPEncoderLayer(nnx.Module):
+    def __init__(self, cfg: CLIPTextConfig, rngs):
+        self.layer_norm1 = LayerNorm(cfg.hidden_size, rngs, cfg.dtype, cfg.layer_norm_eps)
+        self.self_attn = CLIPAttention(cfg, rngs)
+        self.layer_norm2 = LayerNorm(cfg.hidden_size, rngs, cfg.dtype, cfg.layer_norm_eps)
+        self.mlp = CLIPMLP(cfg, rngs)
+
+    def __call__(self, x):
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class CLIPEmbeddings(nnx.Module):
+    def __init__(self, cfg: CLIPTextConfig, rngs):
+        self.token_embedding = nnx.Embed(cfg.vocab_size, cfg.hidden_size, rngs=rngs)
+        self.position_embedding = nnx.Embed(cfg.max_position_embeddings, cfg.hidden_size, rngs=rngs)
+
+    def __call__(self, ids):
+        return self.token_embedding(ids) + self.position_embedding(jnp.arange(ids.shape[1]))
+
+
+class CLIPEncoder(nnx.Module):
+    def __init__(self, cfg: CLIPTextConfig, rngs):
+        layers = [CLIPEncoderLayer(cfg, rngs) for _ in range(cfg.num_hidden_layers)]
+        self.layers = nnx.List(layers)
+
+
+class CLIPTextTransformer(nnx.Module):
+    def __init__(self, cfg: CLIPTextConfig, rngs):
+        self.embeddings = CLIPEmbeddings(cfg, rngs)
+        self.encoder = CLIPEncoder(cfg, rngs)
+        self.final_layer_norm = LayerNorm(cfg.hidden_size, rngs, cfg.dtype, cfg.layer_norm_eps)
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPTextOutput:
+    """last: behind the final norm; hidden: before it, from the embeddings on; pooled: float[B, D]."""
+
+    last: jnp.ndarray
+    pooled: jnp.ndarray
+    hidden: tuple
+    penultimate: jnp.ndarray
+
+
+class CLIPTextModel(nnx.Module):
+    def __init__(self, cfg: CLIPTextConfig, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.text_model = CLIPTextTransformer(cfg, rngs)
+
+    def __call__(self, ids) -> CLIPTextOutput:
+        """ids: int[B, L]."""
+        cfg, model = self.cfg, self.text_model
+        x = model.embeddings(ids).astype(cfg.dtype)
+        hidden = [x]
+        for layer in model.encoder.layers:
+            hidden.append(layer(hidden[-1]))
+        last = model.final_layer_norm(hidden[-1])
+        # Old published configurations say 2 although the end id is the largest id of the vocabulary.
+        end = ids if cfg.eos_token_id == 2 else (ids == cfg.eos_token_id).astype(jnp.int32)
+        pooled = jnp.take_along_axis(last, jnp.argmax(end, axis=-1)[:, None, None], axis=1)[:, 0]
+        return CLIPTextOutput(last, pooled, tuple(hidden), model.final_layer_norm(hidden[-2]))

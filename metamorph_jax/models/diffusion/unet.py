@@ -1,0 +1,314 @@
+"""The denoising UNet of Stable Diffusion 1.5 and 2.1 (`UNet2DConditionModel`), channels last.
+
+High-Resolution Image Synthesis with Latent Diffusion Models (Rombach et al. 2022), appendix E.
+
+    conv_in -> down_blocks (resnets + cross attention, halving) -> mid_block -> up_blocks (with the
+    saved maps of the way down) -> conv_norm_out, silu, conv_out
+
+Oddity kept from the published configurations: their `attention_head_dim` is the NUMBER of heads.
+"""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+from flax import nnx
+
+from metamorph_jax.models.diffusion import blocks
+from metamorph_jax.models.diffusion.blocks import (
+    Downsample2D, GroupNorm, LayerNorm, Nothing, ResnetBlock2D, Upsample2D, attend, conv, linear,
+)
+
+_CROSS_DOWN = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+
+# Fields of the library's config.json with the values that this module computes.
+_ACCEPTED = {
+    "center_input_sample": (False,), "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "only_cross_attention": (False,), "downsample_padding": (1,), "mid_block_scale_factor": (1,),
+    "dropout": (0.0,), "act_fn": ("silu",), "transformer_layers_per_block": (1,),
+    "reverse_transformer_layers_per_block": (None,), "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,), "dual_cross_attention": (False,), "class_embed_type": (None,),
+    "addition_embed_type": (None,), "addition_time_embed_dim": (None,), "num_class_embeds": (None,),
+    "upcast_attention": (None, False, True),  # logits are float32 here in any case
+    "resnet_time_scale_shift": ("default",), "resnet_skip_time_act": (False,),
+    "resnet_out_scale_factor": (1.0,), "time_embedding_type": ("positional",),
+    "time_embedding_dim": (None,), "time_embedding_act_fn": (None,), "timestep_post_act": (None,),
+    "time_cond_proj_dim": (None,), "conv_in_kernel": (3,), "conv_out_kernel": (3,),
+    "projection_class_embeddings_input_dim": (None,), "attention_type": ("default",),
+    "class_embeddings_concat": (False,), "mid_block_only_cross_attention": (None, False),
+    "cross_attention_norm": (None,), "addition_embed_type_num_heads": (64,),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+    """Structure of the UNet; `num_heads` has one entry per level."""
+
+    sample_size: int = 64
+    in_channels: int = 4
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    down_block_types: tuple[str, ...] = _CROSS_DOWN
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    layers_per_block: int = 2
+    cross_attention_dim: int = 768
+    num_heads: tuple[int, ...] = (8, 8, 8, 8)
+    use_linear_projection: bool = False
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    flip_sin_to_cos: bool = True
+    freq_shift: float = 0
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        levels = len(self.block_out_channels)
+        for name in ("down_block_types", "up_block_types", "num_heads"):
+            if len(getattr(self, name)) != levels:
+                raise ValueError(f"UNet config: {name} needs {levels} entries, one per level")
+        known = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"}
+        for name in ("down_block_types", "up_block_types"):
+            if odd := set(getattr(self, name)) - known:
+                raise ValueError(f"UNet config: {name} has unsupported {sorted(odd)}")
+
+    @classmethod
+    def tiny(cls, **kw):
+        """Two levels of 32 and 64 channels: for tests."""
+        size = dict(
+            sample_size=8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=32,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), num_heads=(2, 2),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), norm_num_groups=8,
+        )  # fmt: skip
+        return cls(**(size | kw))
+
+    @classmethod
+    def small(cls, **kw):
+        """92 M parameters for 32x32 latents: the benchmark's size."""
+        size = dict(sample_size=32, block_out_channels=(128, 256, 384, 384))
+        return cls(**(size | kw))
+
+    @classmethod
+    def sd15(cls, **kw):
+        return cls(**kw)
+
+    @classmethod
+    def sd21(cls, **kw):
+        size = dict(
+            sample_size=96, cross_attention_dim=1024, num_heads=(5, 10, 20, 20),
+            use_linear_projection=True,
+        )  # fmt: skip
+        return cls(**(size | kw))
+
+    @classmethod
+    def from_dict(cls, fields: dict, dtype: str = "float32"):
+        """Reads the library's config.json; anything that is not implemented is an error."""
+        own = {f.name for f in dataclasses.fields(cls)} - {"num_heads", "dtype"}
+        read = own | {"attention_head_dim", "num_attention_heads"}
+        blocks.require("UNet2DConditionModel", fields, _ACCEPTED, read)
+        kw = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k in own}
+        levels = len(kw.get("block_out_channels", cls.block_out_channels))
+        heads = fields.get("num_attention_heads") or fields.get("attention_head_dim", 8)
+        per_level = tuple(heads) if isinstance(heads, list | tuple) else (heads,) * levels
+        return cls(**kw, num_heads=per_level, dtype=dtype)
+
+
+def time_features(t, width: int, flip_sin_to_cos: bool = True, freq_shift: float = 0):
+    """Sinusoidal features of the timestep. t: float[B]; returns float32[B, width]."""
+    half = width // 2
+    freq = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
+    angle = t.astype(jnp.float32)[:, None] * freq
+    parts = (jnp.cos(angle), jnp.sin(angle)) if flip_sin_to_cos else (jnp.sin(angle), jnp.cos(angle))
+    return jnp.concatenate(parts, axis=-1)
+
+
+class TimestepEmbedding(nnx.Module):
+    def __init__(self, width, hidden, dtype, rngs):
+        self.linear_1 = linear(width, hidden, rngs, dtype)
+        self.linear_2 = linear(hidden, hidden, rngs, dtype)
+
+    def __call__(self, x):
+        return self.linear_2(nnx.silu(self.linear_1(x)))
+
+
+class Attention(nnx.Module):
+    """Multi-head attention from x to `context` (to x itself without one)."""
+
+    def __init__(self, width, context_width, heads, dtype, rngs):
+        self.heads = heads
+        self.to_q = linear(width, width, rngs, dtype, bias=False)
+        self.to_k = linear(context_width, width, rngs, dtype, bias=False)
+        self.to_v = linear(context_width, width, rngs, dtype, bias=False)
+        self.to_out = nnx.List([linear(width, width, rngs, dtype)])
+
+    def __call__(self, x, context=None):
+        context = x if context is None else context
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        return self.to_out[0](attend(q, k, v, self.heads))
+
+
+class GEGLU(nnx.Module):
+    def __init__(self, width, hidden, dtype, rngs):
+        self.proj = linear(width, 2 * hidden, rngs, dtype)
+
+    def __call__(self, x):
+        value, gate = jnp.split(self.proj(x), 2, axis=-1)
+        return value * nnx.gelu(gate, approximate=False)
+
+
+class FeedForward(nnx.Module):
+    def __init__(self, width, dtype, rngs):
+        out = linear(4 * width, width, rngs, dtype)
+        self.net = nnx.List([GEGLU(width, 4 * width, dtype, rngs), Nothing(), out])
+
+    def __call__(self, x):
+        return self.net[2](self.net[0](x))
+
+
+class BasicTransformerBlock(nnx.Module):
+    def __init__(self, width, context_width, heads, dtype, rngs):
+        self.norm1 = LayerNorm(width, rngs, dtype)
+        self.attn1 = Attention(width, width, heads, dtype, rngs)
+        self.norm2 = LayerNorm(width, rngs, dtype)
+        self.attn2 = Attention(width, context_width, heads, dtype, rngs)
+        self.norm3 = LayerNorm(width, rngs, dtype)
+        self.ff = FeedForward(width, dtype, rngs)
+
+    def __call__(self, x, context):
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2DModel(nnx.Module):
+    """Norm, projection, one transformer block over the pixels, projection back, residual."""
+
+    def __init__(self, cfg: UNetConfig, width, heads, rngs):
+        self.norm = GroupNorm(width, cfg.norm_num_groups, 1e-6, rngs)
+        # The 1x1 convolution and the linear projection compute the same; only the leaf differs.
+        make = linear if cfg.use_linear_projection else lambda i, o, r, d, **k: conv(i, o, 1, r, d, **k)
+        self.proj_in = make(width, width, rngs, cfg.dtype)
+        block = BasicTransformerBlock(width, cfg.cross_attention_dim, heads, cfg.dtype, rngs)
+        self.transformer_blocks = nnx.List([block])
+        self.proj_out = make(width, width, rngs, cfg.dtype, kernel_init=blocks.zeros)
+
+    def __call__(self, x, context):
+        B, h, w, C = x.shape
+        y = self.proj_in(self.norm(x)).reshape(B, h * w, C)
+        for block in self.transformer_blocks:
+            y = block(y, context)
+        return x + self.proj_out(y.reshape(B, h, w, C))
+
+
+class DownBlock(nnx.Module):
+    def __init__(self, cfg: UNetConfig, level, rngs):
+        cout = cfg.block_out_channels[level]
+        cin = cfg.block_out_channels[max(level - 1, 0)]
+        widths = [cin] + [cout] * (cfg.layers_per_block - 1)
+        self.resnets = nnx.List([resnet(cfg, c, cout, rngs) for c in widths])
+        if cfg.down_block_types[level] == "CrossAttnDownBlock2D":
+            heads = cfg.num_heads[level]
+            self.attentions = nnx.List([Transformer2DModel(cfg, cout, heads, rngs) for _ in widths])
+        if level < len(cfg.block_out_channels) - 1:
+            self.downsamplers = nnx.List([Downsample2D(cout, cfg.dtype, rngs)])
+
+    def __call__(self, x, temb, context):
+        """Returns the output and every map the way up will want."""
+        saved = []
+        for i, block in enumerate(self.resnets):
+            x = block(x, temb)
+            if hasattr(self, "attentions"):
+                x = self.attentions[i](x, context)
+            saved.append(x)
+        if hasattr(self, "downsamplers"):
+            x = self.downsamplers[0](x)
+            saved.append(x)
+        return x, saved
+
+
+class MidBlock(nnx.Module):
+    def __init__(self, cfg: UNetConfig, rngs):
+        width, heads = cfg.block_out_channels[-1], cfg.num_heads[-1]
+        self.resnets = nnx.List([resnet(cfg, width, width, rngs) for _ in range(2)])
+        self.attentions = nnx.List([Transformer2DModel(cfg, width, heads, rngs)])
+
+    def __call__(self, x, temb, context):
+        x = self.attentions[0](self.resnets[0](x, temb), context)
+        return self.resnets[1](x, temb)
+
+
+class UpBlock(nnx.Module):
+    def __init__(self, cfg: UNetConfig, index, rngs):
+        chans = cfg.block_out_channels
+        level = len(chans) - 1 - index
+        cout, before = chans[level], chans[min(level + 1, len(chans) - 1)]
+        count = cfg.layers_per_block + 1
+        # The last resnet of a level meets the map that entered this level on the way down.
+        skips = [cout] * cfg.layers_per_block + [chans[max(level - 1, 0)]]
+        widths = [before] + [cout] * (count - 1)
+        pairs = zip(widths, skips, strict=True)
+        self.resnets = nnx.List([resnet(cfg, c + s, cout, rngs) for c, s in pairs])
+        if cfg.up_block_types[index] == "CrossAttnUpBlock2D":
+            heads = cfg.num_heads[level]
+            self.attentions = nnx.List([Transformer2DModel(cfg, cout, heads, rngs) for _ in skips])
+        if level > 0:
+            self.upsamplers = nnx.List([Upsample2D(cout, cfg.dtype, rngs)])
+
+    def __call__(self, x, saved, temb, context):
+        """Takes its maps from the end of the list `saved`."""
+        for i, block in enumerate(self.resnets):
+            x = block(jnp.concatenate([x, saved.pop()], axis=-1), temb)
+            if hasattr(self, "attentions"):
+                x = self.attentions[i](x, context)
+        return self.upsamplers[0](x) if hasattr(self, "upsamplers") else x
+
+
+def resnet(cfg: UNetConfig, cin, cout, rngs) -> ResnetBlock2D:
+    temb = 4 * cfg.block_out_channels[0]
+    return ResnetBlock2D(cin, cout, cfg.norm_num_groups, cfg.norm_eps, cfg.dtype, rngs, temb)
+
+
+class UNet(nnx.Module):
+    """Predicts noise, velocity or x0 (whatever it was trained for) from a noisy latent."""
+
+    def __init__(self, cfg: UNetConfig, rngs: nnx.Rngs):
+        self.cfg = cfg
+        chans, levels = cfg.block_out_channels, range(len(cfg.block_out_channels))
+        self.conv_in = conv(cfg.in_channels, chans[0], 3, rngs, cfg.dtype)
+        self.time_embedding = TimestepEmbedding(chans[0], 4 * chans[0], cfg.dtype, rngs)
+        self.down_blocks = nnx.List([DownBlock(cfg, i, rngs) for i in levels])
+        self.mid_block = MidBlock(cfg, rngs)
+        self.up_blocks = nnx.List([UpBlock(cfg, i, rngs) for i in levels])
+        self.conv_norm_out = GroupNorm(chans[0], cfg.norm_num_groups, cfg.norm_eps, rngs)
+        self.conv_out = conv(chans[0], cfg.out_channels, 3, rngs, cfg.dtype, kernel_init=blocks.zeros)
+
+    def __call__(self, x, t, context, *, probes: dict | None = None):
+        """x: float[B, h, w, c]; t: [B] or a scalar; context: float[B, P, D]; returns float32 like x.
+
+        Args:
+            probes: if given, receives the output of every block under the name of the block.
+        """
+        cfg = self.cfg
+        note = (lambda name, y: probes.__setitem__(name, y)) if probes is not None else _ignore
+        t = jnp.broadcast_to(jnp.asarray(t), x.shape[:1])
+        features = time_features(t, cfg.block_out_channels[0], cfg.flip_sin_to_cos, cfg.freq_shift)
+        note("time_proj", features)
+        temb = self.time_embedding(features.astype(cfg.dtype))
+        note("time_embedding", temb)
+        temb = nnx.silu(temb)
+        context = context.astype(cfg.dtype)
+        x = self.conv_in(x.astype(cfg.dtype))
+        note("conv_in", x)
+        saved = [x]
+        for i, block in enumerate(self.down_blocks):
+            x, maps = block(x, temb, context)
+            saved += maps
+            note(f"down_{i}", x)
+        x = self.mid_block(x, temb, context)
+        note("mid", x)
+        for i, block in enumerate(self.up_blocks):
+            x = block(x, saved, temb, context)
+            note(f"up_{i}", x)
+        return self.conv_out(nnx.silu(self.conv_norm_out(x))).astype(jnp.float32)
+
+
+def _ignore(name, value):
+    pass

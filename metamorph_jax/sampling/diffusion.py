@@ -1,0 +1,309 @@
+"""Samplers of the diffusion decoder: DDIM, DPM-Solver++ 2M, Euler and PNDM, in one `lax.scan`.
+
+All four are linear multistep rules, so each is a small frozen dataclass that writes one float32 table,
+a row per network call, and one step function serves them all:
+
+    y  = prediction(scale_in * x, t)
+    y  = mix[0] * y + mix[1:] . (earlier predictions)              PNDM only
+    x0 = p * base + q * y            base = x, or the sample before the last step (PNDM, second call)
+    x  = a * base + b * x0 + c * x0 of the step before             c: DPM-Solver++ only
+
+DDIM: Song et al. 2020. DPM-Solver++: Lu et al. 2022. Euler and its sigmas: Karras et al. 2022.
+PNDM: Liu et al. 2022, without Runge-Kutta steps; it calls the network once more than it has steps.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metamorph_jax.models.diffusion.schedule import Schedule, x0_weights
+
+SPACINGS = ("leading", "linspace", "trailing")
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows of a sampler, float64 until they enter the loop; N = number of network calls.
+
+    Attributes:
+        t: [N] timesteps given to the network.
+        a, b, c, p, q: [N] see the module docstring.
+        scale_in: [N] factor of the network's input.
+        mix: [N, 4] weights of this prediction and the three before it (newest first).
+        repeat: bool[N] True where the call refines the last step instead of making one.
+        init_sigma: factor of the initial unit noise.
+        sigmas: [N + 1] noise levels, for samplers that are defined by them.
+    """
+
+    t: np.ndarray
+    a: np.ndarray
+    b: np.ndarray
+    p: np.ndarray
+    q: np.ndarray
+    c: np.ndarray | None = None
+    scale_in: np.ndarray | None = None
+    mix: np.ndarray | None = None
+    repeat: np.ndarray | None = None
+    init_sigma: float = 1.0
+    sigmas: np.ndarray | None = None
+
+    def rows(self) -> dict[str, jax.Array]:
+        """What the loop reads, as float32 (and bool) arrays of length N; unused parts are left out."""
+        fields = ("t", "a", "b", "p", "q", "c", "scale_in", "mix")
+        rows = {k: jnp.asarray(getattr(self, k), jnp.float32) for k in fields
+                if getattr(self, k) is not None}  # fmt: skip
+        if self.repeat is not None:
+            rows["repeat"] = jnp.asarray(self.repeat)
+        return rows
+
+
+def timesteps(spacing: str, total: int, steps: int, offset: int) -> np.ndarray:
+    """`steps` of `total` training timesteps, descending, float64 (fractional for linspace)."""
+    if spacing == "leading":
+        return np.arange(steps)[::-1] * float(total // steps) + offset
+    if spacing == "linspace":
+        return np.linspace(0, total - 1, steps)[::-1]
+    if spacing == "trailing":
+        return np.round(total - np.arange(steps) * (total / steps)) - 1
+    raise ValueError(f"spacing={spacing!r}, expected one of {SPACINGS}")
+
+
+def _ddim_rows(s: Schedule, a, before) -> dict[str, np.ndarray]:
+    """x_before = sqrt(before) x0 + sqrt(1 - before) noise, with the noise that x and x0 imply."""
+    p, q = x0_weights(s, a)
+    ratio = np.sqrt(1 - before) / np.sqrt(1 - a)
+    return {"p": p, "q": q, "a": ratio, "b": np.sqrt(before) - ratio * np.sqrt(a)}
+
+
+def _levels(s: Schedule, t: np.ndarray, last: float) -> np.ndarray:
+    """alphas_cumprod at int timesteps; `last` for negative ones."""
+    t = t.astype(int)
+    return np.where(t >= 0, s.alphas_cumprod[np.maximum(t, 0)], last)
+
+
+@dataclasses.dataclass(frozen=True)
+class DDIM:
+    """Deterministic DDIM (eta 0). `to_one`: the last step goes to alpha 1, not to the first level."""
+
+    spacing: str = "leading"
+    offset: int = 1
+    to_one: bool = False
+    history: ClassVar[int] = 0
+
+    def table(self, s: Schedule, steps: int) -> Table:
+        total = s.num_train_timesteps
+        t = np.round(timesteps(self.spacing, total, steps, self.offset))
+        last = 1.0 if self.to_one else s.alphas_cumprod[0]
+        rows = _ddim_rows(s, _levels(s, t, last), _levels(s, t - total // steps, last))
+        return Table(t=t, **rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class PNDM:
+    """Pseudo linear multistep (PLMS): mixes up to four predictions, then steps as DDIM does."""
+
+    spacing: str = "leading"
+    offset: int = 1
+    to_one: bool = False
+    history: ClassVar[int] = 3
+
+    def table(self, s: Schedule, steps: int) -> Table:
+        if steps < 2:
+            raise ValueError(f"PNDM needs at least 2 steps, got {steps}")
+        total = s.num_train_timesteps
+        stride = total // steps
+        t = np.round(timesteps(self.spacing, total, steps, self.offset))
+        # The second timestep is visited twice: first to reach it, then to redo that step with the
+        # mean of both predictions.
+        calls = np.concatenate([t[:2], t[1:]])
+        start, end = calls.copy(), calls - stride
+        start[1], end[1] = calls[1] + stride, calls[1]
+        last = 1.0 if self.to_one else s.alphas_cumprod[0]
+        rows = _ddim_rows(s, _levels(s, start, last), _levels(s, end, last))
+        mix = np.zeros((len(calls), 4))
+        first = [[1, 0, 0, 0], [1 / 2, 1 / 2, 0, 0], [3 / 2, -1 / 2, 0, 0],
+                 [23 / 12, -16 / 12, 5 / 12, 0]]  # fmt: skip
+        mix[:4] = first[: len(calls)]
+        mix[4:] = [55 / 24, -59 / 24, 37 / 24, -9 / 24]
+        return Table(t=calls, **rows, mix=mix, repeat=np.arange(len(calls)) == 1)
+
+
+def _training_sigmas(s: Schedule) -> np.ndarray:
+    """sqrt((1 - a) / a), ascending. The library keeps the last level finite with zero_snr."""
+    a = s.alphas_cumprod
+    a = np.maximum(a, 2.0**-24) if s.zero_snr else a
+    return np.sqrt((1 - a) / a)
+
+
+def _karras(sigmas: np.ndarray, steps: int, rho: float = 7.0) -> np.ndarray:
+    """`steps` levels from the highest to the lowest, even in sigma^(1/rho)."""
+    low, high = sigmas[0] ** (1 / rho), sigmas[-1] ** (1 / rho)
+    return (high + np.linspace(0, 1, steps) * (low - high)) ** rho
+
+
+def _sigma_to_t(sigma: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
+    """Fractional training timestep of a level, linear in log sigma."""
+    return np.interp(np.log(sigma), np.log(sigmas), np.arange(len(sigmas)))
+
+
+def _sigma_schedule(s: Schedule, t: np.ndarray, karras: bool, final_zero: bool, rounded: bool):
+    """(t [N], sigmas [N + 1]) from training timesteps."""
+    training = _training_sigmas(s)
+    if karras:
+        sigmas = _karras(training, len(t))
+        t = _sigma_to_t(sigmas, training)
+        t = np.round(t) if rounded else t
+    else:
+        sigmas = np.interp(t, np.arange(len(training)), training)
+    return t, np.append(sigmas, 0.0 if final_zero else training[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class DPMSolverPP:
+    """DPM-Solver++ 2M, midpoint form; `karras` spaces the noise levels as Karras et al. do."""
+
+    spacing: str = "linspace"
+    offset: int = 0
+    karras: bool = False
+    final_zero: bool = True
+    lower_order_final: bool = True
+    history: ClassVar[int] = 0
+
+    def table(self, s: Schedule, steps: int) -> Table:
+        total = s.num_train_timesteps
+        # This solver's leading and linspace grids have one point more and leave out the lowest.
+        extra = 0 if self.spacing == "trailing" else 1
+        t = np.round(timesteps(self.spacing, total, steps + extra, self.offset))[:steps]
+        t, sigmas = _sigma_schedule(s, t, self.karras, self.final_zero, rounded=True)
+        alpha = 1 / np.sqrt(1 + sigmas**2)
+        std = sigmas * alpha
+        with np.errstate(divide="ignore"):
+            lam = np.log(alpha) - np.log(std)
+        h = lam[1:] - lam[:-1]
+        gain = alpha[1:] * -np.expm1(-h)  # weight of the x0 direction
+        ratio = np.concatenate([[0.0], 0.5 * h[1:] / h[:-1]])  # 1 / (2 r0) of the second order term
+        if self.final_zero or (self.lower_order_final and steps < 15):
+            ratio[-1] = 0.0
+        p, q = x0_weights(s, alpha[:-1] ** 2)
+        return Table(t=t, p=p, q=q, a=std[1:] / std[:-1], b=gain * (1 + ratio), c=-gain * ratio,
+                     sigmas=sigmas)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Euler:
+    """Euler steps in sigma space: x = x0 + sigma * noise."""
+
+    spacing: str = "leading"
+    offset: int = 1
+    karras: bool = False
+    final_zero: bool = True
+    history: ClassVar[int] = 0
+
+    def table(self, s: Schedule, steps: int) -> Table:
+        t = timesteps(self.spacing, s.num_train_timesteps, steps, self.offset)
+        t, sigmas = _sigma_schedule(s, t, self.karras, self.final_zero, rounded=False)
+        now, following = sigmas[:-1], sigmas[1:]
+        scale_in = 1 / np.sqrt(now**2 + 1)
+        p, q = x0_weights(s, scale_in**2)
+        top = sigmas.max()
+        init = top if self.spacing in ("linspace", "trailing") else np.sqrt(top**2 + 1)
+        return Table(t=t, p=p * scale_in, q=q, a=following / now, b=1 - following / now,
+                     scale_in=scale_in, init_sigma=float(init), sigmas=sigmas)  # fmt: skip
+
+
+Sampler = DDIM | PNDM | DPMSolverPP | Euler
+SAMPLERS = {"ddim": DDIM, "pndm": PNDM, "dpm++": DPMSolverPP, "euler": Euler}
+
+
+def step(row: dict, predict: Callable, carry: dict, clip: float | None = None):
+    """One row of a table. carry: x, and base, x0, outputs where the sampler needs them."""
+    x = carry["x"]
+    y = prediction = predict(x * row["scale_in"] if "scale_in" in row else x, row["t"])
+    new, base = {}, x
+    if "mix" in row:
+        earlier = carry["outputs"]
+        y = row["mix"][0] * y + jnp.tensordot(row["mix"][1:], earlier, 1)
+        base = jnp.where(row["repeat"], carry["base"], x)
+        pushed = jnp.concatenate([prediction[None], earlier[:-1]])
+        new["outputs"] = jnp.where(row["repeat"], earlier, pushed)
+        new["base"] = x
+    x0 = row["p"] * base + row["q"] * y
+    if clip is not None:
+        x0 = jnp.clip(x0, -clip, clip)
+    new["x"] = row["a"] * base + row["b"] * x0
+    if "c" in row:
+        new["x"] += row["c"] * carry["x0"]
+        new["x0"] = x0
+    return new, prediction
+
+
+def sample(
+    predict: Callable,
+    noise,
+    sampler: Sampler,
+    schedule: Schedule,
+    steps: int,
+    *,
+    clip: float | None = None,
+    return_trajectory: bool = False,
+):
+    """Integrates from noise to x0.
+
+    Args:
+        predict: (x float32[B, h, w, c], t float32 scalar) -> the network's prediction, like x.
+        noise: float32[B, h, w, c] standard normal.
+        sampler: the rule.
+        schedule: the training schedule; says what the prediction means.
+        steps: number of steps.
+        clip: clips every x0 estimate to [-clip, clip]; for pixels.
+        return_trajectory: also return the states [N + 1, ...] and predictions [N, ...].
+    """
+    table = sampler.table(schedule, steps)
+    rows = table.rows()
+    x = noise.astype(jnp.float32) * table.init_sigma
+    carry = {"x": x}
+    if "mix" in rows:
+        carry |= {"base": x, "outputs": jnp.zeros((sampler.history, *x.shape))}
+    if "c" in rows:
+        carry["x0"] = jnp.zeros_like(x)
+
+    def body(carry, row):
+        carry, prediction = step(row, predict, carry, clip)
+        return carry, (carry["x"], prediction) if return_trajectory else None
+
+    carry, seen = jax.lax.scan(body, carry, rows)
+    if return_trajectory:
+        return carry["x"], (jnp.concatenate([x[None], seen[0]]), seen[1])
+    return carry["x"]
+
+
+def guided(denoiser: Callable, context, uncond=None, scale: float = 7.5) -> Callable:
+    """Classifier-free guidance: uncond + scale * (cond - uncond), both in one doubled batch.
+
+    Args:
+        denoiser: (x [B, h, w, c], t [B], context [B, P, D]) -> prediction.
+        context: float[B, P, D].
+        uncond: the unconditional context, zeros by default.
+        scale: 1 means no guidance and no doubled batch. A Python number.
+    """
+    if scale == 1:
+        return lambda x, t: denoiser(x, jnp.broadcast_to(t, x.shape[:1]), context)
+    both = jnp.concatenate([jnp.zeros_like(context) if uncond is None else uncond, context])
+
+    def predict(x, t):
+        x = jnp.concatenate([x, x])
+        without, with_context = jnp.split(denoiser(x, jnp.broadcast_to(t, x.shape[:1]), both), 2)
+        return without + scale * (with_context - without)
+
+    return predict
+
+
+def to_image(x, vae=None):
+    """Latents (or pixels, with vae None) -> float32[B, h, w, 3] in [0, 1]."""
+    if vae is not None:
+        x = vae.decode(x / vae.cfg.scaling_factor)
+    return jnp.clip(x / 2 + 0.5, 0.0, 1.0)
