@@ -1,0 +1,1 @@
+"""Input side: numpy in, `Batch` out. Nothing here imports a model or touches a device."""

@@ -1,0 +1,228 @@
+"""From files to uint8 pixels: bounded decoding, and resizing that equals the published processors.
+
+Pixels stay uint8 `[h, w, 3]` until they are on the device; `(x / 255 - mean) / std` happens there.
+The published processors resize with Pillow before they scale, so nothing is lost by that.
+"""
+
+import collections
+import dataclasses
+import io
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from metamorph_jax.data.sources.base import BadSample, ImageRef
+from metamorph_jax.data.sources.video import decode_frames
+
+MAX_PIXELS = 64_000_000
+MAX_BYTES = 256_000_000
+# What a file starts with -> Pillow's decoders that may read it. Nothing else is ever tried.
+_MAGIC = (
+    (b"\xff\xd8\xff", "jpeg", ("JPEG", "MPO")),
+    (b"\x89PNG\r\n\x1a\n", "png", ("PNG",)),
+    (b"GIF87a", "gif", ("GIF",)),
+    (b"GIF89a", "gif", ("GIF",)),
+    (b"BM", "bmp", ("BMP",)),
+    (b"II*\0", "tiff", ("TIFF",)),
+    (b"MM\0*", "tiff", ("TIFF",)),
+)
+_EXTENSIONS = {
+    ".jpg": "jpeg", ".jpeg": "jpeg", ".jpe": "jpeg", ".jfif": "jpeg", ".png": "png", ".gif": "gif",
+    ".bmp": "bmp", ".tif": "tiff", ".tiff": "tiff", ".webp": "webp",
+}  # fmt: skip
+
+
+def sniff(head: bytes) -> tuple[str, tuple[str, ...]] | None:
+    """(format, Pillow decoders) of data that starts with `head`; None if unknown."""
+    for magic, name, decoders in _MAGIC:
+        if head.startswith(magic):
+            return name, decoders
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "webp", ("WEBP",)
+    return None
+
+
+def misnamed(path: str, head: bytes) -> bool:
+    """True if the extension promises another format than the bytes hold."""
+    promised = _EXTENSIONS.get(os.path.splitext(path)[1].lower())
+    found = sniff(head)
+    return promised is not None and found is not None and promised != found[0]
+
+
+def read_bytes(path: str) -> bytes:
+    """The whole file; BadSample if it is missing, empty, or far too large for a picture."""
+    try:
+        with open(path, "rb") as f:
+            data = f.read(MAX_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError) as e:
+        raise BadSample("missing", path) from e
+    except OSError as e:
+        raise BadSample("unreadable", f"{path}: {e.strerror}") from e
+    if not data:
+        raise BadSample("zero_byte", path)
+    if len(data) > MAX_BYTES:
+        raise BadSample("oversized", f"{path}: more than {MAX_BYTES} bytes")
+    return data
+
+
+def decode(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The RGB picture in `data`. The header is looked at before any pixel is decoded.
+
+    EXIF orientation is not applied and alpha is dropped, as the published loaders do; of a moving
+    picture the first frame is taken.
+    """
+    found = sniff(data[:16])
+    if found is None:
+        raise BadSample("unknown_format", name)
+    try:
+        with Image.open(io.BytesIO(data), formats=found[1]) as picture:
+            w, h = picture.size
+            if w * h > max_pixels:
+                raise BadSample("oversized", f"{name}: {w}x{h}, at most {max_pixels} pixels")
+            if w == 0 or h == 0:
+                raise BadSample("broken_picture", f"{name}: {w}x{h}")
+            picture.load()
+            return picture.convert("RGB")
+    except BadSample:
+        raise
+    except Image.DecompressionBombError as e:
+        raise BadSample("oversized", f"{name}: {e}") from e
+    except MemoryError:
+        raise
+    except Exception as e:  # Pillow's decoders raise many kinds of error on broken files
+        reason = "truncated" if "truncated" in str(e).lower() else "broken_picture"
+        raise BadSample(reason, f"{name}: {e}") from e
+
+
+def draw_marks(picture: Image.Image, marks) -> Image.Image:
+    """A copy with each (name, (x, y, w, h)) as a red box of 5 px, its name 20 px above."""
+    picture = picture.copy()
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default()
+    for name, (x, y, w, h) in marks:
+        draw.rectangle((x, y, x + max(w, 0), y + max(h, 0)), outline=(255, 0, 0), width=5)
+        draw.text((x, y - 20), name, fill=(255, 0, 0), font=font)
+    return picture
+
+
+def crop(picture: Image.Image, box, name: str) -> Image.Image:
+    """The part inside (x1, y1, x2, y2), clipped to the picture."""
+    w, h = picture.size
+    x1, y1 = max(int(box[0]), 0), max(int(box[1]), 0)
+    x2, y2 = min(int(round(box[2])), w), min(int(round(box[3])), h)
+    if x2 <= x1 or y2 <= y1:
+        raise BadSample("bad_crop", f"{name}: {box} lies outside of {w}x{h}")
+    return picture.crop((x1, y1, x2, y2))
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocess:
+    """How a picture becomes square pixels, and how the device is to scale them.
+
+    Attributes:
+        size: side of the result.
+        mode: "square" stretches (SigLIP); "pad" first pads to a square with the mean colour;
+            "crop" resizes the short side to `resize` and cuts out the centre (CLIP, DINOv2).
+        resize: short side before cropping, `size` if None.
+        resample: "bicubic" or "bilinear".
+        mean, std: of values in 0…1, per channel; applied on the device.
+    """
+
+    size: int = 384
+    mode: str = "square"
+    resize: int | None = None
+    resample: str = "bicubic"
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self):
+        if self.mode not in ("square", "pad", "crop"):
+            raise ValueError(f"mode {self.mode!r}: expected square, pad or crop")
+        if self.resample not in ("bicubic", "bilinear"):
+            raise ValueError(f"resample {self.resample!r}: expected bicubic or bilinear")
+
+    def __call__(self, picture: Image.Image) -> np.ndarray:
+        """uint8[size, size, 3] of an RGB picture."""
+        resample = getattr(Image.Resampling, self.resample.upper())
+        if self.mode == "pad":
+            picture = pad_to_square(picture, tuple(int(255 * m) for m in self.mean))
+        if self.mode == "crop":
+            w, h = picture.size
+            short = self.resize or self.size
+            # The long side is cut to an integer, not rounded, as the published processors do.
+            new = (short, int(short * h / w)) if w <= h else (int(short * w / h), short)
+            picture = picture.resize(new, resample)
+            left, top = (new[0] - self.size) // 2, (new[1] - self.size) // 2
+            picture = picture.crop((left, top, left + self.size, top + self.size))
+        elif picture.size != (self.size, self.size):
+            picture = picture.resize((self.size, self.size), resample)
+        return np.asarray(picture)
+
+    def normalise(self, pixels: np.ndarray) -> np.ndarray:
+        """float32 of the same shape: what the device makes of the pixels."""
+        x = pixels.astype(np.float32) / np.float32(255)
+        return (x - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+
+    def fingerprint(self) -> str:
+        """Says all that decides the uint8 result; caches are keyed by it."""
+        pad = [int(255 * m) for m in self.mean] if self.mode == "pad" else None
+        return f"v1 {self.mode} {self.size} {self.resize} {self.resample} {pad}"
+
+
+SIGLIP_384 = Preprocess(384)
+CLIP_336 = Preprocess(
+    336,
+    mode="crop",
+    mean=(0.48145466, 0.4578275, 0.40821073),
+    std=(0.26862954, 0.26130258, 0.27577711),
+)
+DINOV2_224 = Preprocess(
+    224, mode="crop", resize=256, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+)
+
+
+def pad_to_square(picture: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """The picture in the middle of a square of its longer side."""
+    w, h = picture.size
+    if w == h:
+        return picture
+    side = max(w, h)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(picture, ((side - w) // 2, (side - h) // 2))
+    return square
+
+
+def load(
+    refs: Sequence[ImageRef],
+    max_pixels: int = MAX_PIXELS,
+    counts: collections.Counter | None = None,
+) -> list[Image.Image]:
+    """The RGB pictures of one sample; each file is read, and each video decoded, once.
+
+    `counts["misnamed"]` goes up for pictures whose extension is wrong; they are still used.
+    """
+    frames: dict[str, list[int]] = collections.defaultdict(list)
+    for ref in refs:
+        if ref.frame is not None:
+            frames[ref.path].append(ref.frame)
+    videos = {path: decode_frames(path, wanted, max_pixels) for path, wanted in frames.items()}
+    files: dict[str, Image.Image] = {}
+    out = []
+    for ref in refs:
+        if ref.frame is not None:
+            picture = Image.fromarray(videos[ref.path][ref.frame])
+        else:
+            if ref.path not in files:
+                data = read_bytes(ref.path)
+                if counts is not None and misnamed(ref.path, data[:16]):
+                    counts["misnamed"] += 1
+                files[ref.path] = decode(data, ref.path, max_pixels)
+            picture = files[ref.path]
+        if ref.box is not None:
+            picture = crop(picture, ref.box, ref.path)
+        if ref.marks:
+            picture = draw_marks(picture, ref.marks)
+        out.append(picture)
+    return out

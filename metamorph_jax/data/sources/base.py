@@ -1,0 +1,94 @@
+"""`Sample`: one conversation with its pictures, whatever file it came from."""
+
+import dataclasses
+import os
+import re
+
+IMAGE = "<image>"
+Turn = tuple[str, str]  # (role, text); role is "user" or "assistant", text may hold <image> markers
+
+
+class BadSample(Exception):
+    """A sample that can't be used. `reason` is a short word to count by, `detail` is for people."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self):  # keeps both parts when it crosses a process border
+        return (BadSample, (self.reason, self.detail))
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageRef:
+    """One picture: a file, or something cut out of a file.
+
+    Attributes:
+        path: path under the data root.
+        frame: index of a video frame, or None.
+        box: (x1, y1, x2, y2) pixels to crop, or None.
+        marks: ((name, (x, y, w, h)), ...) boxes to draw into the picture, with their names.
+    """
+
+    path: str
+    frame: int | None = None
+    box: tuple[float, float, float, float] | None = None
+    marks: tuple[tuple[str, tuple[float, float, float, float]], ...] = ()
+
+    def key(self) -> str:
+        """A name that differs between any two different pictures; caches use it."""
+        key = self.path
+        if self.frame is not None:
+            key += f"#frame={self.frame}"
+        if self.box is not None:
+            key += "#box=" + ",".join(f"{v:g}" for v in self.box)
+        for name, box in self.marks:
+            key += f"#mark={name}:" + ",".join(f"{v:g}" for v in box)
+        return key
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A conversation. The number of <image> markers in `turns` equals len(images).
+
+    Attributes:
+        id: name in the file, for messages only.
+        source: name of the source.
+        turns: ((role, text), ...), user first, roles alternate.
+        images: pictures in the order of their markers.
+    """
+
+    id: str
+    source: str
+    turns: tuple[Turn, ...]
+    images: tuple[ImageRef, ...] = ()
+
+    def checked(self, max_images: int) -> "Sample":
+        """Itself, or BadSample if the markers don't fit the pictures."""
+        markers = sum(text.count(IMAGE) for _, text in self.turns)
+        if markers != len(self.images):
+            raise BadSample("marker_mismatch", f"{markers} markers, {len(self.images)} pictures")
+        if markers > max_images:
+            raise BadSample("too_many_images", f"{markers} pictures, at most {max_images} allowed")
+        return self
+
+
+_PARENT = re.compile(r"(^|[/\\])\.\.([/\\]|$)")
+
+
+def confined(root: str, path: str) -> str:
+    """`path` joined to `root`; BadSample if it would leave the root.
+
+    The test looks at the text of the path only, so a link inside the root may point elsewhere:
+    the owner of the folder put it there.
+    """
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise BadSample("bad_path", repr(path))
+    if _PARENT.search(path):
+        raise BadSample("path_outside_root", path)
+    root = os.path.abspath(root)
+    full = os.path.normpath(path if os.path.isabs(path) else os.path.join(root, path))
+    if full != root and not full.startswith(root.rstrip(os.sep) + os.sep):
+        raise BadSample("path_outside_root", path)
+    return full

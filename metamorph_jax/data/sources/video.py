@@ -1,0 +1,107 @@
+"""Video frames through PyAV (extra `video`): which frames to take, and taking them."""
+
+import dataclasses
+
+import numpy as np
+
+from metamorph_jax.data.sources.base import BadSample
+
+EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".wmv", ".flv", ".webm")
+
+
+def is_video(path: str) -> bool:
+    return path.lower().endswith(EXTENSIONS)
+
+
+def _av():
+    try:
+        import av
+    except ImportError as e:
+        raise ImportError(
+            "reading video needs PyAV: pip install 'metamorph_jax[video]' (or pip install av)"
+        ) from e
+    return av
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoInfo:
+    """What the frame choice needs to know: number of frames, and frames a second."""
+
+    frames: int
+    fps: float
+
+    @property
+    def length(self) -> float:
+        return self.frames / self.fps
+
+
+def probe(path: str) -> VideoInfo:
+    """Reads the header; counts packets where the container does not say how many frames it has."""
+    av = _av()
+    try:
+        with av.open(path) as container:
+            if not container.streams.video:
+                raise BadSample("no_video_stream", path)
+            stream = container.streams.video[0]
+            fps = float(stream.average_rate or stream.guessed_rate or 0)
+            frames = int(stream.frames or 0)
+            if frames <= 0:
+                frames = sum(1 for p in container.demux(stream) if p.size)
+    except FileNotFoundError as e:
+        raise BadSample("missing", path) from e
+    except (av.error.FFmpegError, OSError) as e:
+        raise BadSample("bad_video", f"{path}: {e}") from e
+    if frames <= 0 or not np.isfinite(fps) or fps <= 0:
+        raise BadSample("bad_video", f"{path}: {frames} frames at {fps} per second")
+    return VideoInfo(frames, fps)
+
+
+def random_step(info: VideoInfo, rng: np.random.Generator) -> float:
+    """Seconds between frames: uniform from max(2/fps, 0.1) to half the video, at most 10."""
+    low = max(2 / info.fps, 0.1)
+    return round(float(rng.uniform(low, min(10.0, max(info.length / 2, low)))), 1)
+
+
+def frame_indices(info: VideoInfo, step: float, limit: int = 45) -> list[int]:
+    """Frames at t = 0, step, 2 step, … before the end: min(int(t * fps), n - 1), at most `limit`."""
+    step = max(round(step, 1), 0.1)
+    indices = []
+    while len(indices) < limit:
+        t = len(indices) * step
+        if t >= info.length:
+            break
+        indices.append(min(int(t * info.fps), info.frames - 1))
+    return indices
+
+
+def decode_frames(path: str, wanted: list[int], max_pixels: int) -> dict[int, np.ndarray]:
+    """The wanted frames as {index: uint8[h, w, 3] RGB}; read in order from the start, so exact.
+
+    A container that promises more frames than it holds gives its last frame for those beyond.
+    """
+    av = _av()
+    missing = sorted(set(wanted))
+    out: dict[int, np.ndarray] = {}
+    last = None
+    try:
+        with av.open(path) as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            for index, frame in enumerate(container.decode(stream)):
+                if frame.width * frame.height > max_pixels:
+                    raise BadSample("oversized", f"{path}: {frame.width}x{frame.height}")
+                last = frame
+                if index == missing[0]:
+                    out[missing.pop(0)] = frame.to_ndarray(format="rgb24")
+                    if not missing:
+                        break
+    except FileNotFoundError as e:
+        raise BadSample("missing", path) from e
+    except (av.error.FFmpegError, OSError, IndexError) as e:
+        if last is None:
+            raise BadSample("bad_video", f"{path}: {e}") from e
+    if last is None:
+        raise BadSample("bad_video", f"{path}: no frames")
+    for index in missing:
+        out[index] = last.to_ndarray(format="rgb24")
+    return out

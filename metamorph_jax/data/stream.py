@@ -1,0 +1,217 @@
+"""The endless deterministic stream of samples: number n is always the same sample.
+
+What sample n is follows from the seed alone: which source, which epoch of it, which record, and all
+random choices inside. So a pipeline that stopped can go on at any number, with any number of
+worker processes, and every host knows its own share without talking to the others.
+"""
+
+import collections
+import dataclasses
+import functools
+
+import numpy as np
+
+from metamorph_jax.data import pictures
+from metamorph_jax.data.cache import ArrayCache
+from metamorph_jax.data.chat import Chat
+from metamorph_jax.data.interleave import build_row
+from metamorph_jax.data.sources.base import BadSample
+
+ENDLESS = 2**62
+_BLOCK = 4096  # samples within which the weights of a mixture come out exactly (rounded)
+_MASK = 2**64 - 1
+
+
+def permute(i: int, n: int, key: int) -> int:
+    """Where a random permutation of 0…n-1 (chosen by `key`) puts i.
+
+    A Feistel network over the next power of four, walked until it falls inside: no table, however
+    large n is.
+    """
+    half = max((n - 1).bit_length() + 1, 2) // 2
+    mask = (1 << half) - 1
+    while True:
+        left, right = i >> half, i & mask
+        for k in range(6):
+            h = (right + key + k * 0x9E3779B97F4A7C15) & _MASK
+            h = ((h ^ (h >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+            h = ((h ^ (h >> 27)) * 0x94D049BB133111EB) & _MASK
+            left, right = right, left ^ ((h ^ (h >> 31)) & mask)
+        i = (left << half) | right
+        if i < n:
+            return i
+
+
+@functools.lru_cache(maxsize=4096)
+def _key(*parts: int) -> int:
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
+
+
+class Mixture:
+    """Which (source, epoch, record) sample g is.
+
+    Without weights an epoch is every record of every source once, shuffled together. With weights
+    the shares of each block of 4096 samples follow them, and each source runs through its own
+    epochs at its own pace.
+    """
+
+    def __init__(self, sizes: list[int], weights: list[float] | None, seed: int, shuffle: bool):
+        if not sizes or min(sizes) < 1:
+            raise ValueError(f"every source needs at least one record, sizes are {sizes}")
+        self.sizes, self.seed, self.shuffle = sizes, seed, shuffle
+        self.total = sum(sizes)
+        self.starts = np.concatenate([[0], np.cumsum(sizes)])
+        self.shares = None
+        if weights is not None:
+            w = np.asarray(weights, np.float64)
+            if len(w) != len(sizes) or not np.isfinite(w).all() or (w <= 0).any():
+                raise ValueError(f"weights must be positive, one for each source: {weights}")
+            exact = w / w.sum() * _BLOCK
+            shares = np.maximum(np.floor(exact), 1).astype(np.int64)
+            order = np.argsort(np.floor(exact) - exact, kind="stable")
+            while shares.sum() < _BLOCK:
+                shares[order[: _BLOCK - shares.sum()]] += 1
+            while shares.sum() > _BLOCK:
+                shares[np.argmax(shares)] -= 1
+            self.shares = shares
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019  (one mixture lives as long as the process)
+    def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """(source of each sample of the block, how many of that source came before in it)."""
+        picks = np.repeat(np.arange(len(self.sizes)), self.shares)
+        picks = np.random.default_rng((self.seed, 1, block)).permutation(picks)
+        before = np.empty(_BLOCK, np.int64)
+        for s in range(len(self.sizes)):
+            mine = picks == s
+            before[mine] = np.arange(mine.sum())
+        return picks, before
+
+    def locate(self, g: int) -> tuple[int, int, int]:
+        """(source, epoch of it, record) of sample g."""
+        if self.shares is None:
+            epoch, i = divmod(g, self.total)
+            if self.shuffle:
+                i = permute(i, self.total, _key(self.seed, 2, epoch))
+            source = int(np.searchsorted(self.starts, i, side="right")) - 1
+            return source, epoch, i - int(self.starts[source])
+        block, i = divmod(g, _BLOCK)
+        picks, before = self._block(block)
+        source = int(picks[i])
+        turn = block * int(self.shares[source]) + int(before[i])
+        epoch, k = divmod(turn, self.sizes[source])
+        if self.shuffle:
+            k = permute(k, self.sizes[source], _key(self.seed, 3, source, epoch))
+        return source, epoch, k
+
+
+@dataclasses.dataclass(frozen=True)
+class RowOptions:
+    """How a sample becomes a row; see `DataConfig` for the fields of the same names."""
+
+    length: int
+    images_per_row: int
+    tokens_per_image: int
+    preprocess: pictures.Preprocess
+    independent_turns: bool = False
+    mask_dangling_start: bool = False
+    fixed_choices: bool = False
+    max_pixels: int = pictures.MAX_PIXELS
+
+
+class SampleStream:
+    """Random access to rows: `stream[n]` is a dict of arrays, or says why the sample is bad.
+
+    A good item holds `index`, `source`, the arrays of `Row`, and for its k kept pictures `cache`
+    int64[k] (row in the cache, -1 if the picture is in `pixels`) and `pixels` uint8[j, h, w, 3]. A
+    bad item holds `index`, `source`, `bad` (the reason) and `detail`.
+    """
+
+    def __init__(
+        self,
+        sources,
+        chat: Chat,
+        options: RowOptions,
+        mixture: Mixture,
+        epochs: int = 0,
+        process: tuple[int, int] = (0, 1),
+        picture_cache: ArrayCache | None = None,
+        feature_cache: ArrayCache | None = None,
+    ):
+        self.sources, self.chat, self.options, self.mixture = sources, chat, options, mixture
+        self.process = process
+        self.picture_cache, self.feature_cache = picture_cache, feature_cache
+        index, count = process
+        self.length = (
+            max(epochs * mixture.total - index + count - 1, 0) // count if epochs else ENDLESS
+        )
+
+    def __len__(self) -> int:
+        return self.length
+
+    def locate(self, n: int) -> tuple[int, int, int]:
+        return self.mixture.locate(n * self.process[1] + self.process[0])
+
+    def sample(self, n: int):
+        source, epoch, k = self.locate(n)
+        if self.options.fixed_choices:
+            epoch = 0
+        rng = np.random.default_rng((self.mixture.seed, 4, source, epoch, k))
+        return self.sources[source].sample(k, rng)
+
+    def __getitem__(self, n: int) -> dict:
+        n = int(n)
+        source, _, k = self.locate(n)
+        try:
+            return {"index": n, "source": source, **self._row(self.sample(n))}
+        except BadSample as e:
+            reason, detail = e.reason, e.detail
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
+            # Whatever else is wrong with one record must not stop a run of a million.
+            reason, detail = f"error_{type(e).__name__}", f"record {k}: {e}"
+        return {"index": n, "source": source, "bad": reason, "detail": detail}
+
+    def _row(self, sample) -> dict:
+        o = self.options
+        encoded = self.chat.conversation(sample.turns, o.independent_turns)
+        row = build_row(
+            encoded.ids,
+            encoded.labels,
+            o.tokens_per_image,
+            o.length,
+            self.chat.image_start,
+            encoded.turns,
+            o.mask_dangling_start,
+        )
+        if len(row.kept) > o.images_per_row:
+            raise BadSample(
+                "too_many_images", f"{len(row.kept)} pictures, a row holds {o.images_per_row}"
+            )
+        if not ((row.text_targets >= 0).any() or (row.visual_targets >= 0).any()):
+            raise BadSample("fully_masked", sample.id)
+        item = {
+            name: getattr(row, name)
+            for name in ("tokens", "positions", "text_targets", "image_slots", "visual_targets")
+        }
+        if o.independent_turns:
+            item["turns"] = np.zeros(len(row), np.int32) if row.turns is None else row.turns
+        notes: collections.Counter = collections.Counter()
+        item.update(self._pictures([sample.images[k] for k in row.kept], notes))
+        item["misnamed"] = notes["misnamed"]
+        return item
+
+    def _pictures(self, refs, notes) -> dict:
+        where = np.full(len(refs), -1, np.int64)
+        cache = self.feature_cache or self.picture_cache
+        if cache is not None:
+            for i, ref in enumerate(refs):
+                found = cache.lookup(ref)
+                if found is not None:
+                    where[i] = found
+                elif self.feature_cache is not None:
+                    raise BadSample("not_in_feature_cache", ref.key())
+        left = [ref for ref, row in zip(refs, where, strict=True) if row < 0]
+        item = {"cache": where}
+        if left:
+            loaded = pictures.load(left, self.options.max_pixels, notes)
+            item["pixels"] = np.stack([self.options.preprocess(p) for p in loaded])
+        return item

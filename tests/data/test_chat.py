@@ -1,0 +1,155 @@
+import json
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from metamorph_jax.data.chat import IGNORE, SENTINEL, Chat
+from metamorph_jax.data.sources.kinds import turns_of
+
+GOLDEN = "metamorph/conversations.json"
+
+
+@pytest.fixture(scope="session")
+def golden(golden_root):
+    return json.loads((golden_root / GOLDEN).read_text())
+
+
+@pytest.fixture(scope="session")
+def tokenizer(golden_root):
+    return PreTrainedTokenizerFast(tokenizer_file=str(golden_root / "metamorph/tokenizer.json"))
+
+
+def pytest_generate_tests(metafunc):
+    import pathlib
+
+    root = pathlib.Path(metafunc.config.getoption("--golden-root"))
+    data = json.loads((root / GOLDEN).read_text())
+    for name, key in (("case", "conversations"), ("question", "inference_prompts")):
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, list(data[key]))
+
+
+def encode(chat, case):
+    return chat.conversation(turns_of({"conversations": case["conversation"]}))
+
+
+@pytest.mark.golden
+def test_conversation_golden(case, golden, tokenizer):
+    case = golden["conversations"][case]
+    got = encode(Chat(tokenizer), case)
+    # Text alone is cut when tokenised by the reference; rows with pictures are cut by the collator.
+    limit = None if case["has_image"] else case["model_max_length"]
+    assert got.ids[:limit].tolist() == case["input_ids"]
+    assert got.labels[:limit].tolist() == case["labels"]
+
+
+@pytest.mark.golden
+def test_prompt_golden(question, golden, tokenizer):
+    case = golden["inference_prompts"][question]
+    got = Chat(tokenizer).question(case["question"], case["n_images"])
+    assert got.tolist() == case["input_ids"]
+
+
+@pytest.mark.golden
+def test_collator_golden(golden, tokenizer):
+    collator = golden["collator"]
+    n, chat = collator["model_max_length"], Chat(tokenizer)
+    pad, stack = golden["special_ids"][golden["pad_token"]], []
+    for k, name in enumerate(collator["samples"]):
+        got = encode(chat, golden["conversations"][name])
+        ids, labels = got.ids[:n].tolist(), got.labels[:n].tolist()
+        fill = len(collator["input_ids"][k]) - len(ids)
+        assert ids + [pad] * fill == collator["input_ids"][k]
+        assert labels + [IGNORE] * fill == collator["labels"][k]
+        assert [1] * len(ids) + [0] * fill == collator["attention_mask"][k]
+        stack += [10 * k + i for i in range(ids.count(SENTINEL))]
+    # The reference keeps the pictures of cut sentinels, so that later ones shift; ours don't.
+    assert set(stack) < set(collator["image_order"])
+
+
+@pytest.mark.golden
+def test_every_part_of_the_golden_file_is_read(golden):
+    assert set(golden) == {
+        "special_ids", "vocab_size", "pad_token", "image_placeholder", "ignore", "conversations",
+        "inference_prompts", "collator", "note",
+    }  # fmt: skip
+    assert (golden["image_placeholder"], golden["ignore"]) == (SENTINEL, IGNORE)
+
+
+def test_single_bos(tokenizer):
+    two, one = Chat(tokenizer), Chat(tokenizer, single_bos=True)
+    turns = (("user", "What is this?"), ("assistant", "a dog"))
+    assert one.conversation(turns).ids.tolist() == two.conversation(turns).ids.tolist()[1:]
+
+
+def test_training_starts_like_the_prompt(tokenizer):
+    chat = Chat(tokenizer)
+    turns = (("user", "<image>\nWhat?"), ("assistant", "A cat."))
+    prompt = chat.prompt(turns[:1])
+    ids = chat.conversation(turns).ids
+    assert ids[: len(prompt)].tolist() == prompt.tolist()
+
+
+class Letters:
+    """A toy tokenizer: one id per character, special tokens by name."""
+
+    special = ("<|im_start|>", "<|im_end|>")
+    unk_token_id, unk_token = 0, "<unk>"
+
+    def encode(self, text, add_special_tokens=False):
+        return [ord(c) for c in text]
+
+    def convert_tokens_to_ids(self, token):
+        return 900 + self.special.index(token) if token in self.special else 0
+
+    def __len__(self):
+        return 1000
+
+
+def readable(ids):
+    names = {900: "[", 901: "]", 1000: "<", 1001: ">", SENTINEL: "@"}
+    return "".join(names.get(i, chr(i) if i >= 0 else "-") for i in np.asarray(ids).tolist())
+
+
+def test_chatml_layout():
+    chat = Chat(Letters(), "chatml", system="Be kind")
+    got = chat.conversation((("user", "<image>Hi"), ("assistant", "Yo <image>")))
+    text = "[system\nBe kind]\n[user\n<@>Hi]\n[assistant\nYo <@>]\n"
+    assert readable(got.ids) == text
+    masked = "".join("." if v == IGNORE else c for v, c in zip(got.labels, text, strict=True))
+    assert masked == "." * text.index("Yo") + "Yo <@>]" + "."
+    assert (chat.image_start, chat.image_end) == (1000, 1001)
+
+
+@pytest.mark.parametrize("name,start", [("smollm2", "[system\nYou are a helpful AI"), ("chatml", "[user")])
+def test_default_system_turn(name, start):
+    assert readable(Chat(Letters(), name).question("Hi")).startswith(start)
+
+
+def test_independent_turns():
+    chat = Chat(Letters(), "chatml")
+    turns = (
+        ("user", "<image>\nOne?"), ("assistant", "1"), ("user", "Two?"), ("assistant", "2"),
+    )  # fmt: skip
+    got = chat.conversation(turns, independent=True)
+    text = {k: readable(got.ids[got.turns == k]) for k in (0, 1, 2)}
+    assert text[0] == "[user\n<@>"
+    assert text[1] == "\nOne?]\n[assistant\n1]\n"
+    assert text[2] == "\nTwo?]\n[assistant\n2]\n"
+    for k in (1, 2):  # prefix + turn k is what the same question alone would be
+        alone = chat.conversation((("user", "<image>\n" + turns[2 * k - 2][1].lstrip("<image>\n")),
+                                   turns[2 * k - 1]))  # fmt: skip
+        see = got.turns == 0
+        see |= got.turns == k
+        assert got.ids[see].tolist() == alone.ids.tolist()
+        assert got.labels[see].tolist() == alone.labels.tolist()
+    assert chat.conversation(turns[:2], independent=True).turns is None
+    assert chat.conversation((("user", "No picture"), *turns[1:]), independent=True).turns is None
+
+
+def test_missing_special_token_is_named():
+    with pytest.raises(ValueError, match="begin_of_text"):
+        Chat(Letters(), "llama3")
+    with pytest.raises(ValueError, match="expected one of"):
+        Chat(Letters(), "vicuna")
