@@ -1,0 +1,67 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+class Letters:
+    """A toy ChatML tokenizer: one id per character; vocabulary 1000."""
+
+    special = ("<|im_start|>", "<|im_end|>")
+    unk_token_id, unk_token = 0, "<unk>"
+
+    def encode(self, text, add_special_tokens=False):
+        return [ord(c) % 900 for c in text]
+
+    def convert_tokens_to_ids(self, token):
+        return 900 + self.special.index(token) if token in self.special else 0
+
+    def __len__(self):
+        return 1000
+
+
+@pytest.fixture
+def letters():
+    return Letters()
+
+
+def picture(seed, w=24, h=16):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (h, w, 3), np.uint8))
+
+
+def write_jsonl(path, records):
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+def conversation(*texts):
+    return [{"from": ("human", "gpt")[k % 2], "value": t} for k, t in enumerate(texts)]
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """A folder with pictures and 40 records of mixed kinds, five of them bad. (path, folder)."""
+    records = []
+    for k in range(40):
+        n = k % 4
+        paths = [f"p{k}_{i}.png" for i in range(n)]
+        for i, name in enumerate(paths):
+            picture(100 * k + i).save(tmp_path / name)
+        marks = "<image>" * max(n - 1, min(n, 1))
+        records.append({
+            "id": f"r{k}",
+            **({"image": paths if n > 1 else paths[0]} if n else {}),
+            "conversations": conversation(
+                f"{marks}\nQuestion {'x' * (k % 7)}?", "A" * (k % 11 + 1) + "<image>" * (n > 1)
+            ),
+        })  # fmt: skip
+    (tmp_path / "p1_0.png").unlink()  # missing
+    (tmp_path / "p5_0.png").write_bytes(b"")  # zero byte
+    data = (tmp_path / "p9_0.png").read_bytes()
+    (tmp_path / "p9_0.png").write_bytes(data[: len(data) // 2])  # truncated
+    picture(7).save(tmp_path / "p13_0.png", format="JPEG")  # misnamed: used
+    records[17]["conversations"][0]["value"] = "no marker"
+    records[20]["conversations"][1]["value"] = ""  # nothing to learn
+    path = tmp_path / "data.jsonl"
+    write_jsonl(path, records)
+    return path, tmp_path

@@ -1,0 +1,233 @@
+import json
+import os
+
+import numpy as np
+import pytest
+
+from metamorph_jax.data.sources import BadSample, ImageRef, RecordSource, kinds, open_records
+from metamorph_jax.data.sources import records as records_module
+from metamorph_jax.data.sources import templates, video
+from tests.data.conftest import conversation, write_jsonl
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def build(record, seed=0, root="/data", **kw):
+    return kinds.build(record, "s", root, rng(seed), **kw).checked(70)
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def test_jsonl_index(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('{"id": "é"}\n\n{broken\n{"id": 2}\n[1]\n{"id": 3}'.encode())
+    records = open_records(str(path))
+    assert len(records) == 5
+    assert [records[k]["id"] for k in (0, 2, 4)] == ["é", 2, 3]
+    assert [line for line, _ in records.bad_lines] == [3, 5]
+    with pytest.raises(BadSample, match="line 3"):
+        records[1]
+    # The second time the index is read, not made.
+    monkeypatch.setattr(records_module, "_scan_lines", lambda _: pytest.fail("scanned again"))
+    assert len(open_records(str(path))) == 5
+    monkeypatch.undo()
+    # A changed file is indexed anew; so it is when the index is broken.
+    with open(path, "a") as f:
+        f.write('\n{"id": 4}\n')
+    assert len(open_records(str(path))) == 6
+    index = tmp_path / ".a.jsonl.offsets.npz"
+    index.write_bytes(b"junk")
+    assert open_records(str(path))[5]["id"] == 4
+
+
+def test_jsonl_index_elsewhere(tmp_path):
+    path, there = tmp_path / "a.jsonl", tmp_path / "index"
+    write_jsonl(path, [{"id": 1}])
+    open_records(str(path), str(there))
+    assert len(os.listdir(there)) == 1 and not (tmp_path / ".a.jsonl.offsets.npz").exists()
+
+
+def test_json_and_errors(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"id": 1}, {"id": 2}]))
+    assert open_records(str(path))[1]["id"] == 2
+    path.write_text('{"id": 1}\n{"id": 2}')
+    with pytest.raises(ValueError, match="JSON lines"):
+        open_records(str(path))
+    with pytest.raises(FileNotFoundError, match="nope"):
+        open_records(str(tmp_path / "nope.json"))
+
+
+def test_array_record(tmp_path):
+    module = pytest.importorskip("array_record.python.array_record_module")
+    path = str(tmp_path / "a.arrayrecord")
+    writer = module.ArrayRecordWriter(path, "group_size:1")
+    for k in range(3):
+        writer.write(json.dumps({"id": k}).encode())
+    writer.close()
+    records = open_records(path)
+    assert len(records) == 3 and records[2]["id"] == 2
+
+
+# ---- kinds ---------------------------------------------------------------------------------------
+
+
+def test_recognise():
+    cases = {
+        "text": {},
+        "image": {"image": "a.jpg"},
+        "images": {"image": ["a.jpg", "b.jpg"]},
+        "video_qa": {"image": "v/x.mp4", "id": "k700_12"},
+        "frame_prediction": {"image": "v/x.webm", "id": "howto"},
+        "visual_cot": {"image": ["visual_cot/a.jpg", "visual_cot/a.jpg###[1,2,3,4]"]},
+        "vstar": {"image": "a.jpg", "id": "vstar_7"},
+    }
+    assert set(cases) == set(kinds.KINDS)
+    for kind, record in cases.items():
+        assert kinds.recognise(record) == kind
+    assert kinds.recognise({"image": None}) == "text"
+
+
+def test_image_and_text_kinds():
+    sample = build({"id": "q", "image": "a.jpg", "conversations": conversation("<image>\nQ", "A")})
+    assert sample.turns == (("user", "<image>\nQ"), ("assistant", "A"))
+    assert sample.images == (ImageRef("/data/a.jpg"),)
+    sample = build({"image": ["a.jpg", "b/c.jpg"], "conversations": conversation("<image> Q", "<image>")})
+    assert [i.path for i in sample.images] == ["/data/a.jpg", "/data/b/c.jpg"]
+    sample = build({"conversations": [{"from": "gpt", "value": "x"}, *conversation("Q", "A")]})
+    assert sample.turns[0] == ("user", "Q") and sample.images == ()
+
+
+@pytest.mark.parametrize("reason,record", [
+    ("marker_mismatch", {"image": "a.jpg", "conversations": conversation("Q", "A")}),
+    ("marker_mismatch", {"conversations": conversation("<image>", "A")}),
+    ("too_many_images", {"image": ["a"] * 71, "conversations": conversation("<image>" * 71, "A")}),
+    ("bad_roles", {"conversations": [*conversation("Q"), *conversation("Q")]}),
+    ("bad_record", {"conversations": [{"from": "human"}]}),
+    ("bad_record", {}),
+    ("bad_record", {"conversations": conversation("Q", 7)}),
+    ("path_outside_root", {"image": "../a.jpg", "conversations": conversation("<image>", "A")}),
+    ("bad_crop", {"image": ["visual_cot/a", "b##[1]"], "conversations": conversation(*"abcd")}),
+    ("bad_record", {"image": ["visual_cot/a", "b###[1,2,3,4]"], "conversations": conversation("a")}),
+    ("bad_record", {"id": "vstar", "image": "a", "conversations": conversation("a", "b")}),
+])  # fmt: skip
+def test_bad_records(reason, record):
+    with pytest.raises(BadSample) as e:
+        build(record)
+    assert e.value.reason == reason
+
+
+def test_visual_cot():
+    record = {
+        "image": ["visual_cot/a.jpg", "visual_cot/a.jpg###[10, 20, 30, 40]"],
+        "conversations": conversation(
+            "<image>\nWhat does the sign say? Please give the bounding box coordinate of the "
+            "region that helps.", "[0.1, 0.2, 0.3, 0.4]", "<image>", "Stop."),
+    }  # fmt: skip
+    starts = set()
+    for seed in range(60):
+        sample = build(record, seed)
+        human, gpt = (text for _, text in sample.turns)
+        assert human.endswith("<image>\nWhat does the sign say?")
+        assert gpt.endswith(" <image> Stop.")
+        starts.add(human.split("<image>")[0])
+    assert sample.images[1] == ImageRef("/data/visual_cot/a.jpg", box=(10, 20, 30, 40))
+    assert len(starts) > 8
+    assert (len(templates.THINK_HUMAN), len(templates.THINK_GPT), len(templates.THINK_BOXES)) == (
+        13, 16, 15)  # fmt: skip
+
+
+def test_vstar():
+    boxes = [{"name": n, "bbox": [1, 2, 3, 4]} for n in ("cup", "dog", "cat")]
+    record = {
+        "id": "vstar_1", "image": "a.jpg", "target_instances": boxes,
+        "conversations": conversation(
+            "<image>\nWhat colour is the cup? Additional visual information to focus on: cup.",
+            "It is red."),
+    }  # fmt: skip
+    sample = build(record)
+    human, gpt = (text for _, text in sample.turns)
+    assert human.endswith("<image>\nWhat colour is the cup?")
+    assert "cup, dog, and cat" in gpt and "<image>" in gpt and gpt.endswith("It is red.")
+    assert [m[0] for m in sample.images[1].marks] == ["cup", "dog", "cat"]
+    assert len({i.key() for i in sample.images}) == 2
+
+
+def test_frame_templates():
+    """Markers fit the frames; every frame exists; each template comes up."""
+    seen = set()
+    for seed in range(400):
+        n = 2 + seed % 7
+        question, answer, which = templates.frame_prediction(n, 0.5, rng(seed))
+        assert (question + answer).count("<image>") == len(which)
+        assert all(0 <= i < n for i in which)
+        assert "{" not in question + answer
+        if n > 2:
+            seen.add(answer.split("<image>")[0])
+    assert len(seen) == 7
+    for seed in range(300):  # "order" shows the frames in order, and says nothing else
+        question, answer, which = templates.frame_prediction(6, 0.5, rng(seed))
+        if "shuffled" in question:
+            half = len(which) // 2
+            assert which[half:] == sorted(which[:half]) and not any(c.isdigit() for c in answer)
+    assert len(templates.TWO_FRAMES) == 12
+    assert sum("{step}" in q for q, _ in templates.TWO_FRAMES) == 11
+
+
+def test_frame_indices():
+    info = video.VideoInfo(frames=100, fps=10.0)
+    assert video.frame_indices(info, 1.0) == [0, 10, 20, 30, 40, 50, 60, 70, 80, 90]
+    assert len(video.frame_indices(info, 0.1)) == 45
+    for seed in range(50):
+        assert 0.2 <= video.random_step(info, rng(seed)) <= 5.0
+    assert video.frame_indices(video.VideoInfo(1, 1.0), 1.0) == [0]
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """30 frames at 10 a second, frame k grey 8 k, one red pixel corner."""
+    av = pytest.importorskip("av")
+    path = str(tmp_path / "v.mp4")
+    with av.open(path, "w") as out:
+        stream = out.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        stream.bit_rate = 10_000_000
+        for k in range(30):
+            pixels = np.full((32, 32, 3), 8 * k, np.uint8)
+            pixels[:16, :16] = (255, 0, 0)
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        out.mux(stream.encode())
+    return path
+
+
+def test_video_frames(clip, tmp_path):
+    info = video.probe(clip)
+    assert info == video.VideoInfo(30, 10.0)
+    frames = video.decode_frames(clip, [20, 0, 10, 99], 10**6)
+    assert sorted(frames) == [0, 10, 20, 99]
+    for k in (0, 10, 20):
+        assert abs(int(frames[k][24, 24, 1]) - 8 * k) < 12
+        assert frames[k][4, 4, 0] > 200 and frames[k][4, 4, 2] < 60  # RGB, not BGR
+    with pytest.raises(BadSample, match="oversized"):
+        video.decode_frames(clip, [0], 100)
+    (tmp_path / "bad.mp4").write_bytes(b"junk" * 100)
+    with pytest.raises(BadSample, match="bad_video"):
+        video.probe(str(tmp_path / "bad.mp4"))
+    with pytest.raises(BadSample, match="missing"):
+        video.probe(str(tmp_path / "none.mp4"))
+
+
+def test_video_kinds(clip):
+    root = os.path.dirname(clip)
+    qa = {"id": "k700_1", "image": "v.mp4", "conversations": conversation("<video>\nWhat?", "It.")}
+    sample = build(qa, root=root)
+    assert sample.turns[0][1] == "<image>" * 3 + "What?"
+    assert [i.frame for i in sample.images] == [0, 10, 20]
+    source = RecordSource("v", [{"id": "h", "image": "v.mp4"}], root)
+    for seed in range(20):
+        a, b = source.sample(0, rng(seed)), source.sample(0, rng(seed))
+        assert a == b and len(a.images) >= 2
+    assert len({source.sample(0, rng(seed)).turns for seed in range(20)}) > 5
