@@ -55,9 +55,7 @@ def picture_spec(preprocess: pictures.Preprocess) -> CacheSpec:
     return CacheSpec("pictures", preprocess.fingerprint(), (side, side, 3), "uint8")
 
 
-def feature_spec(
-    preprocess: pictures.Preprocess, tower: str, tokens: int, width: int
-) -> CacheSpec:
+def feature_spec(preprocess: pictures.Preprocess, tower: str, tokens: int, width: int) -> CacheSpec:
     """`tower` must name weights, layer, reduction and normalisation: all that decides a feature."""
     fingerprint = f"{preprocess.fingerprint()} {preprocess.mean} {preprocess.std} | {tower}"
     return CacheSpec("features", fingerprint, (tokens, width), "float32")
@@ -89,8 +87,8 @@ class ArrayCache:
             raise ValueError(f"{folder} holds {meta}, not {spec}")
         self.spec = meta
         good, _ = _good_lines(folder, meta)
-        self._index = {e["key"]: (e["row"], e["size"], e["time"]) for e in good if "bad" not in e}
-        count = 1 + max((row for row, _, _ in self._index.values()), default=-1)
+        self._index = {e["key"]: (e["row"], e.get("bad"), e["size"], e["time"]) for e in good}
+        count = 1 + max((found[0] for found in self._index.values()), default=-1)
         if count:
             path = os.path.join(folder, "rows.bin")
             self.rows = np.memmap(path, meta.dtype, "r", shape=(count, *meta.shape))
@@ -101,13 +99,19 @@ class ArrayCache:
         return (ArrayCache, (self.folder,))
 
     def __len__(self) -> int:
-        return len(self._index)
+        return sum(bad is None for _, bad, _, _ in self._index.values())
 
     def lookup(self, ref: ImageRef) -> int | None:
-        """Row of a picture; None if it isn't cached or its file has changed."""
+        """Row of a picture; None if it isn't cached or its file has changed.
+
+        A picture that was bad when the cache was built raises BadSample for the same reason.
+        """
+        now = stamp(ref.path)
         found = self._index.get(ref.key())
-        if found is None or found[1:] != stamp(ref.path):
+        if found is None or found[2:] != now:
             return None
+        if found[1]:
+            raise BadSample(found[1], ref.key())
         return found[0]
 
 
@@ -149,8 +153,8 @@ def build(
     elif meta != spec:
         raise ValueError(f"{folder} holds {meta}, not {spec}")
     good, length = _good_lines(folder, spec)
-    known = {e["key"]: (e["size"], e["time"]) for e in good}
-    row = 1 + max((e["row"] for e in good if "bad" not in e), default=-1)
+    known = {e["key"]: (e["size"], e["time"], e.get("bad")) for e in good}
+    row = 1 + max((e["row"] for e in good), default=-1)
     bad = Counter()
     rows_path, index_path = os.path.join(folder, "rows.bin"), os.path.join(folder, "index.jsonl")
     show = _Progress(total or (len(refs) if hasattr(refs, "__len__") else 0), spec.kind, progress)
@@ -162,20 +166,25 @@ def build(
         with ThreadPoolExecutor(max(threads, 1)) as pool:
 
             def one(ref: ImageRef):
+                entry = None
                 try:
                     size, mtime = stamp(ref.path)
                     entry = {"key": ref.key(), "size": size, "time": mtime}
-                    if known.get(entry["key"]) == (size, mtime):
-                        return None, None
+                    same = known.get(entry["key"], ())
+                    if same[:2] == (size, mtime):
+                        return None, BadSample(same[2]) if same[2] else None
                     return entry, preprocess(pictures.load([ref], max_pixels)[0])
                 except BadSample as e:
-                    return None, e
+                    return entry, e
 
             waiting: list[tuple[dict, np.ndarray]] = []
             for chunk in _chunks(_unique(refs), batch_size):
                 for entry, result in pool.map(one, chunk):
                     if isinstance(result, BadSample):
                         bad[result.reason] += 1
+                        if entry is not None:
+                            line = {**entry, "row": -1, "bad": result.reason}
+                            index.write(json.dumps(line).encode() + b"\n")
                     elif entry is not None:
                         waiting.append((entry, result))
                 while len(waiting) >= batch_size:

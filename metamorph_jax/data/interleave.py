@@ -122,6 +122,4 @@ def build_row(
         text_targets[border] = -1
         visual_targets[border] = -1
     kept = np.arange(count, dtype=np.int32)
-    return Row(
-        tokens, positions, text_targets, image_slots, visual_targets, kept, answers, turns
-    )
+    return Row(tokens, positions, text_targets, image_slots, visual_targets, kept, answers, turns)

@@ -77,10 +77,13 @@ class FirstFit:
                 f"row of {self.length} and {self.images}"
             )
         closed = []
-        for row, used in enumerate(self.used):
-            if used[0] + positions <= self.length and used[1] + pictures <= self.images:
-                break
-        else:
+        room = (
+            r
+            for r, (p, i) in enumerate(self.used)
+            if p + positions <= self.length and i + pictures <= self.images
+        )
+        row = next(room, None)
+        if row is None:
             if len(self.rows) >= self.open_rows:
                 closed.append(self._close(max(range(len(self.used)), key=lambda r: self.used[r])))
             row = len(self.rows)

@@ -139,9 +139,7 @@ def open_sources(config: DataConfig) -> list[RecordSource]:
             name = f"{name}_{len(out)}"
         root = s.root or os.path.dirname(os.path.abspath(s.path.split(",")[0]))
         records = open_records(s.path, config.index_dir or None)
-        out.append(
-            RecordSource(name, records, root, s.kind, config.max_images, config.max_frames)
-        )
+        out.append(RecordSource(name, records, root, s.kind, config.max_images, config.max_frames))
     return out
 
 

@@ -43,7 +43,7 @@ def permute(i: int, n: int, key: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def _key(*parts: int) -> int:
+def key_of(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
 
 
@@ -91,7 +91,7 @@ class Mixture:
         if self.shares is None:
             epoch, i = divmod(g, self.total)
             if self.shuffle:
-                i = permute(i, self.total, _key(self.seed, 2, epoch))
+                i = permute(i, self.total, key_of(self.seed, 2, epoch))
             source = int(np.searchsorted(self.starts, i, side="right")) - 1
             return source, epoch, i - int(self.starts[source])
         block, i = divmod(g, _BLOCK)
@@ -100,7 +100,7 @@ class Mixture:
         turn = block * int(self.shares[source]) + int(before[i])
         epoch, k = divmod(turn, self.sizes[source])
         if self.shuffle:
-            k = permute(k, self.sizes[source], _key(self.seed, 3, source, epoch))
+            k = permute(k, self.sizes[source], key_of(self.seed, 3, source, epoch))
         return source, epoch, k
 
 

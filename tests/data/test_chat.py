@@ -122,7 +122,7 @@ def test_chatml_layout():
     assert (chat.image_start, chat.image_end) == (1000, 1001)
 
 
-@pytest.mark.parametrize("name,start", [("smollm2", "[system\nYou are a helpful AI"), ("chatml", "[user")])
+@pytest.mark.parametrize("name,start", [("smollm2", "[system\nYou are"), ("chatml", "[user")])
 def test_default_system_turn(name, start):
     assert readable(Chat(Letters(), name).question("Hi")).startswith(start)
 

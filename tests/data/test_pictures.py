@@ -117,7 +117,7 @@ def test_box_and_marks(tmp_path):
         pictures.load([ImageRef(ref.path, box=(200, 20, 300, 60))])
 
 
-@pytest.mark.parametrize("path", ["../x.png", "a/../../x.png", "/etc/passwd", "", "a\0b", "..", None])
+@pytest.mark.parametrize("path", ["../x", "a/../../x", "/etc/x", "", "a\0b", "..", None])
 def test_paths_stay_in_the_root(path, tmp_path):
     with pytest.raises(BadSample):
         confined(str(tmp_path), path)

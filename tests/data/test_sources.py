@@ -4,9 +4,16 @@ import os
 import numpy as np
 import pytest
 
-from metamorph_jax.data.sources import BadSample, ImageRef, RecordSource, kinds, open_records
+from metamorph_jax.data.sources import (
+    BadSample,
+    ImageRef,
+    RecordSource,
+    kinds,
+    open_records,
+    templates,
+    video,
+)
 from metamorph_jax.data.sources import records as records_module
-from metamorph_jax.data.sources import templates, video
 from tests.data.conftest import conversation, write_jsonl
 
 
@@ -95,7 +102,9 @@ def test_image_and_text_kinds():
     sample = build({"id": "q", "image": "a.jpg", "conversations": conversation("<image>\nQ", "A")})
     assert sample.turns == (("user", "<image>\nQ"), ("assistant", "A"))
     assert sample.images == (ImageRef("/data/a.jpg"),)
-    sample = build({"image": ["a.jpg", "b/c.jpg"], "conversations": conversation("<image> Q", "<image>")})
+    sample = build(
+        {"image": ["a.jpg", "b/c.jpg"], "conversations": conversation("<image> Q", "<image>")}
+    )
     assert [i.path for i in sample.images] == ["/data/a.jpg", "/data/b/c.jpg"]
     sample = build({"conversations": [{"from": "gpt", "value": "x"}, *conversation("Q", "A")]})
     assert sample.turns[0] == ("user", "Q") and sample.images == ()

@@ -1,4 +1,4 @@
-"""Files of records with random access: LLaVA JSON, JSONL (indexed by byte offset), ArrayRecord, TFDS.
+"""Files of records with random access: JSON, JSONL (indexed by byte offset), ArrayRecord, TFDS.
 
 A record is one decoded JSON object with the keys `id`, `image` and `conversations` (and whatever
 its kind needs). `RecordSource` turns record k into a `Sample`.
@@ -172,7 +172,7 @@ class ArrayRecords:
 
 
 class TfdsRecords:
-    """`tfds:NAME/SPLIT` through `tfds.data_source`; features `id`, `image`, `conversations` (JSON)."""
+    """`tfds:NAME/SPLIT` through `tfds.data_source`; features `id`, `image`, `conversations`."""
 
     bad_lines: tuple[tuple[int, str], ...] = ()
 

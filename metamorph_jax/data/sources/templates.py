@@ -1,7 +1,6 @@
 """Wordings that samples are built from: visual thinking, boxes, and frame prediction.
 
-`m` frames and `step` seconds go into the sentences; `{images}` stands for the markers. Every list is
-drawn from uniformly.
+Every list is drawn from uniformly.
 """
 
 import numpy as np
@@ -68,7 +67,7 @@ def choose(options, rng: np.random.Generator):
 
 
 def name_list(names: list[str]) -> str:
-    """"a", "a and b", "a, b, and c"."""
+    """ "a", "a and b", "a, b, and c"."""
     if len(names) < 3:
         return " and ".join(names)
     return ", ".join(names[:-1]) + ", and " + names[-1]
@@ -116,7 +115,8 @@ def frame_prediction(
         raise ValueError("frame prediction needs at least two frames")
     if frames == 2:
         question, answer = choose(TWO_FRAMES, rng)
-        return question.format(first=IMAGE, step=seconds), answer.format(step=seconds) + IMAGE, [0, 1]
+        question = question.format(first=IMAGE, step=seconds)
+        return question, answer.format(step=seconds) + IMAGE, [0, 1]
 
     start = int(rng.integers(0, frames - 1))  # in [0, n - 2]
     end = int(rng.integers(start + 1, frames))  # in [start + 1, n - 1]
@@ -170,7 +170,7 @@ def _order(chosen, m, left, seconds, rng):
 
 
 def _interval(chosen, m, left, seconds, rng):
-    question = f"{_markers(m, rng)} How many seconds lie between neighbouring ones of these {m} frames?"
+    question = f"{_markers(m, rng)} How many seconds lie between neighbours of these {m} frames?"
     return question, f"About {seconds} seconds.", chosen
 
 
@@ -180,6 +180,8 @@ def _continue(chosen, m, left, seconds, rng):
         f"{_markers(m, rng)} {_count(m)}, {seconds} seconds apart. "
         f"Carry on with {_count(q)} more at the same pace."
     )
-    return question, "It goes on so: " + _markers(q, rng), chosen + [
-        chosen[-1] + 1 + i for i in range(q)
-    ]
+    return (
+        question,
+        "It goes on so: " + _markers(q, rng),
+        chosen + [chosen[-1] + 1 + i for i in range(q)],
+    )

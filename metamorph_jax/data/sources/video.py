@@ -63,7 +63,7 @@ def random_step(info: VideoInfo, rng: np.random.Generator) -> float:
 
 
 def frame_indices(info: VideoInfo, step: float, limit: int = 45) -> list[int]:
-    """Frames at t = 0, step, 2 step, … before the end: min(int(t * fps), n - 1), at most `limit`."""
+    """Frames at t = 0, step, 2 step, … before the end, at most `limit`: min(int(t fps), n - 1)."""
     step = max(round(step, 1), 0.1)
     indices = []
     while len(indices) < limit:

@@ -1,0 +1,296 @@
+import collections
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from metamorph_jax.data import cache as caches
+from metamorph_jax.data import check, decoder_pairs
+from metamorph_jax.data.pipeline import DataConfig, SourceConfig, make_pipeline, make_stream
+from metamorph_jax.data.stream import Mixture, permute
+from tests.data.conftest import Letters, conversation, picture, write_jsonl
+
+BAD = {"missing": 1, "zero_byte": 1, "truncated": 1, "marker_mismatch": 1, "fully_masked": 1}
+
+
+def config(path, **kw):
+    base = dict(
+        sources=(SourceConfig(str(path), name="d"),), template="chatml", batch_size=2, length=160,
+        images_per_row=6, tokens_per_image=4, image_size=8, open_rows=3, seed=1, read_ahead=8,
+    )  # fmt: skip
+    return DataConfig(**{**base, **kw})
+
+
+def equal(a, b):
+    for field in dataclasses.fields(a):
+        x, y = getattr(a, field.name), getattr(b, field.name)
+        assert (x is None) == (y is None), field.name
+        if x is not None:
+            np.testing.assert_array_equal(x, y, err_msg=field.name)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 16, 17, 1000])
+def test_permute(n):
+    images = [permute(i, n, 12345) for i in range(n)]
+    assert sorted(images) == list(range(n))
+    if n == 1000:
+        assert images != [permute(i, n, 54321) for i in range(n)]
+        assert abs(np.corrcoef(images, range(n))[0, 1]) < 0.1
+
+
+def test_mixture_by_size_and_by_weight():
+    by_size = Mixture([3, 5], None, 0, True)
+    for epoch in range(3):
+        got = [by_size.locate(epoch * 8 + i) for i in range(8)]
+        assert sorted(got) == [(0, epoch, k) for k in range(3)] + [(1, epoch, k) for k in range(5)]
+    weighted = Mixture([3, 500], [3.0, 1.0], 0, True)
+    got = [weighted.locate(i) for i in range(3 * 4096)]
+    assert collections.Counter(s for s, _, _ in got) == {0: 3 * 3072, 1: 3 * 1024}
+    for source, size in ((0, 3), (1, 500)):  # every epoch of a source is complete
+        mine = [(e, k) for s, e, k in got if s == source]
+        whole = len(mine) // size * size
+        assert sorted(mine[:whole]) == [divmod(i, size) for i in range(whole)]
+    assert [Mixture([4], None, 0, False).locate(i)[2] for i in range(6)] == [0, 1, 2, 3, 0, 1]
+
+
+def test_one_epoch(dataset, letters):
+    path, _ = dataset
+    it = make_pipeline(config(path, epochs=1), letters)
+    segments = sum(int(b.segments[r].max()) for b in it for r in range(2))
+    assert segments == 35
+    assert it.counts == {**{f"d/{k}": v for k, v in BAD.items()}, "d/misnamed": 1}
+    assert it.samples_seen == 40
+
+
+def test_batches_hold_the_samples(dataset, letters):
+    """Pixels of a row are those of its samples, in order; labels point at the next position."""
+    path, _ = dataset
+    stream = make_stream(config(path), letters)
+    batch = next(make_pipeline(config(path), letters))
+    assert batch.pixels.dtype == np.uint8 and batch.tokens.dtype == np.int32
+    texts = {}
+    for n in range(60):
+        item = stream[n]
+        if "bad" not in item:
+            texts[item["tokens"].tobytes() + item["image_slots"].tobytes()] = item
+    for b in range(2):
+        at = 0
+        for s in range(1, batch.segments[b].max() + 1):
+            here = batch.segments[b] == s
+            slots = batch.image_slots[b, here]
+            k = len(np.unique(slots[slots >= 0] // 4))
+            own = np.where(slots >= 0, slots - at * 4, -1).astype(np.int32)
+            item = texts[batch.tokens[b, here].tobytes() + own.tobytes()]
+            if k:
+                np.testing.assert_array_equal(batch.pixels[b, at : at + k], item["pixels"])
+            at += k
+
+
+def test_resume_and_determinism(dataset, letters):
+    path, _ = dataset
+    straight = make_pipeline(config(path), letters)
+    batches = [next(straight) for _ in range(12)]
+    it = make_pipeline(config(path), letters)
+    for _ in range(5):
+        next(it)
+    state = json.loads(json.dumps(it.get_state()))
+    other = make_pipeline(config(path, read_threads=0, read_ahead=1), letters)
+    other.set_state(state)
+    for want in batches[5:]:
+        equal(next(other), want)
+    assert other.get_state() == straight.get_state()
+    it.set_state(state)  # also backwards, on an iterator in use
+    equal(next(it), batches[5])
+    with pytest.raises(ValueError, match="changed"):
+        make_pipeline(config(path, length=161), letters).set_state(state)
+
+
+def test_worker_processes_change_nothing(dataset):
+    path, _ = dataset
+    one = make_pipeline(config(path), Letters())
+    two = make_pipeline(config(path, workers=2, read_ahead=2), Letters())
+    for _ in range(4):
+        equal(next(one), next(two))
+    state = two.get_state()
+    two.close()
+    two = make_pipeline(config(path, workers=1), Letters())
+    two.set_state(state)
+    equal(next(one), next(two))
+    two.close()
+
+
+def test_processes_share_the_samples(dataset, letters):
+    path, _ = dataset
+    whole = make_stream(config(path, epochs=1), letters)
+    parts = [make_stream(config(path, epochs=1), letters, process=(i, 3)) for i in range(3)]
+    assert [len(p) for p in parts] == [14, 13, 13]
+    got = [p.locate(n) for p in parts for n in range(len(p))]
+    assert sorted(got) == sorted(whole.locate(n) for n in range(40))
+
+
+def test_wrong_root_is_a_clear_error(dataset, letters, tmp_path):
+    path, _ = dataset
+    (tmp_path / "empty").mkdir()
+    source = SourceConfig(str(path), root=str(tmp_path / "empty"))
+    it = make_pipeline(config(path, sources=(source,), max_bad_in_a_row=5, length=4000), letters)
+    with pytest.raises(RuntimeError, match="missing"):
+        for _ in range(200):
+            next(it)
+
+
+def features_of(pixels):
+    """A stand-in for a tower: float32[n, 4, 3]."""
+    x = pixels.astype(np.float32) / 255
+    return x.reshape(len(x), 4, -1, 3).mean(2)
+
+
+def all_refs(path, letters):
+    return list(check.all_refs(config(path), letters))
+
+
+def test_caches_give_the_same_numbers(dataset, letters, tmp_path):
+    path, _ = dataset
+    c = config(path)
+    process = c.preprocess
+    root = str(tmp_path / "cache")
+    refs = all_refs(path, letters)
+    spec = caches.picture_spec(process)
+    cache, bad = caches.build(root, spec, refs, process, progress=False)
+    assert bad == {"missing": 1, "zero_byte": 1, "truncated": 1} and len(cache) == len(refs) - 3
+    direct, cached = (make_pipeline(x, letters) for x in (c, config(path, picture_cache=root)))
+    spec = caches.feature_spec(process, "toy", 4, 3)
+    caches.build(root, spec, refs, process, features_of, batch_size=4, progress=False)
+    given = make_pipeline(config(path, feature_cache=root, feature_width=3, tower="toy"), letters)
+    for _ in range(12):
+        a, b, f = next(direct), next(cached), next(given)
+        equal(a, b)
+        np.testing.assert_array_equal(a.tokens, f.tokens)
+        assert f.pixels is None and f.features.dtype == np.float32
+        want = features_of(a.pixels.reshape(-1, 8, 8, 3)).reshape(f.features.shape)
+        np.testing.assert_array_equal(f.features[a.image_valid], want[a.image_valid])
+    # Bad pictures are counted alike, but for wrong names, which a cache does not remember.
+    want = {k: v for k, v in direct.counts.items() if k != "d/misnamed"}
+    assert cached.counts == given.counts == want
+
+
+def test_cache_goes_on_after_an_interruption(dataset, letters, tmp_path):
+    path, folder = dataset
+    process = config(path).preprocess
+    spec = caches.feature_spec(process, "toy", 4, 3)
+    refs = all_refs(path, letters)
+    calls = []
+
+    def failing(pixels):
+        calls.append(len(pixels))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return features_of(pixels)
+
+    root = str(tmp_path / "cache")
+    with pytest.raises(KeyboardInterrupt):
+        caches.build(root, spec, refs, process, failing, batch_size=4, progress=False)
+    where = spec.folder(root)
+    with open(where + "/rows.bin", "ab") as f, open(where + "/index.jsonl", "ab") as g:
+        f.write(b"half a row")
+        g.write(b'{"key": "half')
+    assert len(caches.ArrayCache(where)) == 8
+    cache, _ = caches.build(root, spec, refs, process, features_of, batch_size=4, progress=False)
+    whole, _ = caches.build(str(tmp_path / "other"), spec, refs, process, features_of,
+                            batch_size=4, progress=False)  # fmt: skip
+    assert len(cache) == len(whole)
+    np.testing.assert_array_equal(cache.rows, whole.rows)
+    # A second build has nothing to do; a changed file is not served from the cache.
+    caches.build(root, spec, refs, process, lambda x: pytest.fail("again"), progress=False)
+    ref = next(r for r in refs if r.path.endswith("p2_1.png"))
+    picture(99, 30, 30).save(ref.path)
+    assert cache.lookup(ref) is None
+    cache, _ = caches.build(root, spec, refs, process, features_of, batch_size=4, progress=False)
+    assert cache.lookup(ref) == len(whole)
+
+
+def test_text_only_needs_no_pictures(tmp_path, letters):
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps([{"id": "a", "conversations": conversation("Q", "A")}]))
+    batch = next(make_pipeline(config(path), letters))
+    assert not batch.image_valid.any() and batch.pixels.shape == (2, 6, 8, 8, 3)
+
+
+def test_independent_turns_in_a_batch(tmp_path, letters):
+    picture(1).save(tmp_path / "a.png")
+    write_jsonl(tmp_path / "a.jsonl", [
+        {"id": "a", "image": "a.png", "conversations": conversation("<image>\nQ", "A", "R", "B")}
+    ])  # fmt: skip
+    batch = next(make_pipeline(config(tmp_path / "a.jsonl", independent_turns=True), letters))
+    row, n = batch.turns[0], (batch.segments[0] == 1).sum()
+    assert sorted(set(row[:n].tolist())) == [0, 1, 2]
+    second = np.flatnonzero(row[:n] == 2)
+    assert batch.positions[0, second[0]] == (row[:n] == 0).sum()
+
+
+def test_config_errors(tmp_path):
+    with pytest.raises(ValueError, match="weights"):
+        config("a", sources=(SourceConfig("a", weight=1.0), SourceConfig("b")))
+    with pytest.raises(ValueError, match="feature_width"):
+        config("a", feature_cache="x")
+    with pytest.raises(ValueError, match="empty"):
+        DataConfig(sources=())
+
+
+# ---- check ---------------------------------------------------------------------------------------
+
+
+def test_check_finds_everything(dataset, letters, capsys):
+    path, folder = dataset
+    with open(path, "a") as f:
+        f.write("{broken\n")
+    picture(5, 60, 60).save(folder / "p29_0.png")
+    c = config(path, max_pixels=3000)
+    report = check.check(c, letters)
+    want = {**BAD, "bad_json": 1, "oversized": 1, "misnamed": 1}
+    assert {r["reason"]: r["count"] for r in report["problems"]} == want
+    assert report["sources"] == [{"source": "d", "samples": 41, "good": 41 - 7}]
+    text = check.table(report)
+    assert "line 41" in text and "p13_0.png" in text
+    # The pipeline skips exactly what the check calls bad.
+    it = make_pipeline(config(path, max_pixels=3000, epochs=1), letters)
+    collections.deque(it, maxlen=0)
+    assert it.counts == {f"d/{k}": v for k, v in want.items()}
+
+
+def test_check_command(dataset, capsys):
+    import argparse
+
+    path, _ = dataset
+    parser = argparse.ArgumentParser()
+    check.add_arguments(parser)
+    code = check.run(parser.parse_args([str(path), "--json"]))
+    report = json.loads(capsys.readouterr().out)
+    assert code == 1 and {r["reason"] for r in report["problems"]} >= set(BAD) - {"fully_masked"}
+
+
+# ---- decoder -------------------------------------------------------------------------------------
+
+
+def test_decoder_pairs(dataset, letters, tmp_path):
+    path, _ = dataset
+    c = config(path)
+    root, process = str(tmp_path / "c"), c.preprocess
+    refs = all_refs(path, letters)
+    spec = caches.feature_spec(process, "toy", 4, 3)
+    cache, _ = caches.build(root, spec, refs, process, features_of, progress=False)
+    pairs = decoder_pairs.DecoderPairs(refs, process, batch_size=7, seed=3, features=cache)
+    assert len(pairs) == len(cache)
+    batches = [next(pairs) for _ in range(20)]
+    first = np.concatenate([b.image for b in batches])[: len(cache)]
+    assert len(np.unique(first.reshape(len(first), -1), axis=0)) == len(cache)  # an epoch
+    for b in batches:
+        np.testing.assert_array_equal(b.features, features_of(b.image))
+        assert b.valid.all()
+    for memory in (0, 2**30):
+        other = decoder_pairs.DecoderPairs(
+            refs, process, batch_size=7, seed=3, features=cache, memory_bytes=memory
+        )
+        other.set_state(json.loads(json.dumps({**pairs.get_state(), "next": 4 * 7})))
+        for want in batches[4:]:
+            equal(next(other), want)
