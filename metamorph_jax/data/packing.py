@@ -110,8 +110,7 @@ class _OneEach(FirstFit):
     """Parity with the references: a row is one sample."""
 
     def add(self, item, positions: int, pictures: int) -> list[list]:
-        super().add(item, positions, pictures)
-        return self.flush()
+        return super().add(item, positions, pictures) + self.flush()
 
 
 def assemble(rows: list[list[dict]], o: PackOptions, cache_rows: np.ndarray | None = None) -> Batch:
