@@ -208,7 +208,7 @@ class Llama(nnx.Module):
     def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
         self.embed_tokens = Embed(cfg, rngs=rngs)
-        self.layers = nnx.vmap(lambda r: Layer(cfg, rngs=r))(rngs.fork(split=cfg.layers))
+        self.layers = nnx.vmap(lambda r: Layer(cfg, rngs=r))(rngs.split(cfg.layers))
         self.norm = RMSNorm(cfg.width, cfg.norm_eps, rngs=rngs)
         if not cfg.tied:
             self.lm_head = Head(cfg, rngs=rngs)

@@ -1,6 +1,7 @@
 """One Vision Transformer for the SigLIP, CLIP and DINOv2 layouts.
 
-Dosovitskiy et al. 2021 (arXiv 2010.11929); SigLIP: 2303.15343, CLIP: 2103.00020, DINOv2: 2304.07193.
+Dosovitskiy et al. 2021 (arXiv 2010.11929); SigLIP: Zhai et al. 2023 (2303.15343), CLIP: Radford
+et al. 2021 (2103.00020), DINOv2: Oquab et al. 2023 (2304.07193).
 The layouts differ in a few switches of `ViTConfig`:
 
                  patch bias  class token  norm before layers  MLP activation  layer scale
@@ -261,7 +262,7 @@ class ViT(nnx.Module):
         if cfg.pre_norm:
             self.pre_layernorm = _norm(cfg, rngs)
         if cfg.depth:
-            self.layers = nnx.vmap(lambda r: Layer(cfg, rngs=r))(rngs.fork(split=cfg.depth))
+            self.layers = nnx.vmap(lambda r: Layer(cfg, rngs=r))(rngs.split(cfg.depth))
         if cfg.final_norm:
             self.post_layernorm = _norm(cfg, rngs)
 
