@@ -110,8 +110,6 @@ class DataConfig:
         weights = [s.weight for s in self.sources]
         if min(weights) < 0 or (max(weights) > 0 and min(weights) == 0):
             raise ValueError(f"source weights must be all positive or all 0, got {weights}")
-        if self.feature_cache and not (self.feature_width and self.tower):
-            raise ValueError("data.feature_cache needs data.feature_width and data.tower")
 
     @property
     def preprocess(self) -> pictures.Preprocess:
@@ -125,6 +123,8 @@ class DataConfig:
 
     @property
     def feature_spec(self) -> caches.CacheSpec:
+        if not (self.feature_width and self.tower):
+            raise ValueError("data.feature_cache needs data.feature_width and data.tower")
         return caches.feature_spec(
             self.preprocess, self.tower, self.tokens_per_image, self.feature_width
         )
