@@ -1,4 +1,4 @@
 from metamorph_jax.cli import main
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

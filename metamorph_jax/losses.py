@@ -253,6 +253,7 @@ def by_source(
     if not names:
         return {}
     hot = sources[..., None] == np.arange(len(names))
-    sums = jnp.sum(losses[..., None] * hot, axis=(0, 1))
+    # `where`, not a product: a NaN belongs to its own source alone.
+    sums = jnp.sum(jnp.where(hot, losses[..., None], 0.0), axis=(0, 1))
     total = jnp.sum(counts[..., None] * hot, axis=(0, 1)).astype(jnp.float32)
     return {f"{label}/{name}": (sums[i], total[i]) for i, name in enumerate(names)}

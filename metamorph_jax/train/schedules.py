@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 
 def lr_finetune(step, warmup: int = 4000, total: int = 16000):
-    """Logarithmic warm-up, then linear decay to 0: ln(s + 1) / ln(w + 1); 1 - (s - w) / (total - w).
+    """Logarithmic warm-up, ln(s + 1) / ln(w + 1), then linear decay, 1 - (s - w) / (total - w).
 
     The schedule's length is the training's length: pass `total`, or the decay is cut short.
     """

@@ -1,0 +1,94 @@
+"""The command line: `metamorph COMMAND …`, also `python -m metamorph_jax COMMAND …`.
+
+Each command lives in a module of its own with `add_arguments(parser)` and `run(args)`, which is
+imported only when it is asked for: `metamorph --help` loads no model code and starts no device.
+"""
+
+import argparse
+import difflib
+import importlib
+import sys
+
+COMMANDS = {
+    "train": ("metamorph_jax.train.command", "train a stage, or go on where it stopped"),
+    "generate": ("metamorph_jax.sampling.generate", "answer, draw, edit, think visually"),
+    "eval": ("metamorph_jax.eval.command", "score a trained model"),
+    "convert": ("metamorph_jax.convert.command", "weights from and to other formats"),
+    "data": ("metamorph_jax.data.check", "find what is wrong with a data set"),
+    "quickstart": ("metamorph_jax.quickstart.run", "the whole road, at small size"),
+}
+
+
+class UserError(Exception):
+    """Something that the user can put right; printed without a traceback."""
+
+    code = 2
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    listed = "\n".join(f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items())
+    return f"usage: metamorph COMMAND [options]\n\n{listed}\n\nmetamorph COMMAND --help says more.\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage(), end="")
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        import metamorph_jax
+
+        print(metamorph_jax.__version__)
+        return 0
+    name = argv[0]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        print(f"metamorph: no command {name!r}{hint}\n\n{_usage()}", end="", file=sys.stderr)
+        return 2
+    try:
+        module = importlib.import_module(COMMANDS[name][0])
+    except ModuleNotFoundError as error:
+        if error.name != COMMANDS[name][0]:
+            raise
+        print(f"metamorph {name} is not part of this version", file=sys.stderr)
+        return 2
+    parser = argparse.ArgumentParser(f"metamorph {name}", description=COMMANDS[name][1])
+    module.add_arguments(parser)
+    args, rest = parser.parse_known_args(argv[1:])
+    overrides = {}
+    if hasattr(args, "config"):
+        overrides, rest = _take_overrides(rest)
+    if rest:
+        parser.error(f"unknown: {' '.join(rest)}")
+    args.overrides = overrides
+    return _run(module.run, args)
+
+
+def _run(run, args) -> int:
+    from metamorph_jax.config import ConfigError
+
+    try:
+        return int(run(args) or 0)
+    except (ConfigError, UserError) as error:
+        print(f"metamorph: {error}", file=sys.stderr)
+        return getattr(error, "code", 2)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _take_overrides(rest: list[str]) -> tuple[dict[str, str], list[str]]:
+    """`--config.a.b=value` and `--config.a.b value` out of the arguments that are left."""
+    overrides, others = {}, []
+    words = iter(rest)
+    for word in words:
+        if not word.startswith("--config."):
+            others.append(word)
+            continue
+        key, equals, value = word.removeprefix("--config.").partition("=")
+        if not equals:
+            value = next(words, "true")
+        overrides[key] = value
+    return overrides, others

@@ -1,0 +1,179 @@
+"""What a training run carries from step to step, as plain trees of arrays.
+
+Parameters are flat dicts, dotted name -> array ("llm.layers.mlp.gate_proj.kernel"). What a stage
+does not train is a dict of its own, outside of the state that a step replaces: it has no gradients
+and no moments. `Parts` puts the two together to the NNX model again.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from metamorph_jax import sharding
+from metamorph_jax.train import optim
+from metamorph_jax.train.optim import Moments, Params
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Replaced by every step.
+
+    Attributes:
+        params: what this stage trains.
+        moments: of AdamW, for `params`.
+        ema: moving average of `params`, or None.
+        step: int32[] steps done.
+        key: key data of the run's random numbers; a step folds its number into it.
+        halted: bool[] gradients were not finite; from then on steps change nothing.
+    """
+
+    params: Params
+    moments: Moments
+    ema: Params | None
+    step: jax.Array
+    key: jax.Array
+    halted: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """How a model falls into what is trained, what isn't, and structure.
+
+    Attributes:
+        names, frozen_names: dotted names of the leaves.
+        part_of: name -> part of the model (`param_group` of the recipe).
+        fixed: those frozen leaves that are no parameters (statistics of the data, say). No weight
+            file has them, so checkpoints do.
+        shardings: name -> where the leaf lies.
+        loss_coefs: weight of each loss of the recipe.
+    """
+
+    graph: Any
+    tree: Any
+    frozen_tree: Any
+    names: tuple[str, ...]
+    frozen_names: tuple[str, ...]
+    part_of: dict[str, str]
+    fixed: tuple[str, ...]
+    shardings: dict[str, Any]
+    loss_coefs: dict[str, float]
+
+    def merge(self, params: Params, frozen: Params) -> nnx.Module:
+        trained = jax.tree.unflatten(self.tree, [params[n] for n in self.names])
+        rest = jax.tree.unflatten(self.frozen_tree, [frozen[n] for n in self.frozen_names])
+        return nnx.merge(self.graph, trained, rest)
+
+
+def _named(state: nnx.State) -> dict[str, nnx.Variable]:
+    """Dotted name -> variable, in the order of the state's leaves."""
+    return {".".join(map(str, path)): v for path, v in nnx.to_flat_state(state)}
+
+
+def split(model: nnx.Module, stage: str, mesh: Mesh) -> tuple[Parts, Params, Params]:
+    """(parts, trained, frozen) of a model, whose leaves may be ShapeDtypeStructs.
+
+    Raises:
+        ValueError: if the stage trains nothing.
+    """
+    graph, trained, rest = nnx.split(model, model.trainable(stage), ...)
+    named, frozen = _named(trained), _named(rest)
+    if not named:
+        raise ValueError(f"stage {stage!r} trains nothing")
+    shardings = {n: sharding.variable_sharding(v, mesh) for n, v in (named | frozen).items()}
+    group = getattr(model, "param_group", lambda path: path[0])
+    parts = Parts(
+        graph,
+        jax.tree.structure(trained),
+        jax.tree.structure(rest),
+        tuple(named),
+        tuple(frozen),
+        {n: group(tuple(n.split("."))) for n in named},
+        tuple(n for n, v in frozen.items() if not isinstance(v, nnx.Param)),
+        shardings,
+        dict(model.loss_coefs),
+    )
+    return (
+        parts,
+        dict(zip(parts.names, jax.tree.leaves(trained), strict=True)),
+        dict(zip(parts.frozen_names, jax.tree.leaves(rest), strict=True)),
+    )
+
+
+def create(
+    make_model: Callable[[nnx.Rngs], nnx.Module],
+    stage: str,
+    mesh: Mesh,
+    seed: int,
+    fill: Callable[[nnx.Module], None] | None = None,
+) -> tuple[Parts, Params, Params]:
+    """A model on the mesh: random weights made where they lie, then `fill` in place.
+
+    Args:
+        make_model: rngs -> model; runs under `jax.jit`.
+        stage: what it says is trained.
+        mesh: where the leaves go.
+        seed: of the random weights.
+        fill: loads pretrained weights into the model.
+
+    Returns:
+        (parts, trained parameters, frozen leaves).
+    """
+    abstract = nnx.eval_shape(lambda: make_model(nnx.Rngs(0)))
+    parts, trained, frozen = split(abstract, stage, mesh)
+
+    def init(key):
+        _, trained, rest = nnx.split(make_model(nnx.Rngs(key)), abstract.trainable(stage), ...)
+        return jax.tree.leaves(trained), jax.tree.leaves(rest)
+
+    where = [parts.shardings[n] for n in parts.names]
+    where_frozen = [parts.shardings[n] for n in parts.frozen_names]
+    with jax.set_mesh(mesh):
+        trained, frozen = jax.jit(init, out_shardings=(where, where_frozen))(jax.random.key(seed))
+    params = dict(zip(parts.names, trained, strict=True))
+    rest = dict(zip(parts.frozen_names, frozen, strict=True))
+    if fill is not None:
+        model = parts.merge(params, rest)
+        fill(model)
+        _, params, rest = split(model, stage, mesh)
+        params, rest = place(params, parts), place(rest, parts)
+    return parts, params, rest
+
+
+def place(values: Params, parts: Parts) -> Params:
+    """Puts every leaf where it belongs; each process gives the whole leaf or what it has of it."""
+
+    def one(name, x):
+        where = parts.shardings[name]
+        if isinstance(x, jax.Array) and x.sharding == where:
+            return x
+        if where.is_fully_addressable or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+            return jax.device_put(x, where)
+        host = np.asarray(x)
+        return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
+
+    return {name: one(name, x) for name, x in values.items()}
+
+
+def start(params: Params, parts: Parts, mesh: Mesh, seed: int, ema: bool) -> TrainState:
+    """The state before the first step. Moments and average lie where their parameters do."""
+    where = {n: parts.shardings[n] for n in params}
+    everywhere = sharding.replicated(mesh)
+    moments = jax.jit(optim.init, out_shardings=Moments(where, where))(params)
+    average = None
+    if ema:  # a copy: a step gives both buffers away
+        copy = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=where)
+        average = copy(params)
+
+    def scalars():
+        key = jax.random.key_data(jax.random.key(seed + 1))
+        return jnp.zeros((), jnp.int32), key, jnp.zeros((), bool)
+
+    step, key, halted = jax.jit(scalars, out_shardings=everywhere)()
+    return TrainState(params, moments, average, step, key, halted)

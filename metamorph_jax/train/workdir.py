@@ -1,0 +1,122 @@
+"""What a run writes about itself into its workdir, and whether it may go on there.
+
+Same command and same workdir is a resume. With another model, other data or another batch layout
+the checkpoints there would mean something else, so that is refused.
+"""
+
+import importlib
+import importlib.metadata
+import json
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+from metamorph_jax.config import ConfigError
+
+RECIPES = ("metamorph", "decoder")
+
+# A change of these starts another run; of all others (log and checkpoint intervals, number of
+# steps, learning rate) it is reported.
+BINDING = ("recipe", "stage", "seed", "batch_size", "accumulate", "model", "data")
+# Of these it changes nothing in the numbers.
+FREE = ("data.workers", "data.read_threads", "data.read_ahead", "data.index_dir")
+
+_PACKAGES = (
+    "metamorph-jax",
+    *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"),
+)
+
+
+def find_recipe(name: str):
+    """The module of a recipe; `package.module` names one outside of metamorph_jax.recipes."""
+    try:
+        return importlib.import_module(name if "." in name else f"metamorph_jax.recipes.{name}")
+    except ModuleNotFoundError as error:
+        if error.name and not name.endswith(error.name.rsplit(".", 1)[-1]):
+            raise  # the recipe is there, something that it needs is not
+        raise ConfigError(
+            f"config.recipe {name!r} is none of {', '.join(RECIPES)}, nor an importable module"
+        ) from error
+
+
+def flatten(table: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested tables and lists as dotted keys."""
+    flat = {}
+    for key, value in table.items():
+        where = f"{prefix}{key}"
+        if isinstance(value, list | tuple):
+            value = dict(enumerate(value))
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{where}.")
+        else:
+            flat[where] = value if value != {} else None
+    return flat
+
+
+def compare(before: dict, now: dict) -> tuple[list[str], list[str]]:
+    """(changes that forbid to go on, changes that only are reported), one line each."""
+    old, new = flatten(before), flatten(now)
+    binding, others = [], []
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) == new.get(key) or key in FREE:
+            continue
+        line = f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+        (binding if key.split(".")[0] in BINDING else others).append(line)
+    return binding, others
+
+
+def prepare(workdir: pathlib.Path, config: dict, write: bool) -> list[str]:
+    """Saves the resolved config and the versions, or checks against the saved one.
+
+    Args:
+        workdir: made if it isn't there.
+        config: resolved, JSON-able.
+        write: on the first process only.
+
+    Returns:
+        Changes to report.
+
+    Raises:
+        ConfigError: if the workdir belongs to another run.
+    """
+    file = workdir / "config.json"
+    now = json.loads(json.dumps(config))
+    changes = []
+    if file.is_file():
+        forbidden, changes = compare(json.loads(file.read_text()), now)
+        if forbidden:
+            listed = "\n  ".join(forbidden)
+            raise ConfigError(
+                f"{workdir} holds a run with another config; choose another --workdir, or undo:"
+                f"\n  {listed}"
+            )
+    if write:
+        workdir.mkdir(parents=True, exist_ok=True)
+        _write(file, now)
+        _write(workdir / "versions.json", versions())
+    return changes
+
+
+def _write(file: pathlib.Path, value) -> None:
+    new = file.with_suffix(".new")
+    new.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    new.replace(file)
+
+
+def versions() -> dict[str, Any]:
+    """Packages, Python, command and git commit of this run."""
+    found = {"python": sys.version.split()[0], "command": sys.argv}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    here = pathlib.Path(__file__).parent
+    git = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(git, capture_output=True, text=True, timeout=10, check=False)
+        found["git_commit"] = done.stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        found["git_commit"] = None
+    return found

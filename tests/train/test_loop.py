@@ -1,0 +1,227 @@
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from orbax.checkpoint import v1 as ocp
+
+from metamorph_jax.config import ConfigError
+from metamorph_jax.train import loop
+from metamorph_jax.train.checkpoint import CheckpointError, Checkpoints
+
+ROOT = pathlib.Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+
+def config(**changes):
+    optim = {"learning_rate": 0.02, "warmup": 2, "weight_decay": 0.01} | changes.pop("optim", {})
+    base = dict(
+        recipe="tests.train.toy", stage="all", steps=6, batch_size=8, model={"noise": 0.1},
+        data={}, optim=optim, prepare_batches=2, log_every=1, checkpoint_every=2,
+        tensorboard=False, compilation_cache="",
+    )  # fmt: skip
+    return base | changes
+
+
+def final(workdir):
+    return {k: np.asarray(v) for k, v in ocp.load(pathlib.Path(workdir).absolute() / "final").items()}
+
+
+def lines(workdir):
+    return [json.loads(t) for t in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(a, b, tolerance=0.0):
+    assert a.keys() == b.keys()
+    for k in a:
+        np.testing.assert_allclose(a[k], b[k], rtol=tolerance, atol=tolerance, err_msg=k)
+
+
+def launch(cfg, workdir, *, env=(), args=(), **kw):
+    """The same run in a process of its own."""
+    file = pathlib.Path(workdir).with_suffix(".py")
+    file.write_text(
+        "from ml_collections import ConfigDict\n"
+        f"def get_config(arg=''):\n    return ConfigDict({cfg!r})\n"
+    )
+    command = [sys.executable, "-m", "metamorph_jax", "train", f"--config={file}"]
+    where = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(
+        [*command, f"--workdir={workdir}", *args], env=os.environ | where | dict(env),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, **kw,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run."""
+    workdir = tmp_path_factory.mktemp("run") / "whole"
+    loop.train(config(), workdir)
+    return workdir
+
+
+def test_learns_and_reports(whole):
+    rows = lines(whole)
+    assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    wanted = {
+        "loss", "text_loss", "visual_loss", "text_loss/good", "text_loss/bad", "grad_norm",
+        "grad_norm/llm", "grad_norm/head", "learning_rate", "data_wait", "positions_per_second",
+        "pictures_per_second", "seconds_per_step", "seconds_left",
+    }  # fmt: skip
+    assert wanted <= rows[0].keys()
+    assert rows[0]["grad_norm"] == pytest.approx(
+        np.hypot(rows[0]["grad_norm/llm"], rows[0]["grad_norm/head"])
+    )
+    saved = json.loads((whole / "config.json").read_text())
+    assert saved["model"]["width"] == 16 and saved["optim"]["b2"] == 0.999
+    assert json.loads((whole / "versions.json").read_text())["jax"] == jax.__version__
+
+
+def test_resume_is_bit_for_bit(whole, tmp_path, monkeypatch):
+    """Stopped after step 3, state and next batches of the rest equal the uninterrupted run."""
+    seen = []
+    real = loop.to_devices
+    monkeypatch.setattr(loop, "to_devices", lambda b, m: (seen.append(b.tokens), real(b, m))[1])
+    monkeypatch.setattr(loop._Sigterm, "received", lambda self, step: step == 3)
+    with pytest.raises(loop.Preempted):
+        loop.train(config(), tmp_path / "w")
+    monkeypatch.setattr(loop._Sigterm, "received", lambda self, step: False)
+    first = lines(tmp_path / "w")
+    loop.train(config(), tmp_path / "w")
+    same(final(whole), final(tmp_path / "w"))
+    drop = ("seconds", "per_second", "wait", "estimate")
+    strip = lambda rows: [{k: v for k, v in r.items() if not any(d in k for d in drop)} for r in rows]  # noqa: E731
+    assert strip(lines(tmp_path / "w")) == strip(lines(whole)) and len(first) == 3
+    assert len(seen) == 6 and not any((a == b).all() for a, b in zip(seen, seen[1:], strict=False))
+    # A finished run changes nothing more.
+    loop.train(config(), tmp_path / "w")
+    same(final(whole), final(tmp_path / "w"))
+
+
+def test_killed_and_started_again(whole, tmp_path):
+    cfg = config(data={"pause": 0.3})
+    run = launch(cfg, tmp_path / "w")
+    deadline = time.time() + 90
+    while not (tmp_path / "w/checkpoints/2/commit_success.txt").exists():
+        assert time.time() < deadline and run.poll() is None, run.stdout.read()
+        time.sleep(0.02)
+    os.kill(run.pid, signal.SIGKILL)
+    run.communicate()
+    assert not (tmp_path / "w/final").exists()
+    loop.train(cfg, tmp_path / "w")
+    same(final(whole), final(tmp_path / "w"))
+
+
+def test_sigterm_saves(whole, tmp_path):
+    cfg = config(data={"pause": 0.3}, checkpoint_every=100)
+    run = launch(cfg, tmp_path / "w")
+    deadline = time.time() + 90
+    while not (tmp_path / "w/metrics.jsonl").exists() or not lines(tmp_path / "w"):
+        assert time.time() < deadline and run.poll() is None, run.stdout.read()
+        time.sleep(0.02)
+    os.kill(run.pid, signal.SIGTERM)
+    said = run.communicate()[0]
+    assert run.returncode == 143 and "checkpoint saved" in said, said
+    loop.train(cfg, tmp_path / "w")
+    same(final(whole), final(tmp_path / "w"))
+
+
+def test_nonfinite_stops_and_names_source_and_step(whole, tmp_path):
+    cfg = config(data={"poison": 4})
+    for _ in range(2):  # the second time from the checkpoint after step 4, which is a good one
+        with pytest.raises(loop.NonFiniteError, match=r"step 5: .*losses text; data source: bad;"):
+            loop.train(cfg, tmp_path / "w")
+    kept = np.load(tmp_path / "w/nonfinite_step_5_process_0.npz")
+    assert (kept["tokens"][0] == 31).all() and (kept["sources"][0] == 1).all()
+    checkpoints = Checkpoints(tmp_path / "w")
+    assert checkpoints.latest == 4
+    checkpoints.close()
+
+
+def test_data_that_ends(tmp_path):
+    loop.train(config(data={"end": 3}), tmp_path / "w")
+    assert lines(tmp_path / "w")[-1]["step"] == 3 and (tmp_path / "w/final").is_dir()
+
+
+def test_next_stage_starts_from_the_last(whole, tmp_path):
+    """The head comes from the run before; the frozen llm, too, though only that run trained it."""
+    cfg = config(
+        stage="head", steps=1, model={"weights": f"workdir:{whole}"}, prepare_batches=0,
+        optim={"learning_rate": 0.0},
+    )  # fmt: skip
+    loop.train(cfg, tmp_path / "w")
+    before, after = final(whole), final(tmp_path / "w")
+    assert set(after) == {"head.kernel", "head.bias", "mean"}
+    same({k: before[k] for k in after}, after)
+    from tests.train import toy
+
+    cfg = toy.Config(weights=f"workdir:{tmp_path / 'w'}")
+    model = toy.create(cfg, __import__("flax").nnx.Rngs(9))
+    toy.load_pretrained(model, cfg)
+    np.testing.assert_array_equal(model.llm.kernel[...], before["llm.kernel"])
+
+
+def test_refuses_another_config(whole):
+    with pytest.raises(ConfigError) as error:
+        loop.train(config(model={"noise": 0.2}, data={"seed": 1}, log_every=3), whole)
+    said = str(error.value)
+    assert "model.noise: 0.1 -> 0.2" in said and "data.seed" in said and "log_every" not in said
+
+
+def test_damaged_checkpoint_is_named(tmp_path):
+    cfg = config(steps=2)
+    loop.train(cfg, tmp_path / "w")
+    for file in (tmp_path / "w/checkpoints/2/state").rglob("d/*"):
+        file.write_bytes(b"xx")
+    with pytest.raises(CheckpointError, match="checkpoints/2 can't be read"):
+        loop.train(cfg, tmp_path / "w")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stpes": 3}, "did you mean config.steps"),
+        ({"recipe": "no_such"}, "config.recipe 'no_such'"),
+        ({"model": {"widht": 3}}, "did you mean config.model.width"),
+        ({"optim": {"learning_rate": 1.0, "schedule": "cosin"}}, "schedule 'cosin'"),
+        ({"optim": {"learning_rate": 1.0, "multipliers": {"lm": 2.0}}}, "trains head, llm"),
+        ({"mesh": {"fsdp": 3}}, "config.mesh"),
+        ({"batch_size": 9, "accumulate": 2}, "multiple of accumulate"),
+    ],
+)
+def test_wrong_configs(change, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        loop.train(config(**change), tmp_path / "w")
+
+
+def test_eight_devices_equal_one(whole, tmp_path):
+    cfg = config(mesh={"fsdp": 4, "tensor": 2}, model={"noise": 0.1, "width": 16})
+    run = launch(cfg, tmp_path / "w", env={"XLA_FLAGS": "--xla_force_host_platform_device_count=8"})
+    said = run.communicate(timeout=120)[0]
+    assert run.returncode == 0 and "8 x cpu" in said, said
+    same(final(whole), final(tmp_path / "w"), 1e-5)
+
+
+def test_two_processes_equal_one(whole, tmp_path):
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    flags = [f"--coordinator=localhost:{port}", "--processes=2"]
+    runs = [
+        launch(config(), tmp_path / "w", args=[*flags, f"--process={i}"]) for i in range(2)
+    ]
+    said = [run.communicate(timeout=120)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], said
+    same(final(whole), final(tmp_path / "w"), 1e-5)
+    ours, theirs = lines(tmp_path / "w"), lines(whole)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["text_loss/bad"] == pytest.approx(b["text_loss/bad"], abs=1e-5)
