@@ -3,7 +3,8 @@
 GGUF is llama.cpp's container: metadata and (quantised) tensors in one file. The `gguf` package
 (extra `quickstart`) parses and dequantises it; this module translates:
 
-* tensor names, `blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`, float32 [out, in];
+* tensor names, `blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`, float32
+  [out, in];
 * q and k rows. llama.cpp rotates neighbouring pairs (0,1), (2,3), ... of a head, Hugging Face
   rotates (0, H/2), (1, H/2 + 1), ...; its converter interleaves the rows of q and k, undone here:
 
@@ -137,10 +138,10 @@ def read_config(reader) -> dict:
             raise GGUFError(f"RoPE scaling {scaling.contents()!r} is not supported")
         factor = float(field(reader, "llama.rope.scaling.factor"))
         config["rope_scaling"] = {"rope_type": "linear", "factor": factor}
-    for ours, theirs in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
+    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         entry = reader.get_field(f"tokenizer.ggml.{theirs}_token_id")
         if entry is not None:
-            config[ours] = int(entry.contents())
+            config[f"{ours}_token_id"] = int(entry.contents())
     return config
 
 
@@ -162,7 +163,9 @@ def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def read_tensors(reader, config: dict) -> dict[str, np.ndarray]:
-    """Every weight by Hugging Face name, float32, matrices [out, in]. Unknown names are an error."""
+    """Every weight by Hugging Face name, float32, matrices [out, in].
+
+    Unknown names, missing names and wrong shapes are errors."""
     from gguf.quants import dequantize
 
     out, unknown = {}, []
@@ -174,7 +177,8 @@ def read_tensors(reader, config: dict) -> dict[str, np.ndarray]:
         try:
             value = dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError as error:
-            raise GGUFError(f"{tensor.name}: cannot dequantise {tensor.tensor_type.name}") from error
+            kind = tensor.tensor_type.name
+            raise GGUFError(f"{tensor.name}: cannot dequantise {kind}") from error
         shape = tuple(int(n) for n in reversed(tensor.shape))
         value = np.asarray(value, np.float32).reshape(shape)
         if ".q_proj." in name:
@@ -249,8 +253,8 @@ def read_tokenizer(reader):
         tokenizer.post_processor = TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocab[bos])]
         )
-    special = {f"{ours}_token": named(theirs)
-               for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))}  # fmt: skip
+    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    special = {f"{ours}_token": named(theirs) for ours, theirs in names.items()}
     out = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         clean_up_tokenization_spaces=False,

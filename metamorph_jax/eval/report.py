@@ -159,8 +159,8 @@ def _number(value, unit: str) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "not measured"
     if unit == "%":
-        return f"{100 * value:.1f} %"
-    return f"{value:.4g} {unit}".strip()
+        return f"{100 * value:.1f}\u00a0%"
+    return f"{value:.4g}\u00a0{unit}".strip()
 
 
 def _targets(targets) -> str:
@@ -208,6 +208,8 @@ def _drawings(report: Report) -> str:
 
 def _scores(scores) -> str:
     rows = []
+    typed = [s for s in scores if s.type != "all"]
+    blind = sum(s.floor * s.count for s in typed) / max(sum(s.count for s in typed), 1)
     for s in scores:
         bar = (
             f"<div class=bar><i style='width:{100 * s.accuracy:.1f}%'></i>"
@@ -222,8 +224,9 @@ def _scores(scores) -> str:
     return (
         "<div class=scroll><table><tr><th>question<th class=n>asked<th class=n>right, %"
         "<th class=wide><th class=n>floor, %<th>by always saying<th class=n>“yes”, %</tr>"
-        f"{''.join(rows)}</table></div><p class=note>The mark on a bar is that type's own floor: what "
-        "always giving its most frequent answer would score.</p>"
+        f"{''.join(rows)}</table></div><p class=note>The mark on a bar is that type's own floor: "
+        "what always giving its most frequent answer would score. A model that sees nothing but "
+        f"knows these answers would score {100 * blind:.1f} % on all questions.</p>"
     )
 
 
@@ -249,7 +252,8 @@ def _judges(judges) -> str:
         rows.append(f"<tr><td>{_text(judge)}{cells}</tr>")
     return (
         "<p>Accuracy of the judges themselves on real held-out pictures; a verdict on a drawing is "
-        f"worth no more.</p><div class=scroll><table><tr><th>judge{head}</tr>{''.join(rows)}</table></div>"
+        f"worth no more.</p><div class=scroll><table><tr><th>judge{head}</tr>{''.join(rows)}"
+        "</table></div>"
     )
 
 
@@ -304,10 +308,13 @@ def _curve(curve: Curve) -> str:
     for y in curve.marks.values():
         out.append(f"<line x1={left} x2={W - right} y1={py(y):.1f} y2={py(y):.1f} class=mark />")
     for i, (steps, values) in enumerate(lines.values()):
-        points = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in zip(*_thin(steps, values), strict=True))
+        thin = zip(*_thin(steps, values), strict=True)
+        points = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in thin)
         out.append(f"<polyline points='{points}' class='line c{i % 5}' />")
     legend = [f"<span class='key c{i % 5}'>{_text(k)}</span>" for i, k in enumerate(lines)]
-    legend += [f"<span class='key dash'>{_text(k)} ({v:.3g})</span>" for k, v in curve.marks.items()]
+    legend += [
+        f"<span class='key dash'>{_text(k)} ({v:.3g})</span>" for k, v in curve.marks.items()
+    ]
     note = f"<p class=note>{_text(curve.note)}</p>" if curve.note else ""
     return (f"<figure class=chart><h3>{_text(curve.title)}</h3>{''.join(out)}</svg>"
             f"<figcaption>{' '.join(legend)}</figcaption>{note}</figure>")  # fmt: skip
@@ -354,27 +361,32 @@ p{margin:.2rem 0 .9rem;max-width:46rem}.lead{color:var(--dim);font-size:1.05rem}
 .good .verdict,.yes{color:var(--good)}.bad .verdict,.no{color:var(--bad)}.verdict{font-weight:600}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;font-size:.92rem;min-width:24rem}
-td,th{text-align:left;padding:.3rem .9rem .3rem 0;border-bottom:1px solid var(--line);font-weight:400;
-vertical-align:top}
-th{color:var(--dim);font-size:.82rem;white-space:nowrap}.n{text-align:right;font-variant-numeric:tabular-nums}
+td,th{text-align:left;padding:.3rem .9rem .3rem 0;border-bottom:1px solid var(--line);
+font-weight:400;vertical-align:top}
+th{color:var(--dim);font-size:.82rem;white-space:nowrap}
+.n{text-align:right;font-variant-numeric:tabular-nums}
 .total td{font-weight:600}.wide{width:13rem;min-width:8rem;vertical-align:middle}
 .bar{position:relative;height:.55rem;background:var(--line);border-radius:.3rem;min-width:7rem}
 .bar i{position:absolute;inset:0 auto 0 0;background:var(--c0);border-radius:.3rem}
 .bar b{position:absolute;top:-.2rem;bottom:-.2rem;width:2px;background:var(--fg)}
-figure{margin:0}.pic{width:64px;height:64px;border-radius:4px;display:block;image-rendering:auto}
+figure{margin:0}.pic{width:64px;height:64px;border-radius:4px;display:block;
+box-shadow:0 0 0 1px var(--line)}
 .drawings{display:grid;grid-template-columns:repeat(auto-fill,minmax(13.5rem,1fr));gap:1rem}
 .row{display:flex;gap:.35rem;flex-wrap:wrap}
-.real{margin-right:.5rem}.wrong{outline:2px solid var(--bad);outline-offset:1px}
+.real{margin-right:.6rem}.wrong{outline:2px solid var(--bad);outline-offset:1px}
 .examples{display:grid;grid-template-columns:repeat(auto-fill,minmax(11rem,1fr));gap:1.1rem}
 .examples figure{display:flex;gap:.7rem}.examples figcaption{line-height:1.35}
 .examples strong{color:var(--fg)}.examples .pic{flex:none}
 .chart{margin-bottom:1.8rem;max-width:44rem}svg{width:100%;height:auto;display:block}
 .grid{stroke:var(--line)}.mark{stroke:var(--dim);stroke-dasharray:5 4}
 .line{fill:none;stroke-width:1.8;stroke-linejoin:round}
-.line.c0{stroke:var(--c0)}.line.c1{stroke:var(--c1)}.line.c2{stroke:var(--c2)}.line.c3{stroke:var(--c3)}
-.line.c4{stroke:var(--c4)}svg text{fill:var(--dim);font-size:11px}.left{text-anchor:end}.mid{text-anchor:middle}
-.key{margin-right:1rem;white-space:nowrap}.key::before{content:"";display:inline-block;width:.9rem;height:0;
-border-top:3px solid currentColor;margin-right:.35rem;vertical-align:middle}.key.dash::before{border-top:2px dashed}
+.line.c0{stroke:var(--c0)}.line.c1{stroke:var(--c1)}.line.c2{stroke:var(--c2)}
+.line.c3{stroke:var(--c3)}
+.line.c4{stroke:var(--c4)}svg text{fill:var(--dim);font-size:11px}
+.left{text-anchor:end}.mid{text-anchor:middle}
+.key{margin-right:1rem;white-space:nowrap}.key::before{content:"";display:inline-block;
+width:.9rem;height:0;border-top:3px solid currentColor;margin-right:.35rem;vertical-align:middle}
+.key.dash::before{border-top:2px dashed}
 .key.c0::before{color:var(--c0)}.key.c1::before{color:var(--c1)}.key.c2::before{color:var(--c2)}
 .key.c3::before{color:var(--c3)}.key.c4::before{color:var(--c4)}
 code{font:.85em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;overflow-wrap:anywhere}

@@ -40,7 +40,7 @@ def is_right(predicted: str, answer: str) -> bool:
 def score_by_type(rows: list[dict], types=None) -> list[TypeScore]:
     """One TypeScore per question type, then one named "all".
 
-    rows: dicts with `type`, `answer` and `predicted`; types: their order (default: as they come)."""
+    rows: dicts with `type`, `answer` and `predicted`; types: their order, if it matters."""
     groups: dict[str, list[dict]] = {name: [] for name in types or ()}
     for row in rows:
         groups.setdefault(row["type"], []).append(row)

@@ -153,7 +153,8 @@ def draw_requests(wordings=TEST_WORDINGS) -> list[dict]:
     out = []
     for i, (color, shape) in enumerate((c, s) for c in COLORS for s in SHAPES):
         prompt = draw_request(color, shape, wordings[i % len(wordings)])
-        out.append({"id": f"draw-{color}-{shape}", "prompt": prompt, "color": color, "shape": shape})
+        name = f"draw-{color}-{shape}"
+        out.append({"id": name, "prompt": prompt, "color": color, "shape": shape})
     return out
 
 
@@ -187,8 +188,8 @@ def prepare(root, source=None, train_pictures: int = 0, test_pictures: int = 0,
             target = data.images / split / f"{picture}.png"
             if not target.exists():
                 _copy(source / split / "images" / f"{picture}.png", target)
-        _write_lines(data.root / f"vqa_{split}.jsonl",
-                     [_vqa_sample(split, picture, turns[picture]) for picture in chosen])  # fmt: skip
+        samples = [_vqa_sample(split, picture, turns[picture]) for picture in chosen]
+        _write_lines(data.root / f"vqa_{split}.jsonl", samples)
         counts[split] = {
             "pictures": len(chosen),
             "questions": sum(len(turns[picture]) for picture in chosen),
@@ -200,8 +201,8 @@ def prepare(root, source=None, train_pictures: int = 0, test_pictures: int = 0,
             _write_lines(data.draw_train, drawn)
         else:
             _write_lines(data.questions_test, [
-                {"id": f"vqa-test-{picture}-{i}", "image": f"test/{picture}.png", "question": question,
-                 "answer": answer, "type": question_type(question)}
+                {"id": f"vqa-test-{picture}-{i}", "image": f"test/{picture}.png",
+                 "question": question, "answer": answer, "type": question_type(question)}
                 for picture in chosen for i, (question, answer) in enumerate(turns[picture])
             ])  # fmt: skip
     _write_lines(data.draw_test, draw_requests())

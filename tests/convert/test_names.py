@@ -1,0 +1,104 @@
+"""Name and layout mapping between NNX modules and PyTorch checkpoints."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from metamorph_jax.convert.names import load_torch_dict, to_torch_dict
+
+
+class Layer(nnx.Module):
+    def __init__(self, rngs):
+        self.proj = nnx.Linear(3, 5, rngs=rngs)
+        self.norm = nnx.LayerNorm(5, rngs=rngs)
+
+
+class Model(nnx.Module):
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(7, 3, rngs=rngs)
+        self.parts = nnx.List([nnx.Conv(3, 4, (2, 6), rngs=rngs), nnx.Linear(4, 3, rngs=rngs)])
+        self.query = nnx.Param(jax.random.normal(rngs.params(), (1, 2, 3)))
+
+
+def stacked_model():
+    """Three layers in one module whose leaves have a leading layer axis."""
+
+    class Stack(nnx.Module):
+        def __init__(self):
+            make = nnx.vmap(lambda rngs: Layer(rngs), in_axes=0)
+            self.layers = make(nnx.Rngs(0).split(3))
+
+    return Stack()
+
+
+def test_names_and_layouts():
+    out = to_torch_dict(Model(nnx.Rngs(0)), "m.")
+    assert {k: v.shape for k, v in out.items()} == {
+        "m.embed.weight": (7, 3),
+        "m.parts.0.weight": (4, 3, 2, 6), "m.parts.0.bias": (4,),
+        "m.parts.1.weight": (3, 4), "m.parts.1.bias": (3,),
+        "m.query": (1, 2, 3),
+    }  # fmt: skip
+
+
+def test_linear_and_conv_mean_the_same_as_in_torch():
+    torch = pytest.importorskip("torch")
+    model = Model(nnx.Rngs(0))
+    out = {k: torch.from_numpy(v.copy()) for k, v in to_torch_dict(model).items()}
+    x = np.random.default_rng(0).standard_normal((2, 5, 9, 3)).astype(np.float32)
+    conv = torch.nn.functional.conv2d(
+        torch.from_numpy(x).permute(0, 3, 1, 2), out["parts.0.weight"], out["parts.0.bias"]
+    )
+    conv = conv.permute(0, 2, 3, 1)
+    theirs = torch.nn.functional.linear(conv, out["parts.1.weight"], out["parts.1.bias"])
+    kernel = model.parts[0].kernel[...]
+    dims = ("NHWC", "HWIO", "NHWC")
+    y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=dims)
+    ours = model.parts[1](y + model.parts[0].bias[...])
+    np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_round_trip_into_an_abstract_module():
+    model = Model(nnx.Rngs(0))
+    empty = nnx.eval_shape(lambda: Model(nnx.Rngs(1)))
+    load_torch_dict(empty, to_torch_dict(model, "p."), "p.")
+    for a, b in zip(*(jax.tree.leaves(nnx.state(m)) for m in (model, empty)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_stacked_layers_become_numbered_tensors():
+    model = stacked_model()
+    out = to_torch_dict(model, stacked=("layers",))
+    assert out["layers.2.proj.weight"].shape == (5, 3)
+    np.testing.assert_array_equal(out["layers.1.proj.weight"].T, model.layers.proj.kernel[...][1])
+    assert len(out) == 3 * 4
+    again = stacked_model()
+    load_torch_dict(again, {k: v + 1 for k, v in out.items()}, stacked=("layers",))
+    np.testing.assert_array_equal(again.layers.norm.scale[...], model.layers.norm.scale[...] + 1)
+
+
+def test_all_problems_are_reported_at_once_and_nothing_is_changed():
+    model = Model(nnx.Rngs(0))
+    before = jnp.copy(model.embed.embedding[...])
+    tensors = to_torch_dict(model)
+    tensors = {k: v + 1 for k, v in tensors.items()}
+    tensors["parts.1.weight"] = tensors["parts.1.weight"].T
+    tensors["extra.weight"] = tensors.pop("embed.weight")
+    tensors["second.bias"] = np.zeros(1)
+    del tensors["query"]
+    with pytest.raises(ValueError) as error:
+        load_torch_dict(model, tensors)
+    for word in ("embed.weight", "query", "extra.weight", "second.bias", "parts.1.weight: (4, 3)"):
+        assert word in str(error.value)
+    np.testing.assert_array_equal(model.embed.embedding[...], before)
+
+
+def test_rename_and_ignore():
+    model = Model(nnx.Rngs(0))
+    rename = lambda key: key.replace("parts.", "body.")  # noqa: E731
+    tensors = to_torch_dict(model, rename=rename)
+    assert "body.0.weight" in tensors
+    tensors["position_ids"] = np.arange(3)
+    load_torch_dict(model, tensors, rename=rename, ignore=lambda key: key == "position_ids")
