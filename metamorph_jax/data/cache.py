@@ -12,6 +12,7 @@ has changed since (size or time) counts as not cached.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -165,21 +166,32 @@ def build(
         index.seek(0, os.SEEK_END)
         with ThreadPoolExecutor(max(threads, 1)) as pool:
 
-            def one(ref: ImageRef):
-                entry = None
-                try:
-                    size, mtime = stamp(ref.path)
+            def one(group: list[ImageRef]) -> list[tuple]:
+                """(index entry, pixels or what is wrong) of pictures out of one file."""
+                done, new = [], []
+                for ref in group:
+                    try:
+                        size, mtime = stamp(ref.path)
+                    except BadSample as e:
+                        done.append((None, e))
+                        continue
                     entry = {"key": ref.key(), "size": size, "time": mtime}
                     same = known.get(entry["key"], ())
                     if same[:2] == (size, mtime):
-                        return None, BadSample(same[2]) if same[2] else None
-                    return entry, preprocess(pictures.load([ref], max_pixels)[0])
+                        done.append((None, BadSample(same[2]) if same[2] else None))
+                    else:
+                        new.append((ref, entry))
+                try:
+                    loaded = pictures.load([ref for ref, _ in new], max_pixels)
                 except BadSample as e:
-                    return entry, e
+                    return done + [(entry, e) for _, entry in new]
+                pairs = zip(new, loaded, strict=True)
+                return done + [(entry, preprocess(picture)) for (_, entry), picture in pairs]
 
             waiting: list[tuple[dict, np.ndarray]] = []
             for chunk in _chunks(_unique(refs), batch_size):
-                for entry, result in pool.map(one, chunk):
+                results = pool.map(one, _files(chunk))
+                for entry, result in itertools.chain.from_iterable(results):
                     if isinstance(result, BadSample):
                         bad[result.reason] += 1
                         if entry is not None:
@@ -269,12 +281,25 @@ def _chunks(items: Iterable, size: int) -> Iterator[list]:
         yield chunk
 
 
+def _files(refs: list[ImageRef]) -> Iterator[list[ImageRef]]:
+    """Neighbouring frames of a video together, so that it is decoded once; others alone."""
+    group: list[ImageRef] = []
+    for ref in refs:
+        if group and (ref.frame is None or ref.path != group[-1].path):
+            yield group
+            group = []
+        group.append(ref)
+    if group:
+        yield group
+
+
 class _Progress:
     """A line on stderr with the time left: rewritten in a terminal, now and then elsewhere."""
 
     def __init__(self, total: int, name: str, on: bool):
         self.total, self.name, self.on = total, name, on
-        self.done, self.start, self.last = 0, time.monotonic(), 0.0
+        self.done, self.shown = 0, False
+        self.start = self.last = time.monotonic()
 
     def add(self, n: int) -> None:
         self.done += n
@@ -282,7 +307,7 @@ class _Progress:
         terminal = sys.stderr.isatty()
         if not self.on or now - self.last < (0.5 if terminal else 20):
             return
-        self.last = now
+        self.last, self.shown = now, True
         text = f"cache {self.name}: {self.done}"
         if self.total:
             left = (now - self.start) / self.done * max(self.total - self.done, 0)
@@ -290,5 +315,5 @@ class _Progress:
         print("\r" + text if terminal else text, end="" if terminal else "\n", file=sys.stderr)
 
     def close(self) -> None:
-        if self.on and self.last and sys.stderr.isatty():
+        if self.shown and sys.stderr.isatty():
             print(file=sys.stderr)

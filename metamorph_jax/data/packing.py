@@ -202,6 +202,11 @@ class PackedIterator(grain.DatasetIterator):
         self.counts: collections.Counter[str] = collections.Counter()
 
     @property
+    def source_names(self) -> list[str]:
+        """Names of the sources, in the order that `Batch.sources` counts them."""
+        return list(self._names)
+
+    @property
     def samples_seen(self) -> int:
         """How many samples of this host's stream were read, good or bad."""
         return self._next

@@ -240,3 +240,21 @@ def test_video_kinds(clip):
         a, b = source.sample(0, rng(seed)), source.sample(0, rng(seed))
         assert a == b and len(a.images) >= 2
     assert len({source.sample(0, rng(seed)).turns for seed in range(20)}) > 5
+
+
+def test_cache_takes_frames_of_a_video(clip, tmp_path):
+    from metamorph_jax.data import cache, pictures
+
+    process = pictures.Preprocess(8)
+    refs = [ImageRef(clip, frame=k) for k in (20, 0, 10)]
+    made, bad = cache.build(
+        str(tmp_path / "c"),
+        cache.picture_spec(process),
+        refs,
+        process,
+        batch_size=2,
+        progress=False,
+    )
+    assert not bad and len(made) == 3
+    for ref, want in zip(refs, pictures.load(refs), strict=True):
+        np.testing.assert_array_equal(made.rows[made.lookup(ref)], process(want))

@@ -33,6 +33,9 @@ class JsonRecords:
             raise ValueError(f"{path}: expected a list of records, got {type(self.records)}")
         self.bad_lines: tuple[tuple[int, str], ...] = ()
 
+    def __reduce__(self):  # worker processes read the file themselves
+        return (JsonRecords, (self.path,))
+
     def __len__(self) -> int:
         return len(self.records)
 
@@ -107,7 +110,7 @@ def _scan_lines(path: str):
                 lengths.append(len(line))
                 lines.append(number)
             position += len(line)
-    return np.array(offsets, np.int64), np.array(lengths, np.int64), np.array(lines, np.int64)
+    return np.array(offsets, np.int64), np.array(lengths, np.int32), np.array(lines, np.int32)
 
 
 def _index_places(path: str, index_dir: str | None) -> list[str]:
