@@ -232,7 +232,7 @@ def test_config_errors(tmp_path):
     with pytest.raises(ValueError, match="weights"):
         config("a", sources=(SourceConfig("a", weight=1.0), SourceConfig("b")))
     with pytest.raises(ValueError, match="feature_width"):
-        config("a", feature_cache="x")
+        config("a", feature_cache="x").feature_spec  # noqa: B018
     with pytest.raises(ValueError, match="empty"):
         DataConfig(sources=())
 
