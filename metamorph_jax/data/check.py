@@ -14,9 +14,10 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+from metamorph_jax.config import ConfigError, build, load_config
 from metamorph_jax.data import pictures
 from metamorph_jax.data.chat import Chat
-from metamorph_jax.data.pipeline import DataConfig, SourceConfig, make_stream
+from metamorph_jax.data.pipeline import DataConfig, SourceConfig, make_stream, open_sources
 from metamorph_jax.data.sources.base import BadSample, ImageRef
 
 EXAMPLES = 5
@@ -175,7 +176,9 @@ def table(report: dict) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `metamorph data check`."""
-    parser.add_argument("paths", nargs="+", help=".json, .jsonl, .arrayrecord or tfds:NAME/SPLIT")
+    parser.add_argument("action", choices=["check"], help="read everything, say what's wrong")
+    parser.add_argument("paths", nargs="*", help=".json, .jsonl, .arrayrecord or tfds:NAME/SPLIT")
+    parser.add_argument("--config", default="", help="check the sources of a training config")
     parser.add_argument("--root", default="", help="folder of the pictures; default: the file's")
     parser.add_argument("--kind", default="auto", help="kind of all records, or auto")
     parser.add_argument("--template", default="chatml", help="chat template")
@@ -191,18 +194,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the report; 0 if every sample is usable, else 1."""
-    config = DataConfig(
-        sources=tuple(SourceConfig(p, root=args.root, kind=args.kind) for p in args.paths),
-        template=args.template,
-        length=args.length,
-        tokens_per_image=args.tokens_per_image,
-        images_per_row=args.images_per_row,
-        max_pixels=args.max_pixels,
-    )
-    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
-    report = check(
-        config, tokenizer, threads=args.threads, examples=args.examples, progress=not args.json
-    )
+    if bool(args.paths) == bool(args.config):
+        raise ConfigError("data check needs either files or --config")
+    if args.config:
+        values = load_config(args.config, args.overrides).data.to_dict()
+        config = build(DataConfig, values, "config.data")
+    else:
+        config = DataConfig(
+            sources=tuple(SourceConfig(p, root=args.root, kind=args.kind) for p in args.paths),
+            template=args.template,
+            length=args.length,
+            tokens_per_image=args.tokens_per_image,
+            images_per_row=args.images_per_row,
+            max_pixels=args.max_pixels,
+        )
+    try:
+        tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+        sources = open_sources(config)
+    except (FileNotFoundError, ValueError) as e:
+        raise ConfigError(str(e)) from e
+    report = check(config, tokenizer, sources, args.threads, args.examples, progress=not args.json)
     print(json.dumps(report, indent=2) if args.json else table(report))
     return 0 if all(s["good"] == s["samples"] for s in report["sources"]) else 1
 

@@ -259,13 +259,23 @@ def test_check_finds_everything(dataset, letters, capsys):
 
 
 def test_check_command(dataset, capsys):
-    import argparse
+    from metamorph_jax import cli
 
-    path, _ = dataset
-    parser = argparse.ArgumentParser()
-    check.add_arguments(parser)
-    code = check.run(parser.parse_args([str(path), "--json"]))
+    path, folder = dataset
+    assert cli.main(["data", "check", str(folder / "none.json")]) == 2
+    assert "none.json" in capsys.readouterr().err
+    code = cli.main(["data", "check", str(path), "--json"])
     report = json.loads(capsys.readouterr().out)
+    config = folder / "config.py"
+    config.write_text(
+        "import ml_collections\n"
+        "def get_config():\n"
+        f"    sources = {{'one': {{'path': '{path}'}}}}\n"
+        "    data = {'sources': sources, 'template': 'chatml', 'image_size': 8}\n"
+        "    return ml_collections.ConfigDict({'data': data})\n"
+    )
+    assert cli.main(["data", "check", f"--config={config}"]) == 1
+    assert "truncated" in capsys.readouterr().out
     assert code == 1 and {r["reason"] for r in report["problems"]} >= set(BAD) - {"fully_masked"}
 
 
