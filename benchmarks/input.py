@@ -212,7 +212,7 @@ def lengths(n: int, seed: int = 0, limit: int = 4096):
 
 def useful_positions(n: int) -> common.Case:
     size, count = lengths(n)
-    packer = FirstFit(4096, 64, DataConfig.open_rows)
+    packer = FirstFit(4096, DataConfig.images_per_row, DataConfig.open_rows)
     rows = []
     for positions, images in zip(size.tolist(), count.tolist(), strict=True):
         rows += packer.add(positions, positions, images)

@@ -51,7 +51,9 @@ class DataConfig:
         sources: the files.
         template: chat template (`chat.TEMPLATES`); system: "default", "" for none, or a text.
         single_bos: one BOS instead of the reference's two (llama3).
-        batch_size: rows of this process; length, images_per_row, tokens_per_image: L, I, P.
+        batch_size: rows of this process; length, images_per_row, tokens_per_image: L, I, P. A
+            sample of more than I pictures is skipped. On a mixture like MetaMorph's, rows of 4096
+            are 99.7 % full with I = 24 (81 % of the picture places too), but 81 % with I = 16.
         packing: "first_fit" or "pad" (one sample a row, as the references do); open_rows for the
             first.
         independent_turns: question and answer k sees the leading pictures and itself only.
@@ -75,7 +77,7 @@ class DataConfig:
     single_bos: bool = False
     batch_size: int = 1
     length: int = 4096
-    images_per_row: int = 16
+    images_per_row: int = 24
     tokens_per_image: int = 64
     packing: str = "first_fit"
     open_rows: int = 16

@@ -146,8 +146,8 @@ def test_features_and_turns():
     assert batch.pixels is None and batch.turns[0].tolist() == [0, 1, 1, 1, 0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("length,goal", [(4096, 0.99), (2048, 0.98)])
-def test_useful_positions(length, goal):
+@pytest.mark.parametrize("length,images,goal", [(4096, 24, 0.99), (2048, 16, 0.98)])
+def test_useful_positions(length, images, goal):
     """On the length mixture of the baselines: log-normal text, 64 + 2 positions a picture."""
     rng = np.random.default_rng(0)
     n = 20_000
@@ -157,7 +157,7 @@ def test_useful_positions(length, goal):
         [kind < 0.3, kind < 0.8, kind < 0.9], [0, 1, rng.integers(2, 4, n)], rng.integers(4, 11, n)
     )
     sizes = np.minimum(text + 66 * pictures, length)
-    packer = FirstFit(length, length // 64, 16)
+    packer = FirstFit(length, images, 16)
     rows = []
     for size, k in zip(sizes.tolist(), pictures.tolist(), strict=True):
         rows += packer.add(size, size, k)
