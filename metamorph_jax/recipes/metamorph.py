@@ -15,7 +15,7 @@ only the two new rows of the input table (`connector_tokens = "all"` trains all 
 
 import dataclasses
 import json
-import pathlib
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -117,9 +117,10 @@ def _check(name, value, known):
 def llm_config(cfg: Config) -> llama.LlamaConfig:
     changes = {"added_tokens": 2, "dtype": cfg.dtype, "remat": cfg.remat, **cfg.llm_options}
     if cfg.llm == "auto":
+        from metamorph_jax.convert import specs
         from metamorph_jax.convert.llama import config_from_hf
 
-        return config_from_hf(_read_llm(cfg.llm_weights, weights=False)[0], **changes)
+        return config_from_hf(specs.llm_fields(cfg.llm_weights), **changes)
     return dataclasses.replace(llama.SIZES[cfg.llm], **changes)
 
 
@@ -328,57 +329,29 @@ def load_pretrained(model: MetaMorph, cfg: Config) -> None:
         load_metamorph(model, hf.Tensors(hf.find(cfg.weights)))
         return
     if cfg.llm_weights != "random":
+        from metamorph_jax.convert import specs
         from metamorph_jax.convert.llama import load_llama
 
-        load_llama(model.llm, _read_llm(cfg.llm_weights)[1])
+        load_llama(model.llm, specs.llm_tensors(cfg.llm_weights))
         llama.init_added_tokens(model.llm)
     if cfg.tower_weights != "random" and model.tower is not None:
         load_tower(model.tower, cfg.tower_weights)
 
 
 def load_tower(tower: vit.ViT, spec: str) -> None:
-    """Fills a tower in place from "pkg:NAME", "hf:OWNER/NAME", an ONNX file or a folder."""
-    from metamorph_jax.convert import hf, onnx, packages
+    """Fills a tower in place from a weight spec."""
+    from metamorph_jax.convert import specs
     from metamorph_jax.convert.vit import load_vit
 
-    if packages.is_package(spec) or spec.endswith(".onnx"):
-        path = packages.find(spec) if packages.is_package(spec) else spec
-        load_vit(tower, onnx.read_dinov2(path)[1])
-    else:
-        load_vit(tower, hf.Tensors(hf.find(spec)))
-
-
-def _read_llm(spec: str, weights: bool = True):
-    """(config fields, tensors or None) of a language model's weight spec."""
-    from metamorph_jax.convert import gguf, hf, packages
-
-    if spec == "random":
-        raise ValueError('llm = "auto" needs llm_weights that say which model it is')
-    if packages.is_package(spec) or spec.endswith(".gguf"):
-        path = packages.find(spec) if packages.is_package(spec) else spec
-        if weights:
-            return gguf.read_llama(path)
-        return gguf.read_config(gguf.open_gguf(path)), None
-    folder = hf.find(spec)
-    return hf.read_config(folder), hf.Tensors(folder) if weights else None
+    load_vit(tower, specs.tower_tensors(spec))
 
 
 def load_tokenizer(cfg: Config):
-    """The tokenizer that the config names."""
-    from metamorph_jax.convert import gguf, hf, packages
+    """The tokenizer that the config names, or that of its weights."""
+    from metamorph_jax.convert import specs
 
-    spec = cfg.tokenizer or (cfg.weights if cfg.weights.startswith("hf:") else cfg.llm_weights)
-    if spec == "random":
-        raise ValueError("random weights have no tokenizer: set config.model.tokenizer")
-    if packages.is_package(spec) or spec.endswith(".gguf"):
-        return gguf.load_tokenizer(packages.find(spec) if packages.is_package(spec) else spec)
-    if spec.endswith(".json") and pathlib.Path(spec).is_file():
-        from transformers import PreTrainedTokenizerFast
-
-        return PreTrainedTokenizerFast(tokenizer_file=spec)
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(str(hf.find(spec)))
+    whole = "" if cfg.weights.startswith("workdir:") else cfg.weights
+    return specs.tokenizer(cfg.tokenizer or whole or cfg.llm_weights)
 
 
 def calibrate_connector(model: MetaMorph, features: np.ndarray) -> None:
@@ -406,6 +379,20 @@ def calibrate_connector(model: MetaMorph, features: np.ndarray) -> None:
     scale = model.llm.embed_tokens.embedding[...].std() / out.std(0).mean()
     last.kernel[...] = last.kernel[...] * scale
     last.bias[...] = (last.bias[...] - out.mean(0)) * scale
+
+
+def prepare(model: MetaMorph, batches: Sequence[Batch]) -> None:
+    """Before the first step: fits the connector's start to the pictures of these batches."""
+    graph, weights = nnx.split(model)
+    compute = jax.jit(lambda weights, batch: nnx.merge(graph, weights).batch_features(batch))
+    found = []
+    for batch in batches:
+        x = np.asarray(compute(weights, batch))
+        x = x.reshape(*batch.image_valid.shape, -1, x.shape[-1])
+        found.append(x[np.asarray(batch.image_valid)].reshape(-1, x.shape[-1]))
+    features = np.concatenate(found)
+    if len(features):
+        calibrate_connector(model, features)
 
 
 # ---- data
@@ -443,9 +430,30 @@ def feature_function(cfg: Config):
     return lambda pixels: compute(weights, pixels)
 
 
+def fill_feature_cache(data_cfg, cfg: Config, batch_size: int = 32) -> dict[str, int]:
+    """Runs the tower over all pictures of a data set that the cache lacks.
+
+    Returns:
+        How many pictures could not be read, by reason.
+    """
+    from metamorph_jax.data import cache
+    from metamorph_jax.data.check import all_refs
+
+    data_cfg = complete_data_config(data_cfg, cfg)
+    refs = all_refs(data_cfg, load_tokenizer(cfg))
+    spec, preprocess = data_cfg.feature_spec, data_cfg.preprocess
+    compute = feature_function(cfg)
+    _, bad = cache.build(
+        data_cfg.feature_cache, spec, refs, preprocess, compute, batch_size,
+        max_pixels=data_cfg.max_pixels,
+    )  # fmt: skip
+    return dict(bad)
+
+
 def make_data(data_cfg, cfg: Config, *, process_index=0, process_count=1, workdir=None):
     """The input pipeline: an iterator of `Batch`, with `get_state`, `set_state`, `sources`,
-    `skipped` and `close`. `data_cfg` is a `DataConfig` or a table of its fields."""
+    `skipped` and `close`. `data_cfg` is a `DataConfig` or a table of its fields. A feature cache is
+    filled first where pictures are missing in it (by process 0)."""
     del workdir
     from metamorph_jax import config
     from metamorph_jax.data import pipeline
@@ -454,6 +462,13 @@ def make_data(data_cfg, cfg: Config, *, process_index=0, process_count=1, workdi
     if not isinstance(data_cfg, pipeline.DataConfig):
         data_cfg = config.build(pipeline.DataConfig, data_cfg, "config.data")
     data_cfg = complete_data_config(data_cfg, cfg)
+    if data_cfg.feature_cache and cfg.tower != "none":
+        if process_index == 0:
+            fill_feature_cache(data_cfg, cfg)
+        if process_count > 1:
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices("feature cache")
     start = llm_config(cfg).vocab_size
     chat = Chat(
         load_tokenizer(cfg),

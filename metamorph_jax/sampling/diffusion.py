@@ -52,7 +52,7 @@ class Table:
     sigmas: np.ndarray | None = None
 
     def rows(self) -> dict[str, jax.Array]:
-        """What the loop reads, as float32 (and bool) arrays of length N; unused parts are left out."""
+        """What the loop reads, as float32 (and bool) arrays of length N; unused parts left out."""
         fields = ("t", "a", "b", "p", "q", "c", "scale_in", "mix")
         rows = {k: jnp.asarray(getattr(self, k), jnp.float32) for k in fields
                 if getattr(self, k) is not None}  # fmt: skip
@@ -87,7 +87,7 @@ def _levels(s: Schedule, t: np.ndarray, last: float) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class DDIM:
-    """Deterministic DDIM (eta 0). `to_one`: the last step goes to alpha 1, not to the first level."""
+    """Deterministic DDIM (eta 0). `to_one`: the last step goes to alpha 1, not to level 0."""
 
     spacing: str = "leading"
     offset: int = 1
@@ -307,3 +307,25 @@ def to_image(x, vae=None):
     if vae is not None:
         x = vae.decode(x / vae.cfg.scaling_factor)
     return jnp.clip(x / 2 + 0.5, 0.0, 1.0)
+
+
+def draw(
+    recipe,
+    features,
+    noise,
+    sampler: Sampler,
+    *,
+    steps: int = 20,
+    scale: float = 7.5,
+    clip: float | None = None,
+):
+    """Pictures from visual tokens, by a trained decoder recipe: float32[B, h, w, 3] in [0, 1].
+
+    Args:
+        recipe: supplies context, denoise and picture (see `recipes.decoder`).
+        features: float[B, P, C].
+        noise: float32[B, h', w', c] standard normal, of the size that is diffused.
+    """
+    predict = guided(recipe.denoise, recipe.context(features), scale=scale)
+    x = sample(predict, noise, sampler, recipe.cfg.schedule, steps, clip=clip)
+    return recipe.picture(x)

@@ -24,6 +24,7 @@ from metamorph_jax.sampling import diffusion as sampling
 
 pytestmark = pytest.mark.golden
 
+FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 FORWARD = dict(rtol=1e-4, atol=1e-5)
 GRADIENT = dict(rtol=1e-3, atol=1e-5)
 
@@ -65,7 +66,7 @@ def build(cls, config_cls, config, data):
 def run(model, function, *args):
     """function(model, *args), compiled once: eager tiny operations would take seconds."""
     graph, state = nnx.split(model)
-    return jax.jit(lambda state, *a: function(nnx.merge(graph, state), *a))(state, *args)
+    return jax.jit(lambda state, *a: function(nnx.merge(graph, state), *a), compiler_options=FAST)(state, *args)
 
 
 def check_vae(case, data, golden):

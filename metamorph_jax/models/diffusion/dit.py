@@ -1,0 +1,145 @@
+"""A small transformer denoiser for small pictures or latents, conditioned in context.
+
+Scalable Diffusion Models with Transformers (Peebles & Xie 2023), with two changes: the conditioning
+tokens stand in front of the patches in one sequence, and their mean joins the time embedding in the
+adaptive norms. Matrix products only, which is what CPUs and TPUs are best at.
+
+    [context tokens | patches] -> depth x (attention, MLP; shift, scale and gate from t and context)
+                               -> the patches' part -> pixels
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from metamorph_jax.models.diffusion.blocks import linear, zeros
+from metamorph_jax.models.diffusion.unet import time_features
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """Structure of the denoiser; `sample_size` is the side of its (square) input."""
+
+    sample_size: int = 64
+    in_channels: int = 3
+    out_channels: int = 3
+    patch: int = 4
+    width: int = 384
+    depth: int = 8
+    num_heads: int = 6
+    mlp_ratio: int = 4
+    cross_attention_dim: int = 768
+    num_context: int = 77
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        if self.sample_size % self.patch:
+            raise ValueError(f"DiT: side {self.sample_size} is no multiple of patch {self.patch}")
+        if self.width % self.num_heads or self.width % 4:
+            raise ValueError(f"DiT: width {self.width} must split into {self.num_heads} heads and 4")
+
+    @classmethod
+    def tiny(cls, **kw):
+        size = dict(
+            sample_size=8, patch=2, width=32, depth=2, num_heads=2, cross_attention_dim=32,
+            num_context=4,
+        )  # fmt: skip
+        return cls(**(size | kw))
+
+
+def grid_features(side: int, width: int) -> np.ndarray:
+    """Fixed sine and cosine features of the two coordinates: float32[side * side, width]."""
+    freq = 1.0 / 100.0 ** (np.arange(width // 4) / (width // 4))
+    angle = np.arange(side)[:, None] * freq
+    line = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
+    row, column = np.repeat(line, side, axis=0), np.tile(line, (side, 1))
+    return np.concatenate([row, column], axis=1).astype(np.float32)
+
+
+def _norm(x):
+    """Layer norm without weights; the adaptive scale and shift take their place."""
+    x32 = x.astype(jnp.float32)
+    mean = x32.mean(-1, keepdims=True)
+    var = jnp.square(x32 - mean).mean(-1, keepdims=True)
+    return ((x32 - mean) * jax.lax.rsqrt(var + 1e-6)).astype(x.dtype)
+
+
+class Block(nnx.Module):
+    def __init__(self, cfg: DiTConfig, rngs):
+        width, dtype = cfg.width, cfg.dtype
+        self.heads = cfg.num_heads
+        self.modulation = linear(width, 6 * width, rngs, dtype, kernel_init=zeros)
+        self.qkv = linear(width, 3 * width, rngs, dtype)
+        self.proj = linear(width, width, rngs, dtype)
+        self.fc1 = linear(width, cfg.mlp_ratio * width, rngs, dtype)
+        self.fc2 = linear(cfg.mlp_ratio * width, width, rngs, dtype)
+
+    def __call__(self, x, cond):
+        """x: float[B, L, D]; cond: float[B, D]."""
+        B, L, D = x.shape
+        parts = jnp.split(self.modulation(nnx.silu(cond))[:, None], 6, axis=-1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = parts
+        qkv = self.qkv(_norm(x) * (1 + scale1) + shift1)
+        q, k, v = (y.reshape(B, L, self.heads, -1) for y in jnp.split(qkv, 3, axis=-1))
+        y = jax.nn.dot_product_attention(q, k, v, implementation="xla").reshape(B, L, D)
+        x = x + gate1 * self.proj(y)
+        y = self.fc2(nnx.gelu(self.fc1(_norm(x) * (1 + scale2) + shift2)))
+        return x + gate2 * y
+
+
+class DiT(nnx.Module):
+    """Same call as the UNet's: (x, t, context) -> prediction."""
+
+    def __init__(self, cfg: DiTConfig, rngs: nnx.Rngs):
+        self.cfg = cfg
+        D, dtype = cfg.width, cfg.dtype
+        pixels = cfg.patch * cfg.patch
+        self.embed = linear(pixels * cfg.in_channels, D, rngs, dtype)
+        self.context_embed = linear(cfg.cross_attention_dim, D, rngs, dtype)
+        spread = nnx.initializers.normal(0.02)
+        self.context_position = nnx.Param(spread(rngs.params(), (cfg.num_context, D)))
+        self.time_1 = linear(D, D, rngs, dtype)
+        self.time_2 = linear(D, D, rngs, dtype)
+        self.pool = linear(cfg.cross_attention_dim, D, rngs, dtype)
+        self.blocks = nnx.List([Block(cfg, rngs) for _ in range(cfg.depth)])
+        self.modulation = linear(D, 2 * D, rngs, dtype, kernel_init=zeros)
+        self.out = linear(D, pixels * cfg.out_channels, rngs, dtype, kernel_init=zeros)
+
+    def __call__(self, x, t, context):
+        """x: float[B, h, w, c]; t: [B] or a scalar; context: float[B, P, D]; returns float32 like x."""
+        cfg = self.cfg
+        P = context.shape[1]
+        if P > cfg.num_context:
+            raise ValueError(f"DiT: {P} context tokens, num_context is {cfg.num_context}")
+        t = jnp.broadcast_to(jnp.asarray(t), x.shape[:1])
+        context = context.astype(cfg.dtype)
+        time = self.time_2(nnx.silu(self.time_1(time_features(t, cfg.width).astype(cfg.dtype))))
+        cond = time + self.pool(context.mean(axis=1))
+        side = cfg.sample_size // cfg.patch
+        patches = self.embed(space_to_depth(x.astype(cfg.dtype), cfg.patch))
+        patches = patches.reshape(len(x), side * side, cfg.width)
+        patches = patches + jnp.asarray(grid_features(side, cfg.width), cfg.dtype)
+        position = self.context_position[...][:P].astype(cfg.dtype)
+        y = jnp.concatenate([self.context_embed(context) + position, patches], axis=1)
+        for block in self.blocks:
+            y = block(y, cond)
+        shift, scale = jnp.split(self.modulation(nnx.silu(cond))[:, None], 2, axis=-1)
+        y = self.out(_norm(y[:, P:]) * (1 + scale) + shift)
+        return depth_to_space(y.reshape(len(x), side, side, -1), cfg.patch).astype(jnp.float32)
+
+
+def space_to_depth(x, p: int):
+    """float[B, h, w, c] -> float[B, h/p, w/p, p*p*c]."""
+    B, h, w, c = x.shape
+    x = x.reshape(B, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(B, h // p, w // p, p * p * c)
+
+
+def depth_to_space(x, p: int):
+    """The inverse of `space_to_depth`."""
+    B, h, w, c = x.shape
+    x = x.reshape(B, h, w, p, p, c // (p * p)).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(B, h * p, w * p, c // (p * p))

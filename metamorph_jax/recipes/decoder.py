@@ -1,0 +1,220 @@
+"""The decoder recipe: visual tokens -> picture, by diffusion.
+
+MetaMorph's visualiser (spec 7) and its small relative for the quick start:
+
+    features [B, P, C] -> standardise -> projector -> zeros up to `context_length` -> context
+    image -> latent of the frozen autoencoder, or the standardised pixels (vae None) -> x0
+    loss = mean square of denoiser(noised x0, t, context) against noise, velocity or x0
+
+A sample whose condition is dropped sees zeros in place of the whole context; the same zeros are the
+unconditional context when sampling. `Conditioning` made elsewhere can be given in place of features.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from metamorph_jax.models.diffusion import schedule as sch
+from metamorph_jax.models.diffusion.dit import DiT, DiTConfig, depth_to_space, space_to_depth
+from metamorph_jax.models.diffusion.projector import ProjectorConfig, make_projector, pad_context
+from metamorph_jax.models.diffusion.schedule import Schedule
+from metamorph_jax.models.diffusion.unet import UNet, UNetConfig
+from metamorph_jax.models.diffusion.vae import AutoencoderKL, VAEConfig
+from metamorph_jax.types import DecoderBatch
+
+STAGES = {"projector": ("projector",), "decoder": ("projector", "denoiser")}
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """What the decoder is made of and how it learns.
+
+    Attributes:
+        vae: None to work on pixels.
+        context_length: zero tokens are appended up to this length; 0 for none.
+        patch: space-to-depth factor around the denoiser (for a UNet on pixels).
+        drop_context: probability that a sample is trained without its condition.
+        noise_offset: strength of a constant per sample and channel that joins the noise.
+        min_snr: gamma of the min-SNR loss weight; 0 weighs all steps alike.
+    """
+
+    projector: ProjectorConfig = ProjectorConfig()
+    denoiser: UNetConfig | DiTConfig = UNetConfig()
+    vae: VAEConfig | None = VAEConfig()
+    schedule: Schedule = Schedule()
+    context_length: int = 77
+    patch: int = 1
+    drop_context: float = 0.1
+    noise_offset: float = 0.0
+    min_snr: float = 0.0
+
+    def __post_init__(self):
+        if self.projector.output_dim != self.denoiser.cross_attention_dim:
+            raise ValueError(
+                f"projector.output_dim={self.projector.output_dim} must equal"
+                f" denoiser.cross_attention_dim={self.denoiser.cross_attention_dim}"
+            )
+        expected = self.sample_channels * self.patch**2
+        if not self.denoiser.in_channels == self.denoiser.out_channels == expected:
+            raise ValueError(
+                f"denoiser channels {self.denoiser.in_channels} in, {self.denoiser.out_channels} out;"
+                f" expected {expected} for this autoencoder and patch"
+            )
+
+    @property
+    def sample_channels(self) -> int:
+        return self.vae.latent_channels if self.vae else 3
+
+    @property
+    def sample_side(self) -> int:
+        """Side of what is diffused: latents or pixels."""
+        return self.denoiser.sample_size * self.patch
+
+    @property
+    def image_side(self) -> int:
+        return self.sample_side * (self.vae.shrink if self.vae else 1)
+
+    @classmethod
+    def metamorph(cls, **kw):
+        """The paper's visualiser: SigLIP tokens, Stable Diffusion 1.5 at 512 pixels."""
+        return cls(**kw)
+
+    @classmethod
+    def pixels(cls, features: int, tokens: int, side: int = 64, width: int = 256, **kw):
+        """A transformer on `side` x `side` pixels: for small pictures and the quick start.
+
+        Velocity prediction with a terminal SNR of zero: sampling starts from what training saw at the
+        last step, so nearly white pictures come out white.
+        """
+        denoiser = DiTConfig(
+            sample_size=side, patch=max(side // 8, 1), width=width, depth=6, num_heads=width // 64,
+            cross_attention_dim=width, num_context=tokens,
+        )  # fmt: skip
+        projector = ProjectorConfig(input_dim=features, hidden_dim=width, output_dim=width)
+        schedule = Schedule(prediction_type="v_prediction", zero_snr=True)
+        parts = dict(projector=projector, denoiser=denoiser, schedule=schedule)
+        return cls(**(parts | dict(vae=None, context_length=0) | kw))
+
+
+class Statistics(nnx.Variable):
+    """Fixed numbers of the data, part of the state but never trained."""
+
+
+class DecoderRecipe(nnx.Module):
+    """Projector, denoiser and (frozen) autoencoder; see the module docstring.
+
+    Args:
+        tower: optional frozen module, uint8 pixels [B, h, w, 3] -> features [B, P, C], for batches
+            that bring pixels in place of features.
+    """
+
+    loss_coefs = {"diffusion": 1.0}
+
+    def __init__(self, cfg: DecoderConfig, rngs: nnx.Rngs, tower: nnx.Module | None = None):
+        self.cfg = cfg
+        self.projector = make_projector(cfg.projector, rngs)
+        kind = DiT if isinstance(cfg.denoiser, DiTConfig) else UNet
+        self.denoiser = kind(cfg.denoiser, rngs)
+        if cfg.vae:
+            self.vae = AutoencoderKL(cfg.vae, rngs)
+        if tower is not None:
+            self.tower = tower
+        # Unit-norm features share a large mean, and pictures may be nearly white: both are
+        # standardised with these. As they stand here they change nothing.
+        self.feature_mean = Statistics(jnp.zeros((cfg.projector.input_dim,)))
+        self.feature_scale = Statistics(jnp.ones((cfg.projector.input_dim,)))
+        self.pixel_mean = Statistics(jnp.zeros((3,)))
+        self.pixel_scale = Statistics(jnp.ones((3,)))
+
+    def set_statistics(self, features: np.ndarray, images: np.ndarray | None = None) -> None:
+        """Measures the standardisation on a sample of the data.
+
+        Args:
+            features: float[..., C].
+            images: uint8[..., 3]; left alone with an autoencoder, whose latents are scaled already.
+        """
+        flat = np.asarray(features, np.float64).reshape(-1, features.shape[-1])
+        self.feature_mean[...] = jnp.asarray(flat.mean(0), jnp.float32)
+        self.feature_scale[...] = jnp.asarray(1 / np.maximum(flat.std(0), 1e-6), jnp.float32)
+        if images is not None and not self.cfg.vae:
+            pixels = np.asarray(images).reshape(-1, 3) / 127.5 - 1
+            self.pixel_mean[...] = jnp.asarray(pixels.mean(0), jnp.float32)
+            self.pixel_scale[...] = jnp.asarray(1 / np.maximum(pixels.std(0), 1e-2), jnp.float32)
+
+    def context(self, features):
+        """features: float[B, P, C]; returns float[B, P', D], what the denoiser attends to."""
+        x = (features - self.feature_mean[...]) * self.feature_scale[...]
+        return pad_context(self.projector(x.astype(jnp.float32)), self.cfg.context_length)
+
+    def latents(self, image, key):
+        """image: uint8[B, h, w, 3]; returns float32[B, h', w', c], without gradient."""
+        x = image.astype(jnp.float32) / 127.5 - 1.0
+        if not self.cfg.vae:
+            return (x - self.pixel_mean[...]) * self.pixel_scale[...]
+        posterior = self.vae.encode(x)
+        z = posterior.sample(jax.random.normal(key, posterior.mean.shape))
+        return jax.lax.stop_gradient(z * self.cfg.vae.scaling_factor)
+
+    def picture(self, x):
+        """The inverse of `latents`: float32[B, h, w, 3] in [0, 1]."""
+        if self.cfg.vae:
+            x = self.vae.decode(x / self.cfg.vae.scaling_factor)
+        else:
+            x = x / self.pixel_scale[...] + self.pixel_mean[...]
+        return jnp.clip(x / 2 + 0.5, 0.0, 1.0)
+
+    def denoise(self, x, t, context):
+        """The network's prediction. x: float32[B, h, w, c]; t: [B]; context: float[B, P', D]."""
+        if self.cfg.patch == 1:
+            return self.denoiser(x, t, context)
+        y = self.denoiser(space_to_depth(x, self.cfg.patch), t, context)
+        return depth_to_space(y, self.cfg.patch)
+
+    def features(self, batch: DecoderBatch):
+        if batch.features is not None:
+            return batch.features
+        if not hasattr(self, "tower"):
+            raise ValueError("batch.features is None and the decoder recipe was built without a tower")
+        return jax.lax.stop_gradient(self.tower(batch.pixels))
+
+    def loss_counts(self, batch: DecoderBatch) -> dict[str, jax.Array]:
+        """Number of pictures."""
+        return {"diffusion": _valid(batch).sum()}
+
+    def loss_sums(self, batch: DecoderBatch, key):
+        """Sum over pictures of the (weighted) mean squared error, and the plain error as metric."""
+        cfg = self.cfg
+        keys = jax.random.split(key, 5)
+        B = batch.image.shape[0]
+        x0 = self.latents(batch.image, keys[0])
+        t = jax.random.randint(keys[1], (B,), 0, cfg.schedule.num_train_timesteps)
+        noise = jax.random.normal(keys[2], x0.shape)
+        if cfg.noise_offset:
+            constant = jax.random.normal(keys[3], (B, 1, 1, x0.shape[-1]))
+            noise = noise + cfg.noise_offset * constant
+        context = self.context(self.features(batch))
+        keep = jax.random.uniform(keys[4], (B, 1, 1)) >= cfg.drop_context
+        context = jnp.where(keep, context, 0.0)
+        prediction = self.denoise(sch.add_noise(cfg.schedule, x0, noise, t), t, context)
+        wanted = sch.target(cfg.schedule, x0, noise, t)
+        error = jnp.square(prediction - wanted).mean((1, 2, 3))
+        valid = _valid(batch)
+        weight = sch.min_snr_weight(cfg.schedule, t, cfg.min_snr) if cfg.min_snr else 1.0
+        plain = (error * valid).sum()
+        return {"diffusion": (weight * error * valid).sum()}, {"mse": (plain, valid.sum())}
+
+    def trainable(self, stage: str):
+        """The nnx filter of what `stage` trains: the projector, or the projector and the denoiser."""
+        if stage not in STAGES:
+            raise ValueError(f"stage={stage!r}, the decoder recipe has {sorted(STAGES)}")
+        return nnx.All(nnx.Param, lambda path, _: path[0] in STAGES[stage])
+
+
+def _valid(batch: DecoderBatch):
+    """float32[B], 0 where a short batch was filled up."""
+    if batch.valid is None:
+        return jnp.ones((batch.image.shape[0],), jnp.float32)
+    return jnp.asarray(batch.valid, jnp.float32)

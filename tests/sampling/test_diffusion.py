@@ -1,0 +1,128 @@
+"""Properties of the samplers; their trajectories are pinned by the golden cases."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from metamorph_jax.models.diffusion import schedule as sch
+from metamorph_jax.models.diffusion.schedule import PREDICTIONS, Schedule
+from metamorph_jax.sampling import diffusion as sampling
+from metamorph_jax.sampling.diffusion import DDIM, PNDM, DPMSolverPP, Euler
+
+RULES = [
+    DDIM(to_one=True), DDIM(spacing="trailing", offset=0, to_one=True), DPMSolverPP(),
+    DPMSolverPP(karras=True), DPMSolverPP(spacing="trailing"), Euler(), Euler(spacing="linspace"),
+    Euler(karras=True), PNDM(to_one=True),
+]  # fmt: skip
+
+
+def perfect(schedule, x0, table):
+    """A denoiser that knows x0: predicts what the schedule asks for from x and x0."""
+
+    def predict(x, t):
+        a = jnp.interp(t, jnp.arange(1000.0), jnp.asarray(schedule.alphas_cumprod, jnp.float32))
+        if schedule.prediction_type == "sample":
+            return x0
+        noise = (x - jnp.sqrt(a) * x0) / jnp.sqrt(1 - a)
+        if schedule.prediction_type == "epsilon":
+            return noise
+        return jnp.sqrt(a) * noise - jnp.sqrt(1 - a) * x0
+
+    return predict
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_a_perfect_denoiser_leads_to_x0(rule, prediction):
+    s = Schedule(prediction_type=prediction)
+    x0 = jnp.linspace(-1, 1, 8).reshape(1, 2, 4, 1)
+    noise = jax.random.normal(jax.random.key(0), x0.shape)
+    found = sampling.sample(perfect(s, x0, None), noise, rule, s, 12)
+    # Fractional and Karras timesteps meet the interpolated level only nearly.
+    np.testing.assert_allclose(found, x0, atol=0.05)
+
+
+@pytest.mark.parametrize("rule", [DDIM(spacing="trailing", offset=0), DPMSolverPP(), Euler()])
+def test_zero_terminal_snr_is_finite(rule):
+    s = Schedule(prediction_type="v_prediction", zero_snr=True)
+    noise = jnp.ones((1, 2, 2, 1))
+    out = sampling.sample(lambda x, t: -x, noise, rule, s, 5)
+    assert np.isfinite(out).all()
+
+
+def test_pndm_calls_the_network_once_more():
+    assert len(PNDM().table(Schedule(), 10).t) == 11
+    assert len(PNDM().table(Schedule(), 2).t) == 3
+    with pytest.raises(ValueError, match="at least 2"):
+        PNDM().table(Schedule(), 1)
+
+
+def test_one_step_works():
+    s = Schedule()
+    for rule in (DDIM(), DPMSolverPP(), Euler()):
+        x = sampling.sample(lambda x, t: 0.1 * x, jnp.ones((1, 1, 1, 1)), rule, s, 1)
+        assert np.isfinite(x).all()
+
+
+def test_guidance_doubles_the_batch_only_when_it_is_on():
+    seen = []
+
+    def denoiser(x, t, context):
+        seen.append((x.shape, t.shape, context.shape))
+        return x * context.mean((1, 2))[:, None, None, None]
+
+    x, context = jnp.ones((2, 3, 3, 1)), jnp.full((2, 5, 4), 0.5)
+    plain = sampling.guided(denoiser, context, scale=1)(x, jnp.float32(7))
+    strong = sampling.guided(denoiser, context, scale=3.0)(x, jnp.float32(7))
+    assert seen == [((2, 3, 3, 1), (2,), (2, 5, 4)), ((4, 3, 3, 1), (4,), (4, 5, 4))]
+    np.testing.assert_allclose(plain, 0.5)
+    np.testing.assert_allclose(strong, 1.5)  # 0 + 3 * (0.5 - 0), zeros being unconditional
+
+
+def test_trajectory_ends_in_the_result_and_clip_bounds_it():
+    s = Schedule(prediction_type="sample")
+    predict = lambda x, t: 9 * jnp.ones_like(x)  # noqa: E731
+    noise = jnp.ones((1, 2, 2, 1))
+    rule = DDIM(to_one=True)
+    x, (states, outputs) = sampling.sample(
+        predict, noise, rule, s, 4, clip=1.0, return_trajectory=True
+    )
+    assert states.shape[0] == 5 and outputs.shape[0] == 4
+    np.testing.assert_array_equal(states[-1], x)
+    np.testing.assert_allclose(x, 1.0, atol=1e-6)
+
+
+def test_spacing_is_checked():
+    with pytest.raises(ValueError, match="spacing='even'"):
+        DDIM(spacing="even").table(Schedule(), 4)
+
+
+def test_dpm_beats_euler_on_a_gaussian():
+    """Data from N(0, 0.5^2): the exact flow is linear, so the solvers' errors can be compared."""
+    s = Schedule()
+    a = jnp.asarray(s.alphas_cumprod, jnp.float32)
+
+    def predict(x, t):
+        level = jnp.interp(t, jnp.arange(1000.0), a)
+        return x * jnp.sqrt(1 - level) / (level * 0.25 + 1 - level)
+
+    noise = jnp.ones((1, 1, 1, 1))
+
+    def ends(rule, steps):
+        return float(sampling.sample(predict, noise, rule, s, steps)[0, 0, 0, 0])
+
+    exact = ends(DPMSolverPP(), 400)
+    assert abs(ends(DPMSolverPP(), 16) - exact) < abs(ends(DDIM(to_one=True), 16) - exact)
+
+
+def test_add_noise_then_one_perfect_ddim_step_reaches_the_next_level():
+    s = Schedule()
+    rng = np.random.default_rng(0)
+    x0, noise = (rng.standard_normal((1, 2, 2, 1)).astype(np.float32) for _ in range(2))
+    table = DDIM().table(s, 10)
+    row = {k: v[3] for k, v in table.rows().items()}
+    t, following = (jnp.array([int(v)]) for v in (table.t[3], table.t[3] - 100))
+    x = sch.add_noise(s, x0, noise, t)
+    new, _ = sampling.step(row, lambda x, t: noise, {"x": x})
+    np.testing.assert_allclose(new["x"], sch.add_noise(s, x0, noise, following), atol=1e-5)
