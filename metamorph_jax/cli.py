@@ -28,7 +28,8 @@ class UserError(Exception):
 def _usage() -> str:
     width = max(map(len, COMMANDS))
     listed = "\n".join(f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items())
-    return f"usage: metamorph COMMAND [options]\n\n{listed}\n\nmetamorph COMMAND --help says more.\n"
+    more = "metamorph COMMAND --help says more."
+    return f"usage: metamorph COMMAND [options]\n\n{listed}\n\n{more}\n"
 
 
 def main(argv: list[str] | None = None) -> int:

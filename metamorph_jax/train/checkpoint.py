@@ -182,6 +182,14 @@ def export(workdir: str | pathlib.Path, state: TrainState, fixed: Params) -> pat
     return folder
 
 
+def read_export(workdir: str | pathlib.Path) -> dict[str, jax.Array]:
+    """name -> parameter of a finished stage, on the first device."""
+    folder = pathlib.Path(workdir).absolute() / "final"
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    make = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)  # noqa: E731
+    return ocp.load(folder, jax.tree.map(make, ocp.metadata(folder).metadata))
+
+
 def load_params(model: nnx.Module, workdir: str | pathlib.Path) -> set[str]:
     """Gives a model, in place, the weights that an earlier stage ended with.
 

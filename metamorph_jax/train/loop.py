@@ -183,7 +183,7 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, float]:
 
     # ---- steps
     schedule = optim.make_schedule(cfg.optim, cfg.batch_size, cfg.steps)
-    step_fn = make_step(parts, cfg.optim, schedule, cfg.accumulate)
+    step_fn = make_step(parts, cfg.optim, schedule, cfg.accumulate, mesh=mesh)
     pending = None
 
     def read(pending: _Pending) -> None:

@@ -161,19 +161,23 @@ def place(values: Params, parts: Parts) -> Params:
     return {name: one(name, x) for name, x in values.items()}
 
 
-def start(params: Params, parts: Parts, mesh: Mesh, seed: int, ema: bool) -> TrainState:
-    """The state before the first step. Moments and average lie where their parameters do."""
-    where = {n: parts.shardings[n] for n in params}
+def shardings(parts: Parts, mesh: Mesh, ema: bool) -> TrainState:
+    """Where the state lies: moments and average where their parameters do."""
+    where = {n: parts.shardings[n] for n in parts.names}
     everywhere = sharding.replicated(mesh)
-    moments = jax.jit(optim.init, out_shardings=Moments(where, where))(params)
-    average = None
-    if ema:  # a copy: a step gives both buffers away
-        copy = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=where)
-        average = copy(params)
+    moments = Moments(where, where)
+    return TrainState(where, moments, where if ema else None, *3 * (everywhere,))
 
-    def scalars():
+
+def start(params: Params, parts: Parts, mesh: Mesh, seed: int, ema: bool) -> TrainState:
+    """The state before the first step."""
+
+    def make(params):
+        average = jax.tree.map(jnp.copy, params) if ema else None  # a step gives both away
         key = jax.random.key_data(jax.random.key(seed + 1))
-        return jnp.zeros((), jnp.int32), key, jnp.zeros((), bool)
+        zero, false = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
+        return TrainState({}, optim.init(params), average, zero, key, false)
 
-    step, key, halted = jax.jit(scalars, out_shardings=everywhere)()
-    return TrainState(params, moments, average, step, key, halted)
+    where = dataclasses.replace(shardings(parts, mesh, ema), params={})
+    made = jax.jit(make, out_shardings=where)(params)
+    return dataclasses.replace(made, params=params)

@@ -8,8 +8,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from metamorph_jax import sharding
 from metamorph_jax.train import optim
+from metamorph_jax.train import state as states
 from metamorph_jax.train.optim import OptimConfig, Params
 from metamorph_jax.train.state import Parts, TrainState
 
@@ -19,6 +22,8 @@ def make_step(
     cfg: OptimConfig,
     schedule: Callable[[jax.Array], jax.Array],
     accumulate: int = 1,
+    *,
+    mesh: Mesh,
 ) -> Callable:
     """The compiled step: (state, frozen, batch) -> (state, report). The old state is given away.
 
@@ -27,6 +32,8 @@ def make_step(
         cfg: optimizer.
         schedule: step -> learning rate.
         accumulate: micro-batches that a batch is cut into.
+        mesh: where all of it lies. The new state lies where the old one did: left to itself the
+            compiler may move a leaf, and then the next step compiles anew.
 
     The report, small arrays that lie on every device:
         sums, counts: of each loss; metrics: name -> (numerator, denominator);
@@ -100,7 +107,10 @@ def make_step(
         }
         return new, report
 
-    return jax.jit(step, donate_argnums=(0,))
+    where = states.shardings(parts, mesh, cfg.ema_decay is not None)
+    return jax.jit(
+        step, donate_argnums=(0,), out_shardings=(where, sharding.replicated(mesh))
+    )
 
 
 def cut(batch, n: int):
