@@ -17,8 +17,9 @@ class DecoderPairs(Iterator[DecoderBatch]):
     """Endless shuffled batches of (picture, features), the same for the same seed.
 
     Pictures are decoded once and kept in memory when all of them fit into `memory_bytes`;
-    otherwise `threads` decode each batch. Every epoch shows every picture once; a batch may reach
-    over the border of two epochs, so its shape never changes.
+    otherwise `threads` decode each batch, and the next good picture of the list stands in for one
+    that turns out to be bad. Every epoch shows every picture once; a batch may reach over the
+    border of two epochs, so its shape never changes.
 
     Args:
         refs: pictures; those that can't be read, or aren't in the cache, are left out and counted.
@@ -33,7 +34,7 @@ class DecoderPairs(Iterator[DecoderBatch]):
         images: uint8[n, h, w, 3] already decoded, in the order of `refs`, or None.
 
     Attributes:
-        counts: pictures left out, by reason.
+        counts: pictures left out or stood in for, by reason.
         refs: those in use.
     """
 
@@ -60,17 +61,18 @@ class DecoderPairs(Iterator[DecoderBatch]):
         for k, ref in enumerate(refs):
             seen.setdefault(ref, k)
         kept, rows, where = [], [], []
-        # Whether a picture can be read is settled here, once, so that every epoch is the same.
         loaded: list = []
         fits = len(seen) * preprocess.size**2 * 3 <= memory_bytes and tower is None
-        for ref, row, pixels in self._pool.map(lambda r: self._try(r, images is None), seen):
+        for ref, row, pixels in self._pool.map(
+            lambda r: self._try(r, fits and images is None), seen
+        ):
             if isinstance(row, str):
                 self.counts[row] = self.counts.get(row, 0) + 1
                 continue
             kept.append(ref)
             rows.append(row)
             where.append(seen[ref])
-            if fits and images is None:
+            if pixels is not None:
                 loaded.append(pixels)
         if not kept:
             raise ValueError(f"no usable picture among {len(refs)}: {self.counts}")
@@ -96,6 +98,17 @@ class DecoderPairs(Iterator[DecoderBatch]):
     def _draw(self, ref: ImageRef) -> np.ndarray:
         return self.preprocess(pictures.load([ref])[0])
 
+    def _load(self, k: int):
+        """(k, picture k), or the next one that can be read."""
+        for i in range(min(len(self.refs), 100)):
+            try:
+                j = (k + i) % len(self.refs)
+                return j, pictures.load([self.refs[j]])[0]
+            except BadSample as e:
+                self.counts[e.reason] = self.counts.get(e.reason, 0) + 1
+                last = e
+        raise ValueError(f"100 bad pictures in a row: {last}") from last
+
     def __len__(self) -> int:
         """Pictures in an epoch, over all processes."""
         return len(self.refs)
@@ -110,16 +123,17 @@ class DecoderPairs(Iterator[DecoderBatch]):
     def __next__(self) -> DecoderBatch:
         picks = [self._pick(self._next + k) for k in range(self.batch_size)]
         self._next += self.batch_size
+        features = pixels = None
         if self._images is not None:
             image = self._images[picks]
         else:
-            image = np.stack(list(self._pool.map(lambda k: self._draw(self.refs[k]), picks)))
-        features = pixels = None
+            found = list(self._pool.map(self._load, picks))
+            picks = [k for k, _ in found]
+            image = np.stack([self.preprocess(picture) for _, picture in found])
+            if self.tower is not None and self.features is None:
+                pixels = np.stack([self.tower(picture) for _, picture in found])
         if self.features is not None:
             features = np.asarray(self.features.rows[self._rows[picks]], np.float32)
-        elif self.tower is not None:
-            loaded = self._pool.map(lambda k: pictures.load([self.refs[k]])[0], picks)
-            pixels = np.stack([self.tower(p) for p in loaded])
         return DecoderBatch(
             image=image, features=features, pixels=pixels, valid=np.ones(self.batch_size, bool)
         )

@@ -304,3 +304,17 @@ def test_decoder_pairs(dataset, letters, tmp_path):
         other.set_state(json.loads(json.dumps({**pairs.get_state(), "next": 4 * 7})))
         for want in batches[4:]:
             equal(next(other), want)
+
+
+def test_decoder_pairs_without_features(dataset, letters):
+    path, _ = dataset
+    refs = all_refs(path, letters)
+    process = config(path).preprocess
+    tower = dataclasses.replace(process, size=6)
+    a = decoder_pairs.DecoderPairs(refs, process, batch_size=30, tower=tower)
+    b = decoder_pairs.DecoderPairs(refs, process, batch_size=30, tower=tower)
+    for _ in range(4):  # bad pictures are replaced, the same way every time
+        x = next(a)
+        equal(x, next(b))
+        assert x.image.shape == (30, 8, 8, 3) and x.pixels.shape == (30, 6, 6, 3)
+    assert set(a.counts) == {"missing", "zero_byte", "truncated"}
