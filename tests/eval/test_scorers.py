@@ -1,0 +1,40 @@
+"""Accuracy per type and the floors beside it."""
+
+import pytest
+
+from metamorph_jax.eval import scorers
+
+ROWS = [
+    {"type": "color", "answer": "red", "predicted": "Red."},
+    {"type": "color", "answer": "blue", "predicted": "red"},
+    {"type": "color", "answer": "red", "predicted": " red\n"},
+    {"type": "yes or no", "answer": "yes", "predicted": "yes"},
+    {"type": "yes or no", "answer": "no", "predicted": "yes"},
+]
+
+
+@pytest.mark.parametrize(
+    "predicted, right",
+    [("red", True), ("Red.", True), ("  RED \n", True), ("dark red", False), ("", False)],
+)
+def test_is_right(predicted, right):
+    assert scorers.is_right(predicted, "red") is right
+
+
+def test_scores_and_floors():
+    color, yesno, everything = scorers.score_by_type(ROWS)
+    assert (color.type, color.count) == ("color", 3)
+    assert color.accuracy == pytest.approx(2 / 3) and color.floor == pytest.approx(2 / 3)
+    assert color.floor_answer == "red" and color.yes_floor == 0
+    assert color.above_floor == pytest.approx(0)
+    assert (yesno.accuracy, yesno.yes_floor, yesno.floor) == (0.5, 0.5, 0.5)
+    assert yesno.floor_answer == "no"  # a tie goes by name, so the table doesn't depend on order
+    assert (everything.type, everything.count, everything.yes_floor) == ("all", 5, 0.2)
+    assert scorers.majority_by_type(ROWS) == pytest.approx(3 / 5)
+
+
+def test_order_of_types_and_empty_input():
+    names = [s.type for s in scorers.score_by_type(ROWS, ["yes or no", "absent", "color"])]
+    assert names == ["yes or no", "color", "all"]
+    assert scorers.score_by_type([]) == []
+    assert scorers.majority_by_type([]) == 0
