@@ -320,7 +320,9 @@ def load_pretrained(model: MetaMorph, cfg: Config) -> None:
     if cfg.weights.startswith("workdir:"):
         from metamorph_jax.train import checkpoint
 
-        checkpoint.load_params(model, cfg.weights.removeprefix("workdir:"))
+        trained = checkpoint.load_params(model, cfg.weights.removeprefix("workdir:"))
+        if not any(name.startswith("tower.") for name in trained):
+            _load_tower(model, cfg)  # the earlier stage may have had none, features were cached
         return
     if cfg.weights:
         from metamorph_jax.convert import hf
@@ -334,6 +336,10 @@ def load_pretrained(model: MetaMorph, cfg: Config) -> None:
 
         load_llama(model.llm, specs.llm_tensors(cfg.llm_weights))
         llama.init_added_tokens(model.llm)
+    _load_tower(model, cfg)
+
+
+def _load_tower(model: MetaMorph, cfg: Config) -> None:
     if cfg.tower_weights != "random" and model.tower is not None:
         load_tower(model.tower, cfg.tower_weights)
 

