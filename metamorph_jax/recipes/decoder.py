@@ -6,8 +6,9 @@ MetaMorph's visualiser (spec 7) and its small relative for the quick start:
     image -> latent of the frozen autoencoder, or the standardised pixels (vae None) -> x0
     loss = mean square of denoiser(noised x0, t, context) against noise, velocity or x0
 
-A sample whose condition is dropped sees zeros in place of the whole context; the same zeros are the
-unconditional context when sampling. `Conditioning` made elsewhere can be given in place of features.
+A sample whose condition is dropped sees zeros in place of the whole context; the same zeros are
+the unconditional context when sampling. `Conditioning` made elsewhere can be given in place of
+features.
 """
 
 import dataclasses
@@ -17,12 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from metamorph_jax.config import ConfigError
+from metamorph_jax.data.pipeline import SourceConfig
 from metamorph_jax.models.diffusion import schedule as sch
 from metamorph_jax.models.diffusion.dit import DiT, DiTConfig, depth_to_space, space_to_depth
 from metamorph_jax.models.diffusion.projector import ProjectorConfig, make_projector, pad_context
 from metamorph_jax.models.diffusion.schedule import Schedule
 from metamorph_jax.models.diffusion.unet import UNet, UNetConfig
-from metamorph_jax.models.diffusion.vae import AutoencoderKL, VAEConfig
+from metamorph_jax.models.diffusion.vae import OLD_NAMES, AutoencoderKL, VAEConfig
+from metamorph_jax.models.vision import vit
+from metamorph_jax.models.vision.reduce import TokenReducer, normalize_features
+from metamorph_jax.recipes import metamorph
 from metamorph_jax.types import DecoderBatch
 
 STAGES = {"projector": ("projector",), "decoder": ("projector", "denoiser")}
@@ -60,8 +66,8 @@ class DecoderConfig:
         expected = self.sample_channels * self.patch**2
         if not self.denoiser.in_channels == self.denoiser.out_channels == expected:
             raise ValueError(
-                f"denoiser channels {self.denoiser.in_channels} in, {self.denoiser.out_channels} out;"
-                f" expected {expected} for this autoencoder and patch"
+                f"denoiser channels {self.denoiser.in_channels} in, {self.denoiser.out_channels}"
+                f" out; expected {expected} for this autoencoder and patch"
             )
 
     @property
@@ -86,8 +92,8 @@ class DecoderConfig:
     def pixels(cls, features: int, tokens: int, side: int = 64, width: int = 256, **kw):
         """A transformer on `side` x `side` pixels: for small pictures and the quick start.
 
-        Velocity prediction with a terminal SNR of zero: sampling starts from what training saw at the
-        last step, so nearly white pictures come out white.
+        Velocity prediction with a terminal SNR of zero: sampling starts from what training saw at
+        the last step, so nearly white pictures come out white.
         """
         denoiser = DiTConfig(
             sample_size=side, patch=max(side // 8, 1), width=width, depth=6, num_heads=width // 64,
@@ -177,7 +183,7 @@ class DecoderRecipe(nnx.Module):
         if batch.features is not None:
             return batch.features
         if not hasattr(self, "tower"):
-            raise ValueError("batch.features is None and the decoder recipe was built without a tower")
+            raise ValueError("no features in the batch, and the decoder was built without a tower")
         return jax.lax.stop_gradient(self.tower(batch.pixels))
 
     def loss_counts(self, batch: DecoderBatch) -> dict[str, jax.Array]:
@@ -206,8 +212,12 @@ class DecoderRecipe(nnx.Module):
         plain = (error * valid).sum()
         return {"diffusion": (weight * error * valid).sum()}, {"mse": (plain, valid.sum())}
 
+    def param_group(self, path: tuple[str, ...]) -> str:
+        """Part that a parameter belongs to: projector, denoiser, vae or tower."""
+        return str(path[0])
+
     def trainable(self, stage: str):
-        """The nnx filter of what `stage` trains: the projector, or the projector and the denoiser."""
+        """The nnx filter of what `stage` trains: the projector, or the denoiser with it."""
         if stage not in STAGES:
             raise ValueError(f"stage={stage!r}, the decoder recipe has {sorted(STAGES)}")
         return nnx.All(nnx.Param, lambda path, _: path[0] in STAGES[stage])
@@ -218,3 +228,171 @@ def _valid(batch: DecoderBatch):
     if batch.valid is None:
         return jnp.ones((batch.image.shape[0],), jnp.float32)
     return jnp.asarray(batch.valid, jnp.float32)
+
+
+# ---- the stage, as the train loop wants it
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The model part of a decoder config.
+
+    Attributes:
+        decoder: structure and loss.
+        vision: what makes the visual tokens: tower, reduction and normalisation of this
+            MetaMorph config. Its other parts play no role.
+        sd_weights: folder or "hf:OWNER/NAME" with unet/ and vae/ of Stable Diffusion, or "random".
+        unet_from_scratch: take only the autoencoder from there.
+        weights: "workdir:PATH" of an earlier decoder stage, "" for none.
+        with_tower: run the tower on pixels; else features come from the cache.
+    """
+
+    decoder: DecoderConfig = DecoderConfig()
+    vision: metamorph.Config = metamorph.Config()
+    sd_weights: str = "random"
+    unet_from_scratch: bool = False
+    weights: str = ""
+    with_tower: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Input of the decoder stage: all pictures of some LLaVA files.
+
+    Attributes:
+        sources, seed, batch_size, feature_cache, max_images, max_frames, index_dir: as in
+            `data.pipeline.DataConfig`.
+        threads: for decoding.
+        memory_gib: decoded pictures are kept in memory if they fit into this.
+    """
+
+    sources: tuple[SourceConfig, ...]
+    batch_size: int = 1
+    seed: int = 42
+    feature_cache: str = ""
+    threads: int = 2
+    memory_gib: float = 2.0
+    max_images: int = 70
+    max_frames: int = 45
+    index_dir: str = ""
+
+
+class VisualFeatures(nnx.Module):
+    """uint8[B, h, w, 3] -> float32[B, P, C] by tower, reduction and normalisation of a config."""
+
+    def __init__(self, cfg: metamorph.Config, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.tower = vit.ViT(metamorph.tower_config(cfg), rngs=rngs)
+        self.reducer = TokenReducer(metamorph.reduce_config(cfg), rngs=rngs)
+
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        x = self.reducer(self.tower(pixels))
+        return normalize_features(x, self.cfg.normalize_vision, self.cfg.apply_softmax)
+
+
+def create(cfg: Config, rngs: nnx.Rngs) -> DecoderRecipe:
+    """A model with random weights; works under `nnx.eval_shape`."""
+    width = metamorph.reduce_config(cfg.vision).width_out
+    if width != cfg.decoder.projector.input_dim:
+        raise ConfigError(
+            f"config.model.decoder.projector.input_dim is {cfg.decoder.projector.input_dim}, the "
+            f"visual tokens of config.model.vision are {width} wide"
+        )
+    tower = VisualFeatures(cfg.vision, rngs) if cfg.with_tower else None
+    return DecoderRecipe(cfg.decoder, rngs, tower)
+
+
+def load_pretrained(model: DecoderRecipe, cfg: Config) -> None:
+    """Fills the model in place as the weight specs of the config say."""
+    if cfg.weights.startswith("workdir:"):
+        from metamorph_jax.train import checkpoint
+
+        checkpoint.load_params(model, cfg.weights.removeprefix("workdir:"))
+        return
+    if cfg.with_tower and cfg.vision.tower_weights != "random":
+        metamorph.load_tower(model.tower.tower, cfg.vision.tower_weights)
+    if cfg.sd_weights == "random":
+        return
+    from metamorph_jax.convert import hf, names
+
+    folder = hf.find(cfg.sd_weights)
+    if not cfg.unet_from_scratch:
+        names.load_torch_dict(model.denoiser, hf.Tensors(folder / "unet"))
+    if cfg.decoder.vae:
+        tensors = hf.Tensors(folder / "vae")
+        old = any(".query." in key for key in tensors)
+        names.load_torch_dict(model.vae, tensors, rename=_old_name if old else lambda key: key)
+
+
+def _old_name(key: str) -> str:
+    for old, new in OLD_NAMES.items():
+        key = key.replace(f".{new}.", f".{old}.")
+    return key
+
+
+def prepare(model: DecoderRecipe, batches: list[DecoderBatch]) -> None:
+    """Measures the standardisation of features and pictures before the first step."""
+    features = np.concatenate([np.asarray(model.features(b)) for b in batches])
+    model.set_statistics(features, np.concatenate([np.asarray(b.image) for b in batches]))
+
+
+def make_data(data_cfg, cfg: Config, *, process_index=0, process_count=1, workdir=None):
+    """An iterator of `DecoderBatch`; `data_cfg` is a table of `DataConfig`'s fields."""
+    del workdir
+    from metamorph_jax import config
+    from metamorph_jax.data import cache, pictures, pipeline
+    from metamorph_jax.data.decoder_pairs import DecoderPairs
+
+    if not isinstance(data_cfg, DataConfig):
+        data_cfg = config.build(DataConfig, data_cfg, "config.data")
+    if not (cfg.with_tower or data_cfg.feature_cache):
+        raise ConfigError("without config.model.with_tower, config.data.feature_cache must be set")
+    vision = metamorph.complete_data_config(
+        pipeline.DataConfig(
+            sources=data_cfg.sources,
+            feature_cache=data_cfg.feature_cache,
+            max_images=data_cfg.max_images,
+            max_frames=data_cfg.max_frames,
+            index_dir=data_cfg.index_dir,
+        ),
+        cfg.vision,
+    )
+    refs = list(dict.fromkeys(_pictures(pipeline.open_sources(vision), data_cfg.seed)))
+    features = None
+    if data_cfg.feature_cache:
+        spec = vision.feature_spec
+        if process_index == 0:
+            compute = metamorph.feature_function(cfg.vision)
+            cache.build(data_cfg.feature_cache, spec, refs, vision.preprocess, compute, 32)
+        if process_count > 1:
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices("feature cache")
+        features = cache.ArrayCache(spec.folder(data_cfg.feature_cache), spec)
+    side = cfg.decoder.image_side
+    pairs = DecoderPairs(
+        refs,
+        pictures.Preprocess(side, "crop", side, "bilinear"),
+        data_cfg.batch_size,
+        data_cfg.seed,
+        features,
+        vision.preprocess if features is None else None,
+        process_index,
+        process_count,
+        int(data_cfg.memory_gib * 2**30),
+        data_cfg.threads,
+    )
+    pairs.sources, pairs.skipped = [s.name for s in data_cfg.sources], pairs.counts
+    return pairs
+
+
+def _pictures(sources, seed: int):
+    """Every picture of every readable sample."""
+    from metamorph_jax.data.sources.base import BadSample
+
+    for number, source in enumerate(sources):
+        for k in range(len(source)):
+            try:
+                yield from source.sample(k, np.random.default_rng((seed, number, k))).images
+            except (BadSample, OSError, ValueError, KeyError, TypeError, IndexError):
+                continue

@@ -1,0 +1,85 @@
+"""Every config of every size builds, and its model has the shapes it should."""
+
+import importlib.util
+import pathlib
+
+import jax
+import pytest
+from flax import nnx
+
+from metamorph_jax import config as configs
+from metamorph_jax import sharding
+from metamorph_jax.train import optim, state
+from metamorph_jax.train.loop import TrainConfig
+from metamorph_jax.train.workdir import find_recipe
+
+ROOT = pathlib.Path(__file__).parents[1] / "configs"
+FILES = sorted(ROOT.glob("*/*.py"))
+
+
+def sizes(file):
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.SIZES
+
+
+CASES = [(file, size) for file in FILES for size in sizes(file)]
+
+
+def load(file, size):
+    table = configs.load_config(f"{file}:{size}").to_dict()
+    return configs.build(TrainConfig, table)
+
+
+def test_there_are_three_stages():
+    assert {f.stem for f in FILES if f.parent.name == "metamorph"} >= {
+        "connector", "vpit", "decoder"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "size"), CASES, ids=lambda v: getattr(v, "stem", v))
+def test_config_builds(file, size):
+    cfg = load(file, size)
+    recipe = find_recipe(cfg.recipe)
+    model_cfg = configs.build(recipe.Config, cfg.model, "config.model")
+    if cfg.recipe == "metamorph":
+        from metamorph_jax.data.pipeline import DataConfig as Data
+
+        # These take names of caches from the model.
+        from metamorph_jax.recipes.metamorph import complete_data_config
+
+        data = configs.build(Data, cfg.data, "config.data")
+        assert complete_data_config(data, model_cfg).tokens_per_image == model_cfg.image_tokens
+    else:
+        configs.build(recipe.DataConfig, cfg.data, "config.data")
+    optim.make_schedule(cfg.optim, cfg.batch_size, cfg.steps)
+
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    model = nnx.eval_shape(lambda: recipe.create(model_cfg, nnx.Rngs(0)))
+    parts, trained, frozen = state.split(model, cfg.stage, mesh)
+    optim.check_multipliers(cfg.optim, set(parts.part_of.values()))
+    count = {True: 0, False: 0}
+    for name, x in (trained | frozen).items():
+        count[name in trained] += x.size
+    expected = MILLIONS.get((file.stem, size))
+    if expected is not None:
+        assert (round(count[True] / 1e6, 1), round(count[False] / 1e6, 1)) == expected
+
+
+# (stage, size) -> millions of parameters that are trained, and that are not
+MILLIONS = {}
+
+
+def test_doc_strings_say_how():
+    for file in FILES:
+        text = file.read_text()
+        where = file.relative_to(ROOT.parent)
+        assert f"metamorph train --config={where}:SIZE --workdir=" in text, where
+        for size in sizes(file):
+            assert size in text.split('"""')[1]
+
+
+def test_unknown_size():
+    with pytest.raises(ValueError, match="size '9b' is none of smoke, quickstart, 1b, 8b"):
+        configs.load_config(f"{FILES[0]}:9b")
