@@ -4,9 +4,9 @@
     metamorph generate --workdir RUN --decoder RUN2 --prompt "Draw a red circle." --out drawings
     metamorph generate --workdir RUN --prompts questions.jsonl --out answers
 
-Pictures stand where the prompt says `<image>`, else in front of it on a line of their own. A line of
-a JSONL file is {"id": …, "prompt": …, "images": […] or "image": …, "video": …}, paths relative to
-the file. What comes out, in `--out`:
+Pictures stand where the prompt says `<image>`, else in front of it on a line of their own. A line
+of a JSONL file is {"id": …, "prompt": …, "images": […] or "image": …, "video": …}, paths relative
+to the file. What comes out, in `--out`:
 
     results.jsonl        one line per prompt as soon as it is done; started again, these are skipped
     segments.json        all of them as one list, at the end
@@ -38,7 +38,9 @@ def add_arguments(parser) -> None:
         "--checkpoint", metavar="SPEC", help="published weights (hf:OWNER/NAME or a folder)"
     )
     group.add_argument("--config", metavar="FILE[:SIZE]", help="the config of --checkpoint")
-    group.add_argument("--decoder", metavar="WORKDIR", help="of a decoder stage: draws the pictures")
+    group.add_argument(
+        "--decoder", metavar="WORKDIR", help="of a decoder stage: draws the pictures"
+    )
     group = parser.add_argument_group("prompts")
     group.add_argument("--prompt", help="one prompt")
     group.add_argument("--prompts", metavar="FILE.jsonl", help="one prompt a line")
@@ -178,7 +180,9 @@ def place_pictures(text: str, count: int) -> str:
     if not markers:
         return IMAGE * count + "\n" + text if count else text
     if markers != count:
-        raise ValueError(f"the prompt has {markers} {IMAGE} markers, but {count} pictures are given")
+        raise ValueError(
+            f"the prompt has {markers} {IMAGE} markers, but {count} pictures are given"
+        )
     return text
 
 
@@ -305,7 +309,9 @@ class Speaker:
                 + (f"{fit} pictures fit" if refs else "shorten the prompt or --max-new-tokens")
             )
         if refs and self.model.tower is None:
-            raise ValueError("this model was trained on cached features and has no tower for pictures")
+            raise ValueError(
+                "this model was trained on cached features and has no tower for pictures"
+            )
         row = build_row(ids, None, P, max(need, 1), self.model.image_start)
         embeds = self.model.embed_text(jnp.asarray(row.tokens))[None]
         if refs:

@@ -9,17 +9,17 @@ them it writes text again.
     mode        t   t   p   p   p   p   t   t   t
     record      A   <  -1  -1  -1  -1   >   B  eos  -2    (-1 a visual token, -2 nothing any more)
 
-Prompts are padded on the left to a bucket, so that the slot of the cache that is written next is the
-same in all rows.
+Prompts are padded on the left to a bucket, so that the slot of the cache that is written next is
+the same in all rows.
 
 The weights are laid out for decoding once (`Decoder`): at a few rows a step is bound by reading
 weights, and products of the form [F, D] @ [D, rows] read each weight once, in order. Activations
-are columns therefore, and the tied table needs no transposed copy. Keys are kept as [B, K, H, S] and
-values as [B, K, S, H] so that attention streams both, too.
+are columns therefore, and the tied table needs no transposed copy. Keys are kept as [B, K, H, S],
+values as [B, K, S, H], so that attention streams both, too.
 
-`parity=True` decodes as the public reference does, in what we consider faults as well: one token more
-than the budget; the count of visual tokens is reset by the end id only; logits of visual steps (of
-the projected prediction) can end the sequence or, when the count is exhausted, give text.
+`parity=True` decodes as the public reference does, in what we consider faults as well: one token
+more than the budget; the count of visual tokens is reset by the end id only; logits of visual steps
+(of the projected prediction) can end the sequence or, when the count is exhausted, give text.
 """
 
 import dataclasses
@@ -341,9 +341,7 @@ class Decoder:
 
     def results(self, state: State, options: Options = Options()) -> list[Result]:
         record, vectors, ended = jax.device_get((state.record, state.vectors, state.ended))
-        return [
-            self._result(*row, options.eos) for row in zip(record, vectors, ended, strict=True)
-        ]
+        return [self._result(*row, options.eos) for row in zip(record, vectors, ended, strict=True)]
 
     def _result(self, record, vectors, ended, eos) -> Result:
         record = record[record != NOTHING]
@@ -472,8 +470,8 @@ class Decoder:
             return z, parts.project(z).astype(hidden.dtype)
 
         def no_draw(hidden):
-            B = hidden.shape[1]
-            return jnp.zeros((B, self.C), jnp.float32), jnp.zeros((B, hidden.shape[0]), hidden.dtype)
+            D, B = hidden.shape
+            return jnp.zeros((B, self.C), jnp.float32), jnp.zeros((B, D), hidden.dtype)
 
         z, projected = lax.cond(drawing.any(), draw, no_draw, hidden)
         if options.parity:

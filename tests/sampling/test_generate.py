@@ -226,9 +226,7 @@ def test_too_many_pictures(workdir, loaded, pictures):
 
 def test_unknown_format(workdir, loaded, pictures):
     with pytest.raises(cli.UserError, match=r"c\.png"):
-        _run(
-            workdir, "--prompt", "x", "--image", pictures / "c.png", "--max-new-tokens", 8
-        )
+        _run(workdir, "--prompt", "x", "--image", pictures / "c.png", "--max-new-tokens", 8)
 
 
 def test_no_workdir(tmp_path):

@@ -1,4 +1,4 @@
-"""The decoding loop: golden cases of the public implementation, and what must not change results."""
+"""The decoding loop: golden cases, and what must not change results."""
 
 import dataclasses
 import json

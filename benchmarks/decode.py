@@ -1,0 +1,129 @@
+"""Cached decoding of interleaved text and visual tokens against Hugging Face's `generate`.
+
+    python benchmarks/decode.py [--rounds 5] [--smoke] [--no-peer]
+
+68 M parameters: width 512, 8 layers, 8 heads, MLP 2048, vocabulary 32000, untied head; prompts of
+200 positions, 200 new tokens: one start id, 64 visual tokens, 135 further text ids (forced, since
+random weights never start a picture; logits are computed all the same). The peer decodes 200 text
+ids with its dynamic cache. Both times hold the prompt's pass. float32, greedy, batch 1 and 8.
+
+`limit_fraction`: bytes of weights and filled cache that a step has to read, over what the memory of
+this machine gave to a matrix-vector product in the same call, as a share of the time per step
+(without the prompt's pass).
+"""
+
+import common
+import jax
+import numpy as np
+from flax import nnx
+
+from metamorph_jax.recipes import metamorph as recipe
+from metamorph_jax.sampling.interleaved import VISUAL, Options, prepare
+
+PROMPT, NEW, TOKENS, WIDTH = 200, 200, 64, 1152
+
+
+def make_decoder(size: str, tokens: int):
+    """Random weights; the head is small, so that free ids never hit start or end."""
+    cfg = recipe.Config(llm=size, tower="none", feature_width=WIDTH, image_tokens=tokens)
+    return prepare(recipe.create(cfg, nnx.Rngs(0)))
+
+
+def forced(decoder, batch: int, new: int, tokens: int) -> np.ndarray:
+    """Ids of all text steps; the picture begins in the middle."""
+    ids = np.random.default_rng(1).integers(10, decoder.cfg.vocab_size, (batch, new))
+    ids[:, (new - tokens) // 2] = decoder.start
+    return ids.astype(np.int32)
+
+
+def bytes_read(decoder, batch: int, prompt: int, new: int, tokens: int) -> float:
+    """What all steps behind the prompt's pass must read at least."""
+    nbytes = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))  # noqa: E731
+    llm = decoder.weights["llm"]
+    cfg = decoder.cfg
+    slot = 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * llm["table"].dtype.itemsize
+    filled = sum(range(prompt + 1, prompt + new))
+    steps = new - 1
+    return (
+        steps * nbytes(llm["layers"])
+        + (steps - tokens) * nbytes(llm["head"])
+        + tokens * nbytes(decoder.weights["parts"])
+        + batch * slot * filled
+    )
+
+
+def make_peer(cfg, prompt: int, new: int, batch: int):
+    """Hugging Face's generate with a cache, on the same shapes."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=cfg.width,
+            intermediate_size=cfg.mlp_width,
+            num_hidden_layers=cfg.layers,
+            num_attention_heads=cfg.heads,
+            num_key_value_heads=cfg.kv_heads,
+            vocab_size=cfg.vocab_size,
+            max_position_embeddings=4096,
+            eos_token_id=None,
+            bos_token_id=None,
+            pad_token_id=0,
+        )
+    ).eval()
+    ids = torch.randint(10, cfg.vocab_size, (batch, prompt))
+
+    def run():
+        with torch.inference_mode():
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, use_cache=True,
+                max_new_tokens=new, min_new_tokens=new,
+            )  # fmt: skip
+        assert out.shape[1] == prompt + new
+        return None
+
+    return run
+
+
+def main():
+    args = common.parser(__doc__.splitlines()[0]).parse_args()
+    size, prompt, new, tokens = ("bench-68m", PROMPT, NEW, TOKENS)
+    if args.smoke:
+        size, prompt, new, tokens, args.rounds = "tiny", 20, 12, 4, 1
+    decoder = make_decoder(size, tokens)
+    bandwidth = common.memory_bandwidth(*((16, 1) if args.smoke else ()))
+    print(f"memory: {bandwidth / 1e9:.1f} GB/s")
+    cases = []
+    for batch in (1, 8):
+        rng = np.random.default_rng(0)
+        prompts = list(rng.normal(size=(batch, prompt, decoder.cfg.width)).astype(np.float32))
+        ids = forced(decoder, batch, new, tokens)
+
+        def ours(prompts=prompts, ids=ids):
+            results = decoder(prompts, new, forced_ids=ids)
+            assert all((r.record == VISUAL).sum() == tokens for r in results)
+            assert all(len(r.record) == new for r in results)
+
+        def read_prompt(prompts=prompts, ids=ids):
+            return decoder.begin(prompts, new, Options(), forced_ids=ids).embed
+
+        runs = {"ours": ours, "prompt": read_prompt}
+        if not args.no_peer and common.has("torch", "transformers"):
+            runs["peer"] = make_peer(decoder.cfg, prompt, new, batch)
+        times = common.interleaved(runs, args.rounds)
+        needed = bytes_read(decoder, batch, prompt, new, tokens) / bandwidth
+        made = batch * new
+        case = common.Case(
+            f"decode_b{batch}",
+            "tokens/s",
+            made / times["ours"],
+            made / times["peer"] if "peer" in times else None,
+            needed / (times["ours"] - times["prompt"]),
+        )
+        cases.append(common.emit(case))
+    common.report(cases)
+
+
+if __name__ == "__main__":
+    main()
