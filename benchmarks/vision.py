@@ -45,7 +45,8 @@ def torch_tower(cfg: vit.ViTConfig, tensors: dict):
     if not any(k.startswith("vision_model.") for k in names):
         tensors = {k.removeprefix("vision_model."): v for k, v in tensors.items()}
     model = model.to_empty(device="cpu")
-    loaded = model.load_state_dict({k: torch.from_numpy(v) for k, v in tensors.items()}, strict=False)
+    tensors = {k: torch.from_numpy(v) for k, v in tensors.items()}
+    loaded = model.load_state_dict(tensors, strict=False)
     missing = [k for k in loaded.missing_keys if "post_layernorm" not in k]
     if missing or loaded.unexpected_keys:
         raise ValueError(f"weights don't fit: {missing} {loaded.unexpected_keys}")
@@ -80,7 +81,8 @@ def bench(name: str, batch: int, rounds: int, peer: bool, peak: float) -> Case:
             raise ValueError(f"{name}: the two sides differ by {worst:.1e}")
     seconds = {k: v / batch for k, v in interleaved(runs, rounds).items()}
     fraction = flops(cfg) / seconds["ours"] / peak
-    return emit(Case(f"{name} batch {batch}", "s/picture", seconds["ours"], seconds.get("peer"), fraction))
+    title = f"{name} batch {batch}"
+    return emit(Case(title, "s/picture", seconds["ours"], seconds.get("peer"), fraction))
 
 
 def main():

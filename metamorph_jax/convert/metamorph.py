@@ -9,7 +9,7 @@ Dropped on purpose: `model.vision_proj`, which never had a gradient.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from flax import nnx
@@ -22,7 +22,7 @@ TOWER, CONNECTOR, HEAD = "model.vision_tower.vision_tower.", "model.mm_projector
 DROPPED = ("model.vision_proj.",)
 
 
-def _sequential(linears) -> callable:
+def sequential(linears) -> Callable[[str], str]:
     """Our `linears.i` are items 0, 2, 4 … of a torch Sequential; a single one stands alone."""
     if len(linears) == 1:
         return lambda key: key.removeprefix("linears.0.")
@@ -49,7 +49,7 @@ def load_metamorph(model: nnx.Module, tensors: Mapping[str, np.ndarray]) -> None
     if model.tower is not None:
         attempt(load_vit, model.tower, tensors, TOWER)
     for prefix, part in _parts(model):
-        rename = _sequential(part.linears)
+        rename = sequential(part.linears)
         attempt(names.load_torch_dict, part, tensors, prefix, rename=rename)
     llm = {k: v for k, v in tensors.items() if not k.startswith(prefixes)}
     attempt(load_llama, model.llm, llm)
@@ -63,5 +63,5 @@ def export_metamorph(model: nnx.Module) -> dict[str, np.ndarray]:
     if model.tower is not None:
         out |= export_vit(model.tower, TOWER)
     for prefix, part in _parts(model):
-        out |= names.to_torch_dict(part, prefix, rename=_sequential(part.linears))
+        out |= names.to_torch_dict(part, prefix, rename=sequential(part.linears))
     return out

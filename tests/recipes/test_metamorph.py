@@ -19,10 +19,24 @@ from metamorph_jax.types import Batch
 
 TINY = recipe.Config(llm="tiny", tower="siglip-tiny", image_tokens=4, text_chunk=16)
 L, I, P = 14, 2, 4
+# Compiling is what these tests spend their time on.
+FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def fast(f):
+    return jax.jit(f, compiler_options=FAST)
 
 
 def make(cfg=TINY, seed=0):
-    return recipe.create(cfg, nnx.Rngs(seed))
+    graph, _ = nnx.split(nnx.eval_shape(lambda: recipe.create(cfg, nnx.Rngs(0))))
+    state = fast(lambda key: nnx.state(recipe.create(cfg, nnx.Rngs(key))))(jax.random.key(seed))
+    return nnx.merge(graph, state)
+
+
+def sums_of(model, batch):
+    """`loss_sums`, compiled."""
+    graph, state = nnx.split(model)
+    return fast(lambda state, batch: nnx.merge(graph, state).loss_sums(batch))(state, batch)
 
 
 def make_batch(cfg=TINY, answers=True, text=True, seed=0) -> Batch:
@@ -60,14 +74,14 @@ def grads(model, batch, filter_=nnx.Param):
         loss = sum(model.loss_coefs[k] * s / jnp.maximum(counts[k], 1) for k, s in sums.items())
         return loss, metrics
 
-    (loss, metrics), found = jax.jit(jax.value_and_grad(total, has_aux=True))(trained)
+    (loss, metrics), found = fast(jax.value_and_grad(total, has_aux=True))(trained)
     flat = {".".join(map(str, p)): np.asarray(v[...]) for p, v in nnx.to_flat_state(found)}
     return float(loss), metrics, flat
 
 
 def test_metrics_and_sources():
     model = make(dataclasses.replace(TINY, sources=("a", "b")))
-    sums, metrics = model.loss_sums(make_batch())
+    sums, metrics = sums_of(model, make_batch())
     counts = model.loss_counts(make_batch())
     assert {k: int(v) for k, v in counts.items()} == {"text": 2 * 3, "visual": 2 * 4}
     for kind in ("text", "visual"):
@@ -106,7 +120,7 @@ def test_max_visual_targets_changes_nothing(limit):
 
 def test_more_visual_targets_than_allowed_is_not_silent():
     model = make(dataclasses.replace(TINY, max_visual_targets=3))
-    assert np.isnan(model.loss_sums(make_batch())[0]["visual"])
+    assert np.isnan(sums_of(model, make_batch())[0]["visual"])
 
 
 def test_features_give_the_numbers_of_pixels():
@@ -145,7 +159,7 @@ def test_no_gradient_through_targets():
         one = dataclasses.replace(batch, image_slots=slots, pixels=pixels)
         return model.loss_sums(one)[0]["visual"]
 
-    found = jax.grad(loss)(batch.pixels.astype(np.float32) / 255)
+    found = fast(jax.grad(loss))(batch.pixels.astype(np.float32) / 255)
     assert np.abs(found[:, 0]).max() > 0 and not np.abs(found[:, 1]).any()
 
 
@@ -367,7 +381,7 @@ def test_data_with_and_without_a_feature_cache(tmp_path, golden_root):
     assert b.pixels is None and b.features.shape == (2, 2, 4, 32)
     assert (a.tokens >= model.image_start).any() and (a.visual_targets >= 0).any()
     np.testing.assert_array_equal(a.tokens, b.tokens)
-    found = [model.loss_sums(x)[0] for x in (a, b)]
+    found = [sums_of(model, x)[0] for x in (a, b)]
     for kind in ("text", "visual"):
         np.testing.assert_allclose(found[0][kind], found[1][kind], rtol=1e-5)
     plain.set_state(state)

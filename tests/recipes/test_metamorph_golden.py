@@ -15,12 +15,19 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from PIL import Image
 from safetensors.numpy import load_file
 
-from metamorph_jax.convert.metamorph import export_metamorph, load_metamorph
+from metamorph_jax.convert.metamorph import export_metamorph, load_metamorph, sequential
+from metamorph_jax.convert.names import load_torch_dict
+from metamorph_jax.convert.vit import load_vit
 from metamorph_jax.data.interleave import build_row
+from metamorph_jax.data.pictures import Preprocess
+from metamorph_jax.models.connectors.mlp import Connector
 from metamorph_jax.models.llm.llama import Llama, init_added_tokens
-from metamorph_jax.nn.attention import packed_mask
+from metamorph_jax.models.vision import vit
+from metamorph_jax.models.vision.reduce import ReduceConfig, TokenReducer, normalize_features
+from metamorph_jax.nn.rope import RopeScaling
 from metamorph_jax.recipes import metamorph as recipe
 from metamorph_jax.types import Batch
 
@@ -43,10 +50,14 @@ def pytest_generate_tests(metafunc):
             metafunc.parametrize(name, meta["arrays"][file]["cases"])
 
 
-@dataclasses.dataclass(frozen=True)
+def fast(f):
+    return jax.jit(f, compiler_options=FAST)
+
+
 class Golden:
-    root: pathlib.Path
-    meta: dict
+    def __init__(self, root: pathlib.Path, meta: dict):
+        self.root, self.meta = root, meta
+        self.empty: dict[str, recipe.MetaMorph] = {}
 
     def npz(self, name):
         return dict(np.load(self.root / name))
@@ -54,8 +65,6 @@ class Golden:
     def config(self, **changes) -> recipe.Config:
         c, v = self.meta["config"], self.meta["config"]["v"]
         scaling = c["rope"]
-        from metamorph_jax.nn.rope import RopeScaling
-
         llm = dict(
             vocab_size=self.meta["special_ids"]["image_start"],
             added_tokens=c["vocab"] - self.meta["special_ids"]["image_start"],
@@ -88,7 +97,9 @@ class Golden:
 
     def model(self, tensors=None, **changes) -> recipe.MetaMorph:
         cfg = self.config(**changes)
-        model = nnx.eval_shape(lambda: recipe.create(cfg, nnx.Rngs(0)))
+        if str(cfg) not in self.empty:
+            self.empty[str(cfg)] = nnx.eval_shape(lambda: recipe.create(cfg, nnx.Rngs(0)))
+        model = nnx.clone(self.empty[str(cfg)])
         weights = load_file(self.root / "model.safetensors")
         if tensors is not None:
             weights = {k: v for k, v in weights.items() if not k.startswith("vision_head.")}
@@ -162,7 +173,8 @@ def test_packing(golden, packing_case):
     get = {k.split("/", 1)[1]: v for k, v in arrays.items() if k.startswith(packing_case + "/")}
     model = golden.model()
     batch = golden.batch(arrays, packing_case, info["max_length"], info["padding_side"])
-    embeds, visual = model.embed(batch)
+    graph, weights = nnx.split(model)
+    embeds, visual = fast(lambda w, b: nnx.merge(graph, w).embed(b))(weights, batch)
     present = batch.segments > 0
     embeds = np.where(present[..., None], embeds, 0.0)
     close(embeds, get.pop("inputs_embeds"))
@@ -207,7 +219,7 @@ def loss_and_grads(model, batch, stage_filter):
         means = {k: s / jnp.maximum(counts[k], 1) for k, s in sums.items()}
         return sum(model.loss_coefs[k] * m for k, m in means.items()), means
 
-    step = jax.jit(jax.value_and_grad(total, has_aux=True), compiler_options=FAST)
+    step = fast(jax.value_and_grad(total, has_aux=True))
     (loss, means), grads = step(trained, rest, batch)
     blank = jax.tree.map(jnp.zeros_like, rest)
     named = export_metamorph(nnx.merge(graph, grads, blank))
@@ -246,11 +258,17 @@ def test_loss(golden, loss_case):
         # A mean of cosines near 0 has no relative precision: 1e-5 of its scale, which is 1.
         np.testing.assert_allclose(found[ours], expected, rtol=1e-5, atol=1e-5, err_msg=theirs)
     if "hidden_states" in get or "logits" in get:
-        embeds, _ = model.embed(batch)
-        hidden, _ = model.llm(embeds, batch.positions, packed_mask(batch.segments))
+        graph, weights = nnx.split(model)
+
+        def states(weights, batch):
+            model = nnx.merge(graph, weights)
+            hidden, _ = model.hidden(batch)
+            return hidden, model.llm.logits(hidden)
+
+        hidden, logits = fast(states)(weights, batch)
         here = batch.segments > 0
         close(np.asarray(hidden)[here], get.pop("hidden_states")[here])
-        close(np.asarray(model.llm.logits(hidden))[here], get.pop("logits")[here])
+        close(np.asarray(logits)[here], get.pop("logits")[here])
     assert not get, f"arrays that no check reads: {set(get)}"
 
     recorded = load_file(golden.root / "grads.safetensors")
@@ -323,7 +341,7 @@ def test_training_steps(golden, stage):
     state = optimizer.init(params)
     batch = golden.batch(golden.npz("packing.npz"), "mixed", 4096)
 
-    @jax.jit
+    @fast
     def step(params, state):
         def total(params):
             model = nnx.merge(graph, params, rest)
@@ -352,15 +370,6 @@ def test_training_steps(golden, stage):
 
 
 def test_vision(golden):
-    import jax.numpy as jnp
-
-    from metamorph_jax.convert.names import load_torch_dict
-    from metamorph_jax.convert.vit import load_vit
-    from metamorph_jax.data.pictures import Preprocess
-    from metamorph_jax.models.connectors.mlp import Connector
-    from metamorph_jax.models.vision import vit
-    from metamorph_jax.models.vision.reduce import ReduceConfig, TokenReducer, normalize_features
-
     arrays, info = golden.npz("vision.npz"), golden.meta["arrays"]["vision.npz"]
     c = golden.meta["config"]
     tensors = load_file(golden.root / "vision.safetensors")
@@ -373,11 +382,9 @@ def test_vision(golden):
 
     images = [arrays[k] for k in sorted(arrays) if re.fullmatch(r"image\d+_uint8", k)]
     preprocess = Preprocess(base.size)
-    from PIL import Image
-
     pixels = np.stack([preprocess(Image.fromarray(i)) for i in images])
-    hidden = jax.jit(lambda p: tower()(p))(pixels)
-    before_last = jax.jit(lambda p: tower(select_layer=-2)(p))(pixels)
+    hidden = fast(tower())(pixels)
+    before_last = fast(tower(select_layer=-2))(pixels)
 
     def reduce(x, tokens, kind="interpolation"):
         cfg = ReduceConfig(tokens, kind, base.tokens, base.width)
@@ -385,15 +392,14 @@ def test_vision(golden):
 
     tokens = reduce(hidden, c["vg_ntok"])
     connector = Connector("mlp2x_gelu", base.width, c["hidden"], rngs=nnx.Rngs(0))
-    names = {f"linears.{i}": str(2 * i) for i in range(2)}
-    load_torch_dict(connector, tensors, "model.mm_projector.",
-                    rename=lambda k: names[k.rsplit(".", 1)[0]] + "." + k.rsplit(".", 1)[1])  # fmt: skip
+    rename = sequential(connector.linears)
+    load_torch_dict(connector, tensors, "model.mm_projector.", rename=rename)
     concat = reduce(hidden, c["vg_concat"], "concat_interpolation")
     found = {
         "pixel_values": preprocess.normalise(pixels).transpose(0, 3, 1, 2),
-        "embeddings_out": tower().embed(jnp.asarray(pixels)),
+        "embeddings_out": fast(tower().embed)(pixels),
         "last_layer_hidden": hidden,
-        "post_layernorm_NOT_USED": tower(final_norm=True)(pixels),
+        "post_layernorm_NOT_USED": fast(tower(final_norm=True))(pixels),
         "tokens_interpolated": tokens,
         "tokens_normalized": normalize_features(tokens),
         "tokens_softmax": normalize_features(tokens, softmax=True),

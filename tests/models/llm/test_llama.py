@@ -16,6 +16,7 @@ from metamorph_jax.models.llm import llama
 from metamorph_jax.nn import rope
 from metamorph_jax.nn.attention import packed_mask
 
+FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 ORACLE = "needs the oracle extra: pip install 'metamorph_jax[oracle]'"
 SMALL = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
              num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)  # fmt: skip
@@ -56,9 +57,16 @@ def build(fields, tensors, **options) -> llama.Llama:
     return llm
 
 
+def fast(f):
+    return jax.jit(f, compiler_options=FAST)
+
+
 def run(llm, tokens, positions, segments, turns=None):
-    hidden, _ = llm(llm.embed_tokens(tokens), positions, packed_mask(segments, turns))
-    return np.asarray(llm.logits(hidden))
+    def logits(tokens, positions, segments, turns):
+        hidden, _ = llm(llm.embed_tokens(tokens), positions, packed_mask(segments, turns))
+        return llm.logits(hidden)
+
+    return np.asarray(fast(logits)(tokens, positions, segments, turns))
 
 
 def theirs(model, tokens, mask=None):
@@ -126,13 +134,14 @@ def test_cached_steps_equal_the_whole_row(listed):
     tokens = np.random.default_rng(0).integers(0, 320, (2, 7))
     positions = np.tile(np.arange(7), (2, 1))
     whole = run(llm, tokens, positions, np.ones_like(tokens))
+    advance = fast(lambda t, p, m, c: llm(llm.embed_tokens(t), p, m, c))
     cache = llm.empty_cache(2, 8)
     out, at = [], 0
     for step in (4, 1, 1, 1):
         here = slice(at, at + step)
         slots = jnp.arange(8)[None, None] <= jnp.arange(at, at + step)[None, :, None]
         mask = jnp.broadcast_to(slots, (2, step, 8))
-        hidden, cache = llm(llm.embed_tokens(tokens[:, here]), positions[:, here], mask, cache)
+        hidden, cache = advance(tokens[:, here], positions[:, here], mask, cache)
         out.append(llm.logits(hidden))
         at += step
     assert int(cache.filled) == 7
@@ -185,7 +194,7 @@ def test_remat_gives_the_same_gradients(remat):
             hidden, _ = llm(x, tokens, packed_mask(np.ones_like(tokens)))
             return jnp.square(llm.logits(hidden)).mean()
 
-        return jax.grad(loss)(weights)
+        return fast(jax.grad(loss))(weights)
 
     same = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5)  # noqa: E731
     jax.tree.map(same, grads("none"), grads(remat))

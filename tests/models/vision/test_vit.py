@@ -12,7 +12,12 @@ from metamorph_jax.convert import hf
 from metamorph_jax.convert.vit import export_vit, load_vit
 from metamorph_jax.models.vision import vit
 
+FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 ORACLE = "needs the oracle extra: pip install 'metamorph_jax[oracle]'"
+
+
+def fast(f):
+    return jax.jit(f, compiler_options=FAST)
 
 
 def oracle(layout: str, cfg: vit.ViTConfig):
@@ -67,7 +72,7 @@ def test_hidden_states(layout, select):
     pixels = np.random.default_rng(0).normal(size=(2, 36, 36, 3)).astype(np.float32)
     theirs = hidden_states(model, pixels)[select]
     tower = build(dataclasses.replace(base, select_layer=select), model)
-    ours = tower(pixels)
+    ours = fast(tower)(pixels)
     np.testing.assert_allclose(ours, theirs[:, int(base.class_token) :], atol=2e-5)
 
 
@@ -89,7 +94,7 @@ def test_other_input_sizes(layout, size):
     kw = {} if layout == "dinov2" else {"interpolate_pos_encoding": True}
     theirs = hidden_states(model, pixels, **kw)[-1]
     tower = build(dataclasses.replace(base, input_size=size, select_layer=-1), model)
-    np.testing.assert_allclose(tower(pixels), theirs[:, int(base.class_token) :], atol=2e-5)
+    np.testing.assert_allclose(fast(tower)(pixels), theirs[:, int(base.class_token) :], atol=2e-5)
 
 
 def test_bicubic_equals_torch():
@@ -114,7 +119,8 @@ def test_uint8_pixels_are_normalised_on_the_device():
     tower = vit.ViT(cfg, rngs=nnx.Rngs(0))
     pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
     floats = (pixels / 255.0 - np.array(cfg.mean)) / np.array(cfg.std)
-    np.testing.assert_allclose(tower(pixels), tower(floats.astype(np.float32)), atol=1e-5)
+    floats = floats.astype(np.float32)
+    np.testing.assert_allclose(fast(tower)(pixels), fast(tower)(floats), atol=1e-5)
 
 
 def test_wrong_picture_size_is_an_error():
@@ -130,7 +136,7 @@ def test_remat_gives_the_same_gradients(dtype):
         tower = vit.ViT(cfg, rngs=nnx.Rngs(0))
         graph, weights = nnx.split(tower)
         pixels = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
-        return jax.grad(lambda w: (nnx.merge(graph, w)(pixels) ** 2).mean())(weights)
+        return fast(jax.grad(lambda w: (nnx.merge(graph, w)(pixels) ** 2).mean()))(weights)
 
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-4),
