@@ -12,8 +12,6 @@ import sys
 COMMANDS = {
     "train": ("metamorph_jax.train.command", "train a stage, or go on where it stopped"),
     "generate": ("metamorph_jax.sampling.generate", "answer, draw, edit, think visually"),
-    "eval": ("metamorph_jax.eval.command", "score a trained model"),
-    "convert": ("metamorph_jax.convert.command", "weights from and to other formats"),
     "data": ("metamorph_jax.data.check", "find what is wrong with a data set"),
     "quickstart": ("metamorph_jax.quickstart.run", "the whole road, at small size"),
 }

@@ -126,7 +126,7 @@ def _stable_diffusion():
 
 def _data(root, cache, name="pictures"):
     return dict(
-        sources={name: dict(path=f"{root}/draw_train.jsonl", root=root)},
+        sources={name: dict(path=f"{root}/draw_train.jsonl", root=f"{root}/images")},
         feature_cache=cache,
         seed=42,
     )
@@ -135,7 +135,7 @@ def _data(root, cache, name="pictures"):
 _SD15 = "hf:stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 MODELS = {
-    "smoke": lambda: _model("smoke", _pixels(32, 4, 16, 4, 32, 2, 2)),
+    "smoke": lambda: _model("smoke", _pixels(32, 4, 64, 16, 32, 2, 2)),
     "quickstart": lambda: _model("quickstart", _pixels(384, 16, 64, 8, 256, 6, 4)),
     "1b": lambda: _model("1b", _stable_diffusion(), _SD15, with_tower=True),
     "8b": lambda: _model("8b", _stable_diffusion(), _SD15, with_tower=True),

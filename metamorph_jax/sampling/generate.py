@@ -356,12 +356,16 @@ class Artist:
 
     def draw(self, features: np.ndarray, scale: float, seed: int) -> np.ndarray:
         """uint8[h, w, 3] of float[P, C]."""
+        return self.draw_many(features[None], scale, seed)[0]
+
+    def draw_many(self, features: np.ndarray, scale: float, seed: int) -> np.ndarray:
+        """uint8[n, h, w, 3] of float[n, P, C]."""
         import jax
 
         side, channels = self.cfg.sample_side, self.cfg.sample_channels
-        noise = jax.random.normal(jax.random.key(seed), (1, side, side, channels))
-        image = np.asarray(self._paint(self._weights, features[None], noise, scale=float(scale)))
-        return np.round(image[0] * 255).astype(np.uint8)
+        noise = jax.random.normal(jax.random.key(seed), (len(features), side, side, channels))
+        images = np.asarray(self._paint(self._weights, features, noise, scale=float(scale)))
+        return np.round(images * 255).astype(np.uint8)
 
 
 # ---- answering

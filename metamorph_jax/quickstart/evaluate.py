@@ -1,0 +1,179 @@
+"""What the quick start's models can do, measured on what they never saw.
+
+Answers: held-out questions about held-out pictures, one question per prompt, greedy. Visual tokens:
+24 requests in held-out wordings, read by a linear probe. Drawings: the decoder paints each of these
+token sets with two seeds, none picked, and a small classifier says what it sees.
+"""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import numpy as np
+
+from metamorph_jax.eval import probe, scorers
+from metamorph_jax.quickstart import data as qdata
+from metamorph_jax.sampling.generate import Artist, Request, Speaker
+from metamorph_jax.sampling.interleaved import Picture, Text
+
+ANSWER_TOKENS = 8  # "rectangle" and the end of the turn are fewer
+SEEDS = (0, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How much is evaluated.
+
+    Attributes:
+        questions: held-out questions, drawn without replacement; 0 is all.
+        batch: prompts decoded together.
+        guidance, steps: of the drawings.
+        judge_steps: training steps of the classifier.
+        seed: of the choice of questions and of the classifier.
+    """
+
+    questions: int = 1000
+    batch: int = 50
+    guidance: float = 2.0
+    steps: int = 30
+    judge_steps: int = 800
+    seed: int = 0
+
+
+def answer_questions(speaker: Speaker, data: qdata.QuickstartData, settings: Settings, say):
+    """Rows of `questions_test` with `predicted`: a list of dicts."""
+    rows = qdata.read_jsonl(data.questions_test)
+    rng = np.random.default_rng(settings.seed)
+    if 0 < settings.questions < len(rows):
+        chosen = np.sort(rng.choice(len(rows), settings.questions, replace=False))
+        rows = [rows[i] for i in chosen]
+    for start in range(0, len(rows), settings.batch):
+        part = rows[start : start + settings.batch]
+        prompts = [
+            speaker.prompt(
+                Request(r["id"], f"<image>\n{r['question']}", (str(data.images / r["image"]),)),
+                ANSWER_TOKENS,
+            )
+            for r in part
+        ]
+        fill = settings.batch - len(part)  # so that the last batch compiles nothing
+        results = speaker.decoder(
+            prompts + prompts[:1] * fill,
+            [ANSWER_TOKENS] * len(part) + [1] * fill,
+            speaker.options,
+        )
+        for row, result in zip(part, results, strict=False):
+            ids = [i for s in result.segments if isinstance(s, Text) for i in s.ids.tolist()]
+            row["predicted"] = speaker.tokenizer.decode(ids)
+        done = start + len(part)
+        right = accuracy(rows[:done])
+        say(f"questions {done}/{len(rows)}: {100 * right:.1f} % right so far")
+    return rows
+
+
+def accuracy(rows: list[dict]) -> float:
+    """Share of right answers."""
+    return sum(scorers.is_right(r["predicted"], r["answer"]) for r in rows) / len(rows)
+
+
+def ask_for_pictures(speaker: Speaker, data: qdata.QuickstartData):
+    """(requests, float32[n, P, C] visual tokens, bool[n] whether a whole picture came)."""
+    requests = qdata.read_jsonl(data.draw_test)
+    P, C = speaker.model.feature_shape
+    budget = P + 24
+    prompts = [speaker.prompt(Request(r["id"], r["prompt"]), budget) for r in requests]
+    results = speaker.decoder(prompts, budget, speaker.options)
+    features, whole = np.zeros((len(requests), P, C), np.float32), np.zeros(len(requests), bool)
+    for i, result in enumerate(results):
+        made = [s for s in result.segments if isinstance(s, Picture) and s.complete]
+        if made:
+            features[i], whole[i] = made[0].features, True
+    return requests, features, whole
+
+
+def drawings(artist: Artist, features: np.ndarray, settings: Settings) -> np.ndarray:
+    """uint8[n, seeds, h, w, 3]; the seeds are the same for every request."""
+    return np.stack(
+        [artist.draw_many(features, settings.guidance, seed) for seed in SEEDS], axis=1
+    )
+
+
+def judges(speaker: Speaker, data: qdata.QuickstartData, settings: Settings):
+    """(linear probe, picture classifier, their accuracy on real held-out pictures)."""
+    _, train_pixels, *train_labels = qdata.labelled_pictures(data, "train")
+    _, test_pixels, *test_labels = qdata.labelled_pictures(data, "test")
+    reader = probe.fit_probe(see_all(speaker, train_pixels), train_labels)
+    config = dataclasses.replace(probe.ClassifierConfig(), steps=settings.judge_steps)
+    classifier = probe.train_classifier(train_pixels, train_labels, settings.seed, config)
+    judged = {
+        "linear probe on visual tokens": probe.agreement(
+            reader.predict(see_all(speaker, test_pixels)), test_labels
+        ),
+        "classifier on pictures": probe.agreement(classifier.predict(test_pixels), test_labels),
+    }
+    return reader, classifier, judged
+
+
+def see_all(speaker: Speaker, pixels: np.ndarray, batch: int = 64) -> np.ndarray:
+    """float32[n, P, C] visual tokens of uint8[n, h, w, 3] pictures of any size."""
+    ready = np.stack([speaker.data.preprocess(as_picture(p)) for p in pixels])
+    fill = -len(ready) % batch
+    ready = np.concatenate([ready, ready[:1].repeat(fill, 0)])
+    parts = [speaker.see(ready[i : i + batch]) for i in range(0, len(ready), batch)]
+    return np.concatenate(parts)[: len(pixels)]
+
+
+def as_picture(pixels: np.ndarray):
+    from PIL import Image
+
+    return Image.fromarray(pixels)
+
+
+def evaluate(speaker, artist, data, folder: pathlib.Path, settings: Settings, say=print) -> dict:
+    """Measures everything, saves it in `folder`, and returns the JSON-able part.
+
+    folder gets evaluation.json and drawings.npz (visual tokens, drawings).
+    """
+    rows = answer_questions(speaker, data, settings, say)
+    requests, features, whole = ask_for_pictures(speaker, data)
+    say(f"{whole.sum()} of {len(whole)} requests were answered with a whole picture")
+    drawn = drawings(artist, features, settings)
+    reader, classifier, judged = judges(speaker, data, settings)
+    by_type = scorers.score_by_type(rows, qdata.QUESTION_TYPES)
+
+    wanted = [
+        np.array([qdata.COLORS.index(r["color"]) for r in requests]),
+        np.array([qdata.SHAPES.index(r["shape"]) for r in requests]),
+    ]
+    tokens_read = reader.predict(features)
+    tokens_right = whole & (tokens_read[0] == wanted[0]) & (tokens_read[1] == wanted[1])
+    n, seeds = drawn.shape[:2]
+    seen = [s.reshape(n, seeds) for s in classifier.predict(drawn.reshape(-1, *drawn.shape[2:]))]
+    right = whole[:, None] & (seen[0] == wanted[0][:, None]) & (seen[1] == wanted[1][:, None])
+    for i, request in enumerate(requests):
+        request["tokens_right"] = bool(tokens_right[i])
+        request["seen"] = [
+            f"{qdata.COLORS[seen[0][i, s]]} {qdata.SHAPES[seen[1][i, s]]}" for s in range(seeds)
+        ]
+        request["right"] = right[i].tolist()
+    result = {
+        "settings": dataclasses.asdict(settings),
+        "questions": rows,
+        "scores": [dataclasses.asdict(s) for s in by_type],
+        "drawings": requests,
+        "accuracy": accuracy(rows),
+        "tokens_right": float(tokens_right.mean()),
+        "drawings_right": float(right.mean()),
+        "judges": judged,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(folder / "drawings.npz", features=features, drawings=drawn)
+    partial = folder / "evaluation.json.partial"
+    partial.write_text(json.dumps(jax.tree.map(_plain, result), indent=1) + "\n")
+    partial.replace(folder / "evaluation.json")
+    return result
+
+
+def _plain(x):
+    return x.item() if isinstance(x, np.generic) else x

