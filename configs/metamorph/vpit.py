@@ -144,8 +144,8 @@ def _large_model(llm, weights):
 def _quickstart_data(root="quickstart/data", cache="quickstart/features", length=384):
     return dict(
         sources=dict(
-            vqa=dict(path=f"{root}/vqa_train.jsonl", root=root, weight=0.8),
-            draw=dict(path=f"{root}/draw_train.jsonl", root=root, weight=0.2),
+            vqa=dict(path=f"{root}/vqa_train.jsonl", root=f"{root}/images", weight=0.8),
+            draw=dict(path=f"{root}/draw_train.jsonl", root=f"{root}/images", weight=0.2),
         ),
         template="smollm2",
         length=length,

@@ -31,6 +31,7 @@ def run(args) -> int:
     if args.distributed or args.coordinator:
         _join(args)
     from metamorph_jax.cli import UserError
+    from metamorph_jax.data.packing import TooManyBadSamples
     from metamorph_jax.train.checkpoint import CheckpointError
     from metamorph_jax.train.loop import NonFiniteError, Preempted, train
 
@@ -42,7 +43,7 @@ def run(args) -> int:
     except NonFiniteError as error:
         print(f"metamorph train: {error}", file=sys.stderr)
         return NOT_FINITE
-    except CheckpointError as error:
+    except (CheckpointError, TooManyBadSamples) as error:
         raise UserError(error) from error
     return 0
 
