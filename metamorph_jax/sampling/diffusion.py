@@ -51,11 +51,17 @@ class Table:
     init_sigma: float = 1.0
     sigmas: np.ndarray | None = None
 
-    def rows(self) -> dict[str, jax.Array]:
-        """What the loop reads, as float32 (and bool) arrays of length N; unused parts left out."""
-        fields = ("t", "a", "b", "p", "q", "c", "scale_in", "mix")
-        rows = {k: jnp.asarray(getattr(self, k), jnp.float32) for k in fields
-                if getattr(self, k) is not None}  # fmt: skip
+    def rows(self, clip: bool = False) -> dict[str, jax.Array]:
+        """What the loop reads, as float32 (and bool) arrays of length N; unused parts left out.
+
+        Where nothing looks at x0, it is folded away here, in float64: x = a * base + b * y. Going
+        through x0 would divide by a small sqrt(alphas_cumprod) and lose digits at high noise.
+        """
+        values = {k: getattr(self, k) for k in ("t", "a", "b", "p", "q", "c", "scale_in", "mix")}
+        if self.c is None and not clip:
+            p, q = values.pop("p"), values.pop("q")
+            values |= {"a": self.a + self.b * p, "b": self.b * q}
+        rows = {k: jnp.asarray(v, jnp.float32) for k, v in values.items() if v is not None}
         if self.repeat is not None:
             rows["repeat"] = jnp.asarray(self.repeat)
         return rows
@@ -231,13 +237,13 @@ def step(row: dict, predict: Callable, carry: dict, clip: float | None = None):
         pushed = jnp.concatenate([prediction[None], earlier[:-1]])
         new["outputs"] = jnp.where(row["repeat"], earlier, pushed)
         new["base"] = x
-    x0 = row["p"] * base + row["q"] * y
-    if clip is not None:
-        x0 = jnp.clip(x0, -clip, clip)
-    new["x"] = row["a"] * base + row["b"] * x0
+    if "p" in row:
+        y = row["p"] * base + row["q"] * y
+        y = y if clip is None else jnp.clip(y, -clip, clip)
+    new["x"] = row["a"] * base + row["b"] * y
     if "c" in row:
         new["x"] += row["c"] * carry["x0"]
-        new["x0"] = x0
+        new["x0"] = y
     return new, prediction
 
 
@@ -263,7 +269,7 @@ def sample(
         return_trajectory: also return the states [N + 1, ...] and predictions [N, ...].
     """
     table = sampler.table(schedule, steps)
-    rows = table.rows()
+    rows = table.rows(clip is not None)
     x = noise.astype(jnp.float32) * table.init_sigma
     carry = {"x": x}
     if "mix" in rows:

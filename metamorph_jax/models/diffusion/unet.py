@@ -16,7 +16,15 @@ from flax import nnx
 
 from metamorph_jax.models.diffusion import blocks
 from metamorph_jax.models.diffusion.blocks import (
-    Downsample2D, GroupNorm, LayerNorm, Nothing, ResnetBlock2D, Upsample2D, attend, conv, linear,
+    Downsample2D,
+    GroupNorm,
+    LayerNorm,
+    Nothing,
+    ResnetBlock2D,
+    Upsample2D,
+    attend,
+    conv,
+    linear,
 )
 
 _CROSS_DOWN = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)

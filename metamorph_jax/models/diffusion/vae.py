@@ -13,7 +13,13 @@ from flax import nnx
 
 from metamorph_jax.models.diffusion import blocks
 from metamorph_jax.models.diffusion.blocks import (
-    Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, attend, conv, linear,
+    Downsample2D,
+    GroupNorm,
+    ResnetBlock2D,
+    Upsample2D,
+    attend,
+    conv,
+    linear,
 )
 
 _EPS = 1e-6

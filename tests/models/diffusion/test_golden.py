@@ -1,9 +1,10 @@
 """Every case of golden/diffusion: configurations, shapes and case list come from its descriptor.
 
-A case is checked by the function of its class. It returns our value for each `out.` tensor by name; the
-test fails when a tensor of the file has no value, so nothing that is listed can stay unread.
+A case is checked by the function of its class. It returns our value for each `out.` tensor by name;
+the test fails when a tensor of the file has no value, so nothing that is listed stays unread.
 """
 
+import functools
 import json
 import pathlib
 
@@ -66,7 +67,8 @@ def build(cls, config_cls, config, data):
 def run(model, function, *args):
     """function(model, *args), compiled once: eager tiny operations would take seconds."""
     graph, state = nnx.split(model)
-    return jax.jit(lambda state, *a: function(nnx.merge(graph, state), *a), compiler_options=FAST)(state, *args)
+    whole = jax.jit(lambda s, *a: function(nnx.merge(graph, s), *a), compiler_options=FAST)
+    return whole(state, *args)
 
 
 def check_vae(case, data, golden):
@@ -200,7 +202,7 @@ def check_pipeline(case, data, golden):
     sampler = sampler_of(case["scheduler"], case["scheduler_config"])
     (unet_graph, unet), (vae_graph, vae) = nnx.split(parts["unet"]), nnx.split(parts["vae"])
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=FAST)
     def draw(unet, vae, noise, context, uncond):
         unet, vae = nnx.merge(unet_graph, unet), nnx.merge(vae_graph, vae)
         predict = sampling.guided(unet, context, uncond, case["guidance_scale"])
@@ -242,5 +244,9 @@ def test_case(case, golden):
     expected = {k for k in data if k.startswith("out.")}
     assert expected <= set(found), f"{case}: nothing here computes {sorted(expected - set(found))}"
     for key in sorted(expected):
-        tolerance = GRADIENT if key.startswith("out.grad") else FORWARD
+        tolerance = dict(GRADIENT if key.startswith("out.grad") else FORWARD)
+        if "guidance_scale" in spec:
+            # Guidance multiplies the rounding of the network, step after step, so a latent near
+            # zero carries the absolute error of its large neighbours.
+            tolerance["atol"] *= max(1.0, np.abs(data[key]).max())
         np.testing.assert_allclose(found[key], data[key], err_msg=f"{case}/{key}", **tolerance)
