@@ -196,15 +196,16 @@ def update(
         lr = rate * cfg.multipliers.get(part_of[name], 1.0)
         g = grads[name].astype(jnp.float32) * factor
         m, v = moments.first[name], moments.second[name]
-        m_new = cfg.b1 * m + (1.0 - cfg.b1) * g
-        v_new = cfg.b2 * v + (1.0 - cfg.b2) * (g * g)
+        # The choice comes first, so that the parameter is made from what is stored. Otherwise XLA
+        # on CPU computes both moments a second time inside the parameter's loop, from the old
+        # ones, which must then be copied away from the buffers they share with the new ones.
+        m_new = first[name] = jnp.where(apply, cfg.b1 * m + (1.0 - cfg.b1) * g, m)
+        v_new = second[name] = jnp.where(apply, cfg.b2 * v + (1.0 - cfg.b2) * (g * g), v)
         change = (m_new * fix1) / (jnp.sqrt(v_new * fix2) + cfg.eps)
         if cfg.weight_decay and is_decayed(name, p.ndim):
             change = change + cfg.weight_decay * p
         p_new = p - lr * change
         new_params[name] = jnp.where(apply, p_new, p)
-        first[name] = jnp.where(apply, m_new, m)
-        second[name] = jnp.where(apply, v_new, v)
         if ema is not None:
             e = ema[name]
             new_ema[name] = jnp.where(apply, keep * e + (1.0 - keep) * p_new, e)
