@@ -1,7 +1,7 @@
 """What every benchmark needs: interleaved timing, machine limits, and the output format.
 
-One case prints one JSON line {case, unit, ours, peer, ratio, limit_fraction} as soon as it is measured
-(`ratio` above 1: ours is better); `report` prints the table of all of them at the end.
+One case prints one JSON line {case, unit, ours, peer, ratio, limit_fraction} as soon as it is
+measured (`ratio` above 1: ours is better); `report` prints the table of all of them at the end.
 """
 
 import argparse
@@ -21,7 +21,7 @@ class Case:
     """One line of the result.
 
     Attributes:
-        unit: what `ours` and `peer` count; seconds are better when smaller, rates ("…/s") when larger.
+        unit: what `ours` and `peer` count; less is better for seconds, more for rates ("…/s").
         ours, peer: medians; peer is None when its packages are not installed.
         limit_fraction: share of the machine's measured limit that ours reaches, or None.
     """

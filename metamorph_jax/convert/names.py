@@ -44,7 +44,7 @@ def _torch_shape(leaf: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(shape[i] for i in _TO_TORCH[len(shape)]) if leaf == "kernel" else tuple(shape)
 
 
-def _slices(path: tuple, shape: tuple, stacked: tuple[str, ...]) -> Iterator[tuple[tuple, int | None]]:
+def _slices(path: tuple, shape: tuple, stacked: tuple[str, ...]) -> Iterator[tuple]:
     """(path of one tensor, its index on the leading axis or None)."""
     at = next((i for i, part in enumerate(path) if part in stacked), None)
     if at is None:
@@ -98,7 +98,7 @@ def load_torch_dict(
             loaded.append((path, variable.replace(jnp.asarray(whole, variable.dtype))))
     left = sorted(set(given) - used)
     if missing or misshaped or left:
-        lines = [f"weights do not fit {type(module).__name__}" + (f" at {prefix!r}" if prefix else "")]
+        lines = [f"weights do not fit {type(module).__name__} (prefix {prefix!r})"]
         for title, keys in (("missing", missing), ("left over", left), ("wrong shape", misshaped)):
             if keys:
                 lines.append(f"{title} ({len(keys)}): " + "; ".join(keys))

@@ -1,11 +1,11 @@
 """Samplers of the diffusion decoder: DDIM, DPM-Solver++ 2M, Euler and PNDM, in one `lax.scan`.
 
-All four are linear multistep rules, so each is a small frozen dataclass that writes one float32 table,
-a row per network call, and one step function serves them all:
+All four are linear multistep rules, so each is a small frozen dataclass that writes one float32
+table, a row per network call, and one step function serves them all:
 
     y  = prediction(scale_in * x, t)
     y  = mix[0] * y + mix[1:] . (earlier predictions)              PNDM only
-    x0 = p * base + q * y            base = x, or the sample before the last step (PNDM, second call)
+    x0 = p * base + q * y            base = x, or the x of the call before (PNDM's second call)
     x  = a * base + b * x0 + c * x0 of the step before             c: DPM-Solver++ only
 
 DDIM: Song et al. 2020. DPM-Solver++: Lu et al. 2022. Euler and its sigmas: Karras et al. 2022.

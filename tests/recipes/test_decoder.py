@@ -188,9 +188,9 @@ def test_it_learns_to_draw_the_colour_it_is_told():
     for i in range(100):
         train, state, _ = step(train, state, jax.random.key(i))
     noise = jax.random.normal(jax.random.key(1), (8, 8, 8, 3))
+    rule = DDIM(spacing="trailing", offset=0)
     picture = jax.jit(lambda train: draw(
-        nnx.merge(graph, train, rest), batch.features[:8], noise, DDIM(spacing="trailing", offset=0),
-        steps=10, scale=2.0,
+        nnx.merge(graph, train, rest), batch.features[:8], noise, rule, steps=10, scale=2.0,
     ))(train)  # fmt: skip
     red = np.asarray(picture[..., 0].mean((1, 2)) > picture[..., 2].mean((1, 2)))
     np.testing.assert_array_equal(red, kinds[:8] == 0)

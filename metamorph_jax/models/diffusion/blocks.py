@@ -1,4 +1,4 @@
-"""Blocks that the UNet and the autoencoder share: convolutions, group norm, residual block, attention.
+"""Blocks that the UNet and the autoencoder share.
 
 Feature maps are channels last, `float[B, h, w, C]`. Attributes carry the names of the published
 Stable Diffusion checkpoints, so a weight is found by its path (see `convert.names`).
@@ -49,8 +49,8 @@ def linear(cin, cout, rngs, dtype, *, bias=True, kernel_init=None) -> nnx.Linear
 class GroupNorm(nnx.Module):
     """Group norm with statistics in float32.
 
-    Sums run per channel first and per group on the small [B, C] result, so the feature map keeps its
-    layout and is read twice: once for both sums, once for the affine map (and what XLA fuses to it).
+    Sums run per channel first and per group on the small [B, C] result, so the feature map keeps
+    its layout and is read twice: for both sums, and for the affine map (and what fuses to it).
     """
 
     def __init__(self, channels: int, groups: int, eps: float, rngs: nnx.Rngs):
@@ -112,7 +112,8 @@ def _per_head_forward(q, k, v):
         weights = jnp.exp(scores - top).astype(v.dtype)
         # The column of ones makes the product sum the weights, which XLA's reduction does slowly.
         ones = jnp.ones_like(v[:, :1])
-        both = jnp.matmul(weights, jnp.concatenate([v, ones], 1), preferred_element_type=jnp.float32)
+        v = jnp.concatenate([v, ones], axis=1)
+        both = jnp.matmul(weights, v, preferred_element_type=jnp.float32)
         out, total = both[:, :-1], both[:, -1:]
         return (out / total).astype(q.dtype), top + jnp.log(total)
 
@@ -128,7 +129,7 @@ def _per_head_backward(saved, gradient):
         weights = jnp.exp(q.astype(jnp.float32) @ k.T.astype(jnp.float32) - log_total)
         inner = (g * out).sum(axis=1, keepdims=True)
         scores = weights * (g @ v.T - inner)
-        # The gradients of k and v come out as [H, S]: a wide product, twice as fast as a narrow one.
+        # The gradients of k and v come out as [H, S]: a wide product, twice as fast as a tall one.
         return scores @ k, q.T @ scores, g.T @ weights
 
     dq, dk, dv = jax.lax.map(head, (*saved, gradient))

@@ -1,4 +1,4 @@
-"""CLIP's text tower as Stable Diffusion uses it (`CLIPTextModel`): causal, pre-norm, learned positions.
+"""CLIP's text tower as Stable Diffusion uses it (`CLIPTextModel`): causal, pre-norm.
 
 Learning Transferable Visual Models From Natural Language Supervision (Radford et al. 2021).
 The pipelines give no padding mask, so padding is attended like any other id. Stable Diffusion 1.5
@@ -26,7 +26,6 @@ _ACCEPTED = {
     "pad_token_id": range(1 << 31), "torch_dtype": (None, "float16", "float32", "bfloat16"),
     "dtype": (None, "float16", "float32", "bfloat16"), "initializer_factor": (1, 1.0),
     "initializer_range": (0.02,), "projection_dim": range(1 << 31),
-    "transformers_version": None,
 }  # fmt: skip
 
 
@@ -45,8 +44,8 @@ class CLIPTextConfig:
 
     def __post_init__(self):
         if self.hidden_act not in _ACTIVATIONS:
-            known = sorted(_ACTIVATIONS)
-            raise ValueError(f"CLIPTextModel config: hidden_act={self.hidden_act!r}, not in {known}")
+            known = f"expected one of {sorted(_ACTIVATIONS)}"
+            raise ValueError(f"CLIPTextModel config: hidden_act={self.hidden_act!r}, {known}")
 
     @classmethod
     def tiny(cls, **kw):
@@ -87,8 +86,8 @@ class CLIPAttention(nnx.Module):
         self.out_proj = linear(width, width, rngs, cfg.dtype)
 
     def __call__(self, x):
-        split = lambda y: y.reshape(*y.shape[:2], self.heads, -1)
-        q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
+        parts = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = (y.reshape(*y.shape[:2], self.heads, -1) for y in parts)
         out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
         return self.out_proj(out.reshape(x.shape))
 
@@ -139,7 +138,7 @@ class CLIPTextTransformer(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class CLIPTextOutput:
-    """last: behind the final norm; hidden: before it, from the embeddings on; pooled: float[B, D]."""
+    """last: behind the final norm; hidden: before it, embeddings first; pooled: float[B, D]."""
 
     last: jnp.ndarray
     pooled: jnp.ndarray
@@ -160,7 +159,7 @@ class CLIPTextModel(nnx.Module):
         for layer in model.encoder.layers:
             hidden.append(layer(hidden[-1]))
         last = model.final_layer_norm(hidden[-1])
-        # Old published configurations say 2 although the end id is the largest id of the vocabulary.
+        # Old published configurations say 2 although the end id is the vocabulary's largest.
         end = ids if cfg.eos_token_id == 2 else (ids == cfg.eos_token_id).astype(jnp.int32)
         pooled = jnp.take_along_axis(last, jnp.argmax(end, axis=-1)[:, None, None], axis=1)[:, 0]
         return CLIPTextOutput(last, pooled, tuple(hidden), model.final_layer_norm(hidden[-2]))

@@ -39,7 +39,7 @@ class DiTConfig:
         if self.sample_size % self.patch:
             raise ValueError(f"DiT: side {self.sample_size} is no multiple of patch {self.patch}")
         if self.width % self.num_heads or self.width % 4:
-            raise ValueError(f"DiT: width {self.width} must split into {self.num_heads} heads and 4")
+            raise ValueError(f"DiT: width {self.width} must be a multiple of 4 and num_heads")
 
     @classmethod
     def tiny(cls, **kw):
@@ -109,7 +109,7 @@ class DiT(nnx.Module):
         self.out = linear(D, pixels * cfg.out_channels, rngs, dtype, kernel_init=zeros)
 
     def __call__(self, x, t, context):
-        """x: float[B, h, w, c]; t: [B] or a scalar; context: float[B, P, D]; returns float32 like x."""
+        """x: float[B, h, w, c]; t: [B] or a scalar; context: float[B, P, D]; returns like x."""
         cfg = self.cfg
         P = context.shape[1]
         if P > cfg.num_context:

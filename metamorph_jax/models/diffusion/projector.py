@@ -3,7 +3,7 @@
 MetaMorph's visualiser (spec 7.1). Four modes, float[B, P, input_dim] -> float[B, P', output_dim]:
 
     mlp          (Linear, LayerNorm, ReLU) x (n - 1), Linear, LayerNorm; P' = P
-    xattn        learned queries, n post-norm cross attentions to the projected tokens; P' = num_tokens
+    xattn        learned queries, n post-norm cross attentions to the tokens; P' = num_tokens
     xattnffn     the same with a post-norm feed-forward behind each attention
     transformer  encoder-decoder, n + n pre-norm layers, 4 heads; P' = num_tokens
 
@@ -53,7 +53,7 @@ def pad_context(context, length: int = 77):
 
 
 class PackedAttention(nnx.Module):
-    """Multi-head attention with one packed input projection. query: [B, L, D]; source: [B, S, D]."""
+    """Multi-head attention, one packed input projection. query: [B, L, D]; source: [B, S, D]."""
 
     def __init__(self, width, heads, dtype, rngs):
         self.heads, self.dtype = heads, dtype
@@ -65,8 +65,9 @@ class PackedAttention(nnx.Module):
     def __call__(self, query, source):
         weights = jnp.split(self.in_proj_weight[...].astype(self.dtype), 3)
         biases = jnp.split(self.in_proj_bias[...].astype(self.dtype), 3)
-        project = lambda x, i: (x @ weights[i].T + biases[i]).reshape(*x.shape[:2], self.heads, -1)
-        q, k, v = project(query, 0), project(source, 1), project(source, 2)
+        inputs = (query, source, source)
+        parts = (x @ w.T + b for x, w, b in zip(inputs, weights, biases, strict=True))
+        q, k, v = (x.reshape(*x.shape[:2], self.heads, -1) for x in parts)
         out = jax.nn.dot_product_attention(q, k, v, implementation="xla")
         return self.out_proj(out.reshape(query.shape))
 
@@ -146,8 +147,10 @@ class TransformerLayer(nnx.Module):
 
 class TransformerStack(nnx.Module):
     def __init__(self, cfg: ProjectorConfig, rngs, *, decoder: bool):
-        make = lambda: TransformerLayer(cfg.hidden_dim, 4, cfg.dtype, rngs, decoder=decoder)
-        self.layers = nnx.List([make() for _ in range(cfg.num_layers)])
+        self.layers = nnx.List([
+            TransformerLayer(cfg.hidden_dim, 4, cfg.dtype, rngs, decoder=decoder)
+            for _ in range(cfg.num_layers)
+        ])  # fmt: skip
         self.norm = LayerNorm(cfg.hidden_dim, rngs, cfg.dtype)
 
     def __call__(self, x, memory=None):

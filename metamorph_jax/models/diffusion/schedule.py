@@ -19,7 +19,7 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Stable Diffusion's defaults. `zero_snr` rescales the betas so that the last step is pure noise."""
+    """Stable Diffusion's defaults. `zero_snr` rescales the betas: the last step is pure noise."""
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085

@@ -124,8 +124,8 @@ def time_features(t, width: int, flip_sin_to_cos: bool = True, freq_shift: float
     half = width // 2
     freq = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
     angle = t.astype(jnp.float32)[:, None] * freq
-    parts = (jnp.cos(angle), jnp.sin(angle)) if flip_sin_to_cos else (jnp.sin(angle), jnp.cos(angle))
-    return jnp.concatenate(parts, axis=-1)
+    parts = [jnp.sin(angle), jnp.cos(angle)]
+    return jnp.concatenate(parts[::-1] if flip_sin_to_cos else parts, axis=-1)
 
 
 class TimestepEmbedding(nnx.Module):
@@ -186,13 +186,17 @@ class BasicTransformerBlock(nnx.Module):
         return x + self.ff(self.norm3(x))
 
 
+def _pointwise(cin, cout, rngs, dtype, **kw):
+    return conv(cin, cout, 1, rngs, dtype, **kw)
+
+
 class Transformer2DModel(nnx.Module):
     """Norm, projection, one transformer block over the pixels, projection back, residual."""
 
     def __init__(self, cfg: UNetConfig, width, heads, rngs):
         self.norm = GroupNorm(width, cfg.norm_num_groups, 1e-6, rngs)
         # The 1x1 convolution and the linear projection compute the same; only the leaf differs.
-        make = linear if cfg.use_linear_projection else lambda i, o, r, d, **k: conv(i, o, 1, r, d, **k)
+        make = linear if cfg.use_linear_projection else _pointwise
         self.proj_in = make(width, width, rngs, cfg.dtype)
         block = BasicTransformerBlock(width, cfg.cross_attention_dim, heads, cfg.dtype, rngs)
         self.transformer_blocks = nnx.List([block])
@@ -286,10 +290,11 @@ class UNet(nnx.Module):
         self.mid_block = MidBlock(cfg, rngs)
         self.up_blocks = nnx.List([UpBlock(cfg, i, rngs) for i in levels])
         self.conv_norm_out = GroupNorm(chans[0], cfg.norm_num_groups, cfg.norm_eps, rngs)
-        self.conv_out = conv(chans[0], cfg.out_channels, 3, rngs, cfg.dtype, kernel_init=blocks.zeros)
+        out = cfg.out_channels
+        self.conv_out = conv(chans[0], out, 3, rngs, cfg.dtype, kernel_init=blocks.zeros)
 
     def __call__(self, x, t, context, *, probes: dict | None = None):
-        """x: float[B, h, w, c]; t: [B] or a scalar; context: float[B, P, D]; returns float32 like x.
+        """x: float[B, h, w, c]; t: [B] or a scalar; context: float[B, P, D]; returns like x.
 
         Args:
             probes: if given, receives the output of every block under the name of the block.

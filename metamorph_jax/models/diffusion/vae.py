@@ -51,8 +51,8 @@ class VAEConfig:
 
     @classmethod
     def tiny(cls, **kw):
-        """Two levels, pictures four times smaller than a real one's tenth: for tests."""
-        size = dict(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4, sample_size=16)
+        """Two levels of 16 and 32 channels: for tests."""
+        size = dict(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4)
         return cls(**(size | kw))
 
     @classmethod
@@ -204,7 +204,7 @@ class AutoencoderKL(nnx.Module):
         self.post_quant_conv = conv(cfg.latent_channels, cfg.latent_channels, 1, rngs, cfg.dtype)
 
     def moments(self, image):
-        """image: float[B, h, w, 3] in [-1, 1]; returns float32[B, h', w', 2c] (mean, raw logvar)."""
+        """image: float[B, h, w, 3] in [-1, 1]; returns float32[B, h', w', 2c]: mean, logvar."""
         return self.quant_conv(self.encoder(image.astype(self.cfg.dtype))).astype(jnp.float32)
 
     def encode(self, image) -> Posterior:

@@ -37,8 +37,8 @@ def test_tiny_unet_has_the_library_s_parameters():
     pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     cfg = UNetConfig.tiny()
-    names = ("in_channels", "out_channels", "block_out_channels", "down_block_types",
-             "up_block_types", "layers_per_block", "cross_attention_dim", "norm_num_groups")  # fmt: skip
+    names = ["in_channels", "out_channels", "block_out_channels", "down_block_types"]
+    names += ["up_block_types", "layers_per_block", "cross_attention_dim", "norm_num_groups"]
     theirs = diffusers.UNet2DConditionModel(
         **{k: getattr(cfg, k) for k in names}, attention_head_dim=cfg.num_heads
     )
