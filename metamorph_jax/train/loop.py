@@ -251,7 +251,7 @@ def to_devices(batch, mesh):
 
 
 def _peek(data, n: int) -> list:
-    """The first n batches of the first process, without moving the iterator."""
+    """The first n batches with the rows of all processes, without moving the iterator."""
     if not n:
         return []
     before = data.get_state()
@@ -260,7 +260,7 @@ def _peek(data, n: int) -> list:
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
-        batches = multihost_utils.broadcast_one_to_all(batches)
+        batches = multihost_utils.process_allgather(batches, tiled=True)
     return batches
 
 
