@@ -45,7 +45,7 @@ def torch_tower(cfg: vit.ViTConfig, tensors: dict):
     if not any(k.startswith("vision_model.") for k in names):
         tensors = {k.removeprefix("vision_model."): v for k, v in tensors.items()}
     model = model.to_empty(device="cpu")
-    tensors = {k: torch.from_numpy(v) for k, v in tensors.items()}
+    tensors = {k: torch.tensor(v) for k, v in tensors.items()}
     loaded = model.load_state_dict(tensors, strict=False)
     missing = [k for k in loaded.missing_keys if "post_layernorm" not in k]
     if missing or loaded.unexpected_keys:
