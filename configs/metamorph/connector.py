@@ -69,7 +69,7 @@ def get_config(arg: str = "quickstart") -> ConfigDict:
         config.log_every = 1
         config.checkpoint_every = 2
     if arg == "quickstart":
-        config.steps, config.batch_size = 60, 2
+        config.steps, config.batch_size = 30, 3
         config.optim.learning_rate = 1e-3
     return config
 
@@ -113,7 +113,7 @@ def _quickstart_model():
         text_chunk=128,
         connector_tokens="added",
         dtype="float32",
-        remat="none",
+        remat="dots",
     )
 
 
@@ -138,15 +138,15 @@ def _large_model(llm, weights):
     )
 
 
-def _quickstart_data(root="quickstart/data", cache="quickstart/features", length=384):
+def _quickstart_data(root="quickstart/data", cache="quickstart/features", length=256):
     return dict(
         sources=dict(
-            vqa=dict(path=f"{root}/vqa_train.jsonl", root=f"{root}/images", weight=0.8),
-            draw=dict(path=f"{root}/draw_train.jsonl", root=f"{root}/images", weight=0.2),
+            vqa=dict(path=f"{root}/vqa_train.jsonl", root=f"{root}/images", weight=0.5),
+            draw=dict(path=f"{root}/draw_train.jsonl", root=f"{root}/images", weight=0.5),
         ),
-        template="smollm2",
+        template="chatml",  # no system turn: every position counts here
         length=length,
-        images_per_row=12,
+        images_per_row=10,
         independent_turns=True,  # a question must not read answers of the ones before it
         feature_cache=cache,
         seed=42,

@@ -71,9 +71,10 @@ def get_config(arg: str = "quickstart") -> ConfigDict:
         config.log_every = 1
         config.checkpoint_every = 2
     if arg == "quickstart":
-        config.steps, config.batch_size = 360, 2
-        config.optim.learning_rate = 1e-4
-        config.optim.multipliers = dict(connector=10.0, head=10.0, tokens=10.0)
+        config.steps, config.batch_size = 200, 3
+        config.checkpoint_every = 100
+        config.optim.learning_rate = 2e-4
+        config.optim.multipliers = dict(connector=5.0, head=5.0, tokens=5.0)
     return config
 
 
@@ -114,9 +115,10 @@ def _quickstart_model():
         head="mlp",
         visual_coef=2.0,
         text_chunk=128,
+        max_visual_targets=160,
         vpit_tokens="added",  # the table is a fifth of the model, and frozen
         dtype="float32",
-        remat="none",
+        remat="dots",
     )
 
 
@@ -141,15 +143,15 @@ def _large_model(llm, weights):
     )
 
 
-def _quickstart_data(root="quickstart/data", cache="quickstart/features", length=384):
+def _quickstart_data(root="quickstart/data", cache="quickstart/features", length=256):
     return dict(
         sources=dict(
-            vqa=dict(path=f"{root}/vqa_train.jsonl", root=f"{root}/images", weight=0.8),
-            draw=dict(path=f"{root}/draw_train.jsonl", root=f"{root}/images", weight=0.2),
+            vqa=dict(path=f"{root}/vqa_train.jsonl", root=f"{root}/images", weight=0.5),
+            draw=dict(path=f"{root}/draw_train.jsonl", root=f"{root}/images", weight=0.5),
         ),
-        template="smollm2",
+        template="chatml",  # no system turn: every position counts here
         length=length,
-        images_per_row=12,
+        images_per_row=10,
         independent_turns=True,  # a question must not read answers of the ones before it
         feature_cache=cache,
         seed=42,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 _MASKED = -1e30  # finite: a row without any key must give zeros, not NaN
-_LONG = 64  # queries from which on a loop over heads beats batched products on a CPU
+_LONG = 64 * 64  # queries x keys from which a loop over heads beats batched products on a CPU
 
 
 def packed_mask(segments: jax.Array, turns: jax.Array | None = None) -> jax.Array:
@@ -48,7 +48,7 @@ def attend(
     B, L, N, H = q.shape
     K = k.shape[2]
     scale = H**-0.5 if scale is None else scale
-    if L >= _LONG and jax.default_backend() == "cpu" and _one_device():
+    if L * k.shape[1] >= _LONG and jax.default_backend() == "cpu" and _one_device():
         return _head_by_head(q, k, v, mask, scale)
     q = (q * scale).reshape(B, L, K, N // K, H)
     scores = jnp.einsum("BLKGH,BSKH->BKGLS", q, k, preferred_element_type=jnp.float32)
@@ -71,15 +71,59 @@ def _head_by_head(q, k, v, mask, scale):
     G = N // K
     q = (q * scale).reshape(B, L, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B * K, G * L, H)
     k, v = (x.transpose(0, 2, 1, 3).reshape(B * K, S, H) for x in (k, v))
-
-    def one(head):
-        i, q, k, v = head
-        scores = jnp.matmul(q, k.T, preferred_element_type=jnp.float32)
-        if mask is not None:
-            scores = jnp.where(mask[i // K], scores.reshape(G, L, S), _MASKED).reshape(G * L, S)
-        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-        weights = (weights / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
-        return weights @ v
-
-    out = jax.lax.map(one, (jnp.arange(B * K), q, k, v))
+    out = _heads(q, k, v, mask)
     return out.reshape(B, K, G, L, H).transpose(0, 3, 1, 2, 4).reshape(B, L, N, H)
+
+
+@jax.custom_vjp
+def _heads(q, k, v, mask):
+    """One key-value head after the other. q: [B*K, G*L, H], scaled; k, v: [B*K, S, H]."""
+    return _heads_forward(q, k, v, mask)[0]
+
+
+def _hide(scores, mask, i, heads, to):
+    """Puts `to` where head number i may not look."""
+    if mask is None:
+        return scores
+    mask = mask[i // (heads // len(mask))]
+    return jnp.where(mask, scores.reshape(-1, *mask.shape), to).reshape(scores.shape)
+
+
+def _heads_forward(q, k, v, mask):
+    def head(args):
+        i, q, k, v = args
+        scores = jnp.matmul(q, k.T, preferred_element_type=jnp.float32)
+        scores = _hide(scores, mask, i, heads, _MASKED)
+        top = scores.max(axis=1, keepdims=True)
+        weights = jnp.exp(scores - top).astype(v.dtype)
+        # The column of ones makes the product sum the weights, which XLA's reduction does slowly.
+        v = jnp.concatenate([v, jnp.ones_like(v[:, :1])], axis=1)
+        both = jnp.matmul(weights, v, preferred_element_type=jnp.float32)
+        out, total = both[:, :-1], both[:, -1:]
+        return (out / total).astype(q.dtype), top + jnp.log(total)
+
+    heads = len(q)
+    out, log_total = jax.lax.map(head, (jnp.arange(heads), q, k, v))
+    return out, (q, k, v, mask, out, log_total)
+
+
+def _heads_backward(saved, gradient):
+    """Computes the weights anew, so nothing of size L * S is kept between the passes."""
+    q, k, v, mask, out, log_total = saved
+
+    def head(args):
+        i, q, k, v, out, log_total, g = args
+        scores = jnp.matmul(q, k.T, preferred_element_type=jnp.float32)
+        weights = _hide(jnp.exp(scores - log_total), mask, i, heads, 0.0)
+        inner = (g * out).astype(jnp.float32).sum(axis=1, keepdims=True)
+        scores = (weights * ((g @ v.T).astype(jnp.float32) - inner)).astype(k.dtype)
+        # The gradients of k and v come out as [H, S]: a wide product, twice as fast as a tall one.
+        return scores @ k, q.T @ scores, g.T @ weights.astype(g.dtype)
+
+    heads = len(q)
+    dq, dk, dv = jax.lax.map(head, (jnp.arange(heads), q, k, v, out, log_total, gradient))
+    dk, dv = dk.swapaxes(1, 2), dv.swapaxes(1, 2)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_heads.defvjp(_heads_forward, _heads_backward)

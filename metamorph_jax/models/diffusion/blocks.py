@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from metamorph_jax.nn import attention
+from metamorph_jax.nn.linear import flat_dot_general
 
 zeros = nnx.initializers.zeros_init()
 
@@ -43,7 +44,8 @@ def conv(cin, cout, size, rngs, dtype, *, strides=1, padding="SAME", kernel_init
 
 def linear(cin, cout, rngs, dtype, *, bias=True, kernel_init=None) -> nnx.Linear:
     init = kernel_init or nnx.initializers.lecun_normal()
-    return nnx.Linear(cin, cout, use_bias=bias, dtype=dtype, kernel_init=init, rngs=rngs)
+    return nnx.Linear(cin, cout, use_bias=bias, dtype=dtype, kernel_init=init,
+                      dot_general=flat_dot_general, rngs=rngs)
 
 
 class GroupNorm(nnx.Module):
@@ -84,60 +86,10 @@ class Nothing(nnx.Module):
 
 
 def attend(q, k, v, heads: int):
-    """Softmax attention without mask. q: float[B, L, D]; k, v: float[B, S, D]; returns [B, L, D].
-
-    Over feature maps L * S is large and H small, so the scores, not the products, cost time and
-    memory. On CPUs one head at a time stays in the cache: several times faster than all at once.
-    """
+    """Softmax attention without mask: float[B, L, D] of q [B, L, D] and k, v [B, S, D]."""
     B, L, D = q.shape
-    S, H = k.shape[1], D // heads
-    q, k, v = (x.reshape(B, -1, heads, H) for x in (q, k, v))
-    if jax.default_backend() != "cpu" or L * S < 128 * 128:
-        return attention.attend(q, k, v).reshape(B, L, D)
-    q, k, v = (x.swapaxes(1, 2).reshape(B * heads, -1, H) for x in (q * H**-0.5, k, v))
-    return _per_head(q, k, v).reshape(B, heads, L, H).swapaxes(1, 2).reshape(B, L, D)
-
-
-@jax.custom_vjp
-def _per_head(q, k, v):
-    """Attention of scaled queries, one head after the other. q: [G, L, H]; k, v: [G, S, H]."""
-    return _per_head_forward(q, k, v)[0]
-
-
-def _per_head_forward(q, k, v):
-    def head(args):
-        q, k, v = args
-        scores = jnp.einsum("LH,SH->LS", q, k, preferred_element_type=jnp.float32)
-        top = scores.max(axis=1, keepdims=True)
-        weights = jnp.exp(scores - top).astype(v.dtype)
-        # The column of ones makes the product sum the weights, which XLA's reduction does slowly.
-        ones = jnp.ones_like(v[:, :1])
-        v = jnp.concatenate([v, ones], axis=1)
-        both = jnp.matmul(weights, v, preferred_element_type=jnp.float32)
-        out, total = both[:, :-1], both[:, -1:]
-        return (out / total).astype(q.dtype), top + jnp.log(total)
-
-    out, log_total = jax.lax.map(head, (q, k, v))
-    return out, (q, k, v, out, log_total)
-
-
-def _per_head_backward(saved, gradient):
-    """Computes the weights anew, so nothing of size L * S is kept between the passes."""
-
-    def head(args):
-        q, k, v, out, log_total, g = args
-        weights = jnp.exp(q.astype(jnp.float32) @ k.T.astype(jnp.float32) - log_total)
-        inner = (g * out).sum(axis=1, keepdims=True)
-        scores = weights * (g @ v.T - inner)
-        # The gradients of k and v come out as [H, S]: a wide product, twice as fast as a tall one.
-        return scores @ k, q.T @ scores, g.T @ weights
-
-    dq, dk, dv = jax.lax.map(head, (*saved, gradient))
-    q, k, v = saved[:3]
-    return dq.astype(q.dtype), dk.swapaxes(1, 2).astype(k.dtype), dv.swapaxes(1, 2).astype(v.dtype)
-
-
-_per_head.defvjp(_per_head_forward, _per_head_backward)
+    q, k, v = (x.reshape(B, -1, heads, D // heads) for x in (q, k, v))
+    return attention.attend(q, k, v).reshape(B, L, D)
 
 
 class ResnetBlock2D(nnx.Module):
