@@ -14,7 +14,7 @@ EXTRAS = {
 setup(
     name="metamorph-jax",
     version="0.1.0",
-    description="Models that read and draw, in JAX: MetaMorph (visual-predictive instruction tuning)",
+    description="Models that read and draw, in JAX: visual-predictive instruction tuning",
     license="Apache-2.0",
     packages=find_packages(include=["metamorph_jax", "metamorph_jax.*"]),
     package_data={"metamorph_jax": ["**/*.html", "**/*.css"]},

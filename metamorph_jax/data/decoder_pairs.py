@@ -8,6 +8,7 @@ import numpy as np
 
 from metamorph_jax.data import pictures
 from metamorph_jax.data.cache import ArrayCache
+from metamorph_jax.data.predicted import Predicted
 from metamorph_jax.data.sources.base import BadSample, ImageRef
 from metamorph_jax.data.stream import key_of, permute
 from metamorph_jax.types import DecoderBatch
@@ -32,6 +33,8 @@ class DecoderPairs(Iterator[DecoderBatch]):
         memory_bytes: most bytes of pictures to keep.
         threads: for decoding.
         images: uint8[n, h, w, 3] already decoded, in the order of `refs`, or None.
+        predicted, predicted_share: a language model's visual tokens, which stand in for the
+            tower's in this share of the pictures that have some; needs `features`.
 
     Attributes:
         counts: pictures left out or stood in for, by reason.
@@ -51,10 +54,13 @@ class DecoderPairs(Iterator[DecoderBatch]):
         memory_bytes: int = 2**31,
         threads: int = 2,
         images: np.ndarray | None = None,
+        predicted: Predicted | None = None,
+        predicted_share: float = 0.5,
     ):
         self.preprocess, self.tower = preprocess, tower
         self.batch_size, self.seed = batch_size, seed
         self.features, self.process = features, (process_index, process_count)
+        self.predicted, self.predicted_share = predicted, predicted_share
         self.counts: dict[str, int] = {}
         self._pool = ThreadPoolExecutor(max(threads, 1))
         seen: dict[ImageRef, int] = {}
@@ -121,7 +127,8 @@ class DecoderPairs(Iterator[DecoderBatch]):
         return permute(i, len(self.refs), key_of(self.seed, 5, epoch))
 
     def __next__(self) -> DecoderBatch:
-        picks = [self._pick(self._next + k) for k in range(self.batch_size)]
+        first = self._next
+        picks = [self._pick(first + k) for k in range(self.batch_size)]
         self._next += self.batch_size
         features = pixels = None
         if self._images is not None:
@@ -133,10 +140,20 @@ class DecoderPairs(Iterator[DecoderBatch]):
             if self.tower is not None and self.features is None:
                 pixels = np.stack([self.tower(picture) for _, picture in found])
         if self.features is not None:
-            features = np.asarray(self.features.rows[self._rows[picks]], np.float32)
+            features = np.array(self.features.rows[self._rows[picks]], np.float32)
+            if self.predicted is not None:
+                self._put_predicted(features, picks, first)
         return DecoderBatch(
             image=image, features=features, pixels=pixels, valid=np.ones(self.batch_size, bool)
         )
+
+    def _put_predicted(self, features: np.ndarray, picks: list[int], first: int) -> None:
+        """Replaces some features in place; which ones follows from the number of the sample."""
+        draws = np.random.default_rng((self.seed, self.process[0], first)).random(len(picks))
+        for k, pick in enumerate(picks):
+            row = self.predicted.row(self.refs[pick].key())
+            if row is not None and draws[k] < self.predicted_share:
+                features[k] = self.predicted.features[row]
 
     def get_state(self) -> dict:
         return {"next": self._next, "layout": self._layout}

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 _MASKED = -1e30  # finite: a row without any key must give zeros, not NaN
-_LONG = 64 * 64  # queries x keys from which a loop over heads beats batched products on a CPU
+_LONG = 128 * 128  # queries x keys from which a loop over heads beats batched products on a CPU
 
 
 def packed_mask(segments: jax.Array, turns: jax.Array | None = None) -> jax.Array:

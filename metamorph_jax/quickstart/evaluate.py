@@ -12,6 +12,7 @@ import pathlib
 import jax
 import numpy as np
 
+from metamorph_jax.data import predicted
 from metamorph_jax.eval import probe, scorers
 from metamorph_jax.quickstart import data as qdata
 from metamorph_jax.sampling.generate import Artist, Request, Speaker
@@ -36,7 +37,7 @@ class Settings:
     questions: int = 1000
     batch: int = 50
     guidance: float = 2.0
-    steps: int = 30
+    steps: int = 20
     judge_steps: int = 800
     seed: int = 0
 
@@ -77,19 +78,32 @@ def accuracy(rows: list[dict]) -> float:
     return sum(scorers.is_right(r["predicted"], r["answer"]) for r in rows) / len(rows)
 
 
-def ask_for_pictures(speaker: Speaker, data: qdata.QuickstartData):
-    """(requests, float32[n, P, C] visual tokens, bool[n] whether a whole picture came)."""
-    requests = qdata.read_jsonl(data.draw_test)
+def ask_for_pictures(speaker: Speaker, prompts: list[str], batch: int = 24):
+    """(float32[n, P, C] visual tokens, bool[n] whether a whole picture came), greedy."""
     P, C = speaker.model.feature_shape
     budget = P + 24
-    prompts = [speaker.prompt(Request(r["id"], r["prompt"]), budget) for r in requests]
-    results = speaker.decoder(prompts, budget, speaker.options)
-    features, whole = np.zeros((len(requests), P, C), np.float32), np.zeros(len(requests), bool)
-    for i, result in enumerate(results):
-        made = [s for s in result.segments if isinstance(s, Picture) and s.complete]
-        if made:
-            features[i], whole[i] = made[0].features, True
-    return requests, features, whole
+    features, whole = np.zeros((len(prompts), P, C), np.float32), np.zeros(len(prompts), bool)
+    rows = [speaker.prompt(Request(str(i), p), budget) for i, p in enumerate(prompts)]
+    rows += rows[:1] * (-len(rows) % batch)
+    for start in range(0, len(rows), batch):
+        results = speaker.decoder(rows[start : start + batch], budget, speaker.options)
+        for i, result in enumerate(results[: len(prompts) - start], start):
+            made = [s for s in result.segments if isinstance(s, Picture) and s.complete]
+            if made:
+                features[i], whole[i] = made[0].features, True
+    return features, whole
+
+
+def predict(speaker: Speaker, data: qdata.QuickstartData, path: str) -> dict:
+    """Saves the model's visual tokens for every training request; see `data.predicted`."""
+    samples = qdata.read_jsonl(data.draw_train)
+    asked = [s["conversations"][0]["value"] for s in samples]
+    prompts = sorted(set(asked))
+    features, whole = ask_for_pictures(speaker, prompts)
+    numbers = {prompt: i if whole[i] else -1 for i, prompt in enumerate(prompts)}
+    rows = [numbers[prompt] for prompt in asked]
+    predicted.save(path, [s["image"] for s in samples], rows, features)
+    return {"requests": len(prompts), "whole_pictures": int(whole.sum())}
 
 
 def drawings(artist: Artist, features: np.ndarray, settings: Settings) -> np.ndarray:
@@ -136,7 +150,8 @@ def evaluate(speaker, artist, data, folder: pathlib.Path, settings: Settings, sa
     folder gets evaluation.json and drawings.npz (visual tokens, drawings).
     """
     rows = answer_questions(speaker, data, settings, say)
-    requests, features, whole = ask_for_pictures(speaker, data)
+    requests = qdata.read_jsonl(data.draw_test)
+    features, whole = ask_for_pictures(speaker, [r["prompt"] for r in requests])
     say(f"{whole.sum()} of {len(whole)} requests were answered with a whole picture")
     drawn = drawings(artist, features, settings)
     reader, classifier, judged = judges(speaker, data, settings)

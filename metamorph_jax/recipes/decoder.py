@@ -45,6 +45,9 @@ class DecoderConfig:
         drop_context: probability that a sample is trained without its condition.
         noise_offset: strength of a constant per sample and channel that joins the noise.
         min_snr: gamma of the min-SNR loss weight; 0 weighs all steps alike.
+        feature_noise: standardised features are trained with normal noise of a strength drawn from
+            0 up to this: what a language model predicts is never exactly a tower's feature.
+        velocity_cap: for x0 prediction, weigh a step by SNR + 1 up to this number; 0 for none.
     """
 
     projector: ProjectorConfig = ProjectorConfig()
@@ -56,6 +59,8 @@ class DecoderConfig:
     drop_context: float = 0.1
     noise_offset: float = 0.0
     min_snr: float = 0.0
+    feature_noise: float = 0.0
+    velocity_cap: float = 0.0
 
     def __post_init__(self):
         if self.projector.output_dim != self.denoiser.cross_attention_dim:
@@ -150,9 +155,12 @@ class DecoderRecipe(nnx.Module):
             self.pixel_mean[...] = jnp.asarray(pixels.mean(0), jnp.float32)
             self.pixel_scale[...] = jnp.asarray(1 / np.maximum(pixels.std(0), 1e-2), jnp.float32)
 
-    def context(self, features):
-        """features: float[B, P, C]; returns float[B, P', D], what the denoiser attends to."""
-        x = (features - self.feature_mean[...]) * self.feature_scale[...]
+    def context(self, features, noise=0.0):
+        """What the denoiser attends to, float[B, P', D].
+
+        features: float[B, P, C]; noise: like features, added once they are standardised.
+        """
+        x = (features - self.feature_mean[...]) * self.feature_scale[...] + noise
         return pad_context(self.projector(x.astype(jnp.float32)), self.cfg.context_length)
 
     def latents(self, image, key):
@@ -171,6 +179,12 @@ class DecoderRecipe(nnx.Module):
         else:
             x = x / self.pixel_scale[...] + self.pixel_mean[...]
         return jnp.clip(x / 2 + 0.5, 0.0, 1.0)
+
+    def limits(self):
+        """(darkest, brightest) values of pixels in `latents`, [3] each; None with a VAE."""
+        if self.cfg.vae:
+            return None
+        return tuple((v - self.pixel_mean[...]) * self.pixel_scale[...] for v in (-1.0, 1.0))
 
     def denoise(self, x, t, context):
         """The network's prediction. x: float32[B, h, w, c]; t: [B]; context: float[B, P', D]."""
@@ -193,7 +207,7 @@ class DecoderRecipe(nnx.Module):
     def loss_sums(self, batch: DecoderBatch, key):
         """Sum over pictures of the (weighted) mean squared error, and the plain error as metric."""
         cfg = self.cfg
-        keys = jax.random.split(key, 5)
+        keys = jax.random.split(key, 7)
         B = batch.image.shape[0]
         x0 = self.latents(batch.image, keys[0])
         t = jax.random.randint(keys[1], (B,), 0, cfg.schedule.num_train_timesteps)
@@ -201,7 +215,11 @@ class DecoderRecipe(nnx.Module):
         if cfg.noise_offset:
             constant = jax.random.normal(keys[3], (B, 1, 1, x0.shape[-1]))
             noise = noise + cfg.noise_offset * constant
-        context = self.context(self.features(batch))
+        features, spread = self.features(batch), 0.0
+        if cfg.feature_noise:
+            strength = jax.random.uniform(keys[5], (B, 1, 1), maxval=cfg.feature_noise)
+            spread = strength * jax.random.normal(keys[6], features.shape)
+        context = self.context(features, spread)
         keep = jax.random.uniform(keys[4], (B, 1, 1)) >= cfg.drop_context
         context = jnp.where(keep, context, 0.0)
         prediction = self.denoise(sch.add_noise(cfg.schedule, x0, noise, t), t, context)
@@ -209,6 +227,8 @@ class DecoderRecipe(nnx.Module):
         error = jnp.square(prediction - wanted).mean((1, 2, 3))
         valid = _valid(batch)
         weight = sch.min_snr_weight(cfg.schedule, t, cfg.min_snr) if cfg.min_snr else 1.0
+        if cfg.velocity_cap:
+            weight = weight * sch.velocity_weight(cfg.schedule, t, cfg.velocity_cap)
         plain = (error * valid).sum()
         return {"diffusion": (weight * error * valid).sum()}, {"mse": (plain, valid.sum())}
 
@@ -262,6 +282,8 @@ class DataConfig:
     Attributes:
         sources, seed, batch_size, feature_cache, max_images, max_frames, index_dir: as in
             `data.pipeline.DataConfig`.
+        predicted, predicted_share: file of visual tokens that a language model predicted (see
+            `data.predicted`), and the share of pictures it is used for; "" for none.
         threads: for decoding.
         memory_gib: decoded pictures are kept in memory if they fit into this.
     """
@@ -270,6 +292,8 @@ class DataConfig:
     batch_size: int = 1
     seed: int = 42
     feature_cache: str = ""
+    predicted: str = ""
+    predicted_share: float = 0.5
     threads: int = 2
     memory_gib: float = 2.0
     max_images: int = 70
@@ -342,6 +366,7 @@ def make_data(data_cfg, cfg: Config, *, process_index=0, process_count=1, workdi
     from metamorph_jax import config
     from metamorph_jax.data import cache, pictures, pipeline
     from metamorph_jax.data.decoder_pairs import DecoderPairs
+    from metamorph_jax.data.predicted import Predicted
 
     if not isinstance(data_cfg, DataConfig):
         data_cfg = config.build(DataConfig, data_cfg, "config.data")
@@ -381,6 +406,8 @@ def make_data(data_cfg, cfg: Config, *, process_index=0, process_count=1, workdi
         process_count,
         int(data_cfg.memory_gib * 2**30),
         data_cfg.threads,
+        predicted=Predicted(data_cfg.predicted) if data_cfg.predicted else None,
+        predicted_share=data_cfg.predicted_share,
     )
     pairs.sources, pairs.skipped = [s.name for s in data_cfg.sources], pairs.counts
     return pairs

@@ -225,7 +225,7 @@ Sampler = DDIM | PNDM | DPMSolverPP | Euler
 SAMPLERS = {"ddim": DDIM, "pndm": PNDM, "dpm++": DPMSolverPP, "euler": Euler}
 
 
-def step(row: dict, predict: Callable, carry: dict, clip: float | None = None):
+def step(row: dict, predict: Callable, carry: dict, clip=None):
     """One row of a table. carry: x, and base, x0, outputs where the sampler needs them."""
     x = carry["x"]
     y = prediction = predict(x * row["scale_in"] if "scale_in" in row else x, row["t"])
@@ -239,7 +239,7 @@ def step(row: dict, predict: Callable, carry: dict, clip: float | None = None):
         new["base"] = x
     if "p" in row:
         y = row["p"] * base + row["q"] * y
-        y = y if clip is None else jnp.clip(y, -clip, clip)
+        y = y if clip is None else jnp.clip(y, *clip)
     new["x"] = row["a"] * base + row["b"] * y
     if "c" in row:
         new["x"] += row["c"] * carry["x0"]
@@ -254,7 +254,7 @@ def sample(
     schedule: Schedule,
     steps: int,
     *,
-    clip: float | None = None,
+    clip: tuple | None = None,
     return_trajectory: bool = False,
 ):
     """Integrates from noise to x0.
@@ -265,7 +265,7 @@ def sample(
         sampler: the rule.
         schedule: the training schedule; says what the prediction means.
         steps: number of steps.
-        clip: clips every x0 estimate to [-clip, clip]; for pixels.
+        clip: (low, high) that every x0 estimate is clipped to, numbers or [c]; for pixels.
         return_trajectory: also return the states [N + 1, ...] and predictions [N, ...].
     """
     table = sampler.table(schedule, steps)
@@ -323,7 +323,6 @@ def draw(
     *,
     steps: int = 20,
     scale: float = 7.5,
-    clip: float | None = None,
 ):
     """Pictures from visual tokens, by a trained decoder recipe: float32[B, h, w, 3] in [0, 1].
 
@@ -333,5 +332,5 @@ def draw(
         noise: float32[B, h', w', c] standard normal, of the size that is diffused.
     """
     predict = guided(recipe.denoise, recipe.context(features), scale=scale)
-    x = sample(predict, noise, sampler, recipe.cfg.schedule, steps, clip=clip)
+    x = sample(predict, noise, sampler, recipe.cfg.schedule, steps, clip=recipe.limits())
     return recipe.picture(x)

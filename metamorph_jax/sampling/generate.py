@@ -341,8 +341,8 @@ class Artist:
         from metamorph_jax.sampling import diffusion
 
         self.cfg = model.cfg
-        # A schedule that ends in pure noise has to be sampled from its very end.
-        if model.cfg.schedule.zero_snr:
+        # Pixels, and a schedule that ends in pure noise, have to be sampled from its very end.
+        if model.cfg.schedule.zero_snr or model.cfg.vae is None:
             sampler = diffusion.DDIM(spacing="trailing", to_one=True)
         else:
             sampler = diffusion.DPMSolverPP()

@@ -86,7 +86,7 @@ def test_trajectory_ends_in_the_result_and_clip_bounds_it():
     noise = jnp.ones((1, 2, 2, 1))
     rule = DDIM(to_one=True)
     x, (states, outputs) = sampling.sample(
-        predict, noise, rule, s, 4, clip=1.0, return_trajectory=True
+        predict, noise, rule, s, 4, clip=(-1.0, 1.0), return_trajectory=True
     )
     assert states.shape[0] == 5 and outputs.shape[0] == 4
     np.testing.assert_array_equal(states[-1], x)

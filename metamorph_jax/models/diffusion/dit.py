@@ -9,6 +9,7 @@ adaptive norms. Matrix products only, which is what CPUs and TPUs are best at.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,20 @@ from flax import nnx
 
 from metamorph_jax.models.diffusion.blocks import linear, zeros
 from metamorph_jax.models.diffusion.unet import time_features
+from metamorph_jax.nn.attention import attend
 
 
 @dataclasses.dataclass(frozen=True)
 class DiTConfig:
-    """Structure of the denoiser; `sample_size` is the side of its (square) input."""
+    """Structure of the denoiser; `sample_size` is the side of its (square) input.
+
+    Attributes:
+        grid_context: the context is a square grid of tokens over the picture; it is enlarged to the
+            patch grid and added there, and takes no place in the sequence.
+        local: a patch is embedded with its eight neighbours, and every block starts with a
+            depthwise 3x3 convolution on the patch grid. Short trainings need it: without it the
+            patches of a nearly empty picture decide one by one whether something stands there.
+    """
 
     sample_size: int = 64
     in_channels: int = 3
@@ -33,13 +43,19 @@ class DiTConfig:
     mlp_ratio: int = 4
     cross_attention_dim: int = 768
     num_context: int = 77
+    grid_context: bool = False
+    local: bool = False
     dtype: str = "float32"
 
     def __post_init__(self):
         if self.sample_size % self.patch:
             raise ValueError(f"DiT: side {self.sample_size} is no multiple of patch {self.patch}")
+        if self.grid_context:
+            side, context = self.sample_size // self.patch, math.isqrt(self.num_context)
+            if context**2 != self.num_context or side % context:
+                raise ValueError(f"DiT: {self.num_context} context tokens don't tile side {side}")
         if self.width % self.num_heads or self.width % 4:
-            raise ValueError(f"DiT: width {self.width} must be a multiple of 4 and num_heads")
+            raise ValueError(f"DiT: width {self.width} won't split into {self.num_heads} heads, 4")
 
     @classmethod
     def tiny(cls, **kw):
@@ -59,6 +75,13 @@ def grid_features(side: int, width: int) -> np.ndarray:
     return np.concatenate([row, column], axis=1).astype(np.float32)
 
 
+def neighbours(x):
+    """The nine 3x3 neighbours of every place, zeros outside: nine arrays like x [B, h, w, c]."""
+    _, h, w, _ = x.shape
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    return [x[:, i : i + h, j : j + w] for i in range(3) for j in range(3)]
+
+
 def _norm(x):
     """Layer norm without weights; the adaptive scale and shift take their place."""
     x32 = x.astype(jnp.float32)
@@ -71,6 +94,10 @@ class Block(nnx.Module):
     def __init__(self, cfg: DiTConfig, rngs):
         width, dtype = cfg.width, cfg.dtype
         self.heads = cfg.num_heads
+        self.side = cfg.sample_size // cfg.patch
+        if cfg.local:
+            init = nnx.initializers.normal(0.1)
+            self.depthwise = nnx.Param(init(rngs.params(), (9, width)))
         self.modulation = linear(width, 6 * width, rngs, dtype, kernel_init=zeros)
         self.qkv = linear(width, 3 * width, rngs, dtype)
         self.proj = linear(width, width, rngs, dtype)
@@ -80,14 +107,21 @@ class Block(nnx.Module):
     def __call__(self, x, cond):
         """x: float[B, L, D]; cond: float[B, D]."""
         B, L, D = x.shape
+        if hasattr(self, "depthwise"):
+            patches = x[:, L - self.side**2 :].reshape(B, self.side, self.side, D)
+            kernel = self.depthwise[...].astype(x.dtype)
+            mixed = sum(y * k for y, k in zip(neighbours(patches), kernel, strict=True))
+            mixed = mixed.reshape(B, -1, D)
+            x = x + jnp.pad(mixed, ((0, 0), (L - self.side**2, 0), (0, 0)))
         parts = jnp.split(self.modulation(nnx.silu(cond))[:, None], 6, axis=-1)
         shift1, scale1, gate1, shift2, scale2, gate2 = parts
         qkv = self.qkv(_norm(x) * (1 + scale1) + shift1)
         q, k, v = (y.reshape(B, L, self.heads, -1) for y in jnp.split(qkv, 3, axis=-1))
-        y = jax.nn.dot_product_attention(q, k, v, implementation="xla").reshape(B, L, D)
-        x = x + gate1 * self.proj(y)
+        q, k = _norm(q), _norm(k)
+        y = attend(q, k, v).reshape(B, L, D)
+        x = x + (1 + gate1) * self.proj(y)
         y = self.fc2(nnx.gelu(self.fc1(_norm(x) * (1 + scale2) + shift2)))
-        return x + gate2 * y
+        return x + (1 + gate2) * y
 
 
 class DiT(nnx.Module):
@@ -97,10 +131,11 @@ class DiT(nnx.Module):
         self.cfg = cfg
         D, dtype = cfg.width, cfg.dtype
         pixels = cfg.patch * cfg.patch
-        self.embed = linear(pixels * cfg.in_channels, D, rngs, dtype)
+        self.embed = linear((9 if cfg.local else 1) * pixels * cfg.in_channels, D, rngs, dtype)
         self.context_embed = linear(cfg.cross_attention_dim, D, rngs, dtype)
         spread = nnx.initializers.normal(0.02)
-        self.context_position = nnx.Param(spread(rngs.params(), (cfg.num_context, D)))
+        if not cfg.grid_context:
+            self.context_position = nnx.Param(spread(rngs.params(), (cfg.num_context, D)))
         self.time_1 = linear(D, D, rngs, dtype)
         self.time_2 = linear(D, D, rngs, dtype)
         self.pool = linear(cfg.cross_attention_dim, D, rngs, dtype)
@@ -119,11 +154,20 @@ class DiT(nnx.Module):
         time = self.time_2(nnx.silu(self.time_1(time_features(t, cfg.width).astype(cfg.dtype))))
         cond = time + self.pool(context.mean(axis=1))
         side = cfg.sample_size // cfg.patch
-        patches = self.embed(space_to_depth(x.astype(cfg.dtype), cfg.patch))
-        patches = patches.reshape(len(x), side * side, cfg.width)
-        patches = patches + jnp.asarray(grid_features(side, cfg.width), cfg.dtype)
-        position = self.context_position[...][:P].astype(cfg.dtype)
-        y = jnp.concatenate([self.context_embed(context) + position, patches], axis=1)
+        patches = space_to_depth(x.astype(cfg.dtype), cfg.patch)
+        if cfg.local:
+            patches = jnp.concatenate(neighbours(patches), axis=-1)
+        patches = self.embed(patches).reshape(len(x), side * side, cfg.width)
+        y = patches + jnp.asarray(grid_features(side, cfg.width), cfg.dtype)
+        place = self.context_embed(context)
+        if cfg.grid_context:
+            grid = math.isqrt(P)
+            place = place.reshape(len(x), grid, grid, cfg.width)
+            place = jnp.repeat(jnp.repeat(place, side // grid, axis=1), side // grid, axis=2)
+            y, P = y + place.reshape(y.shape), 0
+        else:
+            position = self.context_position[...][:P].astype(cfg.dtype)
+            y = jnp.concatenate([place + position, y], axis=1)
         for block in self.blocks:
             y = block(y, cond)
         shift, scale = jnp.split(self.modulation(nnx.silu(cond))[:, None], 2, axis=-1)
