@@ -34,4 +34,5 @@ say "ruff"
 say "pytest, $("$VENV/bin/python" --version), $("$VENV/bin/python" -c '
 from importlib.metadata import version
 print(", ".join(f"{p} {version(p)}" for p in ("jax", "flax", "optax", "orbax-checkpoint")))')"
-exec "$VENV/bin/python" -m pytest ${short[@]+"${short[@]}"} ${arguments[@]+"${arguments[@]}"}
+# Two processes: most of the time goes into compiling, which uses one core.
+exec "$VENV/bin/python" -m pytest -n 2 --dist loadfile ${short[@]+"${short[@]}"} ${arguments[@]+"${arguments[@]}"}

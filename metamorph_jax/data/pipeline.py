@@ -127,8 +127,6 @@ class DataConfig:
     def feature_spec(self) -> caches.CacheSpec:
         if not (self.feature_width and self.tower):
             raise ValueError("data.feature_cache needs data.feature_width and data.tower")
-        if not (self.feature_width and self.tower):
-            raise ValueError("data.feature_cache needs data.feature_width and data.tower")
         return caches.feature_spec(
             self.preprocess, self.tower, self.tokens_per_image, self.feature_width
         )
