@@ -69,7 +69,7 @@ def get_config(arg: str = "quickstart") -> ConfigDict:
         config.log_every = 1
         config.checkpoint_every = 2
     if arg == "quickstart":
-        config.steps, config.batch_size = 30, 3
+        config.steps, config.batch_size = 40, 1
         config.optim.learning_rate = 1e-3
     return config
 
@@ -138,7 +138,7 @@ def _large_model(llm, weights):
     )
 
 
-def _quickstart_data(root="quickstart/data", cache="quickstart/features", length=256):
+def _quickstart_data(root="quickstart/data", cache="quickstart/features", length=384):
     return dict(
         sources=dict(
             vqa=dict(path=f"{root}/vqa_train.jsonl", root=f"{root}/images", weight=0.5),
@@ -146,7 +146,7 @@ def _quickstart_data(root="quickstart/data", cache="quickstart/features", length
         ),
         template="chatml",  # no system turn: every position counts here
         length=length,
-        images_per_row=10,
+        images_per_row=16,
         independent_turns=True,  # a question must not read answers of the ones before it
         feature_cache=cache,
         seed=42,

@@ -71,10 +71,10 @@ def get_config(arg: str = "quickstart") -> ConfigDict:
         config.log_every = 1
         config.checkpoint_every = 2
     if arg == "quickstart":
-        config.steps, config.batch_size = 200, 3
-        config.checkpoint_every = 100
-        config.optim.learning_rate = 2e-4
-        config.optim.multipliers = dict(connector=5.0, head=5.0, tokens=5.0)
+        config.steps, config.batch_size = 360, 1
+        config.checkpoint_every = 120
+        config.optim.learning_rate = 1.5e-4
+        config.optim.multipliers = dict(connector=7.0, head=7.0, tokens=7.0)
     return config
 
 
@@ -114,8 +114,9 @@ def _quickstart_model():
         connector="mlp2x_gelu",
         head="mlp",
         visual_coef=2.0,
+        visual_dropout=0.8,  # or the request hardly matters to a picture half seen
         text_chunk=128,
-        max_visual_targets=160,
+        max_visual_targets=256,
         vpit_tokens="added",  # the table is a fifth of the model, and frozen
         dtype="float32",
         remat="dots",
@@ -143,7 +144,7 @@ def _large_model(llm, weights):
     )
 
 
-def _quickstart_data(root="quickstart/data", cache="quickstart/features", length=256):
+def _quickstart_data(root="quickstart/data", cache="quickstart/features", length=384):
     return dict(
         sources=dict(
             vqa=dict(path=f"{root}/vqa_train.jsonl", root=f"{root}/images", weight=0.5),
@@ -151,7 +152,7 @@ def _quickstart_data(root="quickstart/data", cache="quickstart/features", length
         ),
         template="chatml",  # no system turn: every position counts here
         length=length,
-        images_per_row=10,
+        images_per_row=16,
         independent_turns=True,  # a question must not read answers of the ones before it
         feature_cache=cache,
         seed=42,

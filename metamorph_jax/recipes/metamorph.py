@@ -54,6 +54,9 @@ class Config:
         visual_loss: "auto" (cosine; L1 if features aren't normalised; softmax cross-entropy if
             they are distributions) or one of `losses.VISUAL_LOSSES`.
         visual_coef, use_vision_ar: weight of the visual loss; without the latter it is only logged.
+        visual_dropout: share of answer pictures whose visual tokens are hidden from the input, each
+            with a probability drawn for the picture (targets stay). Reading true tokens, a model
+            can continue a picture without heeding the request; when it draws, there are none.
         text_chunk: positions multiplied with the output table at a time.
         max_visual_targets: most positions of a row that predict visual tokens (more gives NaN);
             the head is evaluated at so many. 0: at all positions.
@@ -82,6 +85,7 @@ class Config:
     visual_loss: str = "auto"
     visual_coef: float = 1.0
     use_vision_ar: bool = True
+    visual_dropout: float = 0.0
     text_chunk: int = 512
     max_visual_targets: int = 0
     connector_tokens: str = "added"
@@ -208,15 +212,22 @@ class MetaMorph(nnx.Module):
             x = jnp.zeros((B, 0, width), jnp.float32)
         return x.reshape(B, -1, width)
 
-    def embed(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """(float[B, L, D] what the llm reads, float32[B, I * P, C] the visual tokens in it)."""
+    def embed(self, batch: Batch, key: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """(float[B, L, D] what the llm reads, float32[B, I * P, C] the visual tokens in it).
+
+        With a key, some tokens of answer pictures are hidden (`visual_dropout`).
+        """
         visual = self.batch_features(batch)
         text = self.embed_text(batch.tokens)
-        return place_visual(text, self.project(visual), batch.image_slots), visual
+        shown = visual
+        if key is not None and self.cfg.visual_dropout and visual.shape[1]:
+            hidden = hidden_tokens(key, batch, self.feature_shape[0], self.cfg.visual_dropout)
+            shown = jnp.where(hidden[..., None], 0.0, visual)
+        return place_visual(text, self.project(shown), batch.image_slots), visual
 
-    def hidden(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def hidden(self, batch: Batch, key=None) -> tuple[jax.Array, jax.Array]:
         """(float[B, L, D] states after the final norm, float32[B, I * P, C])."""
-        embeds, visual = self.embed(batch)
+        embeds, visual = self.embed(batch, key)
         mask = packed_mask(batch.segments, batch.turns)
         return self.llm(embeds, batch.positions, mask)[0], visual
 
@@ -235,9 +246,8 @@ class MetaMorph(nnx.Module):
 
     def loss_sums(self, batch: Batch, key: jax.Array | None = None):
         """({"text", "visual"}: loss summed over positions, {metric: (numerator, denominator)})."""
-        del key  # nothing here is random
         cfg = self.cfg
-        hidden, visual = self.hidden(batch)
+        hidden, visual = self.hidden(batch, key)
         table, added = self.llm.head_tables()
         text, each, right = losses.text_loss(
             hidden, table, added, batch.text_targets, cfg.text_chunk
@@ -299,6 +309,24 @@ class MetaMorph(nnx.Module):
         if path[-1] == "added":
             return "tokens"
         return "connector" if path[0] == "reducer" else path[0]
+
+
+def hidden_tokens(key: jax.Array, batch: Batch, tokens: int, share: float) -> jax.Array:
+    """bool[B, I * P]: visual tokens of answer pictures that the input hides.
+
+    A picture takes part with probability `share`, its tokens then with one drawn from 0 to 1.
+    """
+    B, I = batch.image_valid.shape
+    rows = jnp.arange(B)[:, None]
+    # Targets of -1 go to a place behind the last token, which is cut off.
+    where = jnp.where(batch.visual_targets < 0, I * tokens, batch.visual_targets)
+    answers = jnp.zeros((B, I * tokens + 1), bool).at[rows, where].set(True)[:, :-1]
+    taking_part, rate, draw = (
+        jax.random.uniform(k, (B, I, n))
+        for k, n in zip(jax.random.split(key, 3), (1, 1, tokens), strict=True)
+    )
+    drop = (taking_part < share) & (draw < rate)
+    return answers & drop.reshape(B, -1)
 
 
 def _row_trained(path, rows: str) -> bool:
