@@ -4,7 +4,7 @@
 #   bash launch/test.sh [--python PYTHON] [--short] [pytest arguments]
 #
 # Makes .venv (or .venv-X.Y where .venv belongs to another Python), installs what the tests need and
-# runs ruff and pytest. --short leaves out the tests that start training runs of their own.
+# runs ruff and pytest. --short runs the golden tests only: the reference's numbers on that Python.
 # The torch oracles are installed where torch==2.13.0 has a small build for that Python (3.11);
 # elsewhere the tests that need them are skipped and say so.
 set -euo pipefail
@@ -17,7 +17,7 @@ arguments=()
 while [ $# -gt 0 ]; do
     case $1 in
         --python) python=${2:?--python needs a path}; shift 2 ;;
-        --short) short=(-m "not slow and not e2e"); shift ;;
+        --short) short=(-m golden); shift ;;
         -h | --help) sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
         *) arguments+=("$1"); shift ;;
     esac

@@ -71,7 +71,7 @@ def get_config(arg: str = "quickstart") -> ConfigDict:
         config.log_every = 1
         config.checkpoint_every = 2
     if arg == "quickstart":
-        config.steps, config.batch_size = 360, 1
+        config.steps, config.batch_size = 480, 1
         config.checkpoint_every = 120
         config.optim.learning_rate = 1.5e-4
         config.optim.multipliers = dict(connector=7.0, head=7.0, tokens=7.0)
@@ -113,7 +113,7 @@ def _quickstart_model():
         image_tokens=16,
         connector="mlp2x_gelu",
         head="mlp",
-        visual_coef=2.0,
+        visual_coef=8.0,
         visual_dropout=0.8,  # or the request hardly matters to a picture half seen
         text_chunk=128,
         max_visual_targets=256,

@@ -81,47 +81,50 @@ def _heads(q, k, v, mask):
     return _heads_forward(q, k, v, mask)[0]
 
 
-def _hide(scores, mask, i, heads, to):
-    """Puts `to` where head number i may not look."""
+def _hide(scores, mask, i, heads):
+    """Scores of head number i, where it may look."""
     if mask is None:
         return scores
     mask = mask[i // (heads // len(mask))]
-    return jnp.where(mask, scores.reshape(-1, *mask.shape), to).reshape(scores.shape)
+    return jnp.where(mask, scores.reshape(-1, *mask.shape), _MASKED).reshape(scores.shape)
 
 
 def _heads_forward(q, k, v, mask):
     def head(args):
         i, q, k, v = args
         scores = jnp.matmul(q, k.T, preferred_element_type=jnp.float32)
-        scores = _hide(scores, mask, i, heads, _MASKED)
+        scores = _hide(scores, mask, i, heads)
         top = scores.max(axis=1, keepdims=True)
         weights = jnp.exp(scores - top).astype(v.dtype)
         # The column of ones makes the product sum the weights, which XLA's reduction does slowly.
         v = jnp.concatenate([v, jnp.ones_like(v[:, :1])], axis=1)
         both = jnp.matmul(weights, v, preferred_element_type=jnp.float32)
         out, total = both[:, :-1], both[:, -1:]
-        return (out / total).astype(q.dtype), top + jnp.log(total)
+        return (out / total).astype(q.dtype), top, total
 
     heads = len(q)
-    out, log_total = jax.lax.map(head, (jnp.arange(heads), q, k, v))
-    return out, (q, k, v, mask, out, log_total)
+    out, top, total = jax.lax.map(head, (jnp.arange(heads), q, k, v))
+    return out, (q, k, v, mask, out, top, total)
 
 
 def _heads_backward(saved, gradient):
     """Computes the weights anew, so nothing of size L * S is kept between the passes."""
-    q, k, v, mask, out, log_total = saved
+    q, k, v, mask, out, top, total = saved
 
     def head(args):
-        i, q, k, v, out, log_total, g = args
+        i, q, k, v, out, top, total, g = args
         scores = jnp.matmul(q, k.T, preferred_element_type=jnp.float32)
-        weights = _hide(jnp.exp(scores - log_total), mask, i, heads, 0.0)
-        inner = (g * out).astype(jnp.float32).sum(axis=1, keepdims=True)
-        scores = (weights * ((g @ v.T).astype(jnp.float32) - inner)).astype(k.dtype)
+        weights = jnp.exp(_hide(scores, mask, i, heads) - top)  # times 1 / total, which goes into g
+        g = (g / total).astype(g.dtype)
+        # A query that sees nothing takes the mean of the values, whatever its scores are.
+        seen = jnp.where(top > _MASKED / 2, g, 0)
+        inner = (seen * out).astype(jnp.float32).sum(axis=1, keepdims=True)
+        scores = (weights * ((seen @ v.T).astype(jnp.float32) - inner)).astype(k.dtype)
         # The gradients of k and v come out as [H, S]: a wide product, twice as fast as a tall one.
         return scores @ k, q.T @ scores, g.T @ weights.astype(g.dtype)
 
     heads = len(q)
-    dq, dk, dv = jax.lax.map(head, (jnp.arange(heads), q, k, v, out, log_total, gradient))
+    dq, dk, dv = jax.lax.map(head, (jnp.arange(heads), q, k, v, out, top, total, gradient))
     dk, dv = dk.swapaxes(1, 2), dv.swapaxes(1, 2)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 

@@ -102,7 +102,7 @@ def predict(speaker: Speaker, data: qdata.QuickstartData, path: str) -> dict:
     features, whole = ask_for_pictures(speaker, prompts)
     numbers = {prompt: i if whole[i] else -1 for i, prompt in enumerate(prompts)}
     rows = [numbers[prompt] for prompt in asked]
-    predicted.save(path, [s["image"] for s in samples], rows, features)
+    predicted.save(path, [str(data.images / s["image"]) for s in samples], rows, features)
     return {"requests": len(prompts), "whole_pictures": int(whole.sum())}
 
 

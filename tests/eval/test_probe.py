@@ -57,7 +57,7 @@ def pictures(n, seed):
 
 
 def test_classifier_learns():
-    cfg = probe.ClassifierConfig(widths=(8, 16), hidden=32, steps=100, batch=24)
+    cfg = probe.ClassifierConfig(widths=(8, 16), hidden=32, steps=150, batch=24)
     train, labels = pictures(256, 0)
     judge = probe.train_classifier(train, labels, seed=0, cfg=cfg)
     test, truth = pictures(101, 1)  # not a multiple of the batch

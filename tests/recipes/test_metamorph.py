@@ -388,3 +388,29 @@ def test_data_with_and_without_a_feature_cache(tmp_path, golden_root):
     np.testing.assert_array_equal(next(plain).tokens, a.tokens)
     plain.close()
     cached.close()
+
+
+def test_visual_dropout_hides_tokens_of_answer_pictures_only():
+    batch = make_batch()
+    hide = jax.jit(
+        jax.vmap(lambda key, share: recipe.hidden_tokens(key, batch, P, share), (0, None))
+    )
+    keys = jax.random.split(jax.random.key(0), 400)
+    hidden = np.asarray(hide(keys, 1.0))  # [400, B, I * P]; tokens 4…7 are the answer
+    assert not hidden[..., :P].any()
+    assert 0.4 < hidden[..., P:].mean() < 0.6
+    assert not np.asarray(hide(keys, 0.0)).any()
+    assert not np.asarray(
+        recipe.hidden_tokens(keys[0], make_batch(answers=False), P, 1.0)
+    ).any()
+
+
+def test_visual_dropout_needs_a_key_and_leaves_targets_alone():
+    model = make(dataclasses.replace(TINY, visual_dropout=1.0))
+    batch = make_batch()
+    _, shown = model.embed(batch)
+    plain, _ = model.embed(batch)
+    dropped, targets = model.embed(batch, jax.random.key(1))
+    np.testing.assert_array_equal(shown, targets)
+    changed = np.abs(np.asarray(dropped - plain)).max(-1) > 0
+    assert changed[:, 8:12].any() and not changed[:, :8].any() and not changed[:, 12:].any()
