@@ -86,8 +86,9 @@ class DecoderPairs(Iterator[DecoderBatch]):
         self._images = np.stack(loaded) if loaded else None
         if images is not None:
             self._images = images[np.array(where)]
-        if predicted is not None and not any(predicted.row(ref.key()) is not None for ref in kept):
-            raise ValueError("no picture has a prediction in the file of predicted visual tokens")
+        if predicted is not None and len(predicted):
+            if all(predicted.row(ref.key()) is None for ref in kept):
+                raise ValueError("the predicted visual tokens belong to other pictures")
         names = "\n".join(ref.key() for ref in kept)
         self._layout = f"{len(kept)} {hashlib.sha256(names.encode()).hexdigest()[:16]} {seed} "
         self._layout += f"{batch_size} {self.process}"

@@ -103,6 +103,7 @@ def predict(speaker: Speaker, data: qdata.QuickstartData, path: str) -> dict:
     numbers = {prompt: i if whole[i] else -1 for i, prompt in enumerate(prompts)}
     rows = [numbers[prompt] for prompt in asked]
     predicted.save(path, [str(data.images / s["image"]) for s in samples], rows, features)
+    print(f"{whole.sum()} of {len(prompts)} training requests were answered with a whole picture")
     return {"requests": len(prompts), "whole_pictures": int(whole.sum())}
 
 

@@ -52,6 +52,16 @@ def test_the_share_is_kept_and_the_choice_repeats(made):
         np.testing.assert_array_equal(next(again).features, expected.features)
 
 
+def test_predictions_of_other_pictures_are_an_error_and_none_at_all_is_not(made, tmp_path):
+    refs, preprocess, features, _ = made
+    path = str(tmp_path / "other.npz")
+    save(path, ["elsewhere.png"], [0], np.ones((1, 2, 3), np.float32))
+    with pytest.raises(ValueError, match="belong to other pictures"):
+        pairs((refs, preprocess, features, path), 1.0)
+    save(path, [r.key() for r in refs], [-1] * len(refs), np.ones((0, 2, 3), np.float32))
+    assert not next(pairs((refs, preprocess, features, path), 1.0)).features.any()
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing.npz"):
         Predicted(str(tmp_path / "nothing.npz"))
