@@ -105,12 +105,7 @@ def load_config(spec: str, overrides: Mapping[str, Any] | None = None):
         A locked ml_collections ConfigDict.
     """
     path, _, arg = str(spec).partition(":")
-    file = pathlib.Path(path)
-    if not file.is_file():
-        raise ConfigError(f"no config file {path}")
-    module_spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    module = load_module(path)
     if not hasattr(module, "get_config"):
         raise ConfigError(f"{path} has no get_config(arg)")
     config = module.get_config(arg) if arg else module.get_config()
@@ -118,6 +113,17 @@ def load_config(spec: str, overrides: Mapping[str, Any] | None = None):
     for key, value in (overrides or {}).items():
         set_dotted(config, key, value)
     return config
+
+
+def load_module(path: str | pathlib.Path):
+    """The config file as a Python module."""
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise ConfigError(f"no config file {path}")
+    module_spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    return module
 
 
 def set_dotted(config, key: str, value) -> None:

@@ -91,6 +91,20 @@ class _Pending:
     wait: float
 
 
+def resolve(config) -> tuple[TrainConfig, Any, Any, dict]:
+    """(run, recipe module, its config, all options as one table) of a ConfigDict or nested dict.
+
+    Raises:
+        ConfigError: an option does not exist or has a wrong value.
+    """
+    table = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    cfg = configs.build(TrainConfig, table)
+    recipe = workdirs.find_recipe(cfg.recipe)
+    model_cfg = configs.build(recipe.Config, cfg.model, "config.model")
+    resolved = dataclasses.asdict(cfg) | {"model": dataclasses.asdict(model_cfg)}
+    return cfg, recipe, model_cfg, resolved
+
+
 def train(config, workdir: str | pathlib.Path) -> dict[str, float]:
     """Trains a stage to its end, or goes on where an earlier call in the same workdir stopped.
 
@@ -106,12 +120,8 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, float]:
         NonFiniteError: see there.
         Preempted: see there.
     """
-    table = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    cfg = configs.build(TrainConfig, table)
-    recipe = workdirs.find_recipe(cfg.recipe)
-    model_cfg = configs.build(recipe.Config, cfg.model, "config.model")
+    cfg, recipe, model_cfg, resolved = resolve(config)
     workdir = pathlib.Path(workdir).expanduser()
-    resolved = dataclasses.asdict(cfg) | {"model": dataclasses.asdict(model_cfg)}
 
     # ---- devices
     if cfg.compilation_cache:
