@@ -12,6 +12,7 @@ import sys
 COMMANDS = {
     "train": ("metamorph_jax.train.command", "train a stage, or go on where it stopped"),
     "generate": ("metamorph_jax.sampling.generate", "answer, draw, edit, think visually"),
+    "sweep": ("metamorph_jax.sweep.command", "train the runs that a config lists, compare them"),
     "data": ("metamorph_jax.data.check", "find what is wrong with a data set"),
     "quickstart": ("metamorph_jax.quickstart.run", "the whole road, at small size"),
 }

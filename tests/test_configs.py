@@ -92,6 +92,18 @@ def test_doc_strings_say_how():
             assert size in text.split('"""')[1]
 
 
+@pytest.mark.parametrize(("file", "size"), CASES, ids=lambda v: getattr(v, "stem", v))
+def test_sweeps(file, size, tmp_path):
+    """Every run of every sweep would start."""
+    from metamorph_jax.sweep.command import plan
+
+    if not hasattr(configs.load_module(file), "sweep"):
+        assert file.stem != "vpit", "the one that others are modelled on"
+        return
+    runs = plan(f"{file}:{size}", {}, tmp_path)
+    assert len(runs) > 1 and len({r.folder for r in runs}) == len(runs)
+
+
 def test_unknown_size():
     with pytest.raises(ValueError, match="size '9b' is none of smoke, quickstart, 1b, 8b"):
         configs.load_config(f"{FILES[0]}:9b")

@@ -20,6 +20,8 @@ one tower are alike, so a cosine that only repeats their mean is no skill: the l
 `1b` and `8b` have the published settings: 6.93e-5 for 1536 samples, scaled by the square root of
 the batch, warm-up 3 %, cosine to 0, no weight decay. Rows are packed, so that a batch of 256 rows
 of 4096 holds some 1536 samples. They have not been run to the end with this code base.
+`metamorph sweep --config=configs/metamorph/vpit.py:SIZE --workdir=DIR` compares learning rates and
+weights of the visual loss.
 Point `config.data.sources` at your own files: `--config.data.sources.main.path=FILE`.
 """
 
@@ -76,6 +78,15 @@ def get_config(arg: str = "quickstart") -> ConfigDict:
         config.optim.learning_rate = 1.5e-4
         config.optim.multipliers = dict(connector=7.0, head=7.0, tokens=7.0)
     return config
+
+
+def sweep(add):
+    """Half, once and twice the learning rate, with two weights of the visual loss."""
+    rate, coef = add.config.optim.learning_rate, add.config.model.visual_coef
+    add.product({
+        "optim.learning_rate": [rate / 2, rate, rate * 2],
+        "model.visual_coef": [coef, coef * 2],
+    })  # fmt: skip
 
 
 def _smoke_model():

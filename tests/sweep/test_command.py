@@ -1,0 +1,142 @@
+"""Sweeps over a training of three small matrices, each run in a process of its own."""
+
+import json
+import os
+import pathlib
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from metamorph_jax import cli
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+FILE = """
+from ml_collections import ConfigDict
+def get_config(arg=""):
+    return ConfigDict(dict(
+        recipe="tests.train.toy", stage="all", steps=4, batch_size=8, model=dict(noise=0.0),
+        data=dict(poison=-1, pause=0.0), optim=dict(learning_rate=0.02, warmup=2), log_every=1,
+        checkpoint_every=1, tensorboard=False, compilation_cache="",
+    ))
+def sweep(add):
+    add.product({"optim.learning_rate": [0.01, 0.1]})
+    add({"data.poison": 2})
+"""
+
+
+@pytest.fixture
+def spec(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.syspath_prepend(str(ROOT))
+    (tmp_path / "toy sweep.py").write_text(FILE)
+    return str(tmp_path / "toy sweep.py")
+
+
+def sweep(spec, workdir, *more):
+    return cli.main(["sweep", f"--config={spec}", f"--workdir={workdir}", *more])
+
+
+def steps(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines]
+
+
+def test_list_and_print_start_nothing(spec, tmp_path, capsys):
+    assert sweep(spec, tmp_path / "my runs", "--list", "--config.steps=2") == 0
+    assert "002_learning_rate=0.1   new" in capsys.readouterr().out
+    prefix = "bash launch/tpu.sh run --name=v5e -- metamorph"
+    assert sweep(spec, tmp_path / "my runs", "--print", "--config.steps=2", "--prefix", prefix) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert shlex.split(lines[2]) == [
+        *prefix.split(), "train", f"--config={spec}", "--config.steps=2",
+        f"--workdir={tmp_path / 'my runs' / '003_poison=2'}", "--config.data.poison=2",
+    ]  # fmt: skip
+    assert not (tmp_path / "my runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("data.poison", "data.posion"), "run 3 .*did you mean data.poison"),
+        (("[0.01, 0.1]", "[0.01, 'x']"), "run 2 .*learning_rate must be float"),
+        (('add({"data.poison": 2})', 'add({"batch_size": 0})'), "batch_size must be at least 1"),
+        (("def sweep", "def swep"), "has no sweep"),
+    ],
+)
+def test_wrong_sweeps_start_nothing(spec, tmp_path, capsys, change, message):
+    import re
+
+    head, tail = FILE.split("def sweep")
+    pathlib.Path(spec).write_text(head + ("def sweep" + tail).replace(*change))
+    assert sweep(spec, tmp_path / "runs") == 2
+    said = capsys.readouterr().err
+    assert re.search(message, said) and not (tmp_path / "runs").exists(), said
+
+
+@pytest.mark.e2e
+def test_killed_in_the_middle_a_failing_run_and_the_table(spec, tmp_path, capsys):
+    """`kill -9` during the second run: the first isn't done again, the second goes on."""
+    workdir = tmp_path / "runs"
+    slow = "--config.data.pause=0.5"
+    command = [sys.executable, "-m", "metamorph_jax", "sweep"]
+    first = subprocess.Popen(
+        [*command, f"--config={spec}", f"--workdir={workdir}", slow],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.time() + 120
+    second = workdir / "002_learning_rate=0.1"
+    while not (second / "checkpoints/2/commit_success.txt").exists():
+        assert time.time() < deadline and first.poll() is None, first.stdout.read()
+        time.sleep(0.02)
+    os.kill(first.pid, signal.SIGKILL)
+    first.communicate()
+    before = (workdir / "001_learning_rate=0.01/metrics.jsonl").stat().st_mtime_ns
+
+    assert sweep(spec, workdir, slow) == 1
+    said = capsys.readouterr()
+    assert "001_learning_rate=0.01  finished" in said.out
+    assert "003_poison=2 failed" not in said.out and "failed with exit code 3" in said.out
+    assert "step 3: not finite" in said.out and "1 of 3 runs failed" in said.err
+    assert (workdir / "001_learning_rate=0.01/metrics.jsonl").stat().st_mtime_ns == before
+    assert "going on after step" in (second / "sweep.log").read_text()
+    assert steps(second) == [1, 2, 3, 4]
+    table = (workdir / "sweep.md").read_text()
+    assert table.count("| finished |") == 2 and "| failed (3) |" in table
+    assert (workdir / "sweep.csv").read_text().count("\n") == 4
+    assert (workdir / "sweep.png").stat().st_size > 1000
+
+    # A run that is put first gets a new number and no other's folder; nothing else is left to do.
+    text = FILE.replace("sweep(add):", "sweep(add):\n    add({'model.noise': 0.5})")
+    pathlib.Path(spec).write_text(text.replace('    add({"data.poison": 2})\n', ""))
+    assert sweep(spec, workdir, slow, "--print") == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "004_noise=0.5" in line
+    # With other options the finished ones are not finished: training says what may not change.
+    assert sweep(spec, workdir, slow, "--list", "--config.steps=6") == 0
+    assert "finished" not in capsys.readouterr().out.replace("unfinished", "")
+
+
+@pytest.mark.e2e
+def test_sigterm_saves_and_stops(spec, tmp_path):
+    command = [sys.executable, "-m", "metamorph_jax", "sweep", f"--config={spec}"]
+    more = ["--config.data.pause=0.5", "--config.checkpoint_every=100"]
+    run = subprocess.Popen(
+        [*command, f"--workdir={tmp_path / 'runs'}", *more],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    first = tmp_path / "runs/001_learning_rate=0.01"
+    deadline = time.time() + 120
+    while not (first / "metrics.jsonl").exists() or not steps(first):
+        assert time.time() < deadline and run.poll() is None, run.stdout.read()
+        time.sleep(0.02)
+    run.terminate()
+    said = run.communicate(timeout=60)[0]
+    assert run.returncode == 143 and "the same command goes on" in said, said
+    assert list(first.glob("checkpoints/*/commit_success.txt"))
+    assert not (tmp_path / "runs/002_learning_rate=0.1").exists()

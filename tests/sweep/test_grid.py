@@ -1,0 +1,81 @@
+import pytest
+from ml_collections import ConfigDict
+
+from metamorph_jax import config as configs
+from metamorph_jax.config import ConfigError
+from metamorph_jax.sweep import grid
+
+FILE = """
+from ml_collections import ConfigDict
+def get_config(arg=""):
+    return ConfigDict(dict(rate=0.1, steps=4, name="a", flag=False, inner=dict(x=1.0), none=None))
+"""
+
+
+@pytest.fixture
+def spec(tmp_path):
+    (tmp_path / "c.py").write_text(FILE)
+    return str(tmp_path / "c.py")
+
+
+def runs(sweep, **config):
+    add = grid.Add(ConfigDict(config))
+    sweep(add)
+    return add.runs
+
+
+def test_product_zip_single_in_order_and_once():
+    def sweep(add):
+        add.product({"a": [1, 2], "b.c": (x for x in "uv")})
+        add.zip({"a": [1, 5], "b.c": ["u", "w"]})  # the first one is there already
+        add({"b.c": "z"}, a=add.config.base * 2)
+
+    assert runs(sweep, base=21) == [
+        {"a": 1, "b.c": "u"}, {"a": 1, "b.c": "v"}, {"a": 2, "b.c": "u"}, {"a": 2, "b.c": "v"},
+        {"a": 5, "b.c": "w"},
+        {"b.c": "z", "a": 42},
+    ]  # fmt: skip
+
+
+def test_random_has_a_seed_and_grows():
+    def draw(n, seed=3, **more):
+        def sweep(add):
+            table = {"rate": add.log(1e-5, 1e-1), "p": add.uniform(2, 3), "k": [1, 2, 3]}
+            add.random(n, table | more, seed=seed)
+
+        return runs(sweep)
+
+    few = draw(4)
+    assert few == draw(9)[:4] and few != draw(4, seed=4)
+    assert [{k: r[k] for k in ("rate", "p", "k")} for r in draw(4, new=["x", "y"])] == few
+    many = draw(300)
+    assert all(1e-5 <= r["rate"] <= 1e-1 and 2 <= r["p"] <= 3 for r in many)
+    # Evenly in the logarithm: half below the middle of the exponents.
+    assert 0.4 < sum(r["rate"] < 1e-3 for r in many) / len(many) < 0.6
+    assert {r["k"] for r in many} == {1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("sweep", "message"),
+    [
+        (lambda add: add.zip({"rate": [1, 2], "steps": [1]}), "rate: 2, steps: 1"),
+        (lambda add: add.product({"name": "abc"}), "name wants a list"),
+        (lambda add: add.log(0, 1), "no range from 0 to 1"),
+        (lambda add: add({"rtae": 1.0}), "run 1 .*did you mean rate"),
+        (lambda add: [add(rate=0.2), add(steps="many")], "run 2 .*steps must be int"),
+        (lambda add: add({"inner.x": 3, "rate": 2}), "--config.rate is given"),
+        (lambda add: None, "adds no run"),
+    ],
+)
+def test_wrong_sweeps(spec, sweep, message):
+    with pytest.raises(ConfigError, match=message):
+        grid.expand(sweep, spec, {"rate": "0.5"} if "given" in message else {})
+
+
+def test_values_survive_the_command_line(spec):
+    """What a run is given as text is what the sweep meant."""
+    values = {"rate": 1.5e-07, "steps": 9, "name": "a b=c'", "flag": True, "inner.x": 2, "none": 3}
+    ((_, config),) = grid.expand(lambda add: add(values), spec, {})
+    told = dict(a.removeprefix("--config.").split("=", 1) for a in grid.as_arguments(values))
+    assert configs.load_config(spec, told) == config
+    assert (config.rate, config.name, config.flag, config.inner.x) == (1.5e-07, "a b=c'", True, 2.0)
