@@ -6,10 +6,10 @@ accumulation and data parallelism weigh every position alike.
 `text_loss` never makes float[B, L, V]. Supervised positions are moved to the front and the output
 table is multiplied with one chunk of them after another, as many chunks as hold any. Where a
 gradient will be asked for, a chunk's own gradient is made while its logits are there (they are
-`softmax - onehot`), so that the backward pass has nothing to recompute. Exact for every V.
+`softmax - onehot`), so that the backward pass has nothing to recompute. Exact for every V. That is
+how it goes on one device; over a mesh the table is what counts, see `nn.cross_entropy`.
 """
 
-import math
 from functools import partial
 
 import jax
@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from metamorph_jax.models.interleave import gather_rows
+from metamorph_jax.nn.cross_entropy import cross_entropy
 from metamorph_jax.nn.norms import l2_normalize
-from metamorph_jax.sharding import BATCH_AXES, constrain
 
 VISUAL_LOSSES = ("cosine", "l1", "smooth_l1", "softmax_ce", "infonce")
 INFONCE_TEMPERATURE = 0.03
@@ -37,42 +37,28 @@ def text_loss(
         hidden: float[B, L, D] after the final norm.
         table, added: [D, V] and [n, D] or None, see `Llama.head_tables`.
         targets: int32[B, L] ids below V + n; -1 for none.
-        chunk: positions per product with the table (in every group of rows that lie together).
+        chunk: positions per product with the table, on one device.
 
     Returns:
         (sum float32[], loss of each position float32[B, L], bool[B, L] whether the target has the
         highest logit). Only the sum has gradients.
     """
-    B, L, D = hidden.shape
-    groups = _row_groups(B)
     if added is None:
-        added = jnp.zeros((0, D), hidden.dtype)
-    flat = constrain(hidden.reshape(groups, -1, D), "act_batch", None, None)
-    total, losses, right = _cross_entropy(chunk, flat, table, added, targets.reshape(groups, -1))
-    return total, losses.reshape(B, L), right.reshape(B, L)
-
-
-def _row_groups(B: int) -> int:
-    """Rows are compacted together on one device; over a mesh only those of one device are."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return 1
-    return math.gcd(B, math.prod(mesh.shape.get(a, 1) for a in BATCH_AXES))
+        added = jnp.zeros((0, hidden.shape[-1]), hidden.dtype)
+    return _cross_entropy(chunk, *map(jnp.asarray, (hidden, table, added, targets)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _cross_entropy(chunk, hidden, table, added, targets):
-    """(sum, float32[G, T], bool[G, T]) of hidden: float[G, T, D] and targets: int32[G, T]."""
-    out, _ = _chunked(chunk, hidden, table, added, targets, wants=(False, False, False))
+    """(sum, float32[B, L], bool[B, L]) of hidden: float[B, L, D] and targets: int32[B, L]."""
+    out, _ = _with_gradients(chunk, hidden, table, added, targets, wants=(False, False, False))
     return out
 
 
 def _forward(chunk, hidden, table, added, targets):
     wants = (hidden.perturbed, table.perturbed, added.perturbed)
     values = (hidden.value, table.value, added.value, targets.value)
-    out, grads = _chunked(chunk, *values, wants)
-    # Shapes and dtypes have to be those of the inputs where no gradient is kept, too.
-    return out, grads
+    return _with_gradients(chunk, *values, wants)
 
 
 def _backward(chunk, grads, cotangents):
@@ -86,33 +72,47 @@ def _backward(chunk, grads, cotangents):
 _cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
+def _with_gradients(chunk, hidden, table, added, targets, wants):
+    """Loss and, as `wants` says, the gradients of its sum in (hidden, table, added)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.size > 1:
+        return cross_entropy(hidden, table, added, targets, wants)
+    shape = hidden.shape
+    flat = hidden.reshape(-1, shape[-1])
+    out, grads = _chunked(chunk, flat, table, added, targets.reshape(-1), wants)
+    total, losses, right = out
+    if wants[0]:
+        grads = (grads[0].reshape(shape), *grads[1:])
+    return (total, losses.reshape(shape[:-1]), right.reshape(shape[:-1])), grads
+
+
 def _chunked(chunk, hidden, table, added, targets, wants):
-    """The loop over chunks; `wants` says which of (hidden, table, added) need gradients."""
-    G, T, D = hidden.shape
+    """The loop over chunks. hidden: float[T, D]; targets: int32[T]."""
+    T, D = hidden.shape
     V, n = table.shape[1], added.shape[0]
     size = min(chunk, T)
     steps = -(-T // size)
     # Supervised positions first, in order; filled up to whole chunks.
-    order = jnp.argsort(targets < 0, axis=1, stable=True)
-    order = jnp.pad(order, ((0, 0), (0, steps * size - T)))
-    count = jnp.sum(targets >= 0, axis=1)
-    used = -(-jnp.max(count) // size)
-    head = table.astype(hidden.dtype)  # cast and gathered once, not in every chunk
+    order = jnp.argsort(targets < 0, stable=True)
+    order = jnp.pad(order, (0, steps * size - T))
+    count = jnp.sum(targets >= 0)
+    used = -(-count // size)
+    head = table.astype(hidden.dtype)  # cast once, not in every chunk
     extra = added.astype(hidden.dtype)
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     def body(i, carry):
         losses, right, grads = carry
         at = i * size
-        index = jax.lax.dynamic_slice_in_dim(order, at, size, axis=1)
-        valid = (at + jnp.arange(size)) < count[:, None]
-        h = gather_rows(hidden, index)
-        t = jnp.where(valid, jnp.take_along_axis(targets, index, axis=1), -1)
-        logits = constrain(product("GtD,DV->GtV", h, head), "act_batch", None, "act_vocab")
+        index = jax.lax.dynamic_slice_in_dim(order, at, size)
+        valid = (at + jnp.arange(size)) < count
+        h = hidden[index]
+        t = jnp.where(valid, targets[index], -1)
+        logits = product("tD,DV->tV", h, head)
         top = jnp.max(logits, axis=-1)
         mine = jnp.take_along_axis(logits, jnp.clip(t, 0, V - 1)[..., None], axis=-1)[..., 0]
         if n:
-            new = product("GtD,nD->Gtn", h, extra)
+            new = product("tD,nD->tn", h, extra)
             top = jnp.maximum(top, jnp.max(new, axis=-1))
             one = jnp.take_along_axis(new, jnp.clip(t - V, 0, n - 1)[..., None], axis=-1)
             mine = jnp.where(t >= V, one[..., 0], mine)
@@ -120,7 +120,7 @@ def _chunked(chunk, hidden, table, added, targets, wants):
         if n:
             mass += jnp.sum(jnp.exp(new - top[..., None]), axis=-1)
         lse = top + jnp.log(mass)
-        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=at, axis=1)
+        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=at, axis=0)
         losses = put(losses, jnp.where(valid, lse - mine, 0.0))
         right = put(right, valid & (mine >= top))
         if any(wants):
@@ -128,39 +128,37 @@ def _chunked(chunk, hidden, table, added, targets, wants):
             d = _softmax_minus_target(logits, lse, t, valid, 0).astype(h.dtype)
             d_new = _softmax_minus_target(new, lse, t, valid, V).astype(h.dtype) if n else None
             if wants[0]:
-                dh = product("GtV,DV->GtD", d, head)
+                dh = product("tV,DV->tD", d, head)
                 if n:
-                    dh += product("Gtn,nD->GtD", d_new, extra)
+                    dh += product("tn,nD->tD", d_new, extra)
                 d_hidden = put(d_hidden, dh.astype(hidden.dtype))
             if wants[1]:
-                d_table = d_table + product("GtD,GtV->DV", h, d)
+                d_table = d_table + product("tD,tV->DV", h, d)
             if wants[2] and n:
-                d_added = d_added + product("Gtn,GtD->nD", d_new, h)
+                d_added = d_added + product("tn,tD->nD", d_new, h)
             grads = (d_hidden, d_table, d_added)
         return losses, right, grads
 
     blank = lambda want, shape, dtype: jnp.zeros(shape, dtype) if want else None  # noqa: E731
     start = (
-        jnp.zeros((G, steps * size), jnp.float32),
-        jnp.zeros((G, steps * size), bool),
+        jnp.zeros(steps * size, jnp.float32),
+        jnp.zeros(steps * size, bool),
         (
-            blank(wants[0], (G, steps * size, D), hidden.dtype),
+            blank(wants[0], (steps * size, D), hidden.dtype),
             blank(wants[1], (D, V), jnp.float32),
             blank(wants[2], (n, D), jnp.float32),
         ),
     )
     losses, right, (d_hidden, d_table, d_added) = jax.lax.fori_loop(0, used, body, start)
     # Back to the order of the rows: position order[j] was worked on as number j.
-    back = jnp.argsort(order[:, :T], axis=1)
-    losses = jnp.take_along_axis(losses, back, axis=1)
-    right = jnp.take_along_axis(right, back, axis=1)
+    back = jnp.argsort(order[:T])
     if wants[0]:
-        d_hidden = gather_rows(d_hidden, back)
+        d_hidden = d_hidden[back]
     if wants[1]:
         d_table = d_table.astype(table.dtype)
     if wants[2]:
         d_added = d_added.astype(added.dtype)
-    return (jnp.sum(losses), losses, right), (d_hidden, d_table, d_added)
+    return (jnp.sum(losses), losses[back], right[back]), (d_hidden, d_table, d_added)
 
 
 def _softmax_minus_target(logits, lse, targets, valid, first):

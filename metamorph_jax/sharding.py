@@ -59,10 +59,26 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices=None) -> Mesh:
     known = math.prod(s for s in sizes if s != -1)
     sizes = [len(devices) // known if s == -1 else s for s in sizes]
     if math.prod(sizes) != len(devices):
-        raise ValueError(f"mesh {dict(zip(AXES, sizes, strict=True))} needs {math.prod(sizes)} "
-                         f"devices; there are {len(devices)}")
+        raise ValueError(
+            f"mesh {dict(zip(AXES, sizes, strict=True))} needs {math.prod(sizes)} "
+            f"devices; there are {len(devices)}"
+        )
     kinds = (jax.sharding.AxisType.Auto,) * len(AXES)
     return Mesh(devices.reshape(sizes), AXES, axis_types=kinds)
+
+
+def platform() -> str:
+    """What the mesh that is set consists of, else what this host has: "cpu", "gpu" or "tpu".
+
+    Branches for a platform ask this, so that a program can be compiled for chips of another kind
+    than those of the host (`metamorph plan`).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else getattr(mesh, "abstract_device", None)
+    if device is None:
+        return jax.default_backend()
+    name = getattr(device, "platform", None) or device.device_kind.split()[0].lower()
+    return {"cuda": "gpu", "rocm": "gpu", "nvidia": "gpu"}.get(name, name)
 
 
 def spec(*names: str | None) -> P:
@@ -75,7 +91,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, _fit(spec(*names), x.shape, mesh))
+    return jax.lax.with_sharding_constraint(x, fit(spec(*names), x.shape, mesh))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -97,16 +113,19 @@ def variable_sharding(variable, mesh: Mesh) -> NamedSharding:
     if logical is None:
         return NamedSharding(mesh, _by_size(shape, mesh))
     names = ("layers",) * (len(shape) - len(logical)) + tuple(logical)
-    return NamedSharding(mesh, _fit(spec(*names), shape, mesh))
+    return NamedSharding(mesh, fit(spec(*names), shape, mesh))
 
 
 def state_shardings(state, mesh: Mesh):
     """The sharding of every leaf of an `nnx.State` (or any tree of arrays)."""
+
     def is_variable(x):
         return hasattr(x, "get_metadata")
+
     def one(x):
         sharding = variable_sharding(x, mesh)
         return x.replace(sharding) if is_variable(x) else sharding
+
     return jax.tree.map(one, state, is_leaf=is_variable)
 
 
@@ -121,7 +140,7 @@ def _by_size(shape, mesh) -> P:
     return P()
 
 
-def _fit(wanted: P, shape, mesh) -> P:
+def fit(wanted: P, shape, mesh) -> P:
     """Drops an axis from a dimension that it doesn't divide (9 heads on 2 devices: replicate)."""
     fitted = []
     for dim, axes in zip(shape, wanted, strict=True):

@@ -1,5 +1,9 @@
 """Losses against the textbook formulas, with gradients, in every layout of targets."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.extend
 import jax.numpy as jnp
@@ -7,7 +11,6 @@ import numpy as np
 import pytest
 
 from metamorph_jax import losses
-from metamorph_jax.sharding import make_mesh
 
 B, L, D, V = 3, 11, 6, 29
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -104,7 +107,7 @@ def test_a_frozen_table_costs_no_gradient():
 
     assert (D, V) not in products(of_hidden, hidden, table, added)
     assert (D, V) in products(of_table, hidden, table, added)
-    assert (1, 4, D) not in products(of_added, hidden, table, added)  # nor one for hidden states
+    assert (4, D) not in products(of_added, hidden, table, added)  # nor one for hidden states
     # Nor is there ever a product for all positions at once.
     assert all(shape[-2] < B * L for shape in products(of_table, hidden, table, added))
 
@@ -139,32 +142,41 @@ def test_bfloat16_keeps_float32_sums():
     np.testing.assert_allclose(a, plain(hidden, table, added, targets)[0], rtol=2e-2)
 
 
-def test_rows_over_a_mesh_give_the_same_numbers():
-    """Run in a child process: eight virtual devices have to be asked for before JAX starts."""
-    import subprocess
-    import sys
-
-    code = """
+OVER_A_MESH = """
 import jax, numpy as np, jax.numpy as jnp
 from metamorph_jax import losses
-from metamorph_jax.sharding import batch_sharding, make_mesh
+from metamorph_jax.nn import cross_entropy
+from metamorph_jax.sharding import make_mesh
+cross_entropy.TILE, cross_entropy.CHUNK = 130, 3
 r = np.random.default_rng(0)
-h = r.normal(size=(8, 10, 6)).astype(np.float32); t = r.normal(size=(6, 16)).astype(np.float32)
-y = r.integers(-9, 16, (8, 10)).astype(np.int32)
-f = jax.value_and_grad(lambda h, t: losses.text_loss(h, t, None, jnp.maximum(y, -1), 4)[0], (0, 1))
-one = jax.jit(f)(h, t)
-mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-with jax.set_mesh(mesh):
-    many = jax.jit(f)(jax.device_put(h, batch_sharding(mesh)), t)
-for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many)):
-    np.testing.assert_allclose(a, b, atol=2e-5)
+y = np.maximum(r.integers(-200, 302, (4, 10)), -1).astype(np.int32)
+y[1] = -1
+y[2, 5] = 301
+h = r.normal(size=(4, 10, 6)).astype(np.float32)
+t = r.normal(size=(6, 300)).astype(np.float32)
+a = r.normal(size=(2, 6)).astype(np.float32)
+f = jax.value_and_grad(lambda h, t, a: (lambda x: (2 * x[0], x[1:]))(losses.text_loss(h, t, a, y)),
+                       (0, 1, 2), has_aux=True)
+frozen = jax.grad(lambda h: losses.text_loss(h, t, None, y)[0])
+one, bare = jax.jit(f)(h, t, a), jax.jit(frozen)(h)
+for shape in ({"fsdp": 2, "tensor": 4}, {"data": 2, "fsdp": 2, "context": 2}, {"fsdp": 8},
+              {"slice": 2, "tensor": 2}):
+    n = np.prod(list(shape.values()))
+    with jax.set_mesh(make_mesh(shape, jax.devices()[:n])):
+        many, off = jax.jit(f)(h, t, a), jax.jit(frozen)(h)
+    for x, z in zip(jax.tree.leaves((one, bare)), jax.tree.leaves((many, off)), strict=True):
+        np.testing.assert_allclose(x, z, atol=1e-4)
 print("same")
 """
-    import os
 
+
+def test_rows_and_table_over_a_mesh_give_the_same_numbers():
+    """Run in a child process: eight virtual devices have to be asked for before JAX starts."""
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
            "JAX_PLATFORMS": "cpu"}  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", OVER_A_MESH], env=env, capture_output=True, text=True
+    )
     assert done.stdout.strip() == "same", done.stderr[-2000:]
 
 
@@ -255,8 +267,3 @@ def test_by_source():
         "x/a": (0.0 + 3.0, 2.0), "x/b": (1.0 + 5.0, 2.0)
     }  # fmt: skip
     assert losses.by_source(each, count, sources, (), "x") == {}
-
-
-def test_one_device_mesh_is_one_group():
-    with jax.set_mesh(make_mesh()):
-        assert losses._row_groups(6) == 1

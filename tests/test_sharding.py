@@ -31,7 +31,7 @@ assert spec("embed_tokens.embedding") == P("tensor", "fsdp")
 big = sharding.variable_sharding(jnp.zeros((3, 4096, 30)), mesh)
 assert big.spec == P(None, "fsdp", None), big
 assert sharding.variable_sharding(jnp.zeros((8, 8)), mesh).spec == P()
-odd = sharding._fit(P("tensor", "fsdp"), (9, 8), mesh)
+odd = sharding.fit(P("tensor", "fsdp"), (9, 8), mesh)
 assert odd == P(None, "fsdp"), odd
 assert sharding.batch_sharding(mesh).spec == P(("slice", "data", "fsdp"))
 

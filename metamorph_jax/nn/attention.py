@@ -7,11 +7,18 @@ does not come later, and the key belongs to the shared prefix (turn 0) or to the
     turn     0 0 1 1 2 2 0 0         b    x x . . x x | . .
 """
 
+import dataclasses
+import logging
+
 import jax
 import jax.numpy as jnp
 
+from metamorph_jax.sharding import platform
+
 _MASKED = -1e30  # finite: a row without any key must give zeros, not NaN
 _LONG = 128 * 128  # queries x keys from which a loop over heads beats batched products on a CPU
+_SPLASH_BLOCK = 128  # packed rows of a multiple of this length take the TPU kernel
+_LONG_TPU = 512  # queries or keys from which rows without a mask take the kernel
 
 
 def packed_mask(segments: jax.Array, turns: jax.Array | None = None) -> jax.Array:
@@ -25,30 +32,58 @@ def packed_mask(segments: jax.Array, turns: jax.Array | None = None) -> jax.Arra
     return mask
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Segments:
+    """`packed_mask` not yet made: int32[B, L] numbers of samples, for kernels that mask blocks."""
+
+    numbers: jax.Array
+
+
+def row_mask(segments: jax.Array, turns: jax.Array | None = None) -> jax.Array | Segments:
+    """The mask of packed rows in the form in which `attend` takes it fastest on this platform."""
+    if platform() != "tpu" or segments.shape[1] % _SPLASH_BLOCK:
+        return packed_mask(segments, turns)
+    if turns is not None:
+        logging.getLogger(__name__).warning(
+            "rows with independent turns: attention holds all scores of a row (no TPU kernel); "
+            "config.data.independent_turns=False takes the kernel"
+        )
+        return packed_mask(segments, turns)
+    return Segments(segments)
+
+
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None, scale=None
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | Segments | None = None, scale=None
 ) -> jax.Array:
     """Softmax attention with grouped key-value heads.
 
-    cuDNN's kernel runs on GPUs in bfloat16; on one CPU device, long rows go head by head; XLA's
-    batched products everywhere else.
+    On TPUs, rows whose mask is `Segments` (and long ones without a mask) take the splash kernel; on
+    GPUs cuDNN's runs in bfloat16; on one CPU device, long rows go head by head; XLA's batched
+    products everywhere else.
 
     Args:
         q: float[B, L, N, H].
         k, v: float[B, S, K, H] with K dividing N.
-        mask: bool[B, L, S], True where the query may look; None for everywhere.
+        mask: bool[B, L, S], True where the query may look, or from `row_mask`; None: everywhere.
         scale: default H ** -0.5.
 
     Returns:
-        float[B, L, N, H] in q's dtype.
+        float[B, L, N, H] in q's dtype. Queries that see nothing (padding) get any finite numbers.
     """
-    if q.dtype == jnp.bfloat16 and jax.default_backend() == "gpu":
+    B, L, N, H = q.shape
+    S, K = k.shape[1:3]
+    scale = H**-0.5 if scale is None else scale
+    target = platform()
+    if isinstance(mask, Segments) or (mask is None and target == "tpu" and min(L, S) >= _LONG_TPU):
+        from metamorph_jax.nn import splash
+
+        numbers = mask.numbers if mask is not None else None
+        return splash.attend(q * scale, k, v, numbers, interpret=target != "tpu")
+    if q.dtype == jnp.bfloat16 and target == "gpu":
         wide = None if mask is None else mask[:, None]
         return jax.nn.dot_product_attention(q, k, v, mask=wide, scale=scale, implementation="cudnn")
-    B, L, N, H = q.shape
-    K = k.shape[2]
-    scale = H**-0.5 if scale is None else scale
-    if L * k.shape[1] >= _LONG and jax.default_backend() == "cpu" and _one_device():
+    if L * S >= _LONG and target == "cpu" and _one_device():
         return _head_by_head(q, k, v, mask, scale)
     q = (q * scale).reshape(B, L, K, N // K, H)
     scores = jnp.einsum("BLKGH,BSKH->BKGLS", q, k, preferred_element_type=jnp.float32)

@@ -29,7 +29,7 @@ from metamorph_jax.models.interleave import place_visual
 from metamorph_jax.models.llm import llama
 from metamorph_jax.models.vision import vit
 from metamorph_jax.models.vision.reduce import ReduceConfig, TokenReducer, normalize_features
-from metamorph_jax.nn.attention import packed_mask
+from metamorph_jax.nn.attention import row_mask
 from metamorph_jax.types import Batch
 
 STAGES = ("connector", "vpit")
@@ -228,7 +228,7 @@ class MetaMorph(nnx.Module):
     def hidden(self, batch: Batch, key=None) -> tuple[jax.Array, jax.Array]:
         """(float[B, L, D] states after the final norm, float32[B, I * P, C])."""
         embeds, visual = self.embed(batch, key)
-        mask = packed_mask(batch.segments, batch.turns)
+        mask = row_mask(batch.segments, batch.turns)
         return self.llm(embeds, batch.positions, mask)[0], visual
 
     # ---- training

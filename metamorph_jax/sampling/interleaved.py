@@ -35,6 +35,7 @@ from jax import lax
 from metamorph_jax.nn import rope
 from metamorph_jax.nn.attention import attend
 from metamorph_jax.sampling.text import Sampler, row_keys, step_keys
+from metamorph_jax.sharding import platform
 
 BUCKETS = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 32768)
 VISUAL, NOTHING = -1, -2  # in the record of what a row emitted
@@ -219,7 +220,7 @@ def _attend_cached(q, keys, values, mask):
     B, _, N, H = q.shape
     K = keys.shape[1]
     q = _once((q * H**-0.5).reshape(B, K, N // K, H))
-    if jax.default_backend() != "cpu":
+    if platform() != "cpu":
         scores = jnp.einsum("BKGH,BKHS->BKGS", q, keys, preferred_element_type=jnp.float32)
         weights = _softmax(scores, mask).astype(values.dtype)
         return jnp.einsum("BKGS,BKSH->BKGH", weights, values).reshape(B, 1, N, H)
