@@ -17,10 +17,12 @@ GGUF is llama.cpp's container: metadata and (quantised) tensors in one file. The
 
 import pathlib
 import re
+from collections.abc import Mapping
 
 import numpy as np
 
 MAGIC = b"GGUF"
+ROPE_FACTORS = "rope_freqs.weight"
 
 # GGUF name -> Hugging Face name; {i} is the layer.
 GLOBAL_KEYS = {
@@ -103,9 +105,6 @@ def read_config(reader) -> dict:
     names = {tensor.name: tensor for tensor in reader.tensors}
     if any("_exps" in name for name in names):
         raise GGUFError("mixture-of-experts weights are not supported")
-    if "rope_freqs.weight" in names:
-        raise GGUFError("per-frequency RoPE factors (rope_freqs.weight) are not supported; "
-                        "load the Hugging Face checkpoint instead")  # fmt: skip
     heads = int(field(reader, "llama.attention.head_count"))
     width = int(field(reader, "llama.embedding_length"))
     head_dim = int(field(reader, "llama.attention.key_length", width // heads))
@@ -138,11 +137,34 @@ def read_config(reader) -> dict:
             raise GGUFError(f"RoPE scaling {scaling.contents()!r} is not supported")
         factor = float(field(reader, "llama.rope.scaling.factor"))
         config["rope_scaling"] = {"rope_type": "linear", "factor": factor}
+    if ROPE_FACTORS in names:
+        factors = np.asarray(names[ROPE_FACTORS].data, np.float32).reshape(-1)
+        config["rope_scaling"] = llama3_scaling(factors, head_dim, config["rope_theta"])
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         entry = reader.get_field(f"tokenizer.ggml.{theirs}_token_id")
         if entry is not None:
             config[f"{ours}_token_id"] = int(entry.contents())
     return config
+
+
+def llama3_scaling(factors: np.ndarray, head_dim: int, theta: float) -> dict:
+    """The published rope scaling that has these divisors of the frequencies, float32[H/2].
+
+    Llama 3.1 stretches by 8, 3.2 by 32; llama.cpp stores the outcome, not the rule."""
+    freq = theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    turns = 8192 * freq / (2 * np.pi)
+    keep = np.clip((turns - 1.0) / (4.0 - 1.0), 0, 1)
+    for factor in (8.0, 32.0):
+        expected = 1 / (keep + (1 - keep) / factor)
+        if factors.shape == expected.shape and np.allclose(factors, expected, rtol=1e-3):
+            return {
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            }
+    raise GGUFError(f"the factors of {ROPE_FACTORS} are neither Llama 3.1's nor Llama 3.2's")
 
 
 def hf_name(name: str) -> str | None:
@@ -162,37 +184,65 @@ def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
     return np.ascontiguousarray(split.swapaxes(1, 2).reshape(rows.shape))
 
 
-def read_tensors(reader, config: dict) -> dict[str, np.ndarray]:
-    """Every weight by Hugging Face name, float32, matrices [out, in].
+class Weights(Mapping):
+    """Every weight by Hugging Face name, float32, matrices [out, in]; dequantised when asked for.
 
-    Unknown names, missing names and wrong shapes are errors."""
-    from gguf.quants import dequantize
+    Raises:
+        GGUFError: for unknown names, missing ones, wrong shapes, unknown quantisations.
+    """
 
-    out, unknown = {}, []
-    for tensor in reader.tensors:
-        name = hf_name(tensor.name)
-        if name is None:
-            unknown.append(tensor.name)
-            continue
+    def __init__(self, reader, config: dict):
+        from gguf import GGML_QUANT_SIZES
+
+        self._config = config
+        self._tensors, unknown, found = {}, [], set()
+        for tensor in reader.tensors:
+            if tensor.name == ROPE_FACTORS:  # read_config has turned them into a rope scaling
+                continue
+            name = hf_name(tensor.name)
+            if name is None:
+                unknown.append(tensor.name)
+                continue
+            if tensor.tensor_type not in GGML_QUANT_SIZES:
+                raise GGUFError(f"{tensor.name}: unknown quantisation {tensor.tensor_type}")
+            self._tensors[name] = tensor
+            found.add((name, self.shape_of(name)))
+        if unknown:
+            raise GGUFError(f"{len(unknown)} unknown tensors: {', '.join(sorted(unknown)[:8])}")
+        missing = sorted(expected_shapes(config).items() - found)
+        if missing:
+            listed = ", ".join(f"{k} {v}" for k, v in missing[:8])
+            raise GGUFError(f"{len(missing)} tensors are missing or have another shape: {listed}")
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        from gguf.quants import dequantize
+
+        tensor = self._tensors[name]
         try:
             value = dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError as error:
             kind = tensor.tensor_type.name
             raise GGUFError(f"{tensor.name}: cannot dequantise {kind}") from error
-        shape = tuple(int(n) for n in reversed(tensor.shape))
-        value = np.asarray(value, np.float32).reshape(shape)
+        value = np.asarray(value, np.float32).reshape(self.shape_of(name))
         if ".q_proj." in name:
-            value = unpermute(value, config["num_attention_heads"])
-        elif ".k_proj." in name:
-            value = unpermute(value, config["num_key_value_heads"])
-        out[name] = np.array(value, np.float32)  # own memory: the file may be closed or moved
-    if unknown:
-        raise GGUFError(f"{len(unknown)} unknown tensors: {', '.join(sorted(unknown)[:8])}")
-    missing = sorted(expected_shapes(config).items() - {(k, v.shape) for k, v in out.items()})
-    if missing:
-        listed = ", ".join(f"{k} {v}" for k, v in missing[:8])
-        raise GGUFError(f"{len(missing)} tensors are missing or have another shape: {listed}")
-    return out
+            return unpermute(value, self._config["num_attention_heads"])
+        if ".k_proj." in name:
+            return unpermute(value, self._config["num_key_value_heads"])
+        return value
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        return tuple(int(n) for n in reversed(self._tensors[name].shape))
+
+    def __iter__(self):
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def read_tensors(reader, config: dict) -> dict[str, np.ndarray]:
+    """All of `Weights` at once, in memory of their own: the file may be closed or moved."""
+    return {k: np.array(v, np.float32) for k, v in Weights(reader, config).items()}
 
 
 def expected_shapes(config: dict) -> dict[str, tuple[int, ...]]:

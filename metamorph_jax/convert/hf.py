@@ -1,82 +1,286 @@
-"""Checkpoints in Hugging Face's folder layout: config.json and safetensors files, read lazily.
+"""Checkpoints in Hugging Face's folder layout: config.json and weight files, read lazily.
 
-Specs: `hf:owner/name` (fetched through `huggingface_hub` into its cache) or a local folder. Only
-safetensors are read; nothing is unpickled.
+Specs: `hf:owner/name`, also `hf:owner/name@revision`, fetched through `huggingface_hub` into its
+cache (with HF_HUB_OFFLINE=1 only what is there already); or a local folder; or one weight file.
+
+Safetensors are preferred, single or in shards with an index, by the names of transformers and of
+diffusers. Torch files (`.bin`, `.pt`, `.pth`) are read only through torch's `weights_only` loader.
 """
 
+import fnmatch
 import json
-import math
 import pathlib
+import re
+import sys
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from metamorph_jax.convert import safetensors
+from metamorph_jax.convert.safetensors import WeightError
+
 PREFIX = "hf:"
-_DTYPES = {
-    "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
-    "U8": "u1", "BOOL": "?",
-}  # fmt: skip
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*")
+_STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
+_TORCH = (".bin", ".pt", ".pth")
+# Weights in another precision, of another training state, or no weights at all.
+_OTHERS = ("*.fp16.*", "*non_ema*", "training_args.bin", "optimizer.*", "scheduler.*", "rng_state*")
+
+
+class HubError(OSError):
+    """A repository can't be had; the message says why and what to do."""
 
 
 def find(spec: str) -> pathlib.Path:
-    """The folder that a spec names."""
-    if not str(spec).startswith(PREFIX):
-        path = pathlib.Path(spec)
-        if not path.is_dir():
-            raise FileNotFoundError(f"no folder {path}; a hub repository is hf:owner/name")
-        return path
+    """The folder (or file) that a spec names."""
+    spec = str(spec)
+    if spec.startswith(PREFIX):
+        return fetch(spec.removeprefix(PREFIX))
+    path = pathlib.Path(spec)
+    if not path.exists():
+        raise FileNotFoundError(f"no folder {path}; a hub repository is hf:owner/name")
+    return path
+
+
+# ---- the hub
+
+
+def fetch(repository: str) -> pathlib.Path:
+    """The folder of a repository in the hub's cache; fetched if it isn't there.
+
+    Raises:
+        HubError: if the hub can't be reached and the cache doesn't have it, the repository or
+            revision doesn't exist, or is gated.
+    """
+    if not _REPOSITORY.fullmatch(repository):
+        raise HubError(f"hf:{repository} is no repository; expected hf:owner/name[@revision]")
     try:
-        from huggingface_hub import snapshot_download
+        import huggingface_hub as hub
+        from huggingface_hub import errors
     except ImportError:
-        raise ImportError(f"{spec} needs huggingface_hub: pip install huggingface_hub") from None
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    return pathlib.Path(snapshot_download(spec.removeprefix(PREFIX), allow_patterns=patterns))
+        raise ImportError(
+            f"hf:{repository} needs huggingface_hub: pip install huggingface_hub"
+        ) from None
+    name, _, revision = repository.partition("@")
+    revision = revision or None
+    cached = _cached(name, revision)
+    try:
+        info = hub.HfApi().model_info(name, revision=revision)
+        files = wanted([file.rfilename for file in info.siblings or ()])
+        if cached is None:
+            print(licence_line(name, info), file=sys.stderr, flush=True)
+        return pathlib.Path(hub.snapshot_download(name, revision=revision, allow_patterns=files))
+    except errors.GatedRepoError as error:
+        raise HubError(
+            f"{name} is gated: accept its licence at https://huggingface.co/{name}, then run "
+            "`hf auth login` (or set HF_TOKEN)"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise HubError(
+            f"the hub has no repository {name}, or it is private: check the name, or run "
+            "`hf auth login`"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise HubError(f"{name} has no revision {revision}") from error
+    except Exception as error:  # of the network, of whichever library the hub's client uses
+        if cached is not None:
+            return cached
+        offline = isinstance(error, errors.OfflineModeIsEnabled)
+        why = "HF_HUB_OFFLINE is set" if offline else f"{type(error).__name__}: {error}"
+        raise HubError(
+            f"hf:{repository} can't be fetched and is not in the cache ({why.splitlines()[0]}). "
+            "Fetch it where there is a network (`hf download " + name + "`), copy the folder here "
+            "and name that in place of hf:…"
+        ) from error
+
+
+def _cached(name: str, revision: str | None) -> pathlib.Path | None:
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+
+    try:
+        return pathlib.Path(hub.snapshot_download(name, revision=revision, local_files_only=True))
+    except errors.LocalEntryNotFoundError:
+        return None
+
+
+def wanted(files: list[str]) -> list[str]:
+    """Those files of a repository that we read: small ones, and the weights in one format."""
+    matches = lambda file, patterns: any(  # noqa: E731
+        fnmatch.fnmatch(file.rsplit("/", 1)[-1], p) for p in patterns
+    )
+    small = [f for f in files if matches(f, _SMALL_FILES)]
+    # The whole pipelines beside the parts of a diffusers repository are other formats.
+    pipeline = "model_index.json" in files
+    weights = [
+        f for f in files if not matches(f, _OTHERS) and not (pipeline and "/" not in f)
+    ]  # fmt: skip
+    folders: dict[str, list[str]] = {}
+    for file in weights:
+        folders.setdefault(file.rpartition("/")[0], []).append(file)
+    out = []
+    for inside in folders.values():
+        safe = [f for f in inside if f.endswith(".safetensors")]
+        out += safe or [f for f in inside if f.endswith(_TORCH)]
+    return small + out
+
+
+def licence_line(name: str, info) -> str:
+    """One line on the licence that a repository's card states."""
+    card = getattr(info, "card_data", None)
+    get = lambda key: getattr(card, key, None) if card is not None else None  # noqa: E731
+    licence = get("license") or "not stated: see its card"
+    if get("license_name"):
+        licence = f"{licence} ({get('license_name')})"
+    link = get("license_link") or f"https://huggingface.co/{name}"
+    if not str(link).startswith("http"):
+        link = f"https://huggingface.co/{name}/blob/main/{link}"
+    return f"fetching {name}; licence of the weights: {licence}, {link}"
+
+
+# ---- folders
 
 
 def read_config(folder: pathlib.Path) -> dict:
-    return json.loads((pathlib.Path(folder) / "config.json").read_text())
+    """The fields of a folder's config.json; WeightError if it isn't JSON."""
+    file = pathlib.Path(folder) / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"no config.json in {folder}")
+    try:
+        fields = json.loads(file.read_text())
+    except ValueError as error:
+        raise WeightError(f"{file} is no JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise WeightError(f"{file} holds no table of fields")
+    return fields
+
+
+def weight_files(folder: pathlib.Path) -> tuple[list[pathlib.Path], list[str]]:
+    """(weight files of a folder, tensors that its index promises; none without an index).
+
+    Raises:
+        FileNotFoundError: if there are none, or the index names one that isn't there.
+        WeightError: if the index is damaged, or names a file outside of the folder.
+    """
+    folder = pathlib.Path(folder)
+    for ending in ("safetensors", "bin"):
+        for stem in _STEMS:
+            index = folder / f"{stem}.{ending}.index.json"
+            single = folder / f"{stem}.{ending}"
+            if single.is_file():
+                return [single], []
+            if index.is_file():
+                return _shards(index)
+    found = sorted(f for f in folder.iterdir() if not _skipped(f)) if folder.is_dir() else []
+    safe = [f for f in found if f.suffix == ".safetensors"]
+    files = safe or [f for f in found if f.suffix in _TORCH]
+    if not files:
+        raise FileNotFoundError(f"no *.safetensors, *.bin or *.pt in {folder}")
+    return files, []
+
+
+def _skipped(file: pathlib.Path) -> bool:
+    return any(fnmatch.fnmatch(file.name, pattern) for pattern in _OTHERS)
+
+
+def _shards(index: pathlib.Path) -> tuple[list[pathlib.Path], list[str]]:
+    try:
+        table = json.loads(index.read_text(), object_pairs_hook=safetensors.unique)["weight_map"]
+        names = sorted(set(table.values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise WeightError(f"{index} is no index of shards: {error}") from error
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*", name):
+            raise WeightError(f"{index} names the file {name!r}, which is no plain file name")
+    absent = [name for name in names if not (index.parent / name).is_file()]
+    if absent:
+        raise FileNotFoundError(f"{index.parent} lacks shards of its index: {', '.join(absent)}")
+    return [index.parent / name for name in names], sorted(table)
 
 
 class Tensors(Mapping):
-    """name -> array of all safetensors files of a folder; an array is read when asked for."""
+    """name -> array of all weight files of a folder (or of one file), read when asked for."""
 
-    def __init__(self, folder: pathlib.Path):
-        files = sorted(pathlib.Path(folder).glob("*.safetensors"))
-        if not files:
-            raise FileNotFoundError(f"no *.safetensors in {folder}")
-        self._where: dict[str, tuple[pathlib.Path, int, dict]] = {}
+    def __init__(self, where: str | pathlib.Path):
+        where = pathlib.Path(where)
+        files, promised = ([where], []) if where.is_file() else weight_files(where)
+        self._where: dict[str, Mapping] = {}
+        twice = []
         for file in files:
-            with file.open("rb") as f:
-                size = int.from_bytes(f.read(8), "little")
-                if not 0 < size <= file.stat().st_size:
-                    raise ValueError(f"{file} is no safetensors file, or is cut off")
-                header = json.loads(f.read(size))
-            header.pop("__metadata__", None)
-            for name, entry in header.items():
+            opened = TorchFile(file) if file.suffix in _TORCH else safetensors.File(file)
+            for name in opened:
                 if name in self._where:
-                    raise ValueError(f"{name} is in {file} and in {self._where[name][0]}")
-                self._where[name] = (file, 8 + size, entry)
+                    twice.append(f"{name} in {file.name} and {self._where[name].path.name}")
+                self._where[name] = opened
+        if twice:
+            raise WeightError(f"{where} has {len(twice)} tensors twice: {'; '.join(twice[:8])}")
+        lost = [name for name in promised if name not in self._where]
+        if lost:
+            raise WeightError(
+                f"{where}: {len(lost)} tensors of the index are in no shard: {', '.join(lost[:8])}"
+            )
 
     def __getitem__(self, name: str) -> np.ndarray:
-        file, start, entry = self._where[name]
-        if entry["dtype"] == "BF16":
-            import ml_dtypes
+        return self._where[name][name]
 
-            dtype = np.dtype(ml_dtypes.bfloat16)
-        elif entry["dtype"] in _DTYPES:
-            dtype = np.dtype(_DTYPES[entry["dtype"]])
-        else:
-            raise ValueError(f"{name} in {file} has dtype {entry['dtype']}, which is not read")
-        shape = tuple(entry["shape"])
-        begin, end = entry["data_offsets"]
-        if end - begin != math.prod(shape) * dtype.itemsize or start + end > file.stat().st_size:
-            raise ValueError(f"{name} in {file} is cut off")
-        if begin == end:
-            return np.zeros(shape, dtype)
-        return np.memmap(file, dtype, "r", start + begin, shape)
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        return self._where[name].shape_of(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
 
     def __len__(self) -> int:
         return len(self._where)
+
+
+class TorchFile(Mapping):
+    """name -> array of a file that torch.save wrote; nothing in it is run."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = pathlib.Path(path)
+        try:
+            import torch
+        except ImportError:
+            raise ImportError(
+                f"{path} is a torch file: pip install torch, or take a checkpoint in safetensors"
+            ) from None
+        with self.path.open("rb") as f:
+            zipped = f.read(4) == b"PK\x03\x04"  # otherwise the old format, which can't be mapped
+        try:
+            found = torch.load(self.path, map_location="cpu", weights_only=True, mmap=zipped)
+        except Exception as error:  # torch raises half a dozen kinds for damaged files
+            reason = (str(error).splitlines() or [""])[0][:200]
+            raise WeightError(
+                f"{path} is damaged, or holds more than tensors, which we don't load: "
+                f"{type(error).__name__}: {reason}"
+            ) from error
+        if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
+            found = found["state_dict"]
+        if not isinstance(found, dict):
+            raise WeightError(f"{path} holds a {type(found).__name__}, no table of tensors")
+        odd = [str(k) for k, v in found.items() if not isinstance(v, torch.Tensor)]
+        if odd:
+            raise WeightError(f"{path} holds entries that are no tensors: {', '.join(odd[:8])}")
+        self._tensors = {str(name): tensor for name, tensor in found.items()}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        import torch
+
+        tensor = self._tensors[name].detach()
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise WeightError(f"{name} in {self.path} is sparse or quantised, which is not read")
+        if tensor.dtype == torch.bfloat16:
+            import ml_dtypes
+
+            return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return tensor.numpy()
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)

@@ -59,7 +59,7 @@ def load_metamorph(model: nnx.Module, tensors: Mapping[str, np.ndarray]) -> None
 
 def export_metamorph(model: nnx.Module) -> dict[str, np.ndarray]:
     """Published name -> array of the whole model."""
-    out = export_llama(model.llm)
+    out = dict(export_llama(model.llm))
     if model.tower is not None:
         out |= export_vit(model.tower, TOWER)
     for prefix, part in _parts(model):

@@ -9,10 +9,20 @@
 
 Stacked layers, with `stacked=("layers",)`: the leaf `layers.q.kernel [n, i, o]` stands for the n
 tensors `layers.0.q.weight` ... Every missing, left-over and mis-shaped key is reported at once.
+
+Nothing is held twice. A leaf is filled in pieces of a few layers, each cast on the host and put
+where the leaf lies (a sharded leaf gets each shard's part of it), and the leaf it replaces is given
+up first. Both sides are lazy mappings: a tensor is read, or fetched from the device, when its turn
+comes.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import contextlib
+import contextvars
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -20,6 +30,106 @@ from flax import nnx
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 # Linear, 1-D and 2-D convolution: ours -> theirs. The way back is the inverse permutation.
 _TO_TORCH = {2: (1, 0), 3: (2, 1, 0), 4: (3, 2, 0, 1)}
+# Bytes of a leaf that are filled or fetched at once; a leaf below it needs no device program.
+_PIECE = 2**26
+
+_nan_allowed = contextvars.ContextVar("nan_allowed", default=False)
+
+
+@contextlib.contextmanager
+def allow_nan():
+    """Within it, tensors that hold NaN are loaded."""
+    token = _nan_allowed.set(True)
+    try:
+        yield
+    finally:
+        _nan_allowed.reset(token)
+
+
+# ---- lazy mappings
+
+
+def shape_of(tensors: Mapping, key: str) -> tuple[int, ...]:
+    """The shape of one tensor, without reading it where the mapping knows."""
+    known = getattr(tensors, "shape_of", None)
+    return tuple(np.shape(tensors[key]) if known is None else known(key))
+
+
+class Mapped(Mapping):
+    """A lazy view of `tensors` with some of them changed.
+
+    Args:
+        tensors: key -> array.
+        changes: key -> function of the tensor that has this key; or (source key, function) for a
+            tensor that is made of another one. Keys of the first kind that are absent stay so.
+        only: which keys of `tensors` are seen at all.
+    """
+
+    def __init__(self, tensors: Mapping, changes: Mapping | None = None, only=lambda key: True):
+        self._tensors = tensors
+        self._changes = {
+            key: change if isinstance(change, tuple) else (key, change)
+            for key, change in (changes or {}).items()
+        }
+        keys = [key for key in tensors if only(key)]
+        made = [k for k, (source, _) in self._changes.items() if k != source]
+        self._keys = dict.fromkeys([*keys, *made])
+
+    def __getitem__(self, key: str):
+        if key not in self._keys:
+            raise KeyError(key)
+        source, change = self._changes.get(key, (key, None))
+        array = self._tensors[source]
+        return array if change is None else change(array)
+
+    def shape_of(self, key: str) -> tuple[int, ...]:
+        if key in self._changes:
+            return tuple(np.shape(self[key]))
+        return shape_of(self._tensors, key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __contains__(self, key) -> bool:
+        return key in self._keys
+
+
+class Lazy(MutableMapping):
+    """key -> array, where a value may be a function that makes the array when it is asked for."""
+
+    def __init__(self, makers: Mapping[str, tuple[Callable, tuple, np.dtype]] | None = None):
+        self._makers = dict(makers or {})
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        return self._makers[key][0]()
+
+    def __setitem__(self, key: str, value) -> None:
+        self.set(key, lambda: value, value.shape, value.dtype)
+
+    def set(self, key: str, make: Callable, shape, dtype) -> None:
+        """`make()` gives the array of this shape and dtype."""
+        self._makers[key] = (make, tuple(shape), np.dtype(dtype))
+
+    def shape_of(self, key: str) -> tuple[int, ...]:
+        return self._makers[key][1]
+
+    def dtype_of(self, key: str) -> np.dtype:
+        return self._makers[key][2]
+
+    def __delitem__(self, key: str) -> None:
+        del self._makers[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+
+# ---- names and layouts
 
 
 def torch_name(path: Iterable) -> str:
@@ -54,6 +164,9 @@ def _slices(path: tuple, shape: tuple, stacked: tuple[str, ...]) -> Iterator[tup
         yield (*path[: at + 1], i, *path[at + 1 :]), i
 
 
+# ---- in
+
+
 def load_torch_dict(
     module: nnx.Module,
     tensors: Mapping[str, np.ndarray],
@@ -66,20 +179,27 @@ def load_torch_dict(
 ) -> None:
     """Fills all parameters of `module` in place.
 
+    Names and shapes are checked before anything changes.
+
     Args:
-        module: receives the tensors, cast to the dtype its parameters have.
+        module: receives the tensors, in the dtype and where its parameters lie; these may be
+            ShapeDtypeStructs, with a sharding or without (then: the default device).
         tensors: published key -> array.
         prefix: only keys that start with it belong to this module; it is cut off.
         stacked: path components below which our leaves have a leading layer axis.
         rename: maps our name of a key (without prefix) to the published one.
         ignore: keys (without prefix) that are dropped on purpose.
         only: nnx filter of the variables to fill.
+
+    Raises:
+        ValueError: listing every missing, left-over and mis-shaped key; or every tensor that holds
+            NaN (see `allow_nan`), after which the module is partly filled.
     """
-    given = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-    given = {k: v for k, v in given.items() if not ignore(k)}
-    missing, misshaped, used, loaded = [], [], set(), []
+    given = {k[len(prefix) :] for k in tensors if k.startswith(prefix)}
+    given = {k for k in given if not ignore(k)}
+    missing, misshaped, used, leaves = [], [], set(), []
     for path, variable in nnx.to_flat_state(nnx.state(module, only)):
-        leaf, parts = str(path[-1]), []
+        leaf, keys, index = str(path[-1]), [], None
         for one, index in _slices(path, variable.shape, stacked):
             key = rename(torch_name(one))
             shape = variable.shape if index is None else variable.shape[1:]
@@ -88,22 +208,166 @@ def load_torch_dict(
                 missing.append(key)
                 continue
             used.add(key)
-            if tuple(given[key].shape) != expected:
-                misshaped.append(f"{key}: {tuple(given[key].shape)}, expected {expected}")
-                continue
-            array = from_torch_layout(leaf, np.asarray(given[key]))
-            parts.append(array if index is None else array[None])
-        if not missing and not misshaped:
-            whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
-            loaded.append((path, variable.replace(jnp.asarray(whole, variable.dtype))))
-    left = sorted(set(given) - used)
+            found = shape_of(tensors, prefix + key)
+            if found != expected:
+                misshaped.append(f"{key}: {found}, expected {expected}")
+            keys.append(prefix + key)
+        leaves.append((path, index is not None, keys))
+    variable = None  # the old arrays belong to the module alone, so that they can go one by one
+    left = sorted(given - used)
     if missing or misshaped or left:
         lines = [f"weights do not fit {type(module).__name__} (prefix {prefix!r})"]
         for title, keys in (("missing", missing), ("left over", left), ("wrong shape", misshaped)):
             if keys:
                 lines.append(f"{title} ({len(keys)}): " + "; ".join(keys))
         raise ValueError("\n".join(lines))
-    nnx.update(module, nnx.from_flat_state(loaded))
+    with_nan: list[str] = []
+    for path, many, keys in leaves:
+        _fill(module, path, tensors, keys, many, with_nan)
+    if with_nan and not _nan_allowed.get():
+        raise ValueError(f"NaN in {len(with_nan)} tensors: {'; '.join(with_nan)}")
+
+
+def _fill(module, path, tensors, keys, many: bool, with_nan: list[str]) -> None:
+    """Replaces one parameter by its tensor, or by many of them along its leading axis."""
+    variable = _variable(module, path)
+    old = variable.get_raw_value()
+    shape, dtype = old.shape, np.dtype(old.dtype)
+    # An array that no one committed to a device stays free to move.
+    where = getattr(old, "sharding", None) if getattr(old, "committed", True) else None
+    old = jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+    variable.set_raw_value(old)
+    leaf = str(path[-1])
+
+    def read(keys):
+        views = [from_torch_layout(leaf, np.asarray(tensors[k])) for k in keys]
+        if not many:
+            (view,) = views
+            return _Piece(keys, [view], view.shape, dtype, with_nan, alone=True)
+        return _Piece(keys, views, (len(views), *shape[1:]), dtype, with_nan)
+
+    step = _layers_at_once(shape, dtype) if many else len(keys)
+    if step >= len(keys):
+        variable.set_raw_value(read(keys).put(where))
+        return
+    whole = _zeros(shape, dtype, where)
+    for start in range(0, len(keys), step):
+        part = read(keys[start : start + step]).put(where)
+        whole = _writer(where)(whole, part, np.int32(start))
+    variable.set_raw_value(whole)
+
+
+def _variable(module, path):
+    node = module
+    for part in path:
+        inside = isinstance(part, int) or not hasattr(node, str(part))
+        node = node[part] if inside else getattr(node, str(part))
+    return node
+
+
+def _layers_at_once(shape, dtype) -> int:
+    """The largest divisor of the number of layers whose layers together are one piece."""
+    n = shape[0]
+    each = math.prod(shape[1:]) * dtype.itemsize
+    return max(d for d in range(1, n + 1) if n % d == 0 and (d == 1 or d * each <= _PIECE))
+
+
+class _Piece:
+    """Some layers of a leaf (or all of it) on their way to the devices."""
+
+    def __init__(self, keys, views, shape, dtype, with_nan, alone=False):
+        self.keys, self.views, self.shape, self.dtype = keys, views, shape, dtype
+        self.with_nan, self.alone = with_nan, alone
+        self._made = {}  # devices that hold the same part share one host copy
+
+    def __call__(self, index) -> np.ndarray:
+        """The part at this index, in memory of its own."""
+        key = str(index)
+        if key in self._made:
+            return self._made[key]
+        if self.alone:
+            out = np.array(self.views[0][index], self.dtype, order="C")
+            self._look(self.keys[0], out)
+        else:
+            which = range(*index[0].indices(len(self.views)))
+            rest = index[1:]
+            out = np.empty((len(which), *self.views[0][rest].shape), self.dtype)
+            for row, i in zip(out, which, strict=True):
+                row[...] = self.views[i][rest]
+                self._look(self.keys[i], row)
+        self._made[key] = out
+        return out
+
+    def _look(self, key: str, array: np.ndarray) -> None:
+        if _has_nan(array) and key not in self.with_nan:
+            self.with_nan.append(key)
+
+    def put(self, where) -> jax.Array:
+        if where is None:
+            return jnp.asarray(self((slice(None),) * len(self.shape)))
+        return jax.make_array_from_callback(self.shape, where, self)
+
+
+def _has_nan(array: np.ndarray) -> bool:
+    if array.dtype.name == "bfloat16":  # on its bits, several times faster than by way of float32
+        return bool(((array.view(np.uint16) & 0x7FFF) > 0x7F80).any())
+    return array.dtype.kind == "f" and bool(np.isnan(array).any())
+
+
+@functools.cache
+def _maker(shape, dtype, where):
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=where)
+
+
+def _zeros(shape, dtype, where):
+    return _maker(tuple(shape), dtype, where)()
+
+
+@functools.cache
+def _writer(where):
+    """(whole, part, first layer) -> whole with the part in it; `whole` is given up."""
+    update = lambda whole, part, at: jax.lax.dynamic_update_slice_in_dim(whole, part, at, 0)  # noqa: E731
+    return jax.jit(update, donate_argnums=0, out_shardings=where)
+
+
+# ---- out
+
+
+@jax.jit
+def _layer(whole, i):
+    return jax.lax.dynamic_index_in_dim(whole, i, 0, keepdims=False)
+
+
+def lazy_torch_dict(
+    module: nnx.Module,
+    prefix: str = "",
+    *,
+    stacked: tuple[str, ...] = (),
+    rename: Callable[[str], str] = lambda key: key,
+    only=nnx.Param,
+) -> Lazy:
+    """The inverse of `load_torch_dict`: published key -> numpy array in PyTorch's layout.
+
+    An array is fetched from its devices when it is asked for.
+    """
+    out = Lazy()
+
+    def make(value, index, leaf):
+        if index is None:
+            array = np.asarray(value)
+        elif value.nbytes <= _PIECE:
+            array = np.asarray(value)[index]
+        else:
+            array = np.asarray(_layer(value, np.int32(index)))
+        return np.ascontiguousarray(to_torch_layout(leaf, array))
+
+    for path, variable in nnx.to_flat_state(nnx.state(module, only)):
+        value, leaf = variable.get_raw_value(), str(path[-1])
+        for one, index in _slices(path, value.shape, stacked):
+            shape = _torch_shape(leaf, value.shape if index is None else value.shape[1:])
+            key = prefix + rename(torch_name(one))
+            out.set(key, functools.partial(make, value, index, leaf), shape, value.dtype)
+    return out
 
 
 def to_torch_dict(
@@ -114,12 +378,5 @@ def to_torch_dict(
     rename: Callable[[str], str] = lambda key: key,
     only=nnx.Param,
 ) -> dict[str, np.ndarray]:
-    """The inverse of `load_torch_dict`: published key -> numpy array in PyTorch's layout."""
-    out = {}
-    for path, variable in nnx.to_flat_state(nnx.state(module, only)):
-        array = np.asarray(variable[...])
-        for one, index in _slices(path, array.shape, stacked):
-            part = array if index is None else array[index]
-            part = np.ascontiguousarray(to_torch_layout(str(path[-1]), part))
-            out[prefix + rename(torch_name(one))] = part
-    return out
+    """`lazy_torch_dict` with all arrays fetched."""
+    return dict(lazy_torch_dict(module, prefix, stacked=stacked, rename=rename, only=only))

