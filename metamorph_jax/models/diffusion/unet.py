@@ -37,7 +37,6 @@ _ACCEPTED = {
     "reverse_transformer_layers_per_block": (None,), "encoder_hid_dim": (None,),
     "encoder_hid_dim_type": (None,), "dual_cross_attention": (False,), "class_embed_type": (None,),
     "addition_embed_type": (None,), "addition_time_embed_dim": (None,), "num_class_embeds": (None,),
-    "upcast_attention": (None, False, True),  # logits are float32 here in any case
     "resnet_time_scale_shift": ("default",), "resnet_skip_time_act": (False,),
     "resnet_out_scale_factor": (1.0,), "time_embedding_type": ("positional",),
     "time_embedding_dim": (None,), "time_embedding_act_fn": (None,), "timestep_post_act": (None,),
@@ -66,6 +65,7 @@ class UNetConfig:
     norm_eps: float = 1e-5
     flip_sin_to_cos: bool = True
     freq_shift: float = 0
+    upcast_attention: bool = False  # kept for the way back: logits are float32 here in any case
     dtype: str = "float32"
 
     def __post_init__(self):
@@ -102,7 +102,7 @@ class UNetConfig:
     def sd21(cls, **kw):
         size = dict(
             sample_size=96, cross_attention_dim=1024, num_heads=(5, 10, 20, 20),
-            use_linear_projection=True,
+            use_linear_projection=True, upcast_attention=True,
         )  # fmt: skip
         return cls(**(size | kw))
 
@@ -113,6 +113,7 @@ class UNetConfig:
         read = own | {"attention_head_dim", "num_attention_heads"}
         blocks.require("UNet2DConditionModel", fields, _ACCEPTED, read)
         kw = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k in own}
+        kw["upcast_attention"] = bool(fields.get("upcast_attention"))
         levels = len(kw.get("block_out_channels", cls.block_out_channels))
         heads = fields.get("num_attention_heads") or fields.get("attention_head_dim", 8)
         per_level = tuple(heads) if isinstance(heads, list | tuple) else (heads,) * levels

@@ -9,12 +9,18 @@ The layouts differ in a few switches of `ViTConfig`:
     CLIP         no          yes          yes                 quick GELU      no
     DINOv2       yes         yes          no                  exact GELU      yes
 
+`whole` adds what no hidden state needs, so that a checkpoint leaves as it came: SigLIP's pooling
+head (`pooled`), DINOv2's mask token. `registers` (Darcet et al. 2023, arXiv 2309.16588) are extra
+tokens of DINOv2 behind the class token.
+
 A tower returns one hidden state, numbered as transformers numbers them: 0 is what enters the first
 layer, k the output of layer k; -1 is the output of the last layer WITHOUT the final norm (unless
-`final_norm`). Layers behind the selected one don't exist here. The class token is dropped.
+`final_norm`). Layers behind the selected one don't exist here. The class token is dropped, and so
+are registers.
 
 The position table belongs to one input size. `resize_positions` makes it from a published table
-as torch does (bicubic, a = -0.75, no antialiasing), once, in numpy.
+as torch does, once, in numpy: bicubic, a = -0.75, no antialiasing; with registers, whose towers
+were published so, a = -0.5 with antialiasing.
 """
 
 import dataclasses
@@ -57,6 +63,8 @@ class ViTConfig:
     final_norm: bool = False
     activation: str = "gelu_tanh"
     layer_scale: bool = False
+    registers: int = 0
+    whole: bool = False
     norm_eps: float = 1e-6
     mean: tuple[float, ...] = _HALF
     std: tuple[float, ...] = _HALF
@@ -91,6 +99,11 @@ class ViTConfig:
         """Patch tokens that come out."""
         return self.grid**2
 
+    @property
+    def front(self) -> int:
+        """Tokens before the patches: class token and registers."""
+        return self.class_token + self.registers
+
 
 def _siglip(image_size, patch, width, mlp_width, layers, heads, **kw):
     return ViTConfig("siglip", image_size, patch, width, mlp_width, layers, heads, **kw)
@@ -110,24 +123,32 @@ def _dinov2(image_size, width, layers, heads, patch=14, **kw):
 
 SIZES: dict[str, ViTConfig] = {
     "siglip-so400m-384": _siglip(384, 14, 1152, 4304, 27, 16),
+    "siglip-so400m-224": _siglip(224, 14, 1152, 4304, 27, 16),
+    "siglip-large-384": _siglip(384, 16, 1024, 4096, 24, 16),
     "siglip-base-224": _siglip(224, 16, 768, 3072, 12, 12),
+    "siglip2-so400m-512": _siglip(512, 16, 1152, 4304, 27, 16),
     "clip-l-336": _clip(336, 14, 1024, 24, 16, select_layer=-2),
     "clip-l-224": _clip(224, 14, 1024, 24, 16, select_layer=-2),
+    "clip-b-224": _clip(224, 16, 768, 12, 12, select_layer=-2),
     "dinov2-s14": _dinov2(518, 384, 12, 6),
     "dinov2-b14": _dinov2(518, 768, 12, 12),
     "dinov2-l14": _dinov2(518, 1024, 24, 16),
+    "dinov2-b14-registers": _dinov2(518, 768, 12, 12, registers=4),
     "siglip-tiny": _siglip(32, 8, 32, 64, 2, 2),
     "clip-tiny": _clip(32, 8, 32, 2, 2, select_layer=-2),
     "dinov2-tiny": _dinov2(32, 32, 2, 2, patch=8),
 }
 
 
-def resize_positions(table: np.ndarray, grid: int, extra: int) -> np.ndarray:
+def resize_positions(
+    table: np.ndarray, grid: int, extra: int, antialias: bool = False
+) -> np.ndarray:
     """A position table for another grid, as torch's bicubic `interpolate` makes it.
 
     Args:
         table: float[extra + n * n, D]; the first `extra` rows (class token) stay.
         grid: new patches per side.
+        antialias: as torch's option of that name.
     """
     old = round((len(table) - extra) ** 0.5)
     if old * old + extra != len(table):
@@ -135,7 +156,7 @@ def resize_positions(table: np.ndarray, grid: int, extra: int) -> np.ndarray:
     if old == grid:
         return table
     rows = table[extra:].reshape(old, old, -1).astype(np.float64)
-    m = _bicubic(old, grid)
+    m = _smooth_bicubic(old, grid) if antialias else _bicubic(old, grid)
     rows = np.einsum("ai,ijd,bj->abd", m, rows, m).reshape(grid * grid, -1)
     return np.concatenate([table[:extra], rows.astype(table.dtype)])
 
@@ -152,6 +173,17 @@ def _bicubic(n: int, m: int) -> np.ndarray:
         far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
         np.add.at(out, (np.arange(m), np.clip(first + tap, 0, n - 1)), np.where(d <= 1, near, far))
     return out
+
+
+def _smooth_bicubic(n: int, m: int) -> np.ndarray:
+    """Weights float64[m, n] of torch's bicubic with antialiasing: a = -0.5, widened by n / m."""
+    a, stretch = -0.5, max(n / m, 1.0)
+    centre = (np.arange(m) + 0.5) * n / m
+    d = np.abs(np.arange(n) + 0.5 - centre[:, None]) / stretch
+    near = ((a + 2) * d - (a + 3)) * d * d + 1
+    far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+    weights = np.where(d < 1, near, np.where(d < 2, far, 0.0))
+    return weights / weights.sum(1, keepdims=True)
 
 
 def normalize_pixels(pixels: jax.Array, mean, std, dtype=jnp.float32) -> jax.Array:
@@ -250,6 +282,45 @@ class PatchEmbed(nnx.Module):
         return x if self.bias is None else x + self.bias[...].astype(x.dtype)
 
 
+class PackedAttention(nnx.Module):
+    """Attention whose input projections are one published matrix [3D, D] (rows q, k, v)."""
+
+    def __init__(self, cfg: ViTConfig, *, rngs: nnx.Rngs):
+        D = cfg.width
+        self.heads = cfg.heads
+        init = nnx.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+        self.in_proj_weight = nnx.Param(init(rngs.params(), (3 * D, D)))
+        self.in_proj_bias = nnx.Param(jnp.zeros(3 * D))
+        self.out_proj = _linear(cfg, D, D, ("heads", "embed"), rngs)
+
+    def __call__(self, query, source):
+        """float[B, L, D] of query: float[B, L, D] and source: float[B, S, D]."""
+        weights = jnp.split(self.in_proj_weight[...].astype(source.dtype), 3)
+        biases = jnp.split(self.in_proj_bias[...].astype(source.dtype), 3)
+        q, k, v = (
+            (x @ w.T + b).reshape(*x.shape[:2], self.heads, -1)
+            for x, w, b in zip((query, source, source), weights, biases, strict=True)
+        )
+        return self.out_proj(attend(q, k, v).reshape(query.shape))
+
+
+class PoolingHead(nnx.Module):
+    """SigLIP's picture vector: one learned query attends to all tokens, then a residual MLP."""
+
+    def __init__(self, cfg: ViTConfig, *, rngs: nnx.Rngs):
+        normal = nnx.initializers.normal(1.0)
+        self.probe = nnx.Param(normal(rngs.params(), (1, 1, cfg.width)))
+        self.attention = PackedAttention(cfg, rngs=rngs)
+        self.layernorm = _norm(cfg, rngs)
+        self.mlp = MLP(cfg, rngs=rngs)
+
+    def __call__(self, x):
+        """float[B, D] of x: float[B, P, D] behind the final norm."""
+        query = jnp.broadcast_to(self.probe[...].astype(x.dtype), (len(x), 1, x.shape[-1]))
+        y = self.attention(query, x)
+        return (y + self.mlp(self.layernorm(y)))[:, 0]
+
+
 class ViT(nnx.Module):
     def __init__(self, cfg: ViTConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -259,15 +330,22 @@ class ViT(nnx.Module):
         self.position_embedding = nnx.Param(normal(rngs.params(), (rows, cfg.width)))
         if cfg.class_token:
             self.class_embedding = nnx.Param(normal(rngs.params(), (cfg.width,)))
+        if cfg.registers:
+            shape = (1, cfg.registers, cfg.width)
+            self.register_tokens = nnx.Param(normal(rngs.params(), shape))
+        if cfg.whole and cfg.layout == "dinov2":
+            self.mask_token = nnx.Param(jnp.zeros((1, cfg.width)))
         if cfg.pre_norm:
             self.pre_layernorm = _norm(cfg, rngs)
         if cfg.depth:
             self.layers = nnx.vmap(lambda r: Layer(cfg, rngs=r))(rngs.split(cfg.depth))
         if cfg.final_norm:
             self.post_layernorm = _norm(cfg, rngs)
+        if cfg.whole and cfg.layout == "siglip":
+            self.head = PoolingHead(cfg, rngs=rngs)
 
     def embed(self, pixels: jax.Array) -> jax.Array:
-        """What enters the first layer: float[B, (1 +) P, D]."""
+        """What enters the first layer: float[B, front + P, D]."""
         cfg = self.cfg
         B, h, w, _ = pixels.shape
         if (h, w) != (cfg.size, cfg.size):
@@ -278,6 +356,11 @@ class ViT(nnx.Module):
             first = jnp.broadcast_to(self.class_embedding[...].astype(dtype), (B, 1, cfg.width))
             x = jnp.concatenate([first, x], axis=1)
         x = x + self.position_embedding[...].astype(dtype)
+        if cfg.registers:
+            own = jnp.broadcast_to(
+                self.register_tokens[...].astype(dtype), (B, cfg.registers, cfg.width)
+            )
+            x = jnp.concatenate([x[:, :1], own, x[:, 1:]], axis=1)
         return self.pre_layernorm(x) if cfg.pre_norm else x
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
@@ -294,4 +377,4 @@ class ViT(nnx.Module):
             x, _ = jax.lax.scan(body, x, weights)
         if self.cfg.final_norm:
             x = self.post_layernorm(x)
-        return x[:, 1:] if self.cfg.class_token else x
+        return x[:, self.cfg.front :]

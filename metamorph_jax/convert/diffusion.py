@@ -1,0 +1,357 @@
+"""Stable Diffusion 1.5 and 2.1 in the folder layout of diffusers.
+
+    folder             ours                        published keys
+    unet/              UNet                        our paths; matrices [o, i], convolutions [o, i, h, w]
+    vae/               AutoencoderKL               the same; older files name the parts of the middle
+                                                   attention query, key, value, proj_attn: to_q, to_k,
+                                                   to_v, to_out.0 here and in what is written
+    text_encoder/      CLIPTextModel               convert/clip_text.py
+    scheduler/         Schedule and a sampler      fields of scheduler_config.json
+    tokenizer/         (files, copied)
+
+`proj_in` and `proj_out` are 1x1 convolutions in 1.5 and linear in 2.1; heads are 8 per level in 1.5
+and 5, 10, 20, 20 in 2.1 (`attention_head_dim` of the published configs is their number); 2.1 at 768
+pixels predicts velocity. The safety checker and the feature extractor are left out: diffusers loads
+a folder without them unchanged.
+"""  # noqa: E501
+
+import dataclasses
+import json
+import pathlib
+import shutil
+from collections.abc import Mapping
+
+import numpy as np
+from flax import nnx
+
+from metamorph_jax.convert import hf, names
+from metamorph_jax.convert.families import Family
+from metamorph_jax.models.diffusion.clip_text import CLIPTextModel
+from metamorph_jax.models.diffusion.schedule import Schedule
+from metamorph_jax.models.diffusion.unet import UNet, UNetConfig
+from metamorph_jax.models.diffusion.vae import OLD_NAMES, AutoencoderKL, VAEConfig
+from metamorph_jax.sampling import diffusion as sampling
+
+_CLASSES = {UNetConfig: "UNet2DConditionModel", VAEConfig: "AutoencoderKL"}
+VERSION = "0.21.0"  # of the layout, for `_diffusers_version`
+
+
+def _listed(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
+def unet_to_hf(cfg: UNetConfig) -> dict:
+    """config.json of `UNet2DConditionModel`."""
+    fields = {k: _listed(v) for k, v in vars(cfg).items() if k not in ("num_heads", "dtype")}
+    heads = cfg.num_heads
+    fields["attention_head_dim"] = heads[0] if len(set(heads)) == 1 else list(heads)
+    return {"_class_name": "UNet2DConditionModel", "_diffusers_version": VERSION, **fields}
+
+
+def vae_to_hf(cfg: VAEConfig) -> dict:
+    """config.json of `AutoencoderKL`."""
+    levels = len(cfg.block_out_channels)
+    return {
+        "_class_name": "AutoencoderKL",
+        "_diffusers_version": VERSION,
+        **{k: _listed(v) for k, v in vars(cfg).items() if k != "dtype"},
+        "act_fn": "silu",
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+    }
+
+
+def unet_from_hf(fields: Mapping, **overrides) -> UNetConfig:
+    return dataclasses.replace(UNetConfig.from_dict(dict(fields)), **overrides)
+
+
+def vae_from_hf(fields: Mapping, **overrides) -> VAEConfig:
+    return dataclasses.replace(VAEConfig.from_dict(dict(fields)), **overrides)
+
+
+def load_unet(unet: UNet, tensors: Mapping[str, np.ndarray]) -> None:
+    """Fills `unet` in place from tensors by diffusers' names; anything else is an error."""
+    names.load_torch_dict(unet, tensors)
+
+
+def old_vae_name(key: str) -> str:
+    """The name that older files have for one of ours."""
+    for old, new in OLD_NAMES.items():
+        key = key.replace(f".attentions.0.{new}.", f".attentions.0.{old}.")
+    return key
+
+
+def load_vae(vae: AutoencoderKL, tensors: Mapping[str, np.ndarray]) -> None:
+    """Fills `vae` in place, from old or new names of its attention; anything else is an error."""
+    old = any(".attentions.0.query." in key for key in tensors)
+    names.load_torch_dict(vae, tensors, rename=old_vae_name if old else lambda key: key)
+
+
+# ---- the complete lists of published keys
+
+
+def _both(*parts: str) -> list[str]:
+    return [f"{part}.{leaf}" for part in parts for leaf in ("weight", "bias")]
+
+
+def _resnet(name: str, *, time: bool, shortcut: bool) -> list[str]:
+    parts = ["norm1", "conv1", "norm2", "conv2"]
+    parts += ["time_emb_proj"] * time + ["conv_shortcut"] * shortcut
+    return _both(*(f"{name}.{part}" for part in parts))
+
+
+def _transformer(name: str) -> list[str]:
+    block = f"{name}.transformer_blocks.0"
+    keys = _both(f"{name}.norm", f"{name}.proj_in", f"{name}.proj_out")
+    keys += _both(*(f"{block}.{part}" for part in ("norm1", "norm2", "norm3", "ff.net.0.proj")))
+    keys += _both(f"{block}.ff.net.2")
+    for attention in ("attn1", "attn2"):
+        keys += [f"{block}.{attention}.to_{x}.weight" for x in "qkv"]
+        keys += _both(f"{block}.{attention}.to_out.0")
+    return keys
+
+
+def published_unet(fields: Mapping) -> list[str]:
+    """Every key of the UNet that a config.json belongs to."""
+    cfg = UNetConfig.from_dict(dict(fields))
+    widths, n = cfg.block_out_channels, cfg.layers_per_block
+    keys = _both("conv_in", "conv_out", "conv_norm_out")
+    keys += _both("time_embedding.linear_1", "time_embedding.linear_2")
+    for i, kind in enumerate(cfg.down_block_types):
+        block = f"down_blocks.{i}"
+        for j in range(n):
+            changes = j == 0 and widths[max(i - 1, 0)] != widths[i]
+            keys += _resnet(f"{block}.resnets.{j}", time=True, shortcut=changes)
+            keys += _transformer(f"{block}.attentions.{j}") if "CrossAttn" in kind else []
+        keys += _both(f"{block}.downsamplers.0.conv") if i + 1 < len(widths) else []
+    for j in range(2):
+        keys += _resnet(f"mid_block.resnets.{j}", time=True, shortcut=False)
+    keys += _transformer("mid_block.attentions.0")
+    for i, kind in enumerate(cfg.up_block_types):
+        block = f"up_blocks.{i}"
+        for j in range(n + 1):  # each meets a map of the way down, so its width changes
+            keys += _resnet(f"{block}.resnets.{j}", time=True, shortcut=True)
+            keys += _transformer(f"{block}.attentions.{j}") if "CrossAttn" in kind else []
+        keys += _both(f"{block}.upsamplers.0.conv") if i + 1 < len(widths) else []
+    return keys
+
+
+def published_vae(fields: Mapping, old: bool = False) -> list[str]:
+    """Every key of the autoencoder that a config.json belongs to; `old`: attention names of the
+    files that Stable Diffusion 1.5 and 2.1 were published with."""
+    cfg = VAEConfig.from_dict(dict(fields))
+    keys = _both("quant_conv", "post_quant_conv")
+    for side, widths, n, change in (
+        ("encoder", cfg.block_out_channels, cfg.layers_per_block, "down"),
+        ("decoder", cfg.block_out_channels[::-1], cfg.layers_per_block + 1, "up"),
+    ):
+        keys += _both(*(f"{side}.{part}" for part in ("conv_in", "conv_out", "conv_norm_out")))
+        for i, width in enumerate(widths):
+            block = f"{side}.{change}_blocks.{i}"
+            for j in range(n):
+                changes = j == 0 and widths[max(i - 1, 0)] != width
+                keys += _resnet(f"{block}.resnets.{j}", time=False, shortcut=changes)
+            if i + 1 < len(widths):
+                keys += _both(f"{block}.{change}samplers.0.conv")
+        for j in range(2):
+            keys += _resnet(f"{side}.mid_block.resnets.{j}", time=False, shortcut=False)
+        parts = ["group_norm", "to_q", "to_k", "to_v", "to_out.0"]
+        keys += _both(*(f"{side}.mid_block.attentions.0.{part}" for part in parts))
+    return [old_vae_name(key) for key in keys] if old else keys
+
+
+# ---- scheduler_config.json
+
+# The library's defaults, which count where a file is silent.
+_SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02,
+             "beta_schedule": "linear", "prediction_type": "epsilon"}  # fmt: skip
+_SAMPLERS = {
+    "DDIMScheduler": (
+        sampling.DDIM,
+        {"timestep_spacing": "leading", "steps_offset": 0, "set_alpha_to_one": True},
+        {"clip_sample": (True, (False,)), "thresholding": (False, (False,))},
+    ),
+    "PNDMScheduler": (
+        sampling.PNDM,
+        {"timestep_spacing": "leading", "steps_offset": 0, "set_alpha_to_one": False},
+        {"skip_prk_steps": (False, (True,))},
+    ),
+    "DPMSolverMultistepScheduler": (
+        sampling.DPMSolverPP,
+        {"timestep_spacing": "linspace", "steps_offset": 0, "use_karras_sigmas": False,
+         "final_sigmas_type": "zero", "lower_order_final": True},
+        {"solver_order": (2, (2,)), "algorithm_type": ("dpmsolver++", ("dpmsolver++",)),
+         "solver_type": ("midpoint", ("midpoint",)), "thresholding": (False, (False,)),
+         "euler_at_final": (False, (False,)), "use_lu_lambdas": (False, (False,)),
+         "use_exponential_sigmas": (False, (False,)), "use_beta_sigmas": (False, (False,)),
+         "use_flow_sigmas": (False, (False,)), "variance_type": (None, (None,))},
+    ),
+    "EulerDiscreteScheduler": (
+        sampling.Euler,
+        {"timestep_spacing": "linspace", "steps_offset": 0, "use_karras_sigmas": False,
+         "final_sigmas_type": "zero"},
+        {"interpolation_type": ("linear", ("linear",)), "sigma_min": (None, (None,)),
+         "timestep_type": ("discrete", ("discrete",)), "sigma_max": (None, (None,)),
+         "use_exponential_sigmas": (False, (False,)), "use_beta_sigmas": (False, (False,))},
+    ),
+}  # fmt: skip
+_FIELDS = {"timestep_spacing": "spacing", "steps_offset": "offset", "set_alpha_to_one": "to_one",
+           "use_karras_sigmas": "karras", "lower_order_final": "lower_order_final"}  # fmt: skip
+
+
+def scheduler_from_hf(fields: Mapping) -> tuple[Schedule, sampling.Sampler]:
+    """(training schedule, sampler) of a scheduler_config.json; ValueError for other rules.
+
+    Fields of other schedulers, which published files carry along, are passed over."""
+    kind = fields.get("_class_name")
+    if kind not in _SAMPLERS:
+        raise ValueError(f"scheduler {kind!r} is none of {', '.join(_SAMPLERS)}")
+    sampler, defaults, required = _SAMPLERS[kind]
+    for name, (default, accepted) in (required | {"trained_betas": (None, (None,))}).items():
+        if fields.get(name, default) not in accepted:
+            raise ValueError(f"{kind}: {name}={fields.get(name, default)!r}, only {accepted[0]!r}")
+    schedule = Schedule(
+        **{k: fields.get(k, v) for k, v in _SCHEDULE.items()},
+        zero_snr=bool(fields.get("rescale_betas_zero_snr", False)),
+    )
+    given = {k: fields.get(k, v) for k, v in defaults.items()}
+    final = given.pop("final_sigmas_type", None)
+    values = {_FIELDS[k]: v for k, v in given.items()}
+    return schedule, sampler(**values, **({} if final is None else {"final_zero": final == "zero"}))
+
+
+def scheduler_to_hf(schedule: Schedule, sampler: sampling.Sampler) -> dict:
+    """scheduler_config.json of a schedule and a sampler."""
+    if schedule.snr_shift != 1:
+        raise ValueError(f"no scheduler of diffusers has snr_shift ({schedule.snr_shift})")
+    kind = next(k for k, v in _SAMPLERS.items() if isinstance(sampler, v[0]))
+    _, defaults, required = _SAMPLERS[kind]
+    fields = {k: getattr(schedule, k) for k in _SCHEDULE}
+    for name in defaults:
+        if name == "final_sigmas_type":
+            fields[name] = "zero" if sampler.final_zero else "sigma_min"
+        else:
+            fields[name] = getattr(sampler, _FIELDS[name])
+    fields |= {name: accepted[0] for name, (_, accepted) in required.items()}
+    fields |= {"trained_betas": None}
+    if kind != "PNDMScheduler":
+        fields["rescale_betas_zero_snr"] = schedule.zero_snr
+    elif schedule.zero_snr:
+        raise ValueError("diffusers' PNDMScheduler has no zero_snr; use DDIM")
+    return {"_class_name": kind, "_diffusers_version": VERSION, **fields}
+
+
+# ---- whole folders
+
+
+@dataclasses.dataclass
+class Pipeline:
+    """The parts of a Stable Diffusion folder."""
+
+    unet: UNet
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    schedule: Schedule
+    sampler: sampling.Sampler
+
+
+PARTS = {"unet": "sd-unet", "vae": "sd-vae", "text_encoder": "clip-text"}
+_LIBRARY = {"unet": "diffusers", "vae": "diffusers", "text_encoder": "transformers"}
+
+
+def is_pipeline(folder: pathlib.Path) -> bool:
+    return (pathlib.Path(folder) / "model_index.json").is_file()
+
+
+def _fields(file: pathlib.Path) -> dict:
+    if not file.is_file():
+        raise FileNotFoundError(f"no {file}")
+    return json.loads(file.read_text())
+
+
+def load_part(folder: pathlib.Path, part: str, **overrides) -> nnx.Module:
+    """One of `PARTS` with its weights, built as its config.json says."""
+    from metamorph_jax.convert.families import FAMILIES
+
+    family = FAMILIES[PARTS[part]]
+    folder = pathlib.Path(folder) / part
+    cfg = family.config_from_hf(_fields(folder / "config.json"), **overrides)
+    model = nnx.eval_shape(lambda: family.create(cfg, rngs=nnx.Rngs(0)))
+    family.load(model, hf.Tensors(folder))
+    return model
+
+
+def load_pipeline(folder: str | pathlib.Path) -> Pipeline:
+    """All parts of a diffusers folder."""
+    folder = pathlib.Path(folder)
+    kind = _fields(folder / "model_index.json").get("_class_name")
+    if kind != "StableDiffusionPipeline":
+        raise ValueError(f"{folder}: {kind!r} is no StableDiffusionPipeline")
+    schedule, sampler = scheduler_from_hf(_fields(folder / "scheduler" / "scheduler_config.json"))
+    return Pipeline(*(load_part(folder, part) for part in PARTS), schedule, sampler)
+
+
+def save_pipeline(
+    pipeline: Pipeline, folder: str | pathlib.Path, tokenizer: str | pathlib.Path
+) -> None:
+    """Writes a folder that `StableDiffusionPipeline.from_pretrained` loads unchanged.
+
+    Args:
+        folder: must not exist yet, or be empty.
+        tokenizer: folder whose files become `tokenizer/`.
+    """
+    folder, tokenizer = pathlib.Path(folder), pathlib.Path(tokenizer)
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty")
+    if not tokenizer.is_dir():
+        raise FileNotFoundError(f"no tokenizer folder {tokenizer}")
+    index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": VERSION}
+    index |= {"feature_extractor": [None, None], "image_encoder": [None, None]}
+    index |= {"requires_safety_checker": False, "safety_checker": [None, None]}
+    for part in PARTS:
+        save_part(getattr(pipeline, part), folder / part, part)
+        cfg = getattr(pipeline, part).cfg
+        index[part] = [_LIBRARY[part], _CLASSES.get(type(cfg), "CLIPTextModel")]
+    scheduler = scheduler_to_hf(pipeline.schedule, pipeline.sampler)
+    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    index["scheduler"] = ["diffusers", scheduler["_class_name"]]
+    shutil.copytree(tokenizer, folder / "tokenizer")
+    index["tokenizer"] = ["transformers", "CLIPTokenizer"]
+    _write_json(folder / "model_index.json", index)  # last: a folder without it is not whole
+
+
+def save_part(model: nnx.Module, folder: pathlib.Path, part: str) -> None:
+    """config.json and weights of one of `PARTS`, under the file name its library looks for."""
+    from safetensors.numpy import save_file
+
+    from metamorph_jax.convert.families import FAMILIES
+
+    family = FAMILIES[PARTS[part]]
+    _write_json(folder / "config.json", family.config_to_hf(model.cfg))
+    name = "diffusion_pytorch_model" if _LIBRARY[part] == "diffusers" else "model"
+    save_file(dict(family.export(model)), folder / f"{name}.safetensors", {"format": "pt"})
+
+
+def _write_json(path: pathlib.Path, fields: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(fields, indent=2) + "\n")
+
+
+# ---- families
+
+UNET_SIZES = {
+    "sd15": UNetConfig.sd15(), "sd21": UNetConfig.sd21(), "small": UNetConfig.small(),
+    "tiny": UNetConfig.tiny(),
+}  # fmt: skip
+VAE_SIZES = {"sd15": VAEConfig.sd15(), "sd21": VAEConfig.sd21(), "tiny": VAEConfig.tiny()}
+
+FAMILIES = {
+    "sd-unet": Family(
+        "sd-unet", unet_from_hf, unet_to_hf, lambda cfg, *, rngs: UNet(cfg, rngs), load_unet,
+        names.lazy_torch_dict, UNET_SIZES, published_unet,
+    ),
+    "sd-vae": Family(
+        "sd-vae", vae_from_hf, vae_to_hf, lambda cfg, *, rngs: AutoencoderKL(cfg, rngs), load_vae,
+        names.lazy_torch_dict, VAE_SIZES, published_vae,
+    ),
+}  # fmt: skip

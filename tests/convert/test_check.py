@@ -1,0 +1,95 @@
+"""The parity tool on a tiny random checkpoint of every family, and on ones that are tampered with."""  # noqa: E501
+
+import builtins
+import shutil
+
+import numpy as np
+import pytest
+
+from metamorph_jax.convert import check, families, hf
+
+KINDS = ["siglip", "siglip-both", "clip-vision", "clip-both", "clip-text", "clip-text-gelu",
+         "dinov2", "dinov2-registers", "sd-unet", "sd-unet-21", "sd-vae", "llava", "llama"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_family_agrees(kind, tiny, capsys):
+    assert check.run(str(tiny(kind)), tolerance=1e-4)
+    out = capsys.readouterr().out
+    assert "equal within the tolerance" in out
+    assert out.count("e-0") + out.count("e+0") >= 3 * 3  # a table, at least three lines of it
+
+
+def tamper(folder, where, words):
+    """A copy of a checkpoint with one value of the first tensor with these words in it changed."""
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(folder, where)
+    (file,) = where.glob("*.safetensors")
+    tensors = load_file(file)
+    name = next(k for k in sorted(tensors) if words in k)
+    tensors[name] = tensors[name].copy()
+    tensors[name].flat[0] += 1.0
+    save_file(tensors, file, {"format": "pt"})
+    return tensors
+
+
+@pytest.mark.parametrize(
+    "kind, words",
+    [("siglip", "layers.1.mlp.fc1"), ("clip-text", "layers.0.self_attn.q_proj"),
+     ("dinov2", "layer_scale1"), ("sd-unet", "mid_block.attentions.0.proj_in.weight"),
+     ("sd-vae", "decoder.up_blocks.0.resnets.0.conv1"), ("llava", "linear_2"),
+     ("llama", "layers.1.mlp.down_proj")],
+)  # fmt: skip
+def test_a_changed_weight_is_found(kind, words, tiny, tmp_path, capsys, monkeypatch):
+    """Ours reads the tampered file, theirs the good one."""
+    good, bad = tiny(kind), tmp_path / "bad"
+    tamper(good, bad, words)
+    theirs = check._theirs
+    monkeypatch.setattr(check, "_theirs", lambda name, folder, fields: theirs(name, good, fields))
+    assert not check.run(str(bad), tolerance=1e-4)
+    out = capsys.readouterr().out
+    assert "> 0.0001" in out and "DIFFERENT" in out
+    first = next(line for line in out.splitlines() if "e-0" in line or "e+0" in line)
+    assert ">" not in first  # what comes before the tampered weight still agrees
+
+
+def test_nan_and_shapes_are_no_agreement(capsys):
+    x = np.zeros((2, 2), np.float32)
+    assert check.report({"a": (x, x)}, 1e-4)
+    assert not check.report({"a": (x * np.nan, x)}, 1e-4)
+    assert not check.report({"a": (x[:1], x)}, 1e-4)
+    assert "shape (1, 2), expected (2, 2)" in capsys.readouterr().out
+
+
+def test_differences_are_relative_to_large_values():
+    x = np.full((2,), 1000.0, np.float32)
+    assert check.report({"a": (x + 0.01, x)}, 1e-4)
+    assert not check.report({"a": (x + 1, x)}, 1e-4)
+
+
+def test_without_torch_it_says_what_to_install(monkeypatch, tmp_path):
+    real = builtins.__import__
+
+    def refuse(name, *args, **kw):
+        if name == "torch":
+            raise ModuleNotFoundError("No module named 'torch'", name="torch")
+        return real(name, *args, **kw)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(ImportError, match=r"pip install 'metamorph_jax\[oracle\]'"):
+        check.run(str(tmp_path))
+
+
+def test_every_family_has_a_comparison():
+    assert set(families.FAMILIES) == set(check._COMPARE)
+
+
+def test_unknown_folder(tmp_path):
+    pytest.importorskip("torch")
+    with pytest.raises(FileNotFoundError, match="config.json"):
+        check.run(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "brand_new"}')
+    with pytest.raises(ValueError, match="brand_new"):
+        check.run(str(tmp_path))
+    assert hf.read_config(tmp_path)
