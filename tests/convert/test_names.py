@@ -1,11 +1,16 @@
 """Name and layout mapping between NNX modules and PyTorch checkpoints."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from metamorph_jax.convert import names
 from metamorph_jax.convert.names import load_torch_dict, to_torch_dict
 
 
@@ -102,3 +107,89 @@ def test_rename_and_ignore():
     assert "body.0.weight" in tensors
     tensors["position_ids"] = np.arange(3)
     load_torch_dict(model, tensors, rename=rename, ignore=lambda key: key == "position_ids")
+
+
+def test_nan_is_an_error_that_names_its_tensors():
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+        model = Model(nnx.Rngs(0))
+        nnx.update(model, jax.tree.map(lambda x, d=dtype: x.astype(d), nnx.state(model)))
+        tensors = {k: v.copy() for k, v in to_torch_dict(model).items()}
+        tensors["parts.1.bias"][1] = np.nan
+        tensors["embed.weight"][6, 2] = -np.inf  # not ours to judge
+        tensors["query"][0, 1, 2] = np.nan
+        with pytest.raises(ValueError, match="NaN in 2 tensors: ") as error:
+            load_torch_dict(model, tensors)
+        assert "parts.1.bias" in str(error.value) and "query" in str(error.value)
+        with names.allow_nan():
+            load_torch_dict(model, tensors)
+        assert jnp.isnan(model.query[...]).sum() == 1
+
+
+def test_pieces_of_stacked_layers_make_the_same_leaf(monkeypatch):
+    """Far below the bytes of a leaf, so that it is written in several pieces and fetched so."""
+    model = stacked_model()
+    whole = to_torch_dict(model, stacked=("layers",))
+    monkeypatch.setattr(names, "_PIECE", 80)
+    again = stacked_model()
+    load_torch_dict(again, {k: v + 1 for k, v in whole.items()}, stacked=("layers",))
+    for a, b in zip(*(jax.tree.leaves(nnx.state(m)) for m in (model, again)), strict=True):
+        np.testing.assert_array_equal(a + 1, b)
+    for key, value in to_torch_dict(again, stacked=("layers",)).items():
+        np.testing.assert_array_equal(value, whole[key] + 1, err_msg=key)
+
+
+def test_views_change_drop_and_add_tensors_when_asked():
+    read = []
+
+    class Source(dict):
+        def __getitem__(self, key):
+            read.append(key)
+            return super().__getitem__(key)
+
+    source = Source(a=np.arange(6.0).reshape(3, 2), b=np.ones(2), c=np.zeros(1))
+    changes = {"a": lambda x: x[:2], "rest": ("a", lambda x: x[2:]), "absent": np.sqrt}
+    view = names.Mapped(source, changes, only=lambda key: key != "c")
+    assert list(view) == ["a", "b", "rest"] and len(view) == 3 and "c" not in view and not read
+    np.testing.assert_array_equal(view["a"], [[0, 1], [2, 3]])
+    np.testing.assert_array_equal(view["rest"], [[4, 5]])
+    assert view["b"] is source["b"] and names.shape_of(view, "rest") == (1, 2)
+    with pytest.raises(KeyError):
+        view["c"]
+
+
+SHARDED = """
+import jax, numpy as np
+from flax import nnx
+from metamorph_jax import sharding
+from metamorph_jax.convert import names
+from metamorph_jax.convert.llama import export_llama, load_llama
+from metamorph_jax.models.llm import llama
+
+make = lambda seed: llama.Llama(llama.SIZES["tiny"], rngs=nnx.Rngs(seed))
+tensors = dict(export_llama(make(0)))
+mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
+model = nnx.eval_shape(lambda: make(1))
+state = nnx.state(model)
+where = sharding.state_shardings(state, mesh)
+put = lambda x, s: jax.ShapeDtypeStruct(x.shape, jax.numpy.bfloat16, sharding=s)
+nnx.update(model, jax.tree.map(put, state, where))
+names._PIECE = 10_000  # the layers in two pieces
+load_llama(model, tensors)
+cut = 0
+wanted = jax.tree.leaves(where)
+for value, sharding in zip(jax.tree.leaves(nnx.state(model)), wanted, strict=True):
+    assert value.sharding == sharding and value.dtype == jax.numpy.bfloat16
+    cut += not value.is_fully_replicated
+for key, value in export_llama(model).items():
+    np.testing.assert_array_equal(value, tensors[key].astype(value.dtype), err_msg=key)
+print("cut", cut)
+"""
+
+
+def test_every_tensor_goes_to_its_shards():
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "cut 8\n"
