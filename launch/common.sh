@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Shared by quickstart.sh and test.sh: makes the virtual environment and installs by package name.
 # Usage: source launch/common.sh; setup_venv PYTHON EXTRAS; afterwards "$VENV/bin/python" is ready.
 

