@@ -23,12 +23,15 @@ import numpy as np
 from flax import nnx
 
 from metamorph_jax import losses
+from metamorph_jax.models import lora
 from metamorph_jax.models.connectors.mlp import Connector
 from metamorph_jax.models.heads.visual_regression import VisualHead
 from metamorph_jax.models.interleave import place_visual
 from metamorph_jax.models.llm import llama
+from metamorph_jax.models.lora import LoraConfig
 from metamorph_jax.models.vision import vit
 from metamorph_jax.models.vision.reduce import ReduceConfig, TokenReducer, normalize_features
+from metamorph_jax.nn import quantized
 from metamorph_jax.nn.attention import row_mask
 from metamorph_jax.types import Batch
 
@@ -63,6 +66,10 @@ class Config:
         connector_tokens, vpit_tokens: which rows of the token tables a stage trains: "added"
             (start and end of a picture), "all" or "none". In the connector stage only input rows.
         train_tower: the VPiT stage trains the tower, too.
+        lora: adapters, see `LoraConfig`; a stage then trains, of all that it would train, the
+            adapters and what `lora.train` names. None: no adapters.
+        frozen_weights: "none", or how the kernels of the llm's layers are packed ("int8", "nf4",
+            "nf4_double", see `nn/quantized.py`). They can't be trained then: use it with `lora`.
         sources: names of the data sources, for losses per source.
         dtype: of the computation; remat: see `llama.REMAT`.
     """
@@ -91,6 +98,8 @@ class Config:
     connector_tokens: str = "added"
     vpit_tokens: str = "all"
     train_tower: bool = False
+    lora: LoraConfig | None = None
+    frozen_weights: str = "none"
     sources: tuple[str, ...] = ()
     dtype: str = "float32"
     remat: str = "none"
@@ -101,6 +110,7 @@ class Config:
         _check("visual_loss", self.visual_loss, ("auto", *losses.VISUAL_LOSSES))
         _check("connector_tokens", self.connector_tokens, ("none", "added", "all"))
         _check("vpit_tokens", self.vpit_tokens, ("none", "added", "all"))
+        _check("frozen_weights", self.frozen_weights, ("none", *quantized.METHODS))
         if self.tower == "none" and not self.feature_width:
             raise ValueError("without a tower, feature_width must say how wide features are")
 
@@ -247,7 +257,10 @@ class MetaMorph(nnx.Module):
     def loss_sums(self, batch: Batch, key: jax.Array | None = None):
         """({"text", "visual"}: loss summed over positions, {metric: (numerator, denominator)})."""
         cfg = self.cfg
-        hidden, visual = self.hidden(batch, key)
+        model = self
+        if key is not None and cfg.lora is not None and cfg.lora.dropout:
+            model = lora.with_dropout(self, jax.random.fold_in(key, 1))
+        hidden, visual = model.hidden(batch, key)
         table, added = self.llm.head_tables()
         text, each, right = losses.text_loss(
             hidden, table, added, batch.text_targets, cfg.text_chunk
@@ -264,7 +277,7 @@ class MetaMorph(nnx.Module):
         at, target, valid, where = losses.take_targets(
             hidden, visual, batch.visual_targets, cfg.max_visual_targets
         )
-        predicted = self.predict_visual(at)
+        predicted = model.predict_visual(at)
         each = losses.visual_loss(predicted, target, valid, cfg.loss_kind)
         wanted = jnp.sum(batch.visual_targets >= 0)
         # Targets that were not evaluated must not go unnoticed.
@@ -287,10 +300,11 @@ class MetaMorph(nnx.Module):
         """The nnx filter of what a stage trains."""
         _check("stage", stage, STAGES)
         cfg = self.cfg
+        if stage == "vpit" and cfg.frozen_weights != "none" and cfg.lora is None:
+            raise ValueError("frozen_weights leaves nothing of the llm to train: set lora, too")
         rows = cfg.connector_tokens if stage == "connector" else cfg.vpit_tokens
 
-        def chosen(path, _) -> bool:
-            path = tuple(map(str, path))
+        def of_stage(path) -> bool:
             if path[0] == "tower":
                 return stage == "vpit" and cfg.train_tower
             if path[0] in ("connector", "reducer"):
@@ -301,11 +315,19 @@ class MetaMorph(nnx.Module):
                 return stage == "vpit" and _row_trained(path, rows)
             return stage == "vpit"  # the rest of the llm, and the head
 
-        return nnx.All(nnx.Param, chosen)
+        def chosen(path, variable) -> bool:
+            path = tuple(map(str, path))
+            if not of_stage(path) or isinstance(variable, quantized.Packed):
+                return False
+            return cfg.lora is None or lora.trains(cfg.lora, path)
+
+        return nnx.All(nnx.Any(nnx.Param, lora.Adapter), chosen)
 
     def param_group(self, path: tuple[str, ...]) -> str:
-        """Part that a parameter belongs to: tower, connector, llm, tokens (new rows) or head."""
+        """Part of a parameter: tower, connector, llm, tokens (new rows), head or lora."""
         path = tuple(map(str, path))
+        if lora.is_adapter(path):
+            return "lora"
         if path[-1] == "added":
             return "tokens"
         return "connector" if path[0] == "reducer" else path[0]
@@ -337,6 +359,11 @@ def create(cfg: Config, rngs: nnx.Rngs) -> MetaMorph:
     """A model with random weights; works under `nnx.eval_shape`."""
     model = MetaMorph(cfg, rngs=rngs)
     llama.init_added_tokens(model.llm)
+    if cfg.frozen_weights != "none":
+        full = "" if cfg.lora is None else cfg.lora.train
+        quantized.quantize(model, cfg.frozen_weights, r"llm\.layers\..*", leave=full)
+    if cfg.lora is not None:
+        lora.add(model, cfg.lora, rngs=rngs)
     return model
 
 
@@ -345,6 +372,13 @@ def create(cfg: Config, rngs: nnx.Rngs) -> MetaMorph:
 
 def load_pretrained(model: MetaMorph, cfg: Config) -> None:
     """Fills the model in place as the weight specs of the config say."""
+    whole = cfg.weights.startswith("workdir:")
+    known = bool(cfg.weights) or cfg.llm_weights != "random"
+    with quantized.unpacked(model, empty=known and not whole):
+        _fill(model, cfg)
+
+
+def _fill(model: MetaMorph, cfg: Config) -> None:
     if cfg.weights.startswith("workdir:"):
         from metamorph_jax.train import checkpoint
 

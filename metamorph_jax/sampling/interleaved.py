@@ -32,8 +32,10 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from metamorph_jax.models import lora
 from metamorph_jax.nn import rope
 from metamorph_jax.nn.attention import attend
+from metamorph_jax.nn.norms import rms_norm
 from metamorph_jax.sampling.text import Sampler, row_keys, step_keys
 from metamorph_jax.sharding import platform
 
@@ -149,7 +151,7 @@ def layout(llm) -> dict:
     Returns:
         table, head: [V + n, D], one array when tied; norm; layers: one dict each.
     """
-    dtype = jnp.dtype(llm.cfg.dtype)
+    dtype, V = jnp.dtype(llm.cfg.dtype), llm.cfg.vocab_size
 
     def rows(*linears):
         out = {"w": jnp.concatenate([m.kernel[...].T.astype(dtype) for m in linears])}
@@ -163,8 +165,8 @@ def layout(llm) -> dict:
             value = jnp.concatenate([value, holder.added[...].astype(dtype)])
         return value
 
-    embed = table(llm.embed_tokens, llm.embed_tokens.embedding[...])
-    head = embed if llm.cfg.tied else table(llm.lm_head, llm.lm_head.kernel[...].T)
+    embed = table(llm.embed_tokens, llm.embed_tokens.embedding[:V])
+    head = embed if llm.cfg.tied else table(llm.lm_head, llm.lm_head.kernel[:, :V].T)
     layers = []
     stacked = not isinstance(llm.layers, nnx.List)
     graph, weights = nnx.split(llm.layers) if stacked else (None, None)
@@ -184,6 +186,8 @@ def layout(llm) -> dict:
                 "down": rows(mlp.down_proj),
             }
         )
+        if llm.cfg.qk_norm:
+            layers[-1] |= {"q_norm": attn.q_norm.scale[...], "k_norm": attn.k_norm.scale[...]}
     return {"table": embed, "head": head, "norm": llm.norm.scale[...], "layers": layers}
 
 
@@ -208,6 +212,8 @@ def _layer(cfg, w, x, cos, sin, mix):
     H = cfg.head_dim
     qkv = _once(_linear(w["qkv"], _norm(x, w["norm1"], cfg.norm_eps))).T.reshape(B, L, -1, H)
     q, k, v = jnp.split(qkv, [cfg.heads, cfg.heads + cfg.kv_heads], axis=2)
+    if cfg.qk_norm:
+        q, k = rms_norm(q, w["q_norm"], cfg.norm_eps), rms_norm(k, w["k_norm"], cfg.norm_eps)
     mixed = mix(rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v)
     x = x + _linear(w["o"], _once(mixed.reshape(B * L, -1).T))
     hidden = _linear(w["gate_up"], _norm(x, w["norm2"], cfg.norm_eps))
@@ -254,10 +260,11 @@ class Decoder:
     Args:
         recipe: an NNX module with `llm` (Llama), `project` (visual tokens -> embeddings),
             `predict_visual` (hidden states -> normalised visual tokens), `feature_shape` (P, C),
-            `image_start` and `image_end` (ids).
+            `image_start` and `image_end` (ids). Adapters are merged into its weights.
     """
 
     def __init__(self, recipe):
+        recipe = lora.merged(recipe)
         self.cfg = recipe.llm.cfg
         self.start, self.end = int(recipe.image_start), int(recipe.image_end)
         self.P, self.C = recipe.feature_shape

@@ -19,6 +19,8 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from metamorph_jax.config import ConfigError
+from metamorph_jax.models import lora
+from metamorph_jax.nn import quantized
 from metamorph_jax.train.optim import Params
 from metamorph_jax.train.state import Parts, TrainState
 
@@ -218,6 +220,11 @@ def load_params(model: nnx.Module, workdir: str | pathlib.Path) -> set[str]:
     before = json.loads(saved.read_text())
     recipe = find_recipe(before["recipe"])
     earlier = config.build(recipe.Config, before["model"], "config.model")
+    with quantized.unpacked(model):
+        return _load_trained(model, folder, recipe, earlier)
+
+
+def _load_trained(model: nnx.Module, folder: pathlib.Path, recipe, earlier) -> set[str]:
     done: set[str] = set()
     if getattr(earlier, "weights", "").startswith("workdir:"):
         done |= load_params(model, earlier.weights.removeprefix("workdir:"))
@@ -229,19 +236,32 @@ def load_params(model: nnx.Module, workdir: str | pathlib.Path) -> set[str]:
         shapes = ocp.metadata(folder).metadata
     except Exception as error:
         raise _damaged(folder, error) from error
-    _compare({k: v for k, v in named.items() if k in shapes}, shapes, folder)
+    here = {k: v for k, v in named.items() if k in shapes}
+    adapters = getattr(earlier, "lora", None)
+    merging = adapters is not None and not lora.same(model, adapters, shapes)
+    if merging:
+        here = {k: v for k, v in here.items() if not lora.is_adapter(k.split("."))}
+    _compare(here, shapes if not merging else {k: shapes[k] for k in here}, folder)
     abstract = {
         k: jax.ShapeDtypeStruct(v.shape, v[...].dtype, sharding=v[...].sharding)
-        for k, v in named.items()
-        if k in shapes
+        for k, v in here.items()
     }
+    if merging:
+        everywhere = lora.replicated(model)
+        abstract |= {
+            k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=everywhere)
+            for k, v in shapes.items()
+            if lora.is_adapter(k.split("."))
+        }
     try:
         values = ocp.load(folder, abstract)
     except Exception as error:
         raise _damaged(folder, error) from error
-    for name, value in values.items():
-        named[name][...] = value
-    nnx.update(model, nnx.from_flat_state([(_path(n), named[n]) for n in values]))
+    for name in here:
+        named[name][...] = values[name]
+    nnx.update(model, nnx.from_flat_state([(_path(n), named[n]) for n in here]))
+    if merging:
+        lora.fold(model, {k: v for k, v in values.items() if k not in here}, adapters.scale)
     return done | set(values)
 
 

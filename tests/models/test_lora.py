@@ -1,0 +1,240 @@
+"""Adapters: numbers, what is trained and kept, stacked layers, shardings, merging."""
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from metamorph_jax import sharding
+from metamorph_jax.models import lora
+from metamorph_jax.models.diffusion.unet import UNet, UNetConfig
+from metamorph_jax.models.llm import llama
+from metamorph_jax.models.vision import vit
+from metamorph_jax.recipes import metamorph as recipe
+from metamorph_jax.train import optim
+from metamorph_jax.train import state as states
+
+CFG = lora.LoraConfig(target=r".*_proj", rank=3, alpha=6.0)
+TINY = recipe.Config(llm="tiny", tower="siglip-tiny", image_tokens=4, text_chunk=16)
+
+
+def random_b(model, seed=0):
+    """Adapters as after some training."""
+    for i, (_, linear) in enumerate(lora.adapters(model)):
+        key = jax.random.fold_in(jax.random.key(seed), i)
+        linear.lora_b[...] = 0.3 * jax.random.normal(key, linear.lora_b.shape)
+    return model
+
+
+def make_llm(cfg=CFG, **options):
+    llm = llama.Llama(dataclasses.replace(llama.SIZES["tiny"], **options), rngs=nnx.Rngs(0))
+    if cfg is not None:
+        lora.add(llm, cfg, rngs=nnx.Rngs(1))
+    return llm
+
+
+def states_of(llm, seed=2):
+    B, L = 2, 7
+    embeds = jax.random.normal(jax.random.key(seed), (B, L, llm.cfg.width))
+    positions = jnp.tile(jnp.arange(L), (B, 1))
+    mask = jnp.tril(jnp.ones((L, L), bool))[None].repeat(B, 0)
+    return llm(embeds, positions, mask)[0]
+
+
+def test_a_fresh_adapter_changes_nothing():
+    np.testing.assert_array_equal(states_of(make_llm()), states_of(make_llm(None)))
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_one_linear(rslora):
+    cfg = lora.LoraConfig(target="", rank=4, alpha=8.0, rslora=rslora)
+    linear = nnx.Linear(5, 6, rngs=nnx.Rngs(0))
+    adapted = lora.LoraLinear(linear, cfg, rngs=nnx.Rngs(1))
+    adapted.lora_b[...] = jax.random.normal(jax.random.key(2), (4, 6))
+    x = jax.random.normal(jax.random.key(3), (2, 3, 5))
+    s = 8 / 2 if rslora else 8 / 4
+    want = linear(x) + s * np.asarray(x) @ adapted.lora_a[...] @ adapted.lora_b[...]
+    np.testing.assert_allclose(adapted(x), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_merged_equals_adapted(stacked):
+    llm = random_b(make_llm())
+    if not stacked:
+        llm = llama.unstack(llm)
+    plain = make_llm(None)
+    merged = lora.merged(llm)
+    assert not list(lora.adapters(merged)) and list(lora.adapters(llm))
+    assert [str(p) for p, _ in nnx.to_flat_state(nnx.state(merged))] == [
+        str(p) for p, _ in nnx.to_flat_state(nnx.state(plain if stacked else llama.unstack(plain)))
+    ]
+    np.testing.assert_allclose(states_of(merged), states_of(llm), atol=2e-5)
+    assert np.abs(states_of(llm) - states_of(plain)).max() > 0.1
+
+
+def test_towers_and_unets_take_adapters():
+    tower = vit.ViT(vit.SIZES["siglip-tiny"], rngs=nnx.Rngs(0))
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3)).astype(np.uint8)
+    before = tower(pixels)
+    names = lora.add(tower, dataclasses.replace(CFG, target=".*fc1|.*q_proj"), rngs=nnx.Rngs(1))
+    assert names == ["layers.mlp.fc1", "layers.self_attn.q_proj"]
+    np.testing.assert_array_equal(tower(pixels), before)
+    random_b(tower)
+    np.testing.assert_allclose(lora.merged(tower)(pixels), tower(pixels), atol=1e-4)
+
+    def adapted():
+        unet = UNet(UNetConfig.sd15(), nnx.Rngs(0))
+        target = r".*attn[12]\.(to_[qkv]|to_out\.0)"
+        lora.add(unet, dataclasses.replace(CFG, target=target), rngs=nnx.Rngs(1))
+        return unet
+
+    found = dict(lora.adapters(nnx.eval_shape(adapted)))
+    assert len(found) == 16 * 2 * 4
+    name = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+    assert found[name].lora_a.shape == (768, 3) and found[name].lora_b.shape == (3, 640)
+
+
+def test_a_target_that_fits_nothing():
+    with pytest.raises(ValueError, match="matches no linear.*layers.mlp.down_proj"):
+        lora.add(make_llm(None), lora.LoraConfig(target="q_proj"), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="have adapters already"):
+        lora.add(make_llm(), CFG, rngs=nnx.Rngs(0))
+    for wrong in ({"rank": 0}, {"dropout": 1.0}, {"target": "("}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            lora.LoraConfig(**wrong)
+
+
+def test_dropout():
+    cfg = dataclasses.replace(CFG, dropout=0.4)
+    llm = random_b(make_llm(cfg))
+    calm = states_of(llm)
+    np.testing.assert_array_equal(states_of(llm), calm)
+    a, b = (states_of(lora.with_dropout(llm, jax.random.key(k))) for k in (0, 1))
+    assert np.abs(a - calm).max() > 1e-3 and np.abs(a - b).max() > 1e-3
+    np.testing.assert_array_equal(states_of(lora.with_dropout(llm, jax.random.key(0))), a)
+    np.testing.assert_array_equal(states_of(llm), calm)  # the model itself has no key
+    # In the mean it is the linear without dropout, and layers drop different inputs.
+    linear = lora.LoraLinear(nnx.Linear(64, 8, rngs=nnx.Rngs(0)), cfg, rngs=nnx.Rngs(1))
+    linear.lora_b[...] = jax.random.normal(jax.random.key(2), linear.lora_b.shape)
+    x = jax.random.normal(jax.random.key(3), (1, 64))
+    runs = np.stack([lora.with_dropout(linear, jax.random.key(i))(x) for i in range(300)])
+    error = np.abs(runs.mean(0) - linear(x)) / (runs.std(0) / 300**0.5)
+    assert error.max() < 4
+    keys = jax.random.key_data(
+        next(lora.adapters(lora.with_dropout(llm, jax.random.key(0))))[1].key[...]
+    )
+    assert len(np.unique(keys, axis=0)) == llm.cfg.layers
+
+
+def test_dropout_under_remat_has_the_same_gradient():
+    cfg = dataclasses.replace(CFG, dropout=0.4)
+
+    def gradient(remat):
+        llm = random_b(make_llm(cfg, remat=remat))
+        graph, trained, rest = nnx.split(llm, lora.Adapter, ...)
+
+        def loss(trained):
+            llm = lora.with_dropout(nnx.merge(graph, trained, rest), jax.random.key(5))
+            return jnp.sum(states_of(llm) ** 2)
+
+        return jax.jit(jax.grad(loss))(trained)
+
+    for a, b in zip(*(jax.tree.leaves(gradient(r)) for r in ("none", "full")), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-4)
+
+
+# ---- in the recipe
+
+
+def trained_names(cfg, stage="vpit"):
+    model = nnx.eval_shape(lambda: recipe.create(cfg, nnx.Rngs(0)))
+    return model, {
+        ".".join(map(str, p)) for p, _ in nnx.to_flat_state(nnx.state(model, model.trainable(stage)))
+    }
+
+
+def test_what_is_trained():
+    model, names = trained_names(dataclasses.replace(TINY, lora=lora.LoraConfig(rank=2)))
+    linears = {n.rpartition(".")[0] for n in names if lora.is_adapter(n.split("."))}
+    assert len(linears) == 7 and all(n.startswith("llm.layers.") for n in linears)
+    rest = {n for n in names if not lora.is_adapter(n.split("."))}
+    assert {n.split(".")[0] for n in rest} == {"connector", "head", "llm"}
+    assert {n for n in rest if n.startswith("llm")} == {"llm.embed_tokens.added"}
+    assert {model.param_group(n.split(".")) for n in names} == {
+        "lora", "connector", "head", "tokens"
+    }  # fmt: skip
+    only = dataclasses.replace(TINY, lora=lora.LoraConfig(rank=2, train=""))
+    assert all(lora.is_adapter(n.split(".")) for n in trained_names(only)[1])
+    full = lora.LoraConfig(rank=2, target=r"llm\..*q_proj", train=r"llm\.layers\.mlp\..*")
+    names = trained_names(dataclasses.replace(TINY, lora=full))[1]
+    assert {n.split(".")[2] for n in names} == {"self_attn", "mlp"}
+    # The connector stage does not train the llm, so it does not train the llm's adapters.
+    names = trained_names(dataclasses.replace(TINY, lora=lora.LoraConfig(rank=2)), "connector")[1]
+    assert {n.split(".")[0] for n in names} == {"connector", "llm"}
+    assert not any(lora.is_adapter(n.split(".")) for n in names)
+
+
+def test_adapters_lie_as_their_kernels():
+    cfg = dataclasses.replace(TINY, lora=lora.LoraConfig(rank=4))
+    model = nnx.eval_shape(lambda: recipe.create(cfg, nnx.Rngs(0)))
+    mesh = sharding.make_mesh({"fsdp": 1})
+    parts, params, _ = states.split(model, "vpit", mesh)
+    moments = optim.init({k: jnp.zeros(p.shape) for k, p in params.items()})
+    assert set(moments.first) == set(parts.names) == set(params)
+
+    q, o = model.llm.layers.self_attn.q_proj, model.llm.layers.self_attn.o_proj
+    names = [v.get_metadata()["logical"] for v in (q.lora_a, q.lora_b, o.lora_a, o.lora_b)]
+    assert names == [("embed", None), (None, "heads"), ("heads", None), (None, "embed")]
+    devices = jax.sharding.AbstractMesh((1, 1, 2, 4, 1), sharding.AXES)
+    spec = sharding.variable_sharding(q.lora_b, devices).spec
+    assert tuple(spec) + (None,) * (3 - len(spec)) == (None, None, "tensor")
+
+
+def test_a_model_without_adapters_is_as_before():
+    model = nnx.eval_shape(lambda: recipe.create(TINY, nnx.Rngs(0)))
+    assert type(model.llm.layers.mlp.up_proj) is nnx.Linear
+    assert lora.merged(model) is model
+
+
+# ---- saved by one stage, used by the next
+
+
+class Fake:
+    """A finished stage of this recipe, without running one."""
+
+    def __init__(self, folder: pathlib.Path, cfg, model):
+        import json
+
+        from orbax.checkpoint import v1 as ocp
+
+        folder.mkdir()
+        values = {"recipe": "metamorph", "model": dataclasses.asdict(cfg)}
+        (folder / "config.json").write_text(json.dumps(values))
+        state = nnx.to_flat_state(nnx.state(model, model.trainable("vpit")))
+        ocp.save(folder / "final", {".".join(map(str, p)): v[...] for p, v in state})
+
+
+@pytest.mark.parametrize("rank", [None, 2, 5])
+def test_the_next_stage(tmp_path, rank):
+    """Same adapters go on, other ones or none: the old ones are merged into the kernels."""
+    from metamorph_jax.train import checkpoint
+
+    cfg = dataclasses.replace(TINY, lora=lora.LoraConfig(rank=2, alpha=4.0))
+    model = random_b(recipe.create(cfg, nnx.Rngs(0)))
+    Fake(tmp_path / "one", cfg, model)
+    second = None if rank is None else lora.LoraConfig(rank=rank, alpha=2.0 * rank)
+    other = recipe.create(dataclasses.replace(TINY, lora=second), nnx.Rngs(0))
+    checkpoint.load_params(other, tmp_path / "one")
+    np.testing.assert_allclose(states_of(other.llm), states_of(model.llm), atol=2e-5)
+    found = dict(lora.adapters(other))
+    if rank == 2:
+        np.testing.assert_array_equal(
+            found["llm.layers.mlp.up_proj"].lora_b[...],
+            model.llm.layers.mlp.up_proj.lora_b[...],
+        )
+    elif rank:
+        assert not found["llm.layers.mlp.up_proj"].lora_b[...].any()
