@@ -37,23 +37,18 @@
 #       metamorph train --distributed --config=configs/metamorph/vpit.py:8b --workdir=../bucket/vpit
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-# What is copied to the hosts.
-copied=(metamorph_jax configs launch setup.py pyproject.toml README.md LICENSE)
-
-say() { printf '== %s\n' "$*" >&2; }
-fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
-usage() { sed -n '2,/^set -euo/{/^set/d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"; }
+source "$root/launch/words.sh"
 
 # ---- options
 
 case ${1:-} in
     create | setup | run | watch | status | logs | stop | delete) action=$1; shift ;;
-    -h | --help) usage; exit 0 ;;
-    '') usage >&2; exit 2 ;;
+    -h | --help) usage "$0"; exit 0 ;;
+    '') usage "$0" >&2; exit 2 ;;
     *) fail "no command '$1'; see --help" ;;
 esac
 name='' type='' runtime='' bucket='' tier='' slices=1 extras=tpu host=0 restarts=100 every=60
-wait_for='' dry='' delete_after='' where=() ssh_flags=() create_flags=() variables=() program=()
+wait_for='' delete_after='' where=() ssh_flags=() create_flags=() variables=() program=()
 while [ $# -gt 0 ]; do
     case $1 in
         --name=*) name=${1#*=} ;;
@@ -75,7 +70,7 @@ while [ $# -gt 0 ]; do
         --host=*) host=${1#*=} ;;
         --iap) ssh_flags+=(--tunnel-through-iap) ;;
         --dry-run) dry=yes ;;
-        -h | --help) usage; exit 0 ;;
+        -h | --help) usage "$0"; exit 0 ;;
         --) shift; program=("$@"); break ;;
         *) fail "unknown option '$1'; see --help. What is to be run comes after --" ;;
     esac
@@ -106,30 +101,9 @@ for variable in ${variables[@]+"${variables[@]}"}; do
     [[ $variable =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] || fail "--env wants a name, not '$variable'"
     [ -n "${!variable:-}" ] || fail "--env=$variable: there is no such variable here"
 done
-[ -n "$dry" ] || command -v gcloud >/dev/null ||
-    fail "gcloud is not installed: https://cloud.google.com/sdk/docs/install"
+need gcloud https://cloud.google.com/sdk/docs/install
 
 # ---- gcloud
-
-# Words as a shell has to be given them.
-quoted() {
-    local word quote="'\\''" space=''
-    for word; do
-        case $word in
-            '' | *[!A-Za-z0-9_./:=@%+,-]*) printf "%s'%s'" "$space" "${word//\'/$quote}" ;;
-            *) printf '%s%s' "$space" "$word" ;;
-        esac
-        space=' '
-    done
-}
-
-exec 3>&1 # where --dry-run prints, also from within $(…)
-show() { printf '+ %s\n' "$(quoted "$@")" >&3; }
-
-# Runs a command, or with --dry-run prints it.
-do_it() {
-    if [ -n "$dry" ]; then show "$@"; else "$@"; fi
-}
 
 tpus() { # noun, verb, rest…: gcloud asks nothing and takes zone and project from the options
     local noun=$1 verb=$2

@@ -67,7 +67,7 @@ def calls(fake, verb=None):
     return [c for c in found if verb in (None, c[3])]
 
 
-def wait_for(condition, seconds=20):
+def wait_for(condition, seconds=60):
     deadline = time.time() + seconds
     while not condition():
         assert time.time() < deadline
