@@ -1,37 +1,63 @@
-"""Llama-family weights by their Hugging Face names, and their config.
+"""Llama-family weights by their Hugging Face names, and their configs in both directions.
 
     ours                                   published
-    embed_tokens.embedding [V, D]          model.embed_tokens.weight, rows below V
+    embed_tokens.embedding [R, D]          model.embed_tokens.weight, rows below V
     embed_tokens.added     [n, D]          model.embed_tokens.weight, the rows behind them
     layers.(stack).self_attn.q_proj.kernel model.layers.N.self_attn.q_proj.weight   (transposed)
+    layers.(stack).self_attn.q_norm.scale  model.layers.N.self_attn.q_norm.weight   (Qwen3)
     norm.scale                             model.norm.weight
     lm_head.kernel / .added                lm_head.weight, cut the same way
 
-A table with V rows leaves `added` as it is. Dropped on purpose: `rotary_emb.inv_freq`, and
-`lm_head.weight` where the model ties it.
+A published table of V rows leaves `added` as it is (their mean, in a module without values). Rows
+of ours from V to R (`vocab_multiple`) are zeros, and are cut off by the export. Dropped on purpose:
+`rotary_emb.inv_freq`, and `lm_head.weight` where the model ties it.
 """
 
+import functools
 from collections.abc import Mapping
 
+import jax
 import numpy as np
 from flax import nnx
 
 from metamorph_jax.convert import names
-from metamorph_jax.models.llm.llama import Llama, LlamaConfig
+from metamorph_jax.convert.families import Family
+from metamorph_jax.models.llm.llama import SIZES, Llama, LlamaConfig
 from metamorph_jax.nn.rope import RopeScaling
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+KINDS = ("llama", "mistral", "qwen2", "qwen3", "metamorph_llama", "llava_llama")
+
+
+# ---- configs
 
 
 def config_from_hf(fields: Mapping, **overrides) -> LlamaConfig:
-    """The LlamaConfig of a config.json (model types llama, mistral, qwen2)."""
+    """The LlamaConfig of a config.json.
+
+    Args:
+        fields: of the file.
+        overrides: fields of LlamaConfig that take the place of the file's.
+
+    Raises:
+        ValueError: for another family, or for an option that would change the numbers and that we
+            don't have (sliding windows, other activations and rope scalings, …).
+    """
     kind = fields.get("model_type", "llama")
-    if kind not in ("llama", "mistral", "qwen2", "metamorph_llama", "llava_llama"):
-        raise ValueError(f"model_type {kind!r} is not of the Llama family")
+    if kind not in KINDS:
+        raise ValueError(f"model_type {kind!r} is not of the Llama family ({', '.join(KINDS)})")
+    absent = [k for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                          "num_attention_heads") if fields.get(k) is None]  # fmt: skip
+    if absent:
+        raise ValueError(f"the config lacks {', '.join(absent)}")
+    _refuse(fields, kind)
     heads = fields["num_attention_heads"]
     rope = dict(fields.get("rope_parameters") or {})  # transformers 5 keeps both in one table
     scaling = dict(fields.get("rope_scaling") or rope)
     bias = bool(fields.get("attention_bias", False))
+    head_dim = fields.get("head_dim") or (
+        128 if kind == "qwen3" else fields["hidden_size"] // heads
+    )
     values = dict(
         vocab_size=fields["vocab_size"],
         width=fields["hidden_size"],
@@ -39,16 +65,32 @@ def config_from_hf(fields: Mapping, **overrides) -> LlamaConfig:
         layers=fields["num_hidden_layers"],
         heads=heads,
         kv_heads=fields.get("num_key_value_heads") or heads,
-        head_dim=fields.get("head_dim") or fields["hidden_size"] // heads,
+        head_dim=head_dim,
         norm_eps=fields.get("rms_norm_eps", 1e-6),
         rope_theta=float(fields.get("rope_theta") or rope.get("rope_theta") or 10000.0),
         rope_scaling=_scaling(scaling),
         tied=bool(fields.get("tie_word_embeddings", False)),
         qkv_bias=bias or kind == "qwen2",
-        o_bias=bias,
+        o_bias=bias and kind != "qwen2",
         mlp_bias=bool(fields.get("mlp_bias", False)),
+        qk_norm=kind == "qwen3",
+        max_positions=int(fields.get("max_position_embeddings") or 2048),
     )
     return LlamaConfig(**{**values, **overrides})
+
+
+def _refuse(fields: Mapping, kind: str) -> None:
+    act = fields.get("hidden_act", "silu")
+    if act != "silu":
+        raise ValueError(f"hidden_act {act!r} is not supported, only 'silu'")
+    window = fields.get("sliding_window")
+    windowed = fields.get("use_sliding_window", False) if kind.startswith("qwen") else True
+    if window and windowed and window < fields.get("max_position_embeddings", window + 1):
+        raise ValueError(f"sliding_window {window} is not supported")
+    rope = fields.get("rope_parameters") or {}
+    part = fields.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0
+    if part != 1.0:
+        raise ValueError(f"partial_rotary_factor {part} is not supported")
 
 
 def _scaling(fields: Mapping) -> RopeScaling:
@@ -68,6 +110,90 @@ def _scaling(fields: Mapping) -> RopeScaling:
     )
 
 
+def kind_of(cfg: LlamaConfig) -> str:
+    """The model type whose layout holds this model: llama, qwen2 or qwen3.
+
+    Raises:
+        ValueError: for a combination of biases and norms that none of them has.
+    """
+    if cfg.qk_norm and not cfg.mlp_bias and cfg.qkv_bias == cfg.o_bias:
+        return "qwen3"
+    if not cfg.qk_norm and cfg.qkv_bias == cfg.o_bias:
+        return "llama"
+    if not cfg.qk_norm and cfg.qkv_bias and not cfg.mlp_bias:
+        return "qwen2"
+    raise ValueError(
+        f"no published layout has qkv_bias={cfg.qkv_bias}, o_bias={cfg.o_bias}, "
+        f"mlp_bias={cfg.mlp_bias}, qk_norm={cfg.qk_norm} together"
+    )
+
+
+def config_to_hf(cfg: LlamaConfig, **extra) -> dict:
+    """A config.json that transformers reads unchanged.
+
+    The rope is written in the way that every version of transformers reads.
+
+    Args:
+        cfg: of ours; added tokens count as rows of the vocabulary.
+        extra: fields that we don't have (ids of special tokens, dtype).
+    """
+    kind = kind_of(cfg)
+    scaling, rope = cfg.rope_scaling, None
+    if scaling.kind == "linear":
+        rope = {"rope_type": "linear", "factor": scaling.factor}
+    elif scaling.kind == "llama3":
+        rope = {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_position,
+        }
+    fields = {
+        "architectures": [kind.title() + "ForCausalLM"],
+        "model_type": kind,
+        "vocab_size": cfg.tokens,
+        "hidden_size": cfg.width,
+        "intermediate_size": cfg.mlp_width,
+        "num_hidden_layers": cfg.layers,
+        "num_attention_heads": cfg.heads,
+        "num_key_value_heads": cfg.kv_heads,
+        "head_dim": cfg.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": cfg.norm_eps,
+        "rope_theta": cfg.rope_theta,
+        "rope_scaling": rope,
+        "max_position_embeddings": cfg.max_positions,
+        "tie_word_embeddings": cfg.tied,
+        "initializer_range": cfg.init_std,
+        "use_cache": True,
+    }
+    if kind == "llama":
+        fields |= {"attention_bias": cfg.qkv_bias, "mlp_bias": cfg.mlp_bias}
+    if kind == "qwen3":
+        fields |= {"attention_bias": cfg.qkv_bias}
+    if kind != "llama":
+        fields |= {"use_sliding_window": False}
+    return fields | extra
+
+
+def published(fields: Mapping) -> list[str]:
+    """Every key of a published checkpoint with this config.json."""
+    cfg = config_from_hf(fields)
+    layer = [f"self_attn.{part}_proj.weight" for part in "qkvo"]
+    layer += [f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")]
+    layer += ["input_layernorm.weight", "post_attention_layernorm.weight"]
+    layer += [f"self_attn.{part}_proj.bias" for part in "qkv" if cfg.qkv_bias]
+    layer += ["self_attn.o_proj.bias"] * cfg.o_bias
+    layer += [f"mlp.{part}_proj.bias" for part in ("gate", "up", "down") if cfg.mlp_bias]
+    layer += [f"self_attn.{part}_norm.weight" for part in "qk" if cfg.qk_norm]
+    keys = [EMBED, "model.norm.weight"] + [HEAD] * (not cfg.tied)
+    return keys + [f"model.layers.{i}.{key}" for i in range(cfg.layers) for key in layer]
+
+
+# ---- weights
+
+
 def _rename(key: str) -> str:
     return key if key.startswith("lm_head") else "model." + key
 
@@ -76,20 +202,37 @@ def _stacked(llm: Llama) -> tuple[str, ...]:
     return () if isinstance(llm.layers, nnx.List) else ("layers",)
 
 
-def _cut_tables(tensors: Mapping, cfg: LlamaConfig, llm: Llama) -> dict:
-    """Tables of V + n rows as two tensors; with V rows, the present added rows fill in."""
-    out = dict(tensors)
+def _fit_tables(tensors: Mapping, llm: Llama) -> Mapping:
+    """Tables of V + n rows as two tensors, the first with rows of zeros up to R."""
+    cfg, changes = llm.cfg, {}
+    V, n = cfg.vocab_size, cfg.added_tokens
     holders = {EMBED: llm.embed_tokens} | ({} if cfg.tied else {HEAD: llm.lm_head})
     for key, holder in holders.items():
-        if key not in out or not cfg.added_tokens:
+        if key not in tensors:
             continue
-        table, V = out[key], cfg.vocab_size
-        name = key.replace("weight", "added")
-        if len(table) == V + cfg.added_tokens:
-            out[key], out[name] = table[:V], table[V:]
-        else:  # V rows, or a wrong number that the shape check will name
-            out[name] = np.asarray(holder.added[...])
-    return out
+        rows, added = names.shape_of(tensors, key)[0], key.replace("weight", "added")
+        if rows not in (V, V + n):
+            continue  # a wrong number, which the shape check will name
+        changes[key] = functools.partial(_table, V=V, R=cfg.rows)
+        if n and rows == V + n:
+            changes[added] = (key, lambda table: table[V:])
+        elif n:
+            value = holder.added.get_raw_value()
+            if isinstance(value, jax.ShapeDtypeStruct):
+                changes[added] = (key, functools.partial(_mean_rows, n=n))
+            else:
+                changes[added] = (key, lambda _, value=value: np.asarray(value))
+    return names.Mapped(tensors, changes)
+
+
+def _mean_rows(table: np.ndarray, n: int) -> np.ndarray:
+    return np.repeat(np.mean(table, 0, np.float32, keepdims=True), n, 0)
+
+
+def _table(table: np.ndarray, V: int, R: int) -> np.ndarray:
+    if R == V:
+        return table[:V]
+    return np.concatenate([table[:V], np.zeros((R - V, *table.shape[1:]), table.dtype)])
 
 
 def load_llama(llm: Llama, tensors: Mapping[str, np.ndarray]) -> None:
@@ -97,18 +240,50 @@ def load_llama(llm: Llama, tensors: Mapping[str, np.ndarray]) -> None:
     tied = llm.cfg.tied
     names.load_torch_dict(
         llm,
-        _cut_tables(tensors, llm.cfg, llm),
+        _fit_tables(tensors, llm),
         stacked=_stacked(llm),
         rename=_rename,
         ignore=lambda key: key.endswith("rotary_emb.inv_freq") or (tied and key == HEAD),
     )
 
 
-def export_llama(llm: Llama) -> dict[str, np.ndarray]:
-    """Tensors by Hugging Face name; added tokens are the last rows of the tables."""
-    out = names.to_torch_dict(llm, stacked=_stacked(llm), rename=_rename)
+def export_llama(llm: Llama) -> names.Lazy:
+    """Tensors by Hugging Face name, fetched when asked for.
+
+    Added tokens are the last rows of the tables; rows that only pad them are cut off.
+    """
+    cfg = llm.cfg
+    out = names.lazy_torch_dict(llm, stacked=_stacked(llm), rename=_rename)
     for key in (EMBED, HEAD):
-        added = out.pop(key.replace("weight", "added"), None)
-        if added is not None:
-            out[key] = np.concatenate([out[key], added])
+        added = key.replace("weight", "added")
+        if key not in out or (added not in out and cfg.rows == cfg.vocab_size):
+            continue
+        make = functools.partial(_joined, out.maker(key), out.maker(added), cfg.vocab_size)
+        out.set(key, make, (cfg.tokens, cfg.width), out.dtype_of(key))
+        if added in out:
+            del out[added]
     return out
+
+
+def _joined(table, added, V: int) -> np.ndarray:
+    """The table's first V rows and the added ones; both are functions, the second may be None."""
+    rows = table()[:V]
+    return rows if added is None else np.concatenate([rows, added()])
+
+
+def create(cfg: LlamaConfig, *, rngs: nnx.Rngs) -> Llama:
+    return Llama(cfg, rngs=rngs)
+
+
+def _family(name: str, *starts: str) -> Family:
+    sizes = {k: v for k, v in SIZES.items() if k.startswith(starts)}
+    return Family(
+        name, config_from_hf, config_to_hf, create, load_llama, export_llama, sizes, published
+    )
+
+
+FAMILIES = {
+    "llama": _family("llama", "llama", "vicuna", "tinyllama", "smollm2"),
+    "qwen2": _family("qwen2", "qwen2.5"),
+    "qwen3": _family("qwen3", "qwen3"),
+}

@@ -113,6 +113,10 @@ class Lazy(MutableMapping):
         """`make()` gives the array of this shape and dtype."""
         self._makers[key] = (make, tuple(shape), np.dtype(dtype))
 
+    def maker(self, key: str) -> Callable | None:
+        """The function that makes the array of this key, or None without the key."""
+        return self._makers[key][0] if key in self._makers else None
+
     def shape_of(self, key: str) -> tuple[int, ...]:
         return self._makers[key][1]
 
@@ -224,6 +228,9 @@ def load_torch_dict(
     with_nan: list[str] = []
     for path, many, keys in leaves:
         _fill(module, path, tensors, keys, many, with_nan)
+        variable = _variable(module, path)
+        if "loaded" in variable.get_metadata():  # packed before the next one comes
+            variable.set_raw_value(variable.get_metadata("loaded")(variable.get_raw_value()))
     if with_nan and not _nan_allowed.get():
         raise ValueError(f"NaN in {len(with_nan)} tensors: {'; '.join(with_nan)}")
 

@@ -1,4 +1,5 @@
-"""The Llama family: Llama 2 / 3 / 3.1 / 3.2, Vicuna, SmolLM2, and Qwen2 by its biases.
+"""The Llama family: Llama 2 / 3 / 3.1 / 3.2, Vicuna, TinyLlama, SmolLM2; Qwen2 and 2.5 by biases,
+Qwen3 by norms of queries and keys.
 
 Touvron et al. 2023 (arXiv 2307.09288), Grattafiori et al. 2024 (arXiv 2407.21783). Pre-norm
 decoder with grouped-query attention, SwiGLU and rotary positions. Names follow the published
@@ -16,6 +17,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from metamorph_jax.nn import rope
 from metamorph_jax.nn.attention import attend
@@ -23,17 +25,40 @@ from metamorph_jax.nn.linear import flat_dot_general
 from metamorph_jax.nn.norms import RMSNorm
 from metamorph_jax.sharding import constrain
 
+# What the backward pass finds kept; from the fastest, which takes most memory, to the slowest.
 REMAT = {
     "none": None,
     # Keeps matrix products that no batch dimension enters, recomputes the cheap rest.
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # Keeps the layer inputs and what attention gives, recomputes the products.
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
     # Keeps nothing but the layer inputs.
     "full": jax.checkpoint_policies.nothing_saveable,
+    # Keeps the layer inputs in the host's memory.
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["layer_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
+    """What makes a model.
+
+    Attributes:
+        vocab_size: V, ids of the published model; added_tokens: n ids behind them.
+        tied: the output table is the input table.
+        qkv_bias, o_bias, mlp_bias: which linears have biases.
+        qk_norm: RMSNorm over the channels of each query and key head.
+        vocab_multiple: tables get that many rows (V rounded up to a multiple), to be sharded.
+        max_positions: what the model was made for; nothing here depends on it, exports state it.
+        dtype: of the computation; parameters are float32.
+        remat: see `REMAT`.
+    """
+
     vocab_size: int
     width: int
     mlp_width: int
@@ -49,8 +74,11 @@ class LlamaConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
+    vocab_multiple: int = 1
+    max_positions: int = 2048
     init_std: float = 0.02
-    dtype: str = "float32"  # of the computation; parameters are float32
+    dtype: str = "float32"
     remat: str = "none"
 
     def __post_init__(self):
@@ -64,24 +92,75 @@ class LlamaConfig:
         """Ids that can stand in the input or be predicted."""
         return self.vocab_size + self.added_tokens
 
+    @property
+    def rows(self) -> int:
+        """Rows of the tables: V rounded up to `vocab_multiple`."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
+
+_PLAIN = rope.RopeScaling()
 _LLAMA31 = rope.RopeScaling("llama3", factor=8.0)
 _LLAMA32 = rope.RopeScaling("llama3", factor=32.0)
 
+
+def _llama(*shape, theta=1e4, positions=2048, scaling=_PLAIN, tied=False):
+    return LlamaConfig(
+        *shape, rope_theta=theta, rope_scaling=scaling, max_positions=positions, tied=tied
+    )
+
+
+def _llama3(*shape, scaling=_PLAIN, positions=131072, tied=False):
+    return _llama(128256, *shape, theta=5e5, scaling=scaling, positions=positions, tied=tied)
+
+
+def _qwen2(*shape, rows=152064, positions=32768, tied=False):
+    return LlamaConfig(
+        rows, *shape, norm_eps=1e-6, rope_theta=1e6, qkv_bias=True, tied=tied,
+        max_positions=positions,
+    )  # fmt: skip
+
+
+def _qwen3(*shape, tied=False):
+    return LlamaConfig(
+        151936, *shape, 128, norm_eps=1e-6, rope_theta=1e6, qk_norm=True, tied=tied,
+        max_positions=40960,
+    )  # fmt: skip
+
+
+# Numbers: vocabulary, width, width of the MLP, layers, heads, kv heads, channels of a head.
 SIZES: dict[str, LlamaConfig] = {
     "tiny": LlamaConfig(320, 64, 160, 2, 4, 2, 16, tied=True),
     "bench-68m": LlamaConfig(32000, 512, 2048, 8, 8, 8, 64, rope_theta=5e5),
-    "smollm2-135m": LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, rope_theta=1e5, tied=True),
-    "llama3.2-1b": LlamaConfig(
-        128256, 2048, 8192, 16, 32, 8, 64, rope_theta=5e5, rope_scaling=_LLAMA32, tied=True
+    "smollm2-135m": _llama(49152, 576, 1536, 30, 9, 3, 64, theta=1e5, positions=8192, tied=True),
+    "smollm2-360m": _llama(49152, 960, 2560, 32, 15, 5, 64, theta=1e5, positions=8192, tied=True),
+    "smollm2-1.7b": _llama(
+        49152, 2048, 8192, 24, 32, 32, 64, theta=1.3e5, positions=8192, tied=True
     ),
-    "llama2-7b": LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128),
-    "llama3.1-8b": LlamaConfig(
-        128256, 4096, 14336, 32, 32, 8, 128, rope_theta=5e5, rope_scaling=_LLAMA31
-    ),
-    "llama3.1-70b": LlamaConfig(
-        128256, 8192, 28672, 80, 64, 8, 128, rope_theta=5e5, rope_scaling=_LLAMA31
-    ),
+    "tinyllama-1.1b": _llama(32000, 2048, 5632, 22, 32, 4, 64),
+    "llama2-7b": _llama(32000, 4096, 11008, 32, 32, 32, 128, positions=4096),
+    "llama2-13b": _llama(32000, 5120, 13824, 40, 40, 40, 128, positions=4096),
+    "llama2-70b": _llama(32000, 8192, 28672, 80, 64, 8, 128, positions=4096),
+    "vicuna-7b": _llama(32000, 4096, 11008, 32, 32, 32, 128, positions=4096),
+    "vicuna-13b": _llama(32000, 5120, 13824, 40, 40, 40, 128, positions=4096),
+    "llama3-8b": _llama3(4096, 14336, 32, 32, 8, 128, positions=8192),
+    "llama3-70b": _llama3(8192, 28672, 80, 64, 8, 128, positions=8192),
+    "llama3.1-8b": _llama3(4096, 14336, 32, 32, 8, 128, scaling=_LLAMA31),
+    "llama3.1-70b": _llama3(8192, 28672, 80, 64, 8, 128, scaling=_LLAMA31),
+    "llama3.2-1b": _llama3(2048, 8192, 16, 32, 8, 64, scaling=_LLAMA32, tied=True),
+    "llama3.2-3b": _llama3(3072, 8192, 28, 24, 8, 128, scaling=_LLAMA32, tied=True),
+    "qwen2.5-0.5b": _qwen2(896, 4864, 24, 14, 2, 64, rows=151936, tied=True),
+    "qwen2.5-1.5b": _qwen2(1536, 8960, 28, 12, 2, 128, rows=151936, tied=True),
+    "qwen2.5-3b": _qwen2(2048, 11008, 36, 16, 2, 128, rows=151936, tied=True),
+    "qwen2.5-7b": _qwen2(3584, 18944, 28, 28, 4, 128),
+    "qwen2.5-14b": _qwen2(5120, 13824, 48, 40, 8, 128),
+    "qwen2.5-32b": _qwen2(5120, 27648, 64, 40, 8, 128),
+    "qwen2.5-72b": _qwen2(8192, 29568, 80, 64, 8, 128),
+    "qwen3-0.6b": _qwen3(1024, 3072, 28, 16, 8, tied=True),
+    "qwen3-1.7b": _qwen3(2048, 6144, 28, 16, 8, tied=True),
+    "qwen3-4b": _qwen3(2560, 9728, 36, 32, 8, tied=True),
+    "qwen3-8b": _qwen3(4096, 12288, 36, 32, 8),
+    "qwen3-14b": _qwen3(5120, 17408, 40, 40, 8),
+    "qwen3-32b": _qwen3(5120, 25600, 64, 64, 8),
 }
 
 
@@ -123,20 +202,30 @@ class Attention(nnx.Module):
         self.k_proj = _linear(cfg, D, kv, ("embed", "heads"), cfg.qkv_bias, rngs)
         self.v_proj = _linear(cfg, D, kv, ("embed", "heads"), cfg.qkv_bias, rngs)
         self.o_proj = _linear(cfg, q, D, ("heads", "embed"), cfg.o_bias, rngs)
+        if cfg.qk_norm:
+            self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps, rngs=rngs)
+            self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps, rngs=rngs)
 
     def __call__(self, x, cos, sin, mask, cache=None):
         """x: float[B, L, D]; `cache` is (keys, values, slot) of this layer or None."""
         B, L, _ = x.shape
         H = self.cfg.head_dim
-        q = rope.rotate(self.q_proj(x).reshape(B, L, -1, H), cos, sin)
-        k = rope.rotate(self.k_proj(x).reshape(B, L, -1, H), cos, sin)
-        v = self.v_proj(x).reshape(B, L, -1, H)
+        # The constraints keep the compiler from merging reshape and product, which makes it gather
+        # some kernels twice, in two shapes.
+        flat = lambda y: constrain(y, "act_batch", "act_len", "act_heads")  # noqa: E731
+        q = flat(self.q_proj(x)).reshape(B, L, -1, H)
+        k = flat(self.k_proj(x)).reshape(B, L, -1, H)
+        v = flat(self.v_proj(x)).reshape(B, L, -1, H)
+        if self.cfg.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
         q = constrain(q, "act_batch", "act_len", "act_heads", None)
         if cache is not None:
             keys, values, slot = cache
             k = jax.lax.dynamic_update_slice(keys, k.astype(keys.dtype), (0, slot, 0, 0))
             v = jax.lax.dynamic_update_slice(values, v.astype(values.dtype), (0, slot, 0, 0))
-        return self.o_proj(attend(q, k, v, mask).reshape(B, L, -1)), (k, v)
+        mixed = checkpoint_name(attend(q, k, v, mask).reshape(B, L, -1), "attention")
+        return self.o_proj(flat(mixed)), (k, v)
 
 
 class MLP(nnx.Module):
@@ -161,6 +250,7 @@ class Layer(nnx.Module):
         self.mlp = MLP(cfg, rngs=rngs)
 
     def __call__(self, x, cos, sin, mask, cache=None):
+        x = checkpoint_name(x, "layer_input")
         mixed, kv = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
         x = x + mixed
         x = x + self.mlp(self.post_attention_layernorm(x))
@@ -174,7 +264,7 @@ class Embed(nnx.Module):
         init = nnx.initializers.normal(cfg.init_std)
         self.cfg = cfg
         self.embedding = nnx.Param(
-            init(rngs.params(), (cfg.vocab_size, cfg.width)), logical=("vocab", "embed")
+            init(rngs.params(), (cfg.rows, cfg.width)), logical=("vocab", "embed")
         )
         if cfg.added_tokens:
             self.added = nnx.Param(
@@ -198,7 +288,7 @@ class Head(nnx.Module):
     def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
         init = nnx.initializers.normal(cfg.init_std)
         self.kernel = nnx.Param(
-            init(rngs.params(), (cfg.width, cfg.vocab_size)), logical=("embed", "vocab")
+            init(rngs.params(), (cfg.width, cfg.rows)), logical=("embed", "vocab")
         )
         if cfg.added_tokens:
             self.added = nnx.Param(
@@ -235,9 +325,7 @@ class Llama(nnx.Module):
         """
         freq = rope.frequencies(self.cfg.head_dim, self.cfg.rope_theta, self.cfg.rope_scaling)
         cos, sin = rope.angles(positions, freq)
-        x = constrain(
-            embeds.astype(jnp.dtype(self.cfg.dtype)), "act_batch", "act_len", "act_embed"
-        )
+        x = constrain(embeds.astype(jnp.dtype(self.cfg.dtype)), "act_batch", "act_len", "act_embed")
         if isinstance(self.layers, nnx.List):
             x, cache = self._run_list(x, cos, sin, mask, cache)
         else:
@@ -278,6 +366,7 @@ class Llama(nnx.Module):
             table, holder = self.embed_tokens.embedding[...].T, self.embed_tokens
         else:
             table, holder = self.lm_head.kernel[...], self.lm_head
+        table = table[:, : self.cfg.vocab_size]
         return table, holder.added[...] if self.cfg.added_tokens else None
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -307,8 +396,7 @@ def unstack(llm: Llama) -> Llama:
     """The same model with a list of layers in place of stacked ones."""
     graph, weights = nnx.split(llm.layers)
     layers = [
-        nnx.merge(graph, jax.tree.map(lambda w, i=i: w[i], weights))
-        for i in range(llm.cfg.layers)
+        nnx.merge(graph, jax.tree.map(lambda w, i=i: w[i], weights)) for i in range(llm.cfg.layers)
     ]
     model_graph, model_weights = nnx.split(llm)
     copy = nnx.merge(model_graph, model_weights)
@@ -323,9 +411,9 @@ def init_added_tokens(llm: Llama) -> None:
     """
     if not llm.cfg.added_tokens:
         return
-    n = llm.cfg.added_tokens
+    n, V = llm.cfg.added_tokens, llm.cfg.vocab_size
     embed = llm.embed_tokens
-    embed.added[...] = jnp.tile(embed.embedding[...].mean(0, keepdims=True), (n, 1))
+    embed.added[...] = jnp.tile(embed.embedding[:V].mean(0, keepdims=True), (n, 1))
     if not llm.cfg.tied:
         head = llm.lm_head
-        head.added[...] = jnp.tile(head.kernel[...].mean(1)[None], (n, 1))
+        head.added[...] = jnp.tile(head.kernel[:, :V].mean(1)[None], (n, 1))

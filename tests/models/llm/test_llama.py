@@ -31,6 +31,7 @@ KINDS = {
         "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 16}}),
     "qwen2": ("Qwen2", {"rms_norm_eps": 1e-6}),
+    "qwen3": ("Qwen3", {"rms_norm_eps": 1e-6, "head_dim": 16}),
 }  # fmt: skip
 
 
