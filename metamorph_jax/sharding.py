@@ -64,7 +64,24 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices=None) -> Mesh:
             f"devices; there are {len(devices)}"
         )
     kinds = (jax.sharding.AxisType.Auto,) * len(AXES)
-    return Mesh(devices.reshape(sizes), AXES, axis_types=kinds)
+    return Mesh(_arrange(devices, sizes), AXES, axis_types=kinds)
+
+
+def _arrange(devices: np.ndarray, sizes: list[int]) -> np.ndarray:
+    """Devices as a mesh of these sizes: neighbours on TPUs lie side by side on the inner axes, and
+    where there are several slices, `slice` is the axis that crosses them."""
+    if devices[0].platform != "tpu" or len(devices) == 1:
+        return devices.reshape(sizes)
+    from jax.experimental import mesh_utils
+
+    options = dict(devices=list(devices), allow_split_physical_axes=True)
+    slices = {getattr(d, "slice_index", 0) for d in devices}
+    if len(slices) == 1:
+        return mesh_utils.create_device_mesh(sizes, **options)
+    if sizes[0] != len(slices):
+        raise ValueError(f"{len(slices)} slices need mesh.slice={len(slices)}, not {sizes[0]}")
+    across = (len(slices), *(1 for _ in sizes[1:]))
+    return mesh_utils.create_hybrid_device_mesh((1, *sizes[1:]), across, **options)
 
 
 def platform() -> str:

@@ -1,0 +1,147 @@
+"""`metamorph plan`: whether a step fits chips that aren't here, and how fast it can be."""
+
+import json
+import pathlib
+import sys
+
+from metamorph_jax.plan import chips
+
+DOES_NOT_FIT = 1
+
+
+def add_arguments(parser) -> None:
+    parser.description = (
+        "Compiles the step that a config describes for other chips, with their real compiler, on "
+        "this host, and prints memory, traffic and the fastest it can be. Nothing is trained or "
+        "downloaded. Takes one to five minutes and 2 to 6 GB of memory. Needs the compiler: "
+        "pip install 'metamorph-jax[plan]' for TPUs, [cuda-plan] (4.6 GB) for GPUs. Exit code 1: "
+        "it does not fit. Any option of the config can be changed: --config.a.b=value."
+    )
+    parser.add_argument(
+        "--config", required=True, metavar="FILE[:SIZE]", help="e.g. configs/metamorph/vpit.py:8b"
+    )
+    parser.add_argument(
+        "--topology",
+        required=True,
+        metavar="CHIP:SHAPE",
+        help="v4:2x2x4, v5e:8x8, v5p:2x4x4, v6e:8x8, tpu7x:2x2x4, h100:8; or names as v5p-64",
+    )
+    parser.add_argument("--slices", type=int, default=1, help="so many of these topologies")
+    parser.add_argument(
+        "--what", choices=("train", "decode"), default="train", help="decode: one token a row"
+    )
+    parser.add_argument(
+        "--rows-per-device", type=float, metavar="N", help="in place of config.batch_size"
+    )
+    parser.add_argument("--length", type=int, default=4096, help="slots of the cache for decoding")
+    parser.add_argument("--json", metavar="FILE", help="writes the plan there, - for the console")
+    parser.add_argument("--hlo", metavar="FILE", help="writes the compiled program's text there")
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="finds the largest batch for each remat policy that leaves --free of the memory; some "
+        "ten compilations",
+    )
+    parser.add_argument("--free", type=float, default=0.1, help="share of memory to leave")
+
+
+def run(args) -> int:
+    chips.prepare_environment()  # before anything starts JAX
+    from metamorph_jax.cli import UserError
+    from metamorph_jax.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    try:
+        topology = chips.parse(args.topology, args.slices)
+        if args.slices > 1:
+            config.mesh.slice = args.slices
+        if args.search:
+            found = search(args, config, topology)
+        else:
+            found = plan(config, topology, args.config, args.rows_per_device, args.what,
+                         args.length, args.hlo)  # fmt: skip
+    except chips.TopologyError as error:
+        raise UserError(error) from error
+    if args.json == "-":
+        print(json.dumps(found, indent=1))
+    else:
+        from metamorph_jax.plan import report
+
+        print(report.table(found))
+        if args.json:
+            pathlib.Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+    return 0 if found["fits"] else DOES_NOT_FIT
+
+
+def plan(config, topology, name="", rows=None, what="train", length=4096, hlo=None) -> dict:
+    """Compiles one program and says what became of it, see `report.make`.
+
+    Args:
+        config: as `metamorph train` takes it.
+        topology: `chips.Topology`.
+        name: of the config, for the table.
+        rows: per device, None for the config's batch.
+        what, length: as on the command line.
+        hlo: file for the compiled program's text, or None.
+    """
+    from metamorph_jax.plan import flops, programs, report
+
+    devices = chips.devices(topology)
+    if what == "decode":
+        program = programs.decode_step(config, devices, rows, length)
+    else:
+        program = programs.train_step(config, devices, rows)
+    counted = flops.count(program)
+    compiled = programs.compile_program(program)
+    if hlo and compiled.executable is not None:
+        pathlib.Path(hlo).write_text(compiled.executable.as_text())
+    return report.make(program, compiled, counted, topology, name)
+
+
+def search(args, config, topology) -> dict:
+    """The plan with the highest bound on MFU among those that leave enough memory free.
+
+    For each remat policy, from the one that keeps most: one and two rows are compiled, the largest
+    batch is read off the line through them and compiled, too.
+    """
+    from metamorph_jax.models.llm.llama import REMAT
+
+    tried, best = [], None
+
+    def attempt(policy: str, rows: int) -> dict:
+        with config.unlocked():
+            config.model.remat = policy
+        found = plan(config, topology, args.config, rows, args.what, args.length)
+        ok = found["fits"] and found["free_share"] >= args.free
+        tried.append({"remat": policy, "rows_per_device": rows, "fits": ok,
+                      "total_bytes": found.get("total_bytes"),
+                      "mfu_bound": found.get("mfu_bound")})  # fmt: skip
+        said = (f"{found['total_bytes'] / chips.GIB:.2f} GiB, MFU at most {found['mfu_bound']:.1%}"
+                if "total_bytes" in found else "out of memory")  # fmt: skip
+        print(f"remat {policy}, {rows} rows per device: {said}{'' if ok else ' (too much)'}",
+              file=sys.stderr, flush=True)  # fmt: skip
+        return found | {"enough": ok}
+
+    policies = list(REMAT) if args.what == "train" and "remat" in config.model else [""]
+    for policy in policies:
+        one = attempt(policy, 1)
+        candidates = [one]
+        if one["enough"]:
+            two = attempt(policy, 2)
+            candidates.append(two)
+            if two["enough"]:
+                room = (1 - args.free) * one["hbm_capacity_bytes"] - one["total_bytes"]
+                each = max(two["total_bytes"] - one["total_bytes"], 1)
+                most = 1 + int(room / each)
+                for rows in sorted({most, most - 1}, reverse=True):
+                    if rows <= 2:
+                        break
+                    candidates.append(attempt(policy, rows))
+                    if candidates[-1]["enough"]:
+                        break
+        for found in candidates:
+            better = best is None or (found["enough"], found.get("mfu_bound", 0), found["rows"]) > (
+                best["enough"], best.get("mfu_bound", 0), best["rows"])  # fmt: skip
+            best = found if better else best
+    best.pop("enough")
+    return best | {"search": tried}
