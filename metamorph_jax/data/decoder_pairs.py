@@ -142,6 +142,7 @@ class DecoderPairs(Iterator[DecoderBatch]):
             image = np.stack([self.preprocess(picture) for _, picture in found])
             if self.tower is not None and self.features is None:
                 pixels = np.stack([self.tower(picture) for _, picture in found])
+        self._last = picks
         if self.features is not None:
             features = np.array(self.features.rows[self._rows[picks]], np.float32)
             if self.predicted is not None:
@@ -157,6 +158,11 @@ class DecoderPairs(Iterator[DecoderBatch]):
             row = self.predicted.row(self.refs[pick].key())
             if row is not None and draws[k] < self.predicted_share:
                 features[k] = self.predicted.features[row]
+
+    def samples(self):
+        """A function that names the picture of each row of the batch that came last."""
+        picks = self._last
+        return lambda: [[self.refs[k].key()] for k in picks]
 
     def get_state(self) -> dict:
         return {"next": self._next, "layout": self._layout}

@@ -174,6 +174,7 @@ class PackedIterator(grain.DatasetIterator):
 
     Attributes:
         counts: bad samples so far, "source/reason" -> number; "source/misnamed" were used.
+        last_rows: numbers of the samples in each row of the batch that came last.
     """
 
     def __init__(
@@ -227,6 +228,7 @@ class PackedIterator(grain.DatasetIterator):
             self._next += 1
             self._ready += self._take(item)
         rows, self._ready = self._ready[: o.batch_size], self._ready[o.batch_size :]
+        self.last_rows = [[int(item["index"]) for item in row] for row in rows]
         return assemble(rows, o, self._cache_rows)
 
     def _take(self, item: dict) -> list[list[dict]]:

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Sequence
 
 import grain
@@ -236,6 +237,9 @@ class _Reader:
         self.stream, self.workers, self.threads, self.ahead = stream, workers, threads, ahead
 
     def __call__(self, n: int):
+        return _Restarting(self._read, n) if self.workers else self._read(n)
+
+    def _read(self, n: int):
         if n >= len(self.stream):
             return iter(())
         options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=self.ahead)
@@ -246,6 +250,47 @@ class _Reader:
                 grain.MultiprocessingOptions(self.workers, per_worker_buffer_size=self.ahead)
             )
         return iter(rest)
+
+
+class _Restarting:
+    """Reads on with new worker processes when one has died (out of memory, say).
+
+    Args:
+        read: n -> iterator from sample n.
+        n: where to begin.
+        most: deaths with no sample in between that are too many.
+    """
+
+    def __init__(self, read, n: int, most: int = 3):
+        self._read, self._next, self._most = read, n, most
+        self._deaths, self._items = 0, read(n)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        while True:
+            try:
+                item = next(self._items)
+            except RuntimeError as error:
+                if "terminated unexpectedly" not in str(error):
+                    raise
+                self._deaths += 1
+                if self._deaths >= self._most:
+                    raise RuntimeError(
+                        f"an input worker process died {self._deaths} times at sample "
+                        f"{self._next} ({error}); memory? Try fewer data.workers"
+                    ) from error
+                print(f"an input worker process died, restarting at sample {self._next}: {error}",
+                      file=sys.stderr, flush=True)  # fmt: skip
+                self.close()
+                self._items = self._read(self._next)
+                continue
+            self._next, self._deaths = self._next + 1, 0
+            return item
+
+    def close(self) -> None:
+        getattr(self._items, "close", lambda: None)()
 
 
 class _From:

@@ -151,6 +151,11 @@ class SampleStream:
     def locate(self, n: int) -> tuple[int, int, int]:
         return self.mixture.locate(n * self.process[1] + self.process[0])
 
+    def name(self, n: int) -> str:
+        """Source, record and epoch of sample n, for people."""
+        source, epoch, k = self.locate(n)
+        return f"{self.sources[source].name} record {k} epoch {epoch}"
+
     def sample(self, n: int):
         source, epoch, k = self.locate(n)
         if self.options.fixed_choices:

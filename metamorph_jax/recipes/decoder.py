@@ -360,39 +360,30 @@ def prepare(model: DecoderRecipe, batches: list[DecoderBatch]) -> None:
     model.set_statistics(features, np.concatenate([np.asarray(b.image) for b in batches]))
 
 
+def fill_caches(data_cfg, cfg: Config) -> None:
+    """Computes the features that `make_data` will want and the cache lacks."""
+    from metamorph_jax.data import cache
+
+    data_cfg, vision, refs = _open_pictures(data_cfg, cfg)
+    if data_cfg.feature_cache:
+        compute, spec = metamorph.feature_function(cfg.vision), vision.feature_spec
+        cache.build(data_cfg.feature_cache, spec, refs, vision.preprocess, compute, 32)
+
+
 def make_data(data_cfg, cfg: Config, *, process_index=0, process_count=1, workdir=None):
-    """An iterator of `DecoderBatch`; `data_cfg` is a table of `DataConfig`'s fields."""
+    """An iterator of `DecoderBatch`; `data_cfg` is a table of `DataConfig`'s fields. A feature
+    cache is filled first (where there are several hosts, `fill_caches` was called by one)."""
     del workdir
-    from metamorph_jax import config
-    from metamorph_jax.data import cache, pictures, pipeline
+    from metamorph_jax.data import cache, pictures
     from metamorph_jax.data.decoder_pairs import DecoderPairs
     from metamorph_jax.data.predicted import Predicted
 
-    if not isinstance(data_cfg, DataConfig):
-        data_cfg = config.build(DataConfig, data_cfg, "config.data")
-    if not (cfg.with_tower or data_cfg.feature_cache):
-        raise ConfigError("without config.model.with_tower, config.data.feature_cache must be set")
-    vision = metamorph.complete_data_config(
-        pipeline.DataConfig(
-            sources=data_cfg.sources,
-            feature_cache=data_cfg.feature_cache,
-            max_images=data_cfg.max_images,
-            max_frames=data_cfg.max_frames,
-            index_dir=data_cfg.index_dir,
-        ),
-        cfg.vision,
-    )
-    refs = list(dict.fromkeys(_pictures(pipeline.open_sources(vision), data_cfg.seed)))
+    if process_index == 0 and jax.process_count() == 1:
+        fill_caches(data_cfg, cfg)
+    data_cfg, vision, refs = _open_pictures(data_cfg, cfg)
     features = None
     if data_cfg.feature_cache:
         spec = vision.feature_spec
-        if process_index == 0:
-            compute = metamorph.feature_function(cfg.vision)
-            cache.build(data_cfg.feature_cache, spec, refs, vision.preprocess, compute, 32)
-        if process_count > 1:
-            from jax.experimental import multihost_utils
-
-            multihost_utils.sync_global_devices("feature cache")
         features = cache.ArrayCache(spec.folder(data_cfg.feature_cache), spec)
     side = cfg.decoder.image_side
     pairs = DecoderPairs(
@@ -411,6 +402,45 @@ def make_data(data_cfg, cfg: Config, *, process_index=0, process_count=1, workdi
     )
     pairs.sources, pairs.skipped = [s.name for s in data_cfg.sources], pairs.counts
     return pairs
+
+
+def input_spec(data_cfg: dict, cfg: Config, rows: int) -> DecoderBatch:
+    """Shapes of a batch of so many pictures, from the config alone; `data_cfg` is a table."""
+    from metamorph_jax import config
+
+    data = config.build(DataConfig, data_cfg, "config.data")
+    tower, reduce = metamorph.tower_config(cfg.vision), metamorph.reduce_config(cfg.vision)
+    side, cached = cfg.decoder.image_side, bool(data.feature_cache)
+    features, pixels = (reduce.tokens_out, reduce.width_out), (tower.size, tower.size, 3)
+    return DecoderBatch(
+        jax.ShapeDtypeStruct((rows, side, side, 3), jnp.uint8),
+        jax.ShapeDtypeStruct((rows, *features), jnp.float32) if cached else None,
+        None if cached else jax.ShapeDtypeStruct((rows, *pixels), jnp.uint8),
+        jax.ShapeDtypeStruct((rows,), bool),
+    )
+
+
+def _open_pictures(data_cfg, cfg: Config):
+    """(the data config, that of the pictures for the tower, the pictures)."""
+    from metamorph_jax import config
+    from metamorph_jax.data import pipeline
+
+    if not isinstance(data_cfg, DataConfig):
+        data_cfg = config.build(DataConfig, data_cfg, "config.data")
+    if not (cfg.with_tower or data_cfg.feature_cache):
+        raise ConfigError("without config.model.with_tower, config.data.feature_cache must be set")
+    vision = metamorph.complete_data_config(
+        pipeline.DataConfig(
+            sources=data_cfg.sources,
+            feature_cache=data_cfg.feature_cache,
+            max_images=data_cfg.max_images,
+            max_frames=data_cfg.max_frames,
+            index_dir=data_cfg.index_dir,
+        ),
+        cfg.vision,
+    )
+    refs = list(dict.fromkeys(_pictures(pipeline.open_sources(vision), data_cfg.seed)))
+    return data_cfg, vision, refs
 
 
 def _pictures(sources, seed: int):

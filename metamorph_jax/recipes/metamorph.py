@@ -53,7 +53,8 @@ class Config:
         feature_width: width of the features where there is no tower.
         image_tokens: P; 0 and -1 as in `ReduceConfig`.
         reduction, normalize_vision, apply_softmax: see `vision/reduce.py`.
-        connector, head: kinds of `connectors/mlp.py` and `heads/visual_regression.py`.
+        connector, head: kinds of `connectors/mlp.py` and `heads/visual_regression.py`; head "none"
+            for a model that reads pictures only (LLaVA).
         visual_loss: "auto" (cosine; L1 if features aren't normalised; softmax cross-entropy if
             they are distributions) or one of `losses.VISUAL_LOSSES`.
         visual_coef, use_vision_ar: weight of the visual loss; without the latter it is only logged.
@@ -163,7 +164,9 @@ class MetaMorph(nnx.Module):
         self.reducer = TokenReducer(reduce, rngs=rngs)
         self.connector = Connector(cfg.connector, width, llm.width, cfg.dtype, rngs=rngs)
         self.llm = llama.Llama(llm, rngs=rngs)
-        self.head = VisualHead(cfg.head, llm.width, width, cfg.dtype, rngs=rngs)
+        self.head = None
+        if cfg.head != "none":
+            self.head = VisualHead(cfg.head, llm.width, width, cfg.dtype, rngs=rngs)
 
     @property
     def image_start(self) -> int:
@@ -200,6 +203,8 @@ class MetaMorph(nnx.Module):
 
     def predict_visual(self, hidden: jax.Array) -> jax.Array:
         """float32[..., C] next visual token from hidden states float[..., D], normalised."""
+        if self.head is None:
+            raise ValueError('head "none": this model reads pictures and predicts none')
         return normalize_features(
             self.head(hidden), self.cfg.normalize_vision, self.cfg.apply_softmax
         )
@@ -245,10 +250,14 @@ class MetaMorph(nnx.Module):
 
     @property
     def loss_coefs(self) -> dict[str, float]:
+        if self.head is None:
+            return {"text": 1.0}
         return {"text": 1.0, "visual": self.cfg.visual_coef if self.cfg.use_vision_ar else 0.0}
 
     def loss_counts(self, batch: Batch) -> dict[str, jax.Array]:
         """How many positions each loss is a sum over."""
+        if self.head is None:
+            return {"text": jnp.sum(batch.text_targets >= 0)}
         return {
             "text": jnp.sum(batch.text_targets >= 0),
             "visual": jnp.sum(batch.visual_targets >= 0),
@@ -272,6 +281,8 @@ class MetaMorph(nnx.Module):
             **losses.by_source(each, has_text, batch.sources, cfg.sources, "text_loss"),
         }
 
+        if self.head is None:
+            return {"text": text}, jax.tree.map(jax.lax.stop_gradient, metrics)
         if not self.loss_coefs["visual"]:
             hidden = jax.lax.stop_gradient(hidden)
         at, target, valid, where = losses.take_targets(
@@ -376,6 +387,10 @@ def load_pretrained(model: MetaMorph, cfg: Config) -> None:
     known = bool(cfg.weights) or cfg.llm_weights != "random"
     with quantized.unpacked(model, empty=known and not whole):
         _fill(model, cfg)
+    if cfg.lora is not None and cfg.lora.weights and model.cfg.lora == cfg.lora:
+        from metamorph_jax.convert.peft import load_peft
+
+        load_peft(model.llm, cfg.lora.weights)
 
 
 def _fill(model: MetaMorph, cfg: Config) -> None:
@@ -477,6 +492,7 @@ def complete_data_config(data_cfg, cfg: Config):
             "normalize": cfg.normalize_vision,
             "softmax": cfg.apply_softmax,
         }
+        del made_by["remat"]  # changes no feature
         changes["tower"] = data_cfg.tower or json.dumps(made_by, sort_keys=True)
     return dataclasses.replace(data_cfg, **changes)
 
@@ -518,25 +534,34 @@ def fill_feature_cache(data_cfg, cfg: Config, batch_size: int = 32) -> dict[str,
     return dict(bad)
 
 
-def make_data(data_cfg, cfg: Config, *, process_index=0, process_count=1, workdir=None):
-    """The input pipeline: an iterator of `Batch`, with `get_state`, `set_state`, `sources`,
-    `skipped` and `close`. `data_cfg` is a `DataConfig` or a table of its fields. A feature cache is
-    filled first where pictures are missing in it (by process 0)."""
-    del workdir
+def fill_caches(data_cfg, cfg: Config) -> None:
+    """Computes the features that `make_data` will want and the cache lacks."""
+    data_cfg = _data_config(data_cfg, cfg)
+    if data_cfg.feature_cache and cfg.tower != "none":
+        fill_feature_cache(data_cfg, cfg)
+
+
+def _data_config(data_cfg, cfg: Config):
     from metamorph_jax import config
     from metamorph_jax.data import pipeline
-    from metamorph_jax.data.chat import Chat
 
     if not isinstance(data_cfg, pipeline.DataConfig):
         data_cfg = config.build(pipeline.DataConfig, data_cfg, "config.data")
-    data_cfg = complete_data_config(data_cfg, cfg)
-    if data_cfg.feature_cache and cfg.tower != "none":
-        if process_index == 0:
-            fill_feature_cache(data_cfg, cfg)
-        if process_count > 1:
-            from jax.experimental import multihost_utils
+    return complete_data_config(data_cfg, cfg)
 
-            multihost_utils.sync_global_devices("feature cache")
+
+def make_data(data_cfg, cfg: Config, *, process_index=0, process_count=1, workdir=None):
+    """The input pipeline: an iterator of `Batch`, with `get_state`, `set_state`, `sources`,
+    `skipped`, `samples` and `close`. `data_cfg` is a `DataConfig` or a table of its fields. A
+    feature cache is filled first where pictures are missing in it (where there are several hosts,
+    `fill_caches` was called by one of them)."""
+    del workdir
+    from metamorph_jax.data import pipeline
+    from metamorph_jax.data.chat import Chat
+
+    data_cfg = _data_config(data_cfg, cfg)
+    if process_index == 0 and jax.process_count() == 1:
+        fill_caches(data_cfg, cfg)
     start = llm_config(cfg).vocab_size
     chat = Chat(
         load_tokenizer(cfg),
@@ -556,6 +581,28 @@ def make_data(data_cfg, cfg: Config, *, process_index=0, process_count=1, workdi
     return Data(batches, [s.name for s in batches._stream.sources])
 
 
+def input_spec(data_cfg: dict, cfg: Config, rows: int) -> Batch:
+    """Shapes of a batch of so many rows, from the config alone; `data_cfg` is a table."""
+    from metamorph_jax import config
+    from metamorph_jax.data import pipeline
+
+    data = config.build(pipeline.DataConfig, data_cfg, "config.data")
+    tower, reduce = tower_config(cfg), reduce_config(cfg)
+    line = jax.ShapeDtypeStruct((rows, data.length), jnp.int32)
+    pictures = (rows, data.images_per_row)
+    cached = tower is None or data.feature_cache
+    width = (reduce.tokens_out, reduce.width_out)
+    return Batch(
+        *7 * (line,),
+        image_valid=jax.ShapeDtypeStruct(pictures, bool),
+        pixels=None
+        if cached
+        else jax.ShapeDtypeStruct((*pictures, tower.size, tower.size, 3), jnp.uint8),
+        features=jax.ShapeDtypeStruct((*pictures, *width), jnp.float32) if cached else None,
+        turns=line if data.independent_turns else None,
+    )
+
+
 class Data:
     """An iterator of batches as the train loop wants it."""
 
@@ -571,6 +618,11 @@ class Data:
     @property
     def skipped(self) -> dict[str, int]:
         return dict(self._batches.counts)
+
+    def samples(self):
+        """A function that names the samples of the batch that came last, for each of its rows."""
+        rows, stream = self._batches.last_rows, self._batches._stream
+        return lambda: [[stream.name(n) for n in row] for row in rows]
 
     def get_state(self) -> dict:
         return self._batches.get_state()

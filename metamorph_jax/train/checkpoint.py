@@ -1,19 +1,25 @@
 """Checkpoints of a run, and the export that a later stage loads. The only user of Orbax.
 
     workdir/checkpoints/<step>/   state (parameters, moments, average, key) and, in its metadata,
-                                  where each process's data iterator stands; newest N are kept
+                                  where each lane of the data stands and a checksum of every leaf;
+                                  newest N are kept
+    workdir/damaged/<step>/       one that couldn't be read, set aside when asked to fall back
     workdir/final/                what the stage trained (its moving average if it keeps one)
 
 Frozen weights are in neither: they come from the weight files that the config names, or from the
 seed, again. A checkpoint counts once Orbax has marked it committed, so a run that is killed while
-writing goes on from the one before.
+writing goes on from the one before. Nothing in it depends on the number of processes or the mesh.
 """
 
+import concurrent.futures
+import functools
 import json
 import pathlib
+import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
@@ -28,7 +34,7 @@ _training = ocp.training
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint is missing, damaged, or not of this run."""
+    """A checkpoint is missing, damaged, could not be written, or is not of this run."""
 
 
 class Checkpoints:
@@ -37,97 +43,244 @@ class Checkpoints:
     Args:
         workdir: folder of the run.
         keep: how many of the newest stay.
+
+    Attributes:
+        seconds: how long the last save took until it was whole, or None.
     """
 
     def __init__(self, workdir: str | pathlib.Path, keep: int = 2):
         self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
+        self._keep = keep
+        self._waiter = concurrent.futures.ThreadPoolExecutor(1)
+        self._saving: tuple[int, concurrent.futures.Future] | None = None
+        self.seconds: float | None = None
+        self._open()
+
+    def _open(self) -> None:
         self._manager = _training.Checkpointer(
             self.folder,
-            preservation_policy=_training.preservation_policies.LatestN(keep),
+            preservation_policy=_training.preservation_policies.LatestN(self._keep),
             cleanup_tmp_directories=True,
         )
-        self._saving = None
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of the whole checkpoints, ascending."""
+        return [c.step for c in self._manager.checkpoints]
 
     @property
     def latest(self) -> int | None:
         """Step of the newest whole checkpoint."""
-        newest = self._manager.latest
-        return None if newest is None else newest.step
+        return self.steps[-1] if self.steps else None
 
-    def save(self, step: int, state: TrainState, fixed: Params, data: dict) -> None:
-        """Saves in the background; errors of the save before this one are raised here.
+    @property
+    def lanes(self) -> int | None:
+        """Over how many lanes the data of this run are spread, if it has a readable checkpoint."""
+        for step in reversed(self.steps):
+            try:
+                return len(self._describe(step)[1]["data"])
+            except CheckpointError:
+                continue
+        return None
+
+    def save(self, step: int, state: TrainState, fixed: Params, data: dict[int, dict]) -> None:
+        """Saves in the background; an error of the save before this one is raised here.
 
         Args:
             step: number of the checkpoint.
             state: copied before this returns.
             fixed: frozen leaves that no weight file has.
-            data: state of this process's data iterator.
+            data: lane -> where it stands, of the lanes that this process reads.
+
+        Raises:
+            CheckpointError: if it can't be written.
         """
         self.wait()
         if self.latest == step:
             return
-        self._saving = self._manager.save_checkpointables_async(
-            step,
-            {"state": _tree(state, fixed)},
-            custom_metadata={"data": _from_all_processes(data)},
-            force=True,
+        tree = _tree(state, fixed)
+        notes = {"data": _from_all_processes(data), "sums": checksums(tree)}
+        since = time.perf_counter()
+        try:
+            saving = self._manager.save_checkpointables_async(
+                step, {"state": tree}, custom_metadata=notes, force=True
+            )
+        except Exception as error:
+            raise self._not_written(step, error) from error
+
+        def finish():
+            saving.result()
+            self.seconds = time.perf_counter() - since
+
+        self._saving = (step, self._waiter.submit(finish))
+
+    def check(self) -> int | None:
+        """Step of a save in the background that has become whole since this was last asked.
+
+        Raises:
+            CheckpointError: if it failed.
+        """
+        if self._saving is None or not self._saving[1].done():
+            return None
+        return self.wait()
+
+    def wait(self) -> int | None:
+        """`check`, once the save in the background is done."""
+        if self._saving is None:
+            return None
+        (step, saving), self._saving = self._saving, None
+        try:
+            saving.result()
+        except Exception as error:
+            raise self._not_written(step, error) from error
+        return step
+
+    def _not_written(self, step: int, error: Exception) -> CheckpointError:
+        whole = [s for s in self.steps if (self.folder / str(s)).is_dir() and s != step]
+        left = f"the newest whole one is {self.folder / str(whole[-1])}" if whole else "none exists"
+        return CheckpointError(
+            f"the checkpoint {self.folder / str(step)} could not be written: {_reason(error)}. "
+            f"Is the disk full? {left}; the same command goes on from there"
         )
 
-    def wait(self) -> None:
-        """Until the save in the background is done."""
-        if self._saving is not None:
-            saving, self._saving = self._saving, None
-            saving.result()
-
     def restore(
-        self, state: TrainState, fixed: Params, step: int | None = None
-    ) -> tuple[TrainState, Params, dict]:
-        """(state, fixed, data state of this process) of a step, default the newest.
+        self, state: TrainState, fixed: Params, fall_back: bool = False
+    ) -> tuple[TrainState, Params, list[dict], list[str]]:
+        """(state, fixed, state of every lane of the data, what was said on the way) of the newest.
 
         Args:
             state, fixed: arrays (or shapes with shardings) that say what is expected and where.
-            step: which one.
+            fall_back: take the newest whole one if newer ones are damaged, which are set aside.
 
         Raises:
             CheckpointError: if it is damaged, or holds something else.
         """
-        step = self.latest if step is None else step
+        said = []
+        for step in reversed(self.steps):
+            error = result = None
+            try:
+                result = self._restore(step, state, fixed)
+            except _Damaged as found:
+                error = found
+            if not _any_process(error is not None):
+                return *result, said
+            error = error or _damaged(self.folder / str(step), "another host could not read it")
+            if not fall_back:
+                raise error
+            said.append(f"{error}. It is now in {self._set_aside(step)}")
+        raise CheckpointError("; ".join(said) + "; no whole checkpoint is left")
+
+    def _describe(self, step: int) -> tuple[dict, dict]:
+        """(name -> what a leaf is, notes) of a checkpoint."""
         folder = self.folder / str(step)
-        tree = _tree(state, fixed)
         try:
             found = self._manager.checkpointables_metadata(step)
-            states = found.custom_metadata["data"]
+            notes = found.custom_metadata
+            notes["data"]  # noqa: B018  (there, or damaged)
             if found.metadata["state"] is None:
                 raise ValueError("its description is unreadable")
-            shapes = _flat(found.metadata["state"])
+            return _flat(found.metadata["state"]), notes
         except Exception as error:
             raise _damaged(folder, error) from error
+
+    def _restore(self, step: int, state: TrainState, fixed: Params):
+        folder = self.folder / str(step)
+        tree = _tree(state, fixed)
+        shapes, notes = self._describe(step)
+        added = {} if "['usual']" in shapes or "usual" not in tree else {"usual": tree.pop("usual")}
         _compare(_flat(tree), shapes, folder)
-        if len(states) != jax.process_count():
-            raise CheckpointError(
-                f"{folder} was written by {len(states)} processes, this run has "
-                f"{jax.process_count()}: where each stands in its data can't be shared out anew"
-            )
         try:
             loaded = self._manager.load_checkpointables(step, {"state": _abstract(tree)})["state"]
         except Exception as error:
             raise _damaged(folder, error) from error
+        if "sums" in notes:
+            sums = checksums(loaded)
+            wrong = sorted(k for k in sums if sums[k] != notes["sums"].get(k))
+            if wrong:
+                raise _damaged(folder, f"altered: {', '.join(wrong[:10])}")
         fixed = loaded.pop("fixed", {})
         moments = type(state.moments)(**loaded.pop("moments"))
-        loaded = TrainState(**{"ema": None, **loaded, "moments": moments})
-        return loaded, fixed, states[jax.process_index()]
+        optional = {"ema": None, "usual": None} | added
+        return TrainState(**{**optional, **loaded, "moments": moments}), fixed, notes["data"]
+
+    def _set_aside(self, step: int) -> pathlib.Path:
+        """Moves a checkpoint to where no one takes it for whole."""
+        self._manager.close()
+        aside = self.folder.parent / "damaged" / str(step)
+        if jax.process_index() == 0:
+            while aside.exists():
+                aside = aside.with_name(f"{aside.name}_")
+            aside.parent.mkdir(exist_ok=True)
+            (self.folder / str(step)).rename(aside)
+        _any_process(False)  # all wait for it
+        self._open()
+        return aside
 
     def close(self) -> None:
-        self.wait()
-        self._manager.close()
+        """Ends what runs in the background; a save that fails meanwhile is raised."""
+        try:
+            self.wait()
+        finally:
+            self._waiter.shutdown(wait=False)
+            self._manager.close()
+
+
+class _Damaged(CheckpointError):
+    """It is there but can't be read whole."""
+
+
+def _reason(error) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__
 
 
 def _damaged(folder, error) -> CheckpointError:
-    reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
-    return CheckpointError(
-        f"the checkpoint {folder} can't be read; remove that folder to go on from an earlier one "
-        f"({reason})"
+    return _Damaged(
+        f"the checkpoint {folder} can't be read ({_reason(error)}); damaged_checkpoint=previous "
+        "sets it aside and goes on from the one before"
     )
+
+
+@functools.cache
+def _summing(where):
+    return jax.jit(_sums, out_shardings=where)
+
+
+def _sums(tree):
+    def one(x):
+        bits = x.astype(jnp.uint8) if x.dtype == bool else x
+        kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[bits.dtype.itemsize]
+        bits = jax.lax.bitcast_convert_type(bits, kind).astype(jnp.uint32)
+        place, stride = jnp.zeros(x.shape, jnp.uint32), 1
+        for axis in reversed(range(x.ndim)):
+            at = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+            place, stride = place + at * jnp.uint32(stride % 2**32), stride * x.shape[axis]
+        mixed = (bits ^ (place * jnp.uint32(0x9E3779B9))) * jnp.uint32(0x85EBCA6B)
+        return jnp.sum(mixed ^ (mixed >> 15), dtype=jnp.uint32)
+
+    return jnp.stack([one(x) for x in jax.tree.leaves(tree)])
+
+
+def checksums(tree) -> dict[str, int]:
+    """Name -> a number that follows from every bit of a leaf and where it stands.
+
+    It is computed where the arrays lie. Integers wrap around, so the order of addition, and with it
+    how they lie, doesn't matter.
+    """
+    flat = _flat(tree)
+    where = next(iter(flat.values())).sharding
+    if isinstance(where, jax.sharding.NamedSharding):
+        where = jax.sharding.NamedSharding(where.mesh, jax.sharding.PartitionSpec())
+    return dict(zip(flat, np.asarray(_summing(where)(tree)).tolist(), strict=True))
+
+
+def _any_process(flag: bool) -> bool:
+    """Whether the flag is set on any process; all wait for each other."""
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 def _tree(state: TrainState, fixed: Params) -> dict:
@@ -135,8 +288,9 @@ def _tree(state: TrainState, fixed: Params) -> dict:
     moments = {"first": state.moments.first, "second": state.moments.second}
     scalars = {"step": state.step, "key": state.key, "halted": state.halted}
     tree = {"params": state.params, "moments": moments, **scalars}
-    if state.ema is not None:
-        tree["ema"] = state.ema
+    for name in ("ema", "usual"):
+        if getattr(state, name) is not None:
+            tree[name] = getattr(state, name)
     return tree | ({"fixed": fixed} if fixed else {})
 
 
@@ -159,18 +313,32 @@ def _abstract(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
-def _from_all_processes(state: dict) -> list[dict]:
-    """The data states of all processes, known to each."""
-    if jax.process_count() == 1:
-        return [state]
-    from jax.experimental import multihost_utils
+def _from_all_processes(states: dict[int, dict]) -> list[dict]:
+    """The states of all lanes in order, known to each process.
 
-    text = np.frombuffer(json.dumps(state).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.array([text.size]))
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: text.size] = text
-    rows = multihost_utils.process_allgather(padded)
-    return [json.loads(bytes(r[: int(n)])) for r, n in zip(rows, sizes.reshape(-1), strict=True)]
+    Raises:
+        CheckpointError: if processes that read the same lane stand at different places.
+    """
+    texts = [json.dumps(sorted(states.items()))]
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        mine = np.frombuffer(texts[0].encode(), np.uint8)
+        sizes = multihost_utils.process_allgather(np.array([mine.size]))
+        padded = np.zeros(int(sizes.max()), np.uint8)
+        padded[: mine.size] = mine
+        rows = multihost_utils.process_allgather(padded)
+        texts = [bytes(r[: int(n)]) for r, n in zip(rows, sizes.reshape(-1), strict=True)]
+    found: dict[int, tuple[int, dict]] = {}
+    for process, text in enumerate(texts):
+        for lane, state in json.loads(text):
+            first, same = found.setdefault(lane, (process, state))
+            if same != state:
+                raise CheckpointError(
+                    f"hosts {first} and {process} both read lane {lane} of the data, and no longer "
+                    f"see the same: {same} and {state}. Can one of them not read some files?"
+                )
+    return [found[lane][1] for lane in range(len(found))]
 
 
 # ---- the export
@@ -196,7 +364,8 @@ def load_params(model: nnx.Module, workdir: str | pathlib.Path) -> set[str]:
     """Gives a model, in place, the weights that an earlier stage ended with.
 
     First the weights that the earlier stage itself started from, as its saved config names them,
-    then what it trained.
+    then what it trained. Its adapters go on as adapters if the model has the same, else they are
+    merged into the kernels.
 
     Args:
         model: of the same recipe; it may have parts that the earlier stage lacked.

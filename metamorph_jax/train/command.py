@@ -1,9 +1,15 @@
-"""`metamorph train`: runs a config in a workdir, or goes on there."""
+"""`metamorph train`: runs a config in a workdir, or goes on there.
 
+Exit codes: 0 done; 2 the user has to change something; 3 a bad step ended the run; and those after
+which the same command is to be started again: 75 another host was lost, 143 SIGTERM came.
+"""
+
+import argparse
 import sys
+import traceback
 
-PREEMPTED = 143  # as a shell says "ended by SIGTERM"; start the same command again
-NOT_FINITE = 3
+PREEMPTED = 143  # as a shell says "ended by SIGTERM"
+BAD_STEP = 3
 
 
 def add_arguments(parser) -> None:
@@ -15,47 +21,106 @@ def add_arguments(parser) -> None:
         "--config", required=True, metavar="FILE[:SIZE]", help="e.g. configs/metamorph/vpit.py:8b"
     )
     parser.add_argument("--workdir", required=True, help="checkpoints, metrics and weights go here")
-    group = parser.add_argument_group("several hosts")
-    group.add_argument(
-        "--distributed", action="store_true", help="join the other hosts as the platform says"
+    parser.add_argument(
+        "--profile", metavar="START:STOP",
+        help="write a trace of these steps into the workdir's profile/, for xprof",
+    )  # fmt: skip
+    group = parser.add_argument_group(
+        "several hosts",
+        "The same command on every host. TPU VMs, GKE and SLURM (srun) are recognised.",
     )
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, if not found out")
-    group.add_argument("--processes", type=int, help="how many there are")
-    group.add_argument("--process", type=int, help="number of this one, from 0")
+    group.add_argument(
+        "--distributed",
+        action=argparse.BooleanOptionalAction,
+        help="insist on other hosts, or never join any; default: as the platform says",
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
+    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process", type=int, metavar="K", help="number of this one, from 0")
+    group.add_argument(
+        "--hint-after", type=float, default=60.0, metavar="SECONDS",
+        help="say what to check when hosts are still missing (60)",
+    )  # fmt: skip
+    group.add_argument(
+        "--join-timeout", type=float, default=600.0, metavar="SECONDS",
+        help="give up waiting for them (600)",
+    )  # fmt: skip
+    group.add_argument(
+        "--heartbeat", type=int, default=100, metavar="SECONDS",
+        help="a host that is silent for so long is lost, and the others end (100)",
+    )  # fmt: skip
 
 
 def run(args) -> int:
-    from metamorph_jax.config import load_config
+    from metamorph_jax import distributed
+    from metamorph_jax.cli import UserError
+    from metamorph_jax.config import ConfigError, load_config
+    from metamorph_jax.train import profile
 
     config = load_config(args.config, args.overrides)
-    if args.distributed or args.coordinator:
-        _join(args)
-    from metamorph_jax.cli import UserError
+    span = profile.parse(args.profile) if args.profile else None
+    try:
+        place = _join(args)
+    except distributed.JoinError as error:
+        raise UserError(error) from error
     from metamorph_jax.data.packing import TooManyBadSamples
     from metamorph_jax.train.checkpoint import CheckpointError
-    from metamorph_jax.train.loop import NonFiniteError, Preempted, train
+    from metamorph_jax.train.loop import train
+    from metamorph_jax.train.trouble import BadStep, Preempted
 
     try:
-        train(config, args.workdir)
+        train(config, args.workdir, span)
+    # These two come on all hosts at the same step.
     except Preempted as stop:
         print(stop, file=sys.stderr)
         return PREEMPTED
-    except NonFiniteError as error:
+    except BadStep as error:
         print(f"metamorph train: {error}", file=sys.stderr)
-        return NOT_FINITE
-    except (CheckpointError, TooManyBadSamples) as error:
-        raise UserError(error) from error
+        return BAD_STEP
+    except (CheckpointError, TooManyBadSamples, ConfigError) as error:
+        if place is not None:
+            print(f"metamorph train: process {place.process}: {error}", file=sys.stderr)
+            distributed.leave(UserError.code)
+        raise error if isinstance(error, ConfigError) else UserError(error) from error
+    except Exception as error:
+        if place is None:
+            raise
+        _leave(place, error)
     return 0
 
 
-def _join(args) -> None:
-    """Connects the processes; all of them have to be started within five minutes."""
-    import os
+def _join(args):
+    """This process's place among the hosts, after all have met; None if it is alone."""
+    from metamorph_jax import distributed
 
+    if args.distributed is False:
+        return None
+    place = distributed.find(args.coordinator, args.processes, args.process)
+    if place is not None:
+        distributed.join(place, args.hint_after, args.join_timeout, args.heartbeat)
+    elif args.distributed:
+        raise distributed.JoinError(
+            "--distributed: nothing says where the other hosts are; give --coordinator=HOST:PORT, "
+            "--processes=N and --process=K"
+        )
+    return place
+
+
+def _leave(place, error: Exception) -> None:
+    """Ends one of several processes, which others may wait for, or which waits for others."""
     import jax
 
-    if os.environ.get("JAX_PLATFORMS", "") == "cpu":
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    print("waiting for the other hosts (was it started on all of them?)", flush=True)
-    jax.distributed.initialize(args.coordinator, args.processes, args.process)
-    print(f"host {jax.process_index()} of {jax.process_count()} joined", flush=True)
+    from metamorph_jax import distributed
+
+    traceback.print_exc()
+    ours = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
+    lost = isinstance(error, jax.errors.JaxRuntimeError) and not str(error).startswith(ours)
+    if not lost:
+        print(f"metamorph train: process {place.process} failed (above)", file=sys.stderr)
+        distributed.leave(1)
+    print(
+        f"metamorph train: process {place.process} lost contact with another host, see its log. "
+        "Start the same command again on all hosts: it goes on from the last checkpoint.",
+        file=sys.stderr,
+    )
+    distributed.leave(distributed.LOST_HOST)

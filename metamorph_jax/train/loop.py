@@ -5,10 +5,9 @@ iterator goes on behind the last batch that the state has seen, and random numbe
 number of the step. So an interrupted run ends with the same parameters as one that wasn't.
 """
 
+import contextlib
 import dataclasses
 import pathlib
-import signal
-import threading
 import time
 from typing import Any
 
@@ -18,12 +17,15 @@ import numpy as np
 from metamorph_jax import config as configs
 from metamorph_jax import sharding
 from metamorph_jax.config import ConfigError
-from metamorph_jax.train import checkpoint, optim
+from metamorph_jax.train import checkpoint, feed, optim
 from metamorph_jax.train import state as states
 from metamorph_jax.train import workdir as workdirs
-from metamorph_jax.train.metrics import Logger, flops_per_position, measure, peak_flops
+from metamorph_jax.train.goodput import Goodput
+from metamorph_jax.train.metrics import Logger, flops_per_step, measure
 from metamorph_jax.train.optim import OptimConfig
-from metamorph_jax.train.step import make_step
+from metamorph_jax.train.profile import Trace
+from metamorph_jax.train.step import Guard, make_step
+from metamorph_jax.train.trouble import BadStep, BadSteps, Pending, Preempted, Sigterm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,11 @@ class TrainConfig:
         seed: of new weights and of what is random in the loss.
         prepare_batches: batches that the recipe's `prepare` measures before the first step.
         mesh: axis -> size (`sharding.make_mesh`); -1 is "the rest".
+        lanes: streams that the batch is packed from (`feed`); each is read by one host if there are
+            at least as many as hosts. 0: as many as hosts when the run begins.
+        guard: what happens at bad steps.
         log_every, checkpoint_every, keep: steps between lines and checkpoints; checkpoints kept.
+        damaged_checkpoint: "stop", or "previous": go on from the newest that is whole.
         tensorboard: write TensorBoard files.
         compilation_cache: folder of compiled programs; "" for none.
     """
@@ -57,9 +63,12 @@ class TrainConfig:
     seed: int = 0
     prepare_batches: int = 0
     mesh: dict[str, int] = dataclasses.field(default_factory=lambda: {"fsdp": -1})
+    lanes: int = 0
+    guard: Guard = Guard()
     log_every: int = 10
     checkpoint_every: int = 500
     keep: int = 2
+    damaged_checkpoint: str = "stop"
     tensorboard: bool = True
     compilation_cache: str = "~/.cache/metamorph_jax/compiled"
 
@@ -70,25 +79,9 @@ class TrainConfig:
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} isn't a multiple of accumulate "
                              f"{self.accumulate}")  # fmt: skip
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or gradient was not finite; the state is that of the step before."""
-
-
-class Preempted(RuntimeError):
-    """SIGTERM came; a checkpoint was saved and the same command goes on from it."""
-
-
-@dataclasses.dataclass
-class _Pending:
-    """A step whose values are not read yet."""
-
-    step: int
-    report: Any
-    batch: Any
-    counted: dict[str, int]
-    wait: float
+        if self.damaged_checkpoint not in ("stop", "previous"):
+            raise ValueError(f"damaged_checkpoint {self.damaged_checkpoint!r} is none of stop, "
+                             "previous")  # fmt: skip
 
 
 def resolve(config) -> tuple[TrainConfig, Any, Any, dict]:
@@ -105,21 +98,26 @@ def resolve(config) -> tuple[TrainConfig, Any, Any, dict]:
     return cfg, recipe, model_cfg, resolved
 
 
-def train(config, workdir: str | pathlib.Path) -> dict[str, float]:
+def train(
+    config, workdir: str | pathlib.Path, profile: tuple[int, int] | None = None
+) -> dict[str, float]:
     """Trains a stage to its end, or goes on where an earlier call in the same workdir stopped.
 
     Args:
         config: ConfigDict or nested dict, see `TrainConfig`.
         workdir: gets checkpoints, metrics, the resolved config, and `final/`.
+        profile: (first, last) step of which a trace is written to workdir/profile.
 
     Returns:
         The values of the last line of metrics.
 
     Raises:
         ConfigError: the config is wrong, or the workdir belongs to another one.
-        NonFiniteError: see there.
+        CheckpointError: a checkpoint can't be read or written.
+        BadStep: a loss or gradient was not finite, or a loss a spike.
         Preempted: see there.
     """
+    began = time.time()
     cfg, recipe, model_cfg, resolved = resolve(config)
     workdir = pathlib.Path(workdir).expanduser()
 
@@ -131,31 +129,26 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, float]:
         mesh = sharding.make_mesh(cfg.mesh)
     except ValueError as error:
         raise ConfigError(f"config.mesh: {error}") from error
-    processes, host0 = jax.process_count(), jax.process_index() == 0
+    host0 = jax.process_index() == 0
     shards = np.prod([mesh.shape[axis] for axis in sharding.BATCH_AXES])
-    if (cfg.batch_size // cfg.accumulate) % shards or cfg.batch_size % processes:
+    if (cfg.batch_size // cfg.accumulate) % shards:
         raise ConfigError(
             f"config.batch_size {cfg.batch_size} in {cfg.accumulate} micro-batches doesn't divide "
-            f"over {shards} groups of devices on {processes} processes"
+            f"over {shards} groups of devices"
         )
     changes = workdirs.prepare(workdir, resolved, write=host0)
+    checkpoints = checkpoint.Checkpoints(workdir, cfg.keep)
+    resuming = checkpoints.latest is not None
 
     # ---- data
-    data = recipe.make_data(
-        cfg.data | {"batch_size": cfg.batch_size // processes},
-        model_cfg,
-        process_index=jax.process_index(),
-        process_count=processes,
-        workdir=workdir,
-    )
+    mine = feed.my_rows(mesh, cfg.batch_size)
+    data = _make_feed(cfg, recipe, model_cfg, workdir, mine, checkpoints.lanes)
     if hasattr(model_cfg, "sources") and not model_cfg.sources:
         model_cfg = dataclasses.replace(model_cfg, sources=tuple(data.sources))
 
     # ---- model and state
     clock = time.perf_counter()
-    checkpoints = checkpoint.Checkpoints(workdir, cfg.keep)
-    resuming = checkpoints.latest is not None
-    batches = [] if resuming else _peek(data, cfg.prepare_batches)
+    batches = [] if resuming else feed.peek(data, cfg.prepare_batches, mesh, cfg.batch_size)
 
     def fill(model):
         recipe.load_pretrained(model, model_cfg)
@@ -166,14 +159,20 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, float]:
         lambda rngs: recipe.create(model_cfg, rngs), cfg.stage, mesh, cfg.seed, fill
     )
     optim.check_multipliers(cfg.optim, set(parts.part_of.values()))
-    state = states.start(params, parts, mesh, cfg.seed, cfg.optim.ema_decay is not None)
+    has_ema, has_usual = cfg.optim.ema_decay is not None, bool(cfg.guard.spike)
+    state = states.start(
+        params, parts, mesh, cfg.seed, has_ema, has_usual, cfg.optim.momentum_dtype
+    )
     del params
     first = 0
     if resuming:
         fixed = checkpoint.fixed_leaves(parts, frozen)
-        state, fixed, data_state = checkpoints.restore(state, fixed)
+        state, fixed, data_states, said = checkpoints.restore(
+            state, fixed, cfg.damaged_checkpoint == "previous"
+        )
+        changes += said
         frozen |= fixed
-        data.set_state(data_state)
+        data.set_state(data_states)
         first = int(state.step)
 
     # ---- what is said
@@ -184,100 +183,141 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, float]:
         cfg.log_every,
         active=host0,
         tensorboard=cfg.tensorboard,
-        flops_per_position=flops_per_position(state.params, frozen),
-        peak=_peak(mesh),
+        devices=mesh.size,
+        goodput=Goodput(workdir, first, began, host0) if first < cfg.steps else None,
     )
     for line in _banner(cfg, parts, state, frozen, mesh, changes, first):
         logger.say(line)
+    if logger.peak is None:
+        logger.say(f"no peak FLOP/s is known of {mesh.devices.flat[0].device_kind}: no MFU")
     logger.say(f"model and data ready in {time.perf_counter() - clock:.1f} s")
+    trace = Trace(workdir, profile, first, logger.say)
 
     # ---- steps
     schedule = optim.make_schedule(cfg.optim, cfg.batch_size, cfg.steps)
-    step_fn = make_step(parts, cfg.optim, schedule, cfg.accumulate, mesh=mesh)
+    step_fn = make_step(parts, cfg.optim, schedule, cfg.accumulate, mesh=mesh, guard=cfg.guard)
+    bad = BadSteps(workdir, cfg.guard.on_bad == "skip", cfg.guard.most_in_a_row, data.sources)
     pending = None
 
-    def read(pending: _Pending) -> None:
+    def read(pending: Pending) -> bool:
+        """Whether the step was one: not if the data of all processes were at their end."""
         report = jax.device_get(pending.report)
-        if not report["finite"]:
-            raise NonFiniteError(_explain(pending, report, data.sources, workdir))
-        logger.step(pending.step, report, pending.counted, pending.wait)
+        if report["empty"]:
+            if not data.dry:
+                raise ConfigError(f"step {pending.step}: nothing in the batch has a target")
+            return False
+        skipped = bad.judge(pending, report)
+        if skipped:
+            logger.say(skipped)
+            logger.skip(pending.step, pending.counted, pending.wait)
+        else:
+            logger.step(pending.step, report, pending.counted, pending.wait)
+        return True
 
     def save(step: int) -> None:
         """`step` steps are done; the iterator stands behind their last batch."""
+        clock = time.perf_counter()
         checkpoints.save(step, state, checkpoint.fixed_leaves(parts, frozen), data.get_state())
+        logger.saved(step, time.perf_counter() - clock)
 
     try:
-        with jax.set_mesh(mesh), _Sigterm() as sigterm:
-            step, saved = first, first
+        with jax.set_mesh(mesh), Sigterm() as sigterm:
+            step, saved, ended = first, first, False
             while step < cfg.steps:
                 clock = time.perf_counter()
-                try:
-                    batch = next(data)
-                except StopIteration:
-                    logger.say(f"the data ended after {step} of {cfg.steps} steps")
+                batch = next(data, None)
+                if batch is None:
+                    ended = True
                     break
                 wait = time.perf_counter() - clock
-                state, report = step_fn(state, frozen, to_devices(batch, mesh))
+                batch_there = feed.to_devices(batch, mesh, cfg.batch_size)
+                if step == first and cfg.recipe in workdirs.RECIPES:
+                    model = parts.merge(*jax.eval_shape(lambda *x: x, state.params, frozen))
+                    logger.flops_per_step = flops_per_step(
+                        model, model_cfg, batch, cfg.batch_size, parts.names, mesh
+                    )
+                with trace.step(step + 1):
+                    state, report = step_fn(state, frozen, batch_there)
                 step += 1
-                if pending is not None:
-                    read(pending)
-                counted = {k: n * processes for k, n in measure(batch).items()}
-                pending = _Pending(step, report, batch, counted, wait)
+                trace.done(step, report)
+                if pending is not None and not read(pending):
+                    pending, ended = None, True
+                    break
+                counted = {k: n * cfg.batch_size // len(mine) for k, n in measure(batch).items()}
+                pending = Pending(step, report, batch, data.samples(), counted, wait)
                 if step == first + 1:
                     jax.block_until_ready(report)
                     logger.say(f"first step, compilation included: "
                                f"{time.perf_counter() - clock:.1f} s")  # fmt: skip
                     logger.restart_clock()
+                whole = checkpoints.check()
+                if whole is not None:
+                    logger.say(f"checkpoint {whole} is whole after {checkpoints.seconds:.1f} s")
                 stop = sigterm.received(step)
                 if stop or (step % cfg.checkpoint_every == 0 and step < cfg.steps):
-                    read(pending)  # a halted state must not be saved
+                    ended = not read(pending)  # a halted state must not be saved
                     pending = None
+                    if ended:
+                        break
                     save(step)
                     saved = step
                 if stop:
                     checkpoints.wait()
-                    raise Preempted(f"SIGTERM: stopped after step {step}, checkpoint saved")
+                    seconds = time.monotonic() - sigterm.since
+                    raise Preempted(
+                        f"SIGTERM: stopped after step {step}, checkpoint saved {seconds:.1f} s "
+                        "after the signal"
+                    )
             if pending is not None:
-                read(pending)
+                ended |= not read(pending)
+            if ended:
+                step = int(state.step)
+                logger.say(f"the data ended after {step} of {cfg.steps} steps")
             if saved < step:
                 save(step)
             checkpoints.wait()
             if saved < step or not (workdir / "final").is_dir():
                 folder = checkpoint.export(workdir, state, checkpoint.fixed_leaves(parts, frozen))
                 logger.say(f"{step} steps done; weights in {folder}")
-    finally:
+            if logger.goodput:
+                logger.say(logger.goodput.summary())
+    except (Exception, KeyboardInterrupt) as error:
+        # Other processes may be gone, and then a save that waits for them never ends.
+        if jax.process_count() == 1 or isinstance(error, BadStep | Preempted):
+            with contextlib.suppress(checkpoint.CheckpointError):
+                checkpoints.close()
+        raise
+    else:
         checkpoints.close()
+    finally:
+        trace.close()
         logger.close()
-        if hasattr(data, "close"):
-            data.close()
+        data.close()
     return logger.last
 
 
-def to_devices(batch, mesh):
-    """A batch of this process's rows (numpy) as arrays over all devices."""
-    where = sharding.batch_sharding(mesh)
-    one = lambda x: jax.make_array_from_process_local_data(where, np.asarray(x))  # noqa: E731
-    return jax.tree.map(one, batch)
+def _make_feed(cfg: TrainConfig, recipe, model_cfg, workdir, mine, lanes: int | None) -> feed.Feed:
+    """The batches; `lanes` as the run's checkpoints say, if there are any."""
+    if lanes and cfg.lanes and lanes != cfg.lanes:
+        raise ConfigError(f"config.lanes is {cfg.lanes}, this run has {lanes}")
+    lanes = lanes or cfg.lanes or cfg.batch_size // len(mine)
+    here = max(lanes * len(mine) // cfg.batch_size, 1)
+    table = dict(cfg.data)
+    if table.get("workers"):  # processes on this host, over all lanes
+        table["workers"] = max(table["workers"] // here, 1)
 
+    def make(lane: int, lanes: int, rows: int):
+        where = {"process_index": lane, "process_count": lanes, "workdir": workdir}
+        return recipe.make_data(table | {"batch_size": rows}, model_cfg, **where)
 
-def _peek(data, n: int) -> list:
-    """The first n batches with the rows of all processes, without moving the iterator."""
-    if not n:
-        return []
-    before = data.get_state()
-    batches = [next(data) for _ in range(n)]
-    data.set_state(before)
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
+    if jax.process_count() == 1 or not hasattr(recipe, "fill_caches"):
+        return feed.Feed(make, lanes, cfg.batch_size, mine)
+    from jax.experimental import multihost_utils
 
-        batches = multihost_utils.process_allgather(batches, tiled=True)
-    return batches
-
-
-def _peak(mesh) -> float | None:
-    device = mesh.devices.flat[0]
-    peak = peak_flops(device.device_kind)
-    return None if peak is None else peak * mesh.size
+    if jax.process_index() == 0:
+        recipe.fill_caches(table | {"batch_size": cfg.batch_size // lanes}, model_cfg)
+    multihost_utils.sync_global_devices("caches are filled")
+    return feed.Feed(make, lanes, cfg.batch_size, mine)
 
 
 def _banner(cfg, parts, state, frozen, mesh, changes, first):
@@ -297,45 +337,3 @@ def _banner(cfg, parts, state, frozen, mesh, changes, first):
         yield f"changed since the run began: {change}"
     if first:
         yield f"going on after step {first}"
-
-
-def _explain(pending: _Pending, report, sources: list[str], workdir: pathlib.Path) -> str:
-    """Says which losses of which data sources were not finite, and keeps the batch."""
-    file = workdir / f"nonfinite_step_{pending.step}_process_{jax.process_index()}.npz"
-    arrays = {k: v for k, v in vars(pending.batch).items() if v is not None and k != "pixels"}
-    np.savez_compressed(file, **arrays)
-    wrong = [k for k, v in report["sums"].items() if not np.isfinite(v)]
-    named = [k for k, (n, _) in report["metrics"].items() if "/" in k and not np.isfinite(n)]
-    blamed = sorted({s for s in sources for k in named if s in k.split("/")[1:]})
-    if not blamed and hasattr(pending.batch, "sources"):
-        there = np.unique(np.asarray(pending.batch.sources)[np.asarray(pending.batch.segments) > 0])
-        blamed = [sources[i] for i in there if i < len(sources)]
-    what = f"losses {', '.join(wrong)}" if wrong else "gradients (all losses are finite)"
-    return (
-        f"step {pending.step}: not finite: {what}; data source: {', '.join(blamed) or 'unknown'}; "
-        f"gradient norm {float(report['grad_norm'])}. Nothing was applied since step "
-        f"{pending.step - 1}. The batch is in {file}"
-    )
-
-
-class _Sigterm:
-    """Notices SIGTERM, and agrees on it with the other processes."""
-
-    def __enter__(self):
-        self._came = threading.Event()
-        self._alone = jax.process_count() == 1
-        self._before = None
-        if self._alone and threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, lambda *_: self._came.set())
-        return self
-
-    def received(self, step: int) -> bool:
-        if self._alone:
-            return self._came.is_set()
-        from jax.experimental import multihost_utils  # its service has a handler of its own
-
-        return multihost_utils.reached_preemption_sync_point(step)
-
-    def __exit__(self, *_):
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)

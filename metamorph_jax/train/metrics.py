@@ -12,25 +12,11 @@ import sys
 import time
 from collections.abc import Mapping
 
+import jax
 import numpy as np
 
-# Peak bfloat16 FLOP/s of one device as JAX counts them, by the start of its `device_kind`.
-PEAKS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6": 918e12,
-    "TPU7x": 1153e12,  # a chip shows two devices
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA A100": 312e12,
-}
-
-
-def peak_flops(kind: str) -> float | None:
-    return next((peak for name, peak in PEAKS.items() if kind.startswith(name)), None)
+from metamorph_jax import chips
+from metamorph_jax.train.goodput import Goodput
 
 
 def measure(batch) -> dict[str, int]:
@@ -42,26 +28,39 @@ def measure(batch) -> dict[str, int]:
     return {"positions": 0, "pictures": rows}
 
 
-def flops_per_position(params: Mapping, frozen: Mapping) -> float:
-    """Estimated FLOPs of a training step per position, from the sizes of matrices alone.
+def flops_per_step(model, model_cfg, batch, rows: int, trained, mesh) -> float:
+    """Model FLOPs of one training step over all devices, counted as `metamorph plan` counts them.
 
-    6 per trained and 4 per frozen weight (its own gradient is not made). Tables that are only
-    looked up, towers and autoencoders aren't counted, nor is attention; output tables count as if
-    they were applied everywhere.
+    Args:
+        model: its leaves may be ShapeDtypeStructs.
+        model_cfg: the recipe's.
+        batch: of any number of rows; padding counts.
+        rows: of the whole batch.
+        trained: names of the trained leaves.
+        mesh: of the run.
+
+    Returns:
+        0.0 for models that aren't counted.
     """
+    from types import SimpleNamespace
 
-    def size(leaves):
-        skip = ("tower.", "vae.")
-        return sum(
-            math.prod(x.shape)
-            for name, x in leaves.items()
-            if len(x.shape) > 1 and not name.startswith(skip) and not name.endswith("added")
-        )
+    from metamorph_jax.plan import flops
 
-    untied = any(".lm_head." in n for n in (*params, *frozen))
-    tables = lambda d: {n: x for n, x in d.items() if n.endswith("embed_tokens.embedding")}  # noqa: E731
-    total = 6 * size(params) + 4 * size(frozen)
-    return total - (6 * size(tables(params)) + 4 * size(tables(frozen)) if untied else 0)
+    whole = lambda x: jax.ShapeDtypeStruct((rows, *np.shape(x)[1:]), x.dtype)  # noqa: E731
+    batch = jax.tree.map(whole, batch)
+    tokens = getattr(batch, "tokens", None)
+    program = SimpleNamespace(
+        model=model, model_cfg=model_cfg, batch=batch, mesh=mesh, training=True,
+        trained_names=frozenset(trained), positions=0 if tokens is None else tokens.size, rows=rows,
+    )  # fmt: skip
+    return flops.count(program).model
+
+
+def memory_peak() -> float | None:
+    """GiB of the fullest device of this process at its fullest; None where it isn't counted."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
+    return max(peaks) / 2**30 if peaks else None
 
 
 def values_of(report: Mapping) -> dict[str, tuple[float, float]]:
@@ -86,8 +85,8 @@ class Logger:
         every: steps between two lines.
         active: False on all processes but the first.
         tensorboard: write its files, too.
-        flops_per_position: for the FLOP/s estimate; 0 for none.
-        peak: FLOP/s of all devices together, or None.
+        devices: of the run, over all processes.
+        goodput: the account of the run's time.
     """
 
     def __init__(
@@ -98,12 +97,18 @@ class Logger:
         every: int = 10,
         active: bool = True,
         tensorboard: bool = True,
-        flops_per_position: float = 0.0,
-        peak: float | None = None,
+        devices: int = 1,
+        goodput: Goodput | None = None,
     ):
         self.steps, self.first, self.every, self.active = steps, first, every, active
-        self.flops_per_position, self.peak = flops_per_position, peak
+        self.goodput = goodput
+        self.flops_per_step = 0.0  # of the model, set when the first batch is there
+        chip = chips.find(jax.devices()[0].device_kind)
+        self.chips = devices / (chip.devices if chip else 1)
+        self.peak = chip.flops * self.chips if chip else None  # FLOP/s of all chips
         self.last: dict[str, float] = {}
+        self._first_wait = False
+        self.skipped = 0  # bad steps so far, of this process's life
         self._file = self._board = self._bar = None
         self._clear()
         if not active:
@@ -124,12 +129,23 @@ class Logger:
     def _clear(self) -> None:
         self._sums: dict[str, np.ndarray] = {}
         self._counts = {"positions": 0, "pictures": 0, "steps": 0}
-        self._wait = 0.0
+        self._wait = self._saving = 0.0
+        self._untimed = 0  # steps of this window that were done before its clock began
         self._since = time.perf_counter()
 
     def restart_clock(self) -> None:
-        """Leaves out the time since the last line (compilation, a checkpoint)."""
-        self._since, self._wait = time.perf_counter(), 0.0
+        """Leaves out the time since the last line: start-up and compilation."""
+        self._since, self._wait, self._untimed = time.perf_counter(), 0.0, 1
+        self._first_wait = True  # the first step's, which is read later
+        if self.goodput:
+            self.goodput.ready()
+
+    def saved(self, step: int, seconds: float) -> None:
+        """Leaves out a checkpoint after `step` that stopped the loop for so long."""
+        self._since += seconds
+        self._saving += seconds
+        if self.goodput:
+            self.goodput.saved(step, seconds)
 
     def say(self, text: str) -> None:
         """A line on the console, of the first process."""
@@ -153,10 +169,22 @@ class Logger:
         """
         for name, pair in values_of(report).items():
             self._sums[name] = self._sums.get(name, 0.0) + np.array(pair, np.float64)
+        return self._count(step, counted, wait)
+
+    def skip(self, step: int, counted: Mapping[str, int], wait: float) -> dict[str, float] | None:
+        """`step` for one that changed nothing and whose values count for nothing."""
+        self.skipped += 1
+        return self._count(step, counted, wait)
+
+    def _count(self, step, counted, wait):
         for name, n in counted.items():
             self._counts[name] += n
         self._counts["steps"] += 1
+        if self._first_wait:
+            wait, self._first_wait = 0.0, False
         self._wait += wait
+        if self.goodput:
+            self.goodput.step(wait)
         if self._bar is not None:
             self._bar.update()
         if step % self.every and step != self.steps:
@@ -169,16 +197,29 @@ class Logger:
     def _line(self, step: int) -> dict[str, float]:
         line = {name: n / d for name, (n, d) in self._sums.items() if d > 0}
         seconds, steps = time.perf_counter() - self._since, self._counts["steps"]
-        line["seconds_per_step"] = seconds / steps
-        line["positions_per_second"] = self._counts["positions"] / seconds
-        line["pictures_per_second"] = self._counts["pictures"] / seconds
+        timed = max(steps - self._untimed, 1)
+        line["seconds_per_step"] = seconds / timed
+        line["positions_per_second"] = self._counts["positions"] / steps * timed / seconds
+        line["pictures_per_second"] = self._counts["pictures"] / steps * timed / seconds
         line["data_wait"] = min(self._wait / seconds, 1.0)
-        line["seconds_left"] = (self.steps - step) * seconds / steps
-        if self.flops_per_position and self._counts["positions"]:
-            speed = self.flops_per_position * line["positions_per_second"]
-            line["tflops_estimate"] = speed / 1e12
+        line["seconds_left"] = (self.steps - step) * seconds / timed
+        if self.skipped:
+            line["skipped_steps"] = self.skipped
+        if self._counts["positions"]:
+            line["positions_per_second_per_chip"] = line["positions_per_second"] / self.chips
+        if self.flops_per_step:
+            speed = self.flops_per_step / line["seconds_per_step"]
+            line["tflops_per_second_per_chip"] = speed / self.chips / 1e12
             if self.peak:
-                line["mfu_estimate"] = speed / self.peak
+                line["mfu"] = speed / self.peak
+        if self._saving:
+            line["checkpoint_seconds"] = self._saving
+        peak = memory_peak()
+        if peak is not None:
+            line["hbm_peak_gib"] = peak
+        if self.goodput:
+            line["goodput"] = self.goodput.share()
+            line["restarts"] = self.goodput.restarts
         return line
 
     def _write(self, step: int, line: dict[str, float]) -> None:
@@ -202,21 +243,27 @@ def format_line(step: int, steps: int, line: Mapping[str, float]) -> str:
     """The console line."""
     left = int(line["seconds_left"])
     pieces = [f"step {step}/{steps}", f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"]
-    timing = ("seconds_per_step", "seconds_left", "data_wait", "learning_rate")
+    apart = ("learning_rate", "data_wait", "mfu", "hbm_peak_gib", "goodput", "restarts")
     for name, value in line.items():
-        if name in timing or name.endswith("_per_second") or name.endswith("_estimate"):
+        if name in apart or "seconds" in name or "per_second" in name:
             continue
         pieces.append(f"{name} {value:.4g}")
-    pieces.append(f"lr {line['learning_rate']:.3g}")
+    if "learning_rate" in line:
+        pieces.append(f"lr {line['learning_rate']:.3g}")
     pieces.append(f"{line['seconds_per_step']:.3g} s/step")
-    if line["positions_per_second"]:
-        pieces.append(f"{line['positions_per_second']:.0f} positions/s")
+    if "positions_per_second_per_chip" in line:
+        pieces.append(f"{line['positions_per_second_per_chip']:.4g} tokens/s/chip")
     pieces.append(f"{line['pictures_per_second']:.3g} pictures/s")
+    if "mfu" in line:
+        pieces.append(f"MFU {line['mfu']:.1%}")
+    elif "tflops_per_second_per_chip" in line:
+        pieces.append(f"{line['tflops_per_second_per_chip']:.3g} TFLOP/s/chip")
     pieces.append(f"data wait {line['data_wait']:.0%}")
-    if "tflops_estimate" in line:
-        pieces.append(f"~{line['tflops_estimate']:.3g} TFLOP/s")
-    if "mfu_estimate" in line:
-        pieces.append(f"MFU ~{line['mfu_estimate']:.1%}")
+    if "hbm_peak_gib" in line:
+        pieces.append(f"HBM peak {line['hbm_peak_gib']:.2f} GiB")
+    if "goodput" in line:
+        restarts = f", {line['restarts']:.0f} restarts" if line["restarts"] else ""
+        pieces.append(f"goodput {line['goodput']:.0%}{restarts}")
     return "  ".join(pieces)
 
 

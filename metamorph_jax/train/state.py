@@ -31,7 +31,8 @@ class TrainState:
         ema: moving average of `params`, or None.
         step: int32[] steps done.
         key: key data of the run's random numbers; a step folds its number into it.
-        halted: bool[] gradients were not finite; from then on steps change nothing.
+        halted: bool[] a step was bad; from then on steps change nothing.
+        usual: float32[3] what losses are usual (`step.Guard`), or None if no one asks.
     """
 
     params: Params
@@ -40,6 +41,7 @@ class TrainState:
     step: jax.Array
     key: jax.Array
     halted: jax.Array
+    usual: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +142,7 @@ def create(
     rest = dict(zip(parts.frozen_names, frozen, strict=True))
     if fill is not None:
         model = parts.merge(params, rest)
+        del trained, frozen, params, rest  # a loaded weight takes the room of its random one
         fill(model)
         _, params, rest = split(model, stage, mesh)
         params, rest = place(params, parts), place(rest, parts)
@@ -161,23 +164,33 @@ def place(values: Params, parts: Parts) -> Params:
     return {name: one(name, x) for name, x in values.items()}
 
 
-def shardings(parts: Parts, mesh: Mesh, ema: bool) -> TrainState:
+def shardings(parts: Parts, mesh: Mesh, ema: bool, usual: bool = False) -> TrainState:
     """Where the state lies: moments and average where their parameters do."""
     where = {n: parts.shardings[n] for n in parts.names}
     everywhere = sharding.replicated(mesh)
     moments = Moments(where, where)
-    return TrainState(where, moments, where if ema else None, *3 * (everywhere,))
+    average, losses = where if ema else None, everywhere if usual else None
+    return TrainState(where, moments, average, *3 * (everywhere,), losses)
 
 
-def start(params: Params, parts: Parts, mesh: Mesh, seed: int, ema: bool) -> TrainState:
+def start(
+    params: Params,
+    parts: Parts,
+    mesh: Mesh,
+    seed: int,
+    ema: bool,
+    usual: bool = False,
+    momentum_dtype: str = "float32",
+) -> TrainState:
     """The state before the first step."""
 
     def make(params):
         average = jax.tree.map(jnp.copy, params) if ema else None  # a step gives both away
         key = jax.random.key_data(jax.random.key(seed + 1))
         zero, false = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
-        return TrainState({}, optim.init(params), average, zero, key, false)
+        losses = jnp.zeros(3) if usual else None
+        return TrainState({}, optim.init(params, momentum_dtype), average, zero, key, false, losses)
 
-    where = dataclasses.replace(shardings(parts, mesh, ema), params={})
+    where = dataclasses.replace(shardings(parts, mesh, ema, usual), params={})
     made = jax.jit(make, out_shardings=where)(params)
     return dataclasses.replace(made, params=params)

@@ -4,6 +4,7 @@ The loss is   sum_k coef_k * sum_k(all micro-batches, all devices) / count_k(the
 so every supervised position weighs the same, however the batch is cut.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -17,6 +18,39 @@ from metamorph_jax.train.optim import OptimConfig, Params
 from metamorph_jax.train.state import Parts, TrainState
 
 
+@dataclasses.dataclass(frozen=True)
+class Guard:
+    """What makes a step bad, and what then happens. A bad step changes no parameter.
+
+    Attributes:
+        on_bad: "stop", or "skip": leave the batch out, write down which samples it held, go on.
+        most_in_a_row: bad steps one after another that end the run even so.
+        spike: a loss is bad if it is this many deviations above its running mean; 0: never. (The
+            deviation is the running mean of |loss - mean|, and at least 1 % of the mean.)
+        spike_after: steps before that is asked for the first time.
+    """
+
+    on_bad: str = "stop"
+    most_in_a_row: int = 10
+    spike: float = 0.0
+    spike_after: int = 100
+
+    def __post_init__(self):
+        if self.on_bad not in ("stop", "skip"):
+            raise ValueError(f"on_bad {self.on_bad!r} is none of stop, skip")
+
+
+_FORGET = 0.02  # weight of the newest loss in the running mean
+
+
+def _usual(usual: jax.Array, loss: jax.Array) -> jax.Array:
+    """float32[3] (running mean, running deviation, losses in them) with one more loss."""
+    mean, deviation, n = usual
+    weight = jnp.maximum(1 / (n + 1), _FORGET)
+    off = loss - mean
+    return jnp.stack([mean + weight * off, deviation + weight * (jnp.abs(off) - deviation), n + 1])
+
+
 def make_step(
     parts: Parts,
     cfg: OptimConfig,
@@ -24,6 +58,7 @@ def make_step(
     accumulate: int = 1,
     *,
     mesh: Mesh,
+    guard: Guard | None = None,
 ) -> Callable:
     """The compiled step: (state, frozen, batch) -> (state, report). The old state is given away.
 
@@ -34,11 +69,16 @@ def make_step(
         accumulate: micro-batches that a batch is cut into.
         mesh: where all of it lies. The new state lies where the old one did: left to itself the
             compiler may move a leaf, and then the next step compiles anew.
+        guard: what happens to bad steps; default: stop at what is not finite.
 
     The report, small arrays that lie on every device:
         sums, counts: of each loss; metrics: name -> (numerator, denominator);
-        loss: the total; grad_norm; norms: part -> gradient norm; rate; finite: bool.
+        loss: the total; grad_norm; norms: part -> gradient norm; rate; finite: bool;
+        spike: bool; usual: float32[3], see `Guard`; empty: bool, nothing in the batch has a target.
+
+    A batch without any target changes nothing, and does not count as a step.
     """
+    guard = guard or Guard()
 
     def total_loss(params, frozen, batch, key, counts):
         model = parts.merge(params, frozen)
@@ -73,7 +113,18 @@ def make_step(
         norm = jnp.sqrt(sum(squares.values()))
         loss = sum(parts.loss_coefs[k] * s / at_least_one[k] for k, s in sums.items())
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-        apply = finite & ~state.halted
+        empty = sum(counts.values()) == 0
+        spike, usual = jnp.zeros((), bool), state.usual
+        if guard.spike:
+            mean, deviation, n = usual
+            limit = guard.spike * jnp.maximum(deviation, 0.01 * jnp.abs(mean))
+            spike = finite & (n >= guard.spike_after) & (loss > mean + limit)
+        good = finite & ~spike
+        apply = good & ~empty & ~state.halted
+        if guard.on_bad == "stop":
+            halted, done = state.halted | ~good, apply
+        else:
+            halted, done = state.halted, ~empty
         rate = jnp.asarray(schedule(state.step), jnp.float32)
         params, moments, ema = optim.update(
             cfg,
@@ -91,9 +142,10 @@ def make_step(
             params,
             moments,
             ema,
-            state.step + apply.astype(jnp.int32),
+            state.step + done.astype(jnp.int32),
             state.key,
-            state.halted | ~finite,
+            halted,
+            jnp.where(apply, _usual(usual, loss), usual) if guard.spike else usual,
         )
         report = {
             "loss": loss,
@@ -104,13 +156,14 @@ def make_step(
             "norms": {part: jnp.sqrt(s) for part, s in squares.items()},
             "rate": rate,
             "finite": finite,
+            "spike": spike,
+            "usual": jnp.zeros(3) if usual is None else usual,
+            "empty": empty,
         }
         return new, report
 
-    where = states.shardings(parts, mesh, cfg.ema_decay is not None)
-    return jax.jit(
-        step, donate_argnums=(0,), out_shardings=(where, sharding.replicated(mesh))
-    )
+    where = states.shardings(parts, mesh, cfg.ema_decay is not None, bool(guard.spike))
+    return jax.jit(step, donate_argnums=(0,), out_shardings=(where, sharding.replicated(mesh)))
 
 
 def cut(batch, n: int):
