@@ -239,7 +239,7 @@ def train(
                 with trace.step(step + 1):
                     state, report = step_fn(state, frozen, batch_there)
                 step += 1
-                trace.done(step, report)
+                logger.pause(trace.done(step, report))
                 if pending is not None and not read(pending):
                     pending, ended = None, True
                     break

@@ -140,6 +140,12 @@ class Logger:
         if self.goodput:
             self.goodput.ready()
 
+    def pause(self, seconds: float) -> None:
+        """Leaves out so long that went into other things than training."""
+        self._since += seconds
+        if self.goodput:
+            self.goodput.pause(seconds)
+
     def saved(self, step: int, seconds: float) -> None:
         """Leaves out a checkpoint after `step` that stopped the loop for so long."""
         self._since += seconds
