@@ -225,7 +225,7 @@ class Logger:
             line["hbm_peak_gib"] = peak
         if self.goodput:
             line["goodput"] = self.goodput.share()
-            line["restarts"] = self.goodput.restarts
+            line["goodput_restarts"] = self.goodput.restarts
         return line
 
     def _write(self, step: int, line: dict[str, float]) -> None:
@@ -249,7 +249,7 @@ def format_line(step: int, steps: int, line: Mapping[str, float]) -> str:
     """The console line."""
     left = int(line["seconds_left"])
     pieces = [f"step {step}/{steps}", f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"]
-    apart = ("learning_rate", "data_wait", "mfu", "hbm_peak_gib", "goodput", "restarts")
+    apart = ("learning_rate", "data_wait", "mfu", "hbm_peak_gib", "goodput", "goodput_restarts")
     for name, value in line.items():
         if name in apart or "seconds" in name or "per_second" in name:
             continue
@@ -268,7 +268,7 @@ def format_line(step: int, steps: int, line: Mapping[str, float]) -> str:
     if "hbm_peak_gib" in line:
         pieces.append(f"HBM peak {line['hbm_peak_gib']:.2f} GiB")
     if "goodput" in line:
-        restarts = f", {line['restarts']:.0f} restarts" if line["restarts"] else ""
+        restarts = f", {line['goodput_restarts']:.0f} restarts" if line["goodput_restarts"] else ""
         pieces.append(f"goodput {line['goodput']:.0%}{restarts}")
     return "  ".join(pieces)
 
