@@ -32,7 +32,7 @@ PLANS = {
     "vpit-8b-v6e-64": (f"{VPIT}:8b", "v6e-64", 2, {}),
     "vpit-8b-v5p-64": (f"{VPIT}:8b", "v5p-64", 4, {}),
     "vpit-70b-v5p-256": (f"{VPIT}:70b", "v5p-256", 2, {}),
-    "decoder-sd15-v5e-16": (f"{DECODER}:8b", "v5e-16", 4, {}),
+    "decoder-sd15-v5e-16": (f"{DECODER}:8b", "v5e-16", 132, {}),
     "connector-8b-h100-8": (f"{CONNECTOR}:8b", "h100:8", 1, {}),
     "vpit-8b-h100-8": (f"{VPIT}:8b", "h100:8", 1, {}),
     "vpit-smoke-v5e-8": (f"{VPIT}:smoke", "v5e-8", 2, {}),

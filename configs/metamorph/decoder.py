@@ -33,7 +33,7 @@ def get_config(arg: str = "quickstart") -> ConfigDict:
             seed=0,
             steps=12000,
             batch_size=2112,
-            accumulate=1,
+            accumulate=1 if arg in ("smoke", "quickstart") else 33,  # 64 pictures at a time
             model=MODELS[arg](),
             data=DATA[arg](),
             optim=dict(
@@ -46,6 +46,7 @@ def get_config(arg: str = "quickstart") -> ConfigDict:
                 weight_decay=0.01,
                 clip_norm=None,
                 multipliers={},
+                momentum_dtype="float32",
                 ema_decay=None,
             ),
             prepare_batches=0,
@@ -82,7 +83,10 @@ def _vision(arg):
     else:
         tower, options, tokens = "siglip-so400m-384", {}, 64
         weights = "hf:google/siglip-so400m-patch14-384"
-    return dict(tower=tower, tower_options=options, tower_weights=weights, image_tokens=tokens)
+    dtype = "float32" if arg in ("smoke", "quickstart") else "bfloat16"
+    return dict(
+        tower=tower, tower_options=options, tower_weights=weights, image_tokens=tokens, dtype=dtype
+    )
 
 
 def _pixels(features, tokens, side, patch, width, depth, heads):
@@ -132,6 +136,8 @@ def _model(arg, decoder, sd_weights="random", with_tower=False):
 def _stable_diffusion():
     return dict(
         projector=dict(mode="mlp", input_dim=1152, hidden_dim=2048, output_dim=768, num_layers=2),
+        denoiser=dict(dtype="bfloat16"),
+        vae=dict(dtype="bfloat16"),
         context_length=77,
         drop_context=0.7,
         noise_offset=0.0,

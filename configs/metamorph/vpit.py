@@ -16,6 +16,7 @@ one tower are alike, so a cosine that only repeats their mean is no skill: the l
 | 1b | Llama-3.2-1B, SigLIP SO400M at 384 | 16 chips of 16 GB | - |
 | 8b | Llama-3.1-8B-Instruct, SigLIP SO400M, | 128 chips of 16 GB, or | MMBench 75.2, COCO |
 | | 64 tokens a picture, length 4096 | 64 GPUs of 80 GB | FID 11.8 (the paper) |
+| 70b | Llama-3.1-70B-Instruct, the same tower | 128 chips of 95 GB | - |
 
 `1b` and `8b` have the published settings: 6.93e-5 for 1536 samples, scaled by the square root of
 the batch, warm-up 3 %, cosine to 0, no weight decay. Rows are packed, so that a batch of 256 rows
@@ -27,7 +28,7 @@ Point `config.data.sources` at your own files: `--config.data.sources.main.path=
 
 from ml_collections import ConfigDict
 
-SIZES = ("smoke", "quickstart", "1b", "8b")
+SIZES = ("smoke", "quickstart", "1b", "8b", "70b")
 
 
 def get_config(arg: str = "quickstart") -> ConfigDict:
@@ -52,6 +53,7 @@ def get_config(arg: str = "quickstart") -> ConfigDict:
                 weight_decay=0.0,
                 clip_norm=1.0,
                 multipliers={},
+                momentum_dtype="float32",
             ),
             prepare_batches=0,
             mesh=dict(slice=1, data=1, fsdp=-1, tensor=1, context=1),
@@ -189,10 +191,12 @@ MODELS = {
     "quickstart": _quickstart_model,
     "1b": lambda: _large_model("llama3.2-1b", "hf:meta-llama/Llama-3.2-1B-Instruct"),
     "8b": lambda: _large_model("llama3.1-8b", "hf:meta-llama/Llama-3.1-8B-Instruct"),
+    "70b": lambda: _large_model("llama3.1-70b", "hf:meta-llama/Llama-3.1-70B-Instruct"),
 }
 DATA = {
     "smoke": _quickstart_data,
     "quickstart": _quickstart_data,
     "1b": _large_data,
     "8b": _large_data,
+    "70b": _large_data,
 }

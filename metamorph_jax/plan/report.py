@@ -8,6 +8,7 @@ once. Bytes between slices count as if they went over the chips' own links.
 
 import math
 import re
+from importlib import metadata
 
 import jax
 
@@ -42,6 +43,7 @@ def make(program: Program, compiled: Compiled, flops: Flops, topology: Topology,
         "flops_by_part": flops.by_part,
         "recomputed_flops": flops.again,
         "compile_seconds": round(compiled.seconds, 1),
+        "versions": {"jax": jax.__version__, **_compiler(topology)},
     }
     if compiled.error:
         return plan | {"fits": False, "out_of_memory": explain(compiled.error, plan)}
@@ -80,6 +82,14 @@ def make(program: Program, compiled: Compiled, flops: Flops, topology: Topology,
         "rows_per_second": program.rows / step,
         "tokens_per_second_per_chip": program.positions / step / devices * chip.per_chip,
     }
+
+
+def _compiler(topology: Topology) -> dict[str, str]:
+    package = "jax-cuda12-plugin" if topology.kind == "h100" else "libtpu"
+    try:
+        return {package: metadata.version(package)}
+    except metadata.PackageNotFoundError:
+        return {}
 
 
 def remat_of(program: Program) -> str:

@@ -10,6 +10,7 @@ from flax import nnx
 
 from metamorph_jax.nn import attention
 from metamorph_jax.nn.linear import flat_dot_general
+from metamorph_jax.sharding import constrain
 
 zeros = nnx.initializers.zeros_init()
 
@@ -85,6 +86,11 @@ class Nothing(nnx.Module):
     """Keeps a place in a list where the published model has a part without weights."""
 
 
+def over_batch(x):
+    """Feature maps lie over the mesh by their rows; weights come to them, not they to weights."""
+    return constrain(x, "act_batch", *(x.ndim - 1) * (None,))
+
+
 def attend(q, k, v, heads: int):
     """Softmax attention without mask: float[B, L, D] of q [B, L, D] and k, v [B, S, D]."""
     B, L, D = q.shape
@@ -113,7 +119,7 @@ class ResnetBlock2D(nnx.Module):
         y = self.conv2(nnx.silu(self.norm2(y)))
         if hasattr(self, "conv_shortcut"):
             x = self.conv_shortcut(x)
-        return x + y
+        return over_batch(x + y)
 
 
 class Downsample2D(nnx.Module):

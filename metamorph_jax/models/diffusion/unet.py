@@ -25,6 +25,7 @@ from metamorph_jax.models.diffusion.blocks import (
     attend,
     conv,
     linear,
+    over_batch,
 )
 
 _CROSS_DOWN = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
@@ -208,7 +209,7 @@ class Transformer2DModel(nnx.Module):
         y = self.proj_in(self.norm(x)).reshape(B, h * w, C)
         for block in self.transformer_blocks:
             y = block(y, context)
-        return x + self.proj_out(y.reshape(B, h, w, C))
+        return over_batch(x + self.proj_out(y.reshape(B, h, w, C)))
 
 
 class DownBlock(nnx.Module):

@@ -1,0 +1,46 @@
+import pytest
+
+from metamorph_jax.plan import chips
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "devices"),
+    [
+        ("v5e:8x8", "v5e:8x8", 64),
+        ("V5E-64", "v5e:8x8", 64),
+        ("v5p-64", "v5p:2x4x4", 32),  # counts cores, two on a chip
+        ("tpu7x:2x2x2", "tpu7x:2x2x2", 16),  # two devices on a chip
+        ("h100:8", "h100:8", 8),
+    ],
+)
+def test_names(text, name, devices):
+    found = chips.parse(text)
+    assert (str(found), found.devices) == (name, devices)
+
+
+def test_slices():
+    found = chips.parse("v5e:8x8", 4)
+    assert (str(found), found.devices) == ("4x v5e:8x8", 256)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("v9:8", "chips are v4, v5e"),
+        ("v5e-63", "known names are v5e-4"),
+        ("v5p:8x8", "written as in v5p:2x4x4"),
+        ("h100:8x8", "written as in h100:8"),
+        ("", "chips are"),
+    ],
+)
+def test_wrong_names(text, message):
+    with pytest.raises(chips.TopologyError, match=message):
+        chips.parse(text)
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+    monkeypatch.setattr(chips, "_installed", lambda package: False)
+    with pytest.raises(chips.TopologyError, match=r"pip install 'metamorph-jax\[plan\]'"):
+        chips.devices(chips.parse("v5e:2x2"))
+    with pytest.raises(chips.TopologyError, match=r"pip install 'metamorph-jax\[cuda-plan\]'"):
+        chips.devices(chips.parse("h100:8"))

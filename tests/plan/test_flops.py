@@ -1,0 +1,73 @@
+"""Counts against sums done by hand."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from metamorph_jax.models.llm import llama
+from metamorph_jax.plan import flops
+from metamorph_jax.types import Batch
+
+
+def program(remat="none", trained=("llm.layers.x", "llm.lm_head.kernel"), devices=1):
+    cfg = llama.LlamaConfig(100, 8, 16, 3, 4, 2, 2, remat=remat)
+    line = jax.ShapeDtypeStruct((2, 10), jnp.int32)
+    model = types.SimpleNamespace(llm=types.SimpleNamespace(cfg=cfg))
+    return types.SimpleNamespace(
+        model=model, positions=20, training=True, trained_names=frozenset(trained),
+        batch=Batch(*4 * (line,), None, None, None, None),
+        mesh=types.SimpleNamespace(size=devices),
+    )  # fmt: skip
+
+
+LAYER = 8 * (4 + 2 * 2) * 2 + 4 * 2 * 8 + 3 * 8 * 16  # weights of a layer's products
+PAIRS = 4 * 8 * 3 * 20 * 10 / 2  # 4 per channel, 3 layers, half of 20 x 10 pairs
+
+
+def test_all_trained():
+    found = flops.count(program())
+    assert found.by_part["llm"] == 6 * LAYER * 3 * 20 + 3 * PAIRS
+    assert found.by_part["head table"] == 6 * 8 * 100 * 20
+    assert found.again == 0
+
+
+def test_a_frozen_model_still_passes_gradients_on():
+    found = flops.count(program(trained=("connector.x",)))
+    assert found.by_part["llm"] == 4 * LAYER * 3 * 20 + 3 * PAIRS
+    assert found.by_part["head table"] == 4 * 8 * 100 * 20
+
+
+@pytest.mark.parametrize(
+    ("remat", "again"),
+    [
+        ("dots", PAIRS),
+        ("attention", 2 * LAYER * 3 * 20),
+        ("full", 2 * LAYER * 3 * 20 + PAIRS),
+        ("offload", 2 * LAYER * 3 * 20 + PAIRS),
+    ],
+)
+def test_what_is_computed_twice(remat, again):
+    assert flops.count(program(remat)).again == again
+    over_a_mesh = flops.count(program(remat, devices=4)).again
+    assert over_a_mesh == again + 2 * 8 * 100 * 20  # the loss goes through the table twice
+
+
+class Small(nnx.Module):
+    def __init__(self):
+        self.linear = nnx.Linear(5, 7, rngs=nnx.Rngs(0))
+        self.conv = nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0))
+
+    def __call__(self, x, image):
+        x, _ = jax.lax.scan(lambda c, _: (self.linear(c) @ self.linear.kernel[...].T, None), x,
+                            length=6)  # fmt: skip
+        return x, self.conv(image)
+
+
+def test_products_scans_and_convolutions_of_a_function():
+    model = nnx.eval_shape(Small)
+    x, image = jnp.zeros((2, 5)), jnp.zeros((1, 8, 8, 3))
+    found = flops.of_function(model, lambda m, *a: m(*a), x, image)
+    assert found == 6 * 2 * (2 * 2 * 5 * 7) + 2 * 8 * 8 * 4 * 9 * 3
