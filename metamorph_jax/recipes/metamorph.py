@@ -164,9 +164,9 @@ class MetaMorph(nnx.Module):
         self.reducer = TokenReducer(reduce, rngs=rngs)
         self.connector = Connector(cfg.connector, width, llm.width, cfg.dtype, rngs=rngs)
         self.llm = llama.Llama(llm, rngs=rngs)
-        self.head = None
-        if cfg.head != "none":
-            self.head = VisualHead(cfg.head, llm.width, width, cfg.dtype, rngs=rngs)
+        has_head = cfg.head != "none"
+        head = VisualHead(cfg.head, llm.width, width, cfg.dtype, rngs=rngs) if has_head else None
+        self.head = head
 
     @property
     def image_start(self) -> int:
