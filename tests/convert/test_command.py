@@ -1,0 +1,202 @@
+"""`metamorph convert`: runs and published weights to folders that transformers loads."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import save_file
+
+from metamorph_jax import cli
+from metamorph_jax.convert import command, families, hf, safetensors, specs
+from metamorph_jax.convert.llama import config_to_hf, export_llama
+from metamorph_jax.models.llm import llama
+from metamorph_jax.recipes import metamorph as recipe
+
+ORACLE = "needs the oracle extra: pip install 'metamorph_jax[oracle]'"
+SMALL = llama.LlamaConfig(96, 16, 24, 2, 2, 1, 8, qk_norm=True, norm_eps=1e-6)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, golden_root):
+    """(workdir of a finished stage, its model)."""
+    from orbax.checkpoint import v1 as ocp
+
+    folder = tmp_path_factory.mktemp("run")
+    tokenizer = str(golden_root / "metamorph" / "tokenizer.json")
+    start = specs.tokenizer(tokenizer).convert_tokens_to_ids("<image_start>")
+    model = {
+        "llm": "tiny",
+        "llm_options": {"vocab_size": start, "vocab_multiple": 128},
+        "tower": "siglip-tiny",
+        "image_tokens": 4,
+        "tokenizer": tokenizer,
+    }
+    built = recipe.create(recipe.Config(**model), nnx.Rngs(0))
+    named = {".".join(map(str, p)): v[...] for p, v in nnx.to_flat_state(nnx.state(built))}
+    ocp.save((folder / "final").absolute(), named)
+    data = {"sources": [{"name": "cats", "path": "/data/cats.jsonl"}]}
+    values = {"recipe": "metamorph", "stage": "vpit", "model": model, "data": data}
+    (folder / "config.json").write_text(json.dumps(values))
+    (folder / "metrics.jsonl").write_text('{"step": 7, "text_loss": 1.25}\n{"step": 8, "te')
+    return folder, built
+
+
+def convert(*words):
+    return cli.main(["convert", *map(str, words)])
+
+
+def test_a_run_becomes_a_folder_for_transformers(run, tmp_path, capsys):
+    torch = pytest.importorskip("torch", reason=ORACLE)
+    import transformers
+
+    workdir, model = run
+    out = tmp_path / "out"
+    words = ["--from", f"workdir:{workdir}", "--out", out, "--max-shard-size", "60KB"]
+    assert convert(*words) == 0
+    assert f"-> {out}" in capsys.readouterr().out
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+    llm, report = transformers.AutoModelForCausalLM.from_pretrained(
+        out, output_loading_info=True, dtype=torch.float32
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    state = llm.state_dict()
+    for key, value in export_llama(model.llm).items():
+        np.testing.assert_array_equal(state[key].numpy(), value, err_msg=key)
+    ids = [model.image_start, model.image_end]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    assert tokenizer.convert_tokens_to_ids(["<image_start>", "<image_end>"]) == ids
+    assert state["model.embed_tokens.weight"].shape[0] == ids[1] + 1  # no row only for sharding
+
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    tower, report = transformers.SiglipVisionModel.from_pretrained(
+        out / "tower", output_loading_info=True
+    )
+    assert not report["unexpected_keys"]
+    assert all("head." in k or "post_layernorm" in k for k in report["missing_keys"])
+    processor = json.loads((out / "tower" / "preprocessor_config.json").read_text())
+    assert processor["size"]["height"] == model.tower.cfg.size
+    connector = hf.Tensors(out / "connector")
+    kernel = model.connector.linears[0].kernel[...]
+    np.testing.assert_array_equal(connector["model.mm_projector.0.weight"].T, kernel)
+    assert json.loads((out / "head" / "config.json").read_text())["image_start_id"] == ids[0]
+    card = (out / "README.md").read_text()
+    for text in ("`metamorph`, stage `vpit`", "- cats: `cats.jsonl`", "| text_loss | 1.25 |"):
+        assert text in card
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A published folder of a tiny Qwen3 in bfloat16."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    llm = llama.Llama(SMALL, rngs=nnx.Rngs(0))
+    tensors = {k: v.astype(ml_dtypes.bfloat16) for k, v in export_llama(llm).items()}
+    save_file(tensors, folder / "model.safetensors")
+    fields = config_to_hf(SMALL, eos_token_id=5, torch_dtype="bfloat16")
+    (folder / "config.json").write_text(json.dumps(fields))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\ntags: [x]\n---\n# It\n")
+    return folder
+
+
+def test_import_and_export_give_the_same_bytes(source, tmp_path):
+    assert convert("--from", source, "--out", tmp_path / "a", "--max-shard-size", "4KB") == 0
+    assert convert("--from", tmp_path / "a", "--out", tmp_path / "b") == 0
+    original = hf.Tensors(source)
+    for folder in ("a", "b"):
+        found = hf.Tensors(tmp_path / folder)
+        assert set(found) == set(original)
+        for key in original:
+            assert found[key].dtype == original[key].dtype
+            assert found[key].tobytes() == original[key].tobytes(), key
+    assert json.loads((tmp_path / "b" / "generation_config.json").read_text())["eos_token_id"] == [
+        5, 6]  # fmt: skip
+    fields = hf.read_config(tmp_path / "b")
+    assert fields["model_type"] == "qwen3" and fields["dtype"] == "bfloat16"
+    assert fields["eos_token_id"] == 5
+    assert (tmp_path / "b" / "tokenizer.json").read_text() == "{}"
+    assert "license: apache-2.0" in (tmp_path / "b" / "README.md").read_text()
+    assert convert("--from", source, "--out", tmp_path / "c", "--dtype", "f32") == 0
+    wide = hf.Tensors(tmp_path / "c")
+    for key in original:
+        np.testing.assert_array_equal(wide[key], original[key].astype(np.float32), err_msg=key)
+
+
+def test_nothing_half_written_is_left(source, tmp_path, monkeypatch, capsys):
+    write, calls = safetensors.write, []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) > 2:
+            raise OSError("no space left on device")
+        write(*args)
+
+    monkeypatch.setattr(safetensors, "write", failing)
+    with pytest.raises(OSError, match="no space"):
+        convert("--from", source, "--out", tmp_path / "out", "--max-shard-size", "4KB")
+    assert len(calls) == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+    monkeypatch.undo()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("keep me")
+    assert convert("--from", source, "--out", tmp_path / "out") == 2
+    assert "exists and is not an empty folder" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_nan_is_refused_unless_allowed(source, tmp_path, capsys):
+    tensors = {k: np.array(v) for k, v in hf.Tensors(source).items()}
+    tensors["model.norm.weight"][3] = np.nan
+    save_file(tensors, source / "model.safetensors")
+    words = ["--from", source, "--out", tmp_path / "out"]
+    assert convert(*words) == 2
+    assert "NaN in 1 tensors: model.norm.weight" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert convert(*words, "--allow-nan") == 0
+    assert np.isnan(hf.Tensors(tmp_path / "out")["model.norm.weight"][3])
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([], "--from SPEC"),
+        (["--from", "x"], "--out DIR"),
+        (["--from", "missing", "--out", "out"], "no folder missing"),
+        (["--from", "hf:a", "--out", "out"], "expected hf:owner/name"),
+        (["--from", "workdir:missing", "--out", "out"], "no workdir of a training run"),
+        (["--from", "x", "--out", "out", "--max-shard-size", "big"], "'big' is no size"),
+        (["--from", "x", "--out", "out", "--decoder", "d"], "--from workdir:PATH"),
+    ],
+)
+def test_errors(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert convert(*words) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sizes():
+    assert command.parse_size("5GB") == 5 * 10**9
+    assert command.parse_size("1.5 GiB") == 3 * 2**29 and command.parse_size("100") == 100
+
+
+def test_list(monkeypatch):
+    monkeypatch.setattr(families, "MODULES", {"qwen3": "llama"})
+    lines = command.listing().splitlines()
+    assert lines[0].split() == ["family", "size", "parameters", "bf16", "fp32", "training"]
+    row = next(line for line in lines if "qwen3-8b" in line).split()
+    assert row == ["qwen3", "qwen3-8b", "8,190,735,360", "15.26", "30.51", "122.05"]
+
+
+def test_check_is_handed_on(monkeypatch):
+    from metamorph_jax.convert import check
+
+    asked = []
+    monkeypatch.setattr(check, "run", lambda spec, tolerance: asked.append((spec, tolerance)))
+    assert convert("--check", "--from", "hf:a/b", "--tolerance", "0.01") == 1
+    assert asked == [("hf:a/b", 0.01)]
