@@ -213,7 +213,8 @@ def _fit_tables(tensors: Mapping, llm: Llama) -> Mapping:
         rows, added = names.shape_of(tensors, key)[0], key.replace("weight", "added")
         if rows not in (V, V + n):
             continue  # a wrong number, which the shape check will name
-        changes[key] = functools.partial(_table, V=V, R=cfg.rows)
+        if (rows, cfg.rows) != (V, V):
+            changes[key] = functools.partial(_table, V=V, R=cfg.rows)
         if n and rows == V + n:
             changes[added] = (key, lambda table: table[V:])
         elif n:
