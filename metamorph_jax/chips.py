@@ -18,7 +18,8 @@ class Chip:
     Attributes:
         name: as in `--topology`: v5e, h100, …
         flops: peak bfloat16 FLOP/s.
-        hbm_bytes: memory. The runtime keeps some of it: a v5e has 15.75 GiB for programs.
+        hbm_bytes: memory as sold.
+        usable_bytes: of it for programs, as the compiler says when they need more.
         hbm_bandwidth: bytes/s.
         ici_bandwidth: bytes/s that leave the chip over all its links together, one direction.
         ici_axes: dimensions of the torus that the links make (each has two links of the chip);
@@ -30,6 +31,7 @@ class Chip:
     name: str
     flops: float
     hbm_bytes: int
+    usable_bytes: int
     hbm_bandwidth: float
     ici_bandwidth: float
     ici_axes: int
@@ -44,14 +46,35 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", 275e12, 32 * GiB, 1228e9, 300e9, 3, ("TPU v4",)),
-        Chip("v5e", 197e12, 16 * GiB, 819e9, 200e9, 2, ("TPU v5 lite", "TPU v5e")),
-        Chip("v5p", 459e12, 95 * GiB, 2765e9, 600e9, 3, ("TPU v5p", "TPU v5")),
-        Chip("v6e", 918e12, 32 * GiB, 1638e9, 400e9, 2, ("TPU v6 lite", "TPU v6e", "TPU v6")),
-        Chip("tpu7x", 2307e12, 192 * GiB, 7380e9, 600e9, 3, ("TPU7x", "TPU v7"), devices=2),
-        Chip("a100", 312e12, 80 * GiB, 2039e9, 300e9, 0, ("NVIDIA A100",)),
-        Chip("h100", 989e12, 80 * GiB, 3352e9, 450e9, 0, ("NVIDIA H100",)),
-        Chip("h200", 989e12, 141 * 10**9, 4800e9, 450e9, 0, ("NVIDIA H200",)),
+        Chip("v4", 275e12, 32 * GiB, int(30.75 * GiB), 1200e9, 300e9, 3, ("TPU v4",)),
+        Chip(
+            "v5e", 197e12, 16 * GiB, int(15.75 * GiB), 819e9, 200e9, 2, ("TPU v5e", "TPU v5 lite")
+        ),
+        Chip("v5p", 459e12, 95 * GiB, int(95.74 * GiB), 2765e9, 600e9, 3, ("TPU v5p", "TPU v5")),
+        Chip(
+            "v6e",
+            918e12,
+            32 * GiB,
+            int(31.25 * GiB),
+            1638e9,
+            400e9,
+            2,
+            ("TPU v6e", "TPU v6 lite", "TPU v6"),
+        ),
+        Chip(
+            "tpu7x",
+            2307e12,
+            192 * GiB,
+            2 * int(94.75 * GiB),
+            7380e9,
+            600e9,
+            3,
+            ("TPU7x", "TPU v7"),
+            devices=2,
+        ),
+        Chip("a100", 312e12, 80 * GiB, 80 * GiB, 2039e9, 300e9, 0, ("NVIDIA A100",)),
+        Chip("h100", 989e12, 80 * GiB, 84978434048, 3350e9, 450e9, 0, ("NVIDIA H100",)),
+        Chip("h200", 989e12, 141 * 10**9, 141 * 10**9, 4800e9, 450e9, 0, ("NVIDIA H200",)),
     )
 }
 

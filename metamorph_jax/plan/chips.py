@@ -5,7 +5,9 @@ import math
 import os
 import re
 
-GIB = 2**30
+from metamorph_jax import chips
+
+GIB = chips.GiB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,17 +30,13 @@ class Chip:
     per_chip: int = 1
 
 
-# FLOP/s and memory: data sheets of Google Cloud and NVIDIA. Links: half of the published figure
-# for both directions together (v5e 400, v6e 800, v5p and tpu7x 1200 GB/s a chip; v4 2400 Gbit/s in
-# each direction; NVLink 4: 900 GB/s). `hbm` is what the compiler's out-of-memory message names.
-CHIPS = {
-    "v4": Chip("TPU v4", 275e12, int(30.75 * GIB), 1.2e12, 300e9),
-    "v5e": Chip("TPU v5e", 197e12, int(15.75 * GIB), 819e9, 200e9),
-    "v5p": Chip("TPU v5p", 459e12, int(95.74 * GIB), 2.765e12, 600e9),
-    "v6e": Chip("TPU v6e", 918e12, int(31.25 * GIB), 1.638e12, 400e9),
-    "tpu7x": Chip("TPU7x", 2307e12 / 2, int(94.75 * GIB), 7.38e12 / 2, 300e9, per_chip=2),
-    "h100": Chip("NVIDIA H100", 989e12, 84978434048, 3.35e12, 450e9),
-}
+def _device(name: str) -> Chip:
+    one, n = chips.CHIPS[name], chips.CHIPS[name].devices
+    rates = (one.hbm_bandwidth / n, one.ici_bandwidth / n)
+    return Chip(one.kinds[0], one.flops / n, one.usable_bytes // n, *rates, per_chip=n)
+
+
+CHIPS = {name: _device(name) for name in ("v4", "v5e", "v5p", "v6e", "tpu7x", "h100")}
 
 # Usual names -> shape; v4 and v5p count cores, two of them on a chip.
 SHAPES = {
