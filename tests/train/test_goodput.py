@@ -1,9 +1,13 @@
 import json
+import pathlib
+import sys
 
 import pytest
 
-from metamorph_jax.train import goodput
+from metamorph_jax.train import goodput, loop
 from metamorph_jax.train.goodput import Goodput
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # the recipe is tests.train.toy
 
 
 @pytest.fixture
@@ -73,3 +77,34 @@ def test_other_work_and_bad_files(clock, tmp_path):
     others.ready()
     others.saved(1, 1.0)
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_run_and_its_continuation(tmp_path, capsys):
+    """Of the real loop: two steps, then two more, one of them traced."""
+    config = dict(
+        recipe="tests.train.toy", stage="all", steps=2, batch_size=8, model={}, data={},
+        optim={"learning_rate": 0.02, "warmup": 1}, log_every=1, checkpoint_every=1,
+        tensorboard=False, compilation_cache="",
+    )  # fmt: skip
+    loop.train(config, tmp_path)
+    loop.train(config | {"steps": 4}, tmp_path, profile=(4, 4))
+    said = capsys.readouterr().out
+    assert "no peak FLOP/s is known of cpu: no MFU" in said
+    assert said.count("goodput ") >= 6 and "2 starts" in said and "trace of steps 4 to 4" in said
+    account = json.loads((tmp_path / "goodput.json").read_text())
+    assert [s[1] for s in account["starts"]] == [0, 2]
+    assert all(s[2] > 0 for s in account["starts"]) and list(account["sums"]) == [
+        "1",
+        "2",
+        "3",
+        "4",
+    ]
+    sums = list(account["sums"].values())
+    for kind in zip(*sums, strict=True):  # steps, waiting, saving: none grows less
+        assert list(kind) == sorted(kind)
+    rows = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [r["goodput_restarts"] for r in rows] == [0, 0, 1, 1]
+    assert 0 < rows[-1]["goodput"] < 1
+    assert list(tmp_path.glob("profile/plugins/profile/*/*.xplane.pb"))
+    loop.train(config | {"steps": 4}, tmp_path)  # nothing left to do: no start is counted
+    assert account == json.loads((tmp_path / "goodput.json").read_text())
