@@ -121,9 +121,32 @@ def test_square_root_rule_and_schedules():
                                [0, 0.5, 1, 0.5, 0], atol=1e-6)  # fmt: skip
     rate = optim.make_schedule(OptimConfig(2.0, warmup=4, schedule="rsqrt"), 1, 100)
     np.testing.assert_allclose([rate(2), rate(4), rate(16)], [1, 2, 1], rtol=1e-6)
+    rate = optim.make_schedule(OptimConfig(2.0, warmup=4, schedule="wsd"), 1, 100)
+    np.testing.assert_allclose([rate(s) for s in (0, 2, 4, 80, 90, 100)], [0, 1, 2, 2, 1, 0])
     rate = optim.make_schedule(OptimConfig(2.0, warmup=4, schedule="constant"), 1, 100)
     np.testing.assert_allclose([rate(2), rate(4), rate(99)], [1, 2, 2], rtol=1e-6)
     rate = optim.make_schedule(OptimConfig(2.0, warmup=4, schedule="finetune"), 1, 14)
     np.testing.assert_allclose([rate(4), rate(9), rate(14)], [2, 1, 0], atol=1e-6)
     rate = optim.make_schedule(OptimConfig(2.0, warmup=4, schedule="scratch"), 1, 14)
     np.testing.assert_allclose([rate(2), rate(9)], [1, 2], atol=1e-6)
+
+
+def test_first_moment_in_bfloat16():
+    """Half as large, and the same road but for its rounding; the second moment stays as it is."""
+    cfg = OptimConfig(1e-2, clip_norm=None, warmup=2, momentum_dtype="bfloat16")
+    params = tree(0)
+    moments = optim.init(params, cfg.momentum_dtype)
+    assert {m.dtype for m in moments.first.values()} == {jnp.dtype("bfloat16")}
+    assert {m.dtype for m in moments.second.values()} == {jnp.dtype("float32")}
+    exact, exact_moments = params, optim.init(params)
+    for t in range(8):
+        options = dict(step=jnp.int32(t), rate=1e-2, factor=1.0, apply=True, part_of=PART)
+        grads = tree(10 + t)
+        params, moments, _ = optim.update(cfg, params, moments, grads, **options)
+        exact, exact_moments, _ = optim.update(cfg, exact, exact_moments, grads, **options)
+    for name, start in tree(0).items():
+        assert moments.first[name].dtype == jnp.bfloat16
+        off, moved = np.abs(params[name] - exact[name]), np.abs(exact[name] - start)
+        assert 0 < off.max() < 0.02 * moved.max()
+    with pytest.raises(ValueError, match="neither float32 nor bfloat16"):
+        OptimConfig(1e-2, momentum_dtype="float16")
