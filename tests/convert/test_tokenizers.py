@@ -34,7 +34,7 @@ def test_added_tokens_stand_behind_the_table(rows, tmp_path):
 def test_a_tokenizer_that_does_not_fit():
     with pytest.raises(ValueError, match="4 tokens, but the model's table has 3 rows"):
         tokenizers.extend(small(), 3, PICTURE)
-    with pytest.raises(ValueError, match="<image_start> has id 4 in the tokenizer, not 8"):
+    with pytest.raises(ValueError, match="<image_start> has id 4 in the tokenizer, 8 in the model"):
         tokenizers.extend(small(*PICTURE), 8, PICTURE)
 
 
