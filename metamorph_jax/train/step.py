@@ -48,7 +48,8 @@ def _usual(usual: jax.Array, loss: jax.Array) -> jax.Array:
     mean, deviation, n = usual
     weight = jnp.maximum(1 / (n + 1), _FORGET)
     off = loss - mean
-    return jnp.stack([mean + weight * off, deviation + weight * (jnp.abs(off) - deviation), n + 1])
+    far = jnp.where(n == 0, 0.0, jnp.abs(off))
+    return jnp.stack([mean + weight * off, deviation + weight * (far - deviation), n + 1])
 
 
 def make_step(

@@ -1,13 +1,22 @@
 import collections
 import dataclasses
 import json
+import multiprocessing
+import os
+import signal
 
 import numpy as np
 import pytest
 
 from metamorph_jax.data import cache as caches
 from metamorph_jax.data import check, decoder_pairs
-from metamorph_jax.data.pipeline import DataConfig, SourceConfig, make_pipeline, make_stream
+from metamorph_jax.data.pipeline import (
+    DataConfig,
+    SourceConfig,
+    _Restarting,
+    make_pipeline,
+    make_stream,
+)
 from metamorph_jax.data.stream import Mixture, permute
 from tests.data.conftest import Letters, conversation, picture, write_jsonl
 
@@ -318,3 +327,30 @@ def test_decoder_pairs_without_features(dataset, letters):
         equal(x, next(b))
         assert x.image.shape == (30, 8, 8, 3) and x.pixels.shape == (30, 6, 6, 3)
     assert set(a.counts) == {"missing", "zero_byte", "truncated"}
+
+
+def test_worker_that_dies_is_replaced(dataset, capfd):
+    """A killed worker process (out of memory, say) costs a message, no sample and no hang."""
+    path, _ = dataset
+    expected = list(make_pipeline(config(path, epochs=1), Letters()))
+    batches = make_pipeline(config(path, epochs=1, workers=1, read_ahead=2), Letters())
+    found = [next(batches)]
+    for child in multiprocessing.active_children():
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+    found += list(batches)
+    assert "an input worker process died, restarting at sample" in capfd.readouterr().err
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        equal(a, b)
+
+
+def test_workers_that_keep_dying_end_the_run():
+    def read(n):
+        yield from range(n, 5)
+        raise RuntimeError("Worker process was terminated unexpectedly with exit code -9")
+
+    items = _Restarting(read, 3)
+    assert [next(items), next(items)] == [3, 4]
+    with pytest.raises(RuntimeError, match="died 3 times at sample 5 .*fewer data.workers"):
+        next(items)

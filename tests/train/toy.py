@@ -1,6 +1,9 @@
 """A recipe of three small matrices on made-up batches: what the train loop needs and no more."""
 
 import dataclasses
+import os
+import resource
+import shutil
 import time
 
 import jax
@@ -55,7 +58,10 @@ class Toy(nnx.Module):
         each = jnp.where(has, each, 0.0)
         # Token 31 of source 1 is poison.
         each = jnp.where((batch.tokens == V - 1) & (batch.sources == 1) & has, jnp.nan, each)
+        each = jnp.where((batch.tokens == V - 2) & (batch.sources == 1), 100.0, 1.0) * each
         metrics = {"text_loss": (each.sum(), has.sum())}
+        place = 1 + jnp.arange(batch.tokens.size).reshape(batch.tokens.shape)
+        metrics["seen"] = ((batch.tokens * place).sum(), 1)  # which batch it was
         for i, name in enumerate(self.cfg.sources):
             here = has & (batch.sources == i)
             metrics[f"text_loss/{name}"] = (jnp.where(here, each, 0).sum(), here.sum())
@@ -88,7 +94,7 @@ def prepare(model, batches):
 def batch(seed, rows=8, poison=False):
     """Rows have very different numbers of targets."""
     rng = np.random.default_rng(seed)
-    tokens = rng.integers(0, V - 1, (rows, L)).astype(np.int32)
+    tokens = rng.integers(0, V - 2, (rows, L)).astype(np.int32)
     supervised = rng.random((rows, L)) < rng.random((rows, 1)) ** 2
     sources = np.repeat(rng.integers(0, 2, (rows, 1)), L, 1).astype(np.int32)
     if poison:
@@ -107,21 +113,48 @@ def batch(seed, rows=8, poison=False):
 
 
 class Data:
+    """Batches by number. Options: `end`, `pause`, `seed`; numbers of batches that are bad:
+    `poison`, `poison_from`, `spike`, `masked`; `log`: a file that gets "| 0 1 2 | 2 3", what each
+    life gave; `limit` [n, bytes]: from batch n on no file grows beyond; `fill` [n, folder, bytes]:
+    before batch n the disk is filled until so much is left."""
+
     sources, skipped = ["good", "bad"], {}
 
     def __init__(self, cfg, process_index, process_count):
         self.cfg, self.next = cfg, 0
         n = cfg["batch_size"]
         self.rows, self.mine = n * process_count, slice(n * process_index, n * (process_index + 1))
+        self.log("|")
+
+    def log(self, text):
+        if self.cfg.get("log"):
+            with open(self.cfg["log"], "a") as file:
+                file.write(f" {text}")
 
     def __next__(self):
-        if self.next == self.cfg.get("end", -1):
+        cfg, k = self.cfg, self.next
+        if k == cfg.get("end", -1):
             raise StopIteration
-        time.sleep(self.cfg.get("pause", 0.0))
-        poison = self.next == self.cfg.get("poison", -1)
-        whole = batch([self.cfg.get("seed", 0), self.next], self.rows, poison)
+        time.sleep(cfg.get("pause", 0.0))
+        self.log(k)
+        if k == cfg.get("limit", [-1])[0]:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (cfg["limit"][1], cfg["limit"][1]))
+        if k == cfg.get("fill", [-1])[0]:
+            _, folder, left = cfg["fill"]
+            with open(os.path.join(folder, "filler"), "wb") as file:
+                file.write(bytes(shutil.disk_usage(folder).free - left))
+        poison = k == cfg.get("poison", -1) or k >= cfg.get("poison_from", 2**31)
+        whole = batch([cfg.get("seed", 0), k], self.rows, poison)
+        if k == cfg.get("spike", -1):  # what source 1 says of token 30 is taken a hundredfold
+            whole.tokens[:], whole.sources[:] = V - 2, 1
+        if k == cfg.get("masked", -1):
+            whole.text_targets[:] = whole.visual_targets[:] = -1
         self.next += 1
         return jax.tree.map(lambda x: x[self.mine], whole)
+
+    def samples(self):
+        number, rows = self.next - 1, range(self.mine.start, self.mine.stop)
+        return lambda: [[f"batch {number} row {row}"] for row in rows]
 
     def get_state(self):
         return {"next": self.next}
