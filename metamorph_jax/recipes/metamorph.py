@@ -58,9 +58,9 @@ class Config:
         visual_loss: "auto" (cosine; L1 if features aren't normalised; softmax cross-entropy if
             they are distributions) or one of `losses.VISUAL_LOSSES`.
         visual_coef, use_vision_ar: weight of the visual loss; without the latter it is only logged.
-        visual_dropout: share of answer pictures whose visual tokens are hidden from the input, each
-            with a probability drawn for the picture (targets stay). Reading true tokens, a model
-            can continue a picture without heeding the request; when it draws, there are none.
+        visual_dropout: share of answer pictures whose visual tokens are hidden from the input, all
+            of them or some, see `hidden_tokens` (targets stay). Reading true tokens, a model can
+            continue a picture without heeding the request; when it draws, there are none.
         text_chunk: positions multiplied with the output table at a time.
         max_visual_targets: most positions of a row that predict visual tokens (more gives NaN);
             the head is evaluated at so many. 0: at all positions.
@@ -347,7 +347,8 @@ class MetaMorph(nnx.Module):
 def hidden_tokens(key: jax.Array, batch: Batch, tokens: int, share: float) -> jax.Array:
     """bool[B, I * P]: visual tokens of answer pictures that the input hides.
 
-    A picture takes part with probability `share`, its tokens then with one drawn from 0 to 1.
+    A picture takes part with probability `share`. Of those, half are hidden whole, and the tokens of
+    the others with a probability drawn from 0 to 1 for the picture.
     """
     B, I = batch.image_valid.shape
     rows = jnp.arange(B)[:, None]
@@ -358,7 +359,7 @@ def hidden_tokens(key: jax.Array, batch: Batch, tokens: int, share: float) -> ja
         jax.random.uniform(k, (B, I, n))
         for k, n in zip(jax.random.split(key, 3), (1, 1, tokens), strict=True)
     )
-    drop = (taking_part < share) & (draw < rate)
+    drop = (taking_part < share) & (draw < 2 * rate)
     return answers & drop.reshape(B, -1)
 
 
@@ -374,7 +375,9 @@ def create(cfg: Config, rngs: nnx.Rngs) -> MetaMorph:
         full = "" if cfg.lora is None else cfg.lora.train
         quantized.quantize(model, cfg.frozen_weights, r"llm\.layers\..*", leave=full)
     if cfg.lora is not None:
-        lora.add(model, cfg.lora, rngs=rngs)
+        names = lora.add(model, cfg.lora, rngs=rngs)
+        if not cfg.train_tower and any(n.startswith("tower.") for n in names):
+            raise ValueError("lora.target names linears of the tower: set train_tower, too")
     return model
 
 
