@@ -116,6 +116,7 @@ def prepare_environment() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -132,7 +133,7 @@ def devices(topology: Topology) -> list:
     if topology.kind == "h100":
         options = dict(platform="cuda", topology=f"{topology.slices}x1x{topology.shape}",
                        target_config=_H100)  # fmt: skip
-        name, need = "h100", "cuda-plan"
+        name, need = "h100", "cuda12"
         if not _installed("jax_cuda12_plugin"):
             raise TopologyError(_missing("the compiler for GPUs (jax-cuda12-plugin)", need))
     else:

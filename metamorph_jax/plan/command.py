@@ -14,7 +14,7 @@ def add_arguments(parser) -> None:
         "Compiles the step that a config describes for other chips, with their real compiler, on "
         "this host, and prints memory, traffic and the fastest it can be. Nothing is trained or "
         "downloaded. Takes one to five minutes and 2 to 6 GB of memory. Needs the compiler: "
-        "pip install 'metamorph-jax[plan]' for TPUs, [cuda-plan] (4.6 GB) for GPUs. Exit code 1: "
+        "pip install 'metamorph-jax[plan]' for TPUs, [cuda12] (4.6 GB) for GPUs. Exit code 1: "
         "it does not fit. Any option of the config can be changed: --config.a.b=value."
     )
     parser.add_argument(

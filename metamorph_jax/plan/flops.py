@@ -81,6 +81,8 @@ def _pictures(program, parts, trained) -> float:
     x = jax.ShapeDtypeStruct((1, tokens, width), jnp.float32)
     forward = of_function(model, lambda m, x: m.project(x), x) * pictures
     parts["connector"] = forward * (3 if trained("connector") else 2)
+    if getattr(model, "head", None) is None:
+        return again
     limit = program.model_cfg.max_visual_targets
     predicting = batch.tokens.shape[0] * (limit or batch.tokens.shape[1])
     x = jax.ShapeDtypeStruct((1, 1, model.llm.cfg.width), jnp.float32)

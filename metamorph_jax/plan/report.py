@@ -106,10 +106,10 @@ def bytes_per_device(tree) -> int:
 
 def explain(error: str, plan: dict) -> dict:
     """What takes the space, and what to turn."""
-    found = re.findall(r"Used ([\d.]+)([KMG]) of|required for [^()]*\(([\d.]+)([KMG])\)", error)
-    units = {"K": 2**10, "M": 2**20, "G": GIB}
+    found = re.findall(r"Used ([\d.]+)([KMGT]) of|required for [^()]*\(([\d.]+)([KMGT])\)", error)
+    units = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
     needed = max((float(a or c) * units[b or d] for a, b, c, d in found), default=0)
-    largest = re.findall(r"Size: ([\d.]+[KMG])\n\s*(?:Operator: op_name=\"([^\"]*)\")?[\s\S]*?"
+    largest = re.findall(r"Size: ([\d.]+[KMGT])\n\s*(?:Operator: op_name=\"([^\"]*)\")?[\s\S]*?"
                          r"Shape: (\S+)", error)  # fmt: skip
     advice = []
     arguments = plan["arguments_by_part"]

@@ -42,5 +42,5 @@ def test_a_missing_compiler_is_named(monkeypatch):
     monkeypatch.setattr(chips, "_installed", lambda package: False)
     with pytest.raises(chips.TopologyError, match=r"pip install 'metamorph-jax\[plan\]'"):
         chips.devices(chips.parse("v5e:2x2"))
-    with pytest.raises(chips.TopologyError, match=r"pip install 'metamorph-jax\[cuda-plan\]'"):
+    with pytest.raises(chips.TopologyError, match=r"pip install 'metamorph-jax\[cuda12\]'"):
         chips.devices(chips.parse("h100:8"))
