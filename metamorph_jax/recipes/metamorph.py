@@ -347,8 +347,8 @@ class MetaMorph(nnx.Module):
 def hidden_tokens(key: jax.Array, batch: Batch, tokens: int, share: float) -> jax.Array:
     """bool[B, I * P]: visual tokens of answer pictures that the input hides.
 
-    A picture takes part with probability `share`. Of those, half are hidden whole, and the tokens of
-    the others with a probability drawn from 0 to 1 for the picture.
+    A picture takes part with probability `share`. Half of those are hidden whole, the tokens of the
+    others with a probability that is drawn from 0 to 1 for the picture.
     """
     B, I = batch.image_valid.shape
     rows = jnp.arange(B)[:, None]
