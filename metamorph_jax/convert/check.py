@@ -25,6 +25,7 @@ import numpy as np
 from flax import nnx
 
 from metamorph_jax.convert import diffusion, families, hf
+from metamorph_jax.convert import llama as llama_names
 from metamorph_jax.models.llm import llama
 from metamorph_jax.models.vision.vit import ViT
 from metamorph_jax.nn import rope
@@ -135,7 +136,7 @@ def _theirs(name: str, folder: pathlib.Path, fields: dict):
         "metamorph": None,
     }.get(name, "AutoModelForCausalLM")
     if kind is None:
-        return fields, hf.Tensors(folder)
+        return hf.Tensors(folder)
     model = getattr(transformers, kind).from_pretrained(
         str(folder), dtype=torch.float32, attn_implementation="eager"
     )
@@ -187,17 +188,17 @@ def _vit(tower: ViT, model, rng, output=None) -> Rows:
         out = model(_torch(pixels.transpose(0, 3, 1, 2)), output_hidden_states=True)
     x = _run(lambda t, p: t.embed(p), tower, jnp.asarray(pixels))
     rows = {"embeddings": (_numpy(x), _numpy(out.hidden_states[0]))}
-    layers = _layers(tower.layers, cfg.depth, lambda layer, x: layer(x), x) if cfg.depth else ()
+    layers = _layers(tower.layers, cfg.held, lambda layer, x: layer(x), x) if cfg.held else ()
     for i, x in enumerate(layers):
         rows[f"layer {i}"] = (_numpy(x), _numpy(out.hidden_states[i + 1]))
-    if not cfg.final_norm:
+    if not cfg.has_norm:
         return rows
     normed = _run(lambda t, x: t.post_layernorm(x), tower, x)
     if cfg.layout == "clip":
         rows["pooled"] = (_numpy(normed[:, 0]), _numpy(out.pooler_output))
         return rows
     rows["final norm"] = (_numpy(normed), _numpy(out.last_hidden_state))
-    if cfg.layout == "siglip" and cfg.whole:
+    if cfg.pool:
         pooled = _run(lambda t, x: t.head(x), tower, normed)
         rows["pooled"] = (_numpy(pooled), _numpy(out.pooler_output))
     return rows
@@ -386,11 +387,14 @@ def _metamorph(model, theirs, rng) -> Rows:
     from metamorph_jax.convert import metamorph
 
     torch, transformers = oracle()
-    fields, tensors = theirs
+    tensors = theirs
     rows = {}
-    llm_fields = {k: v for k, v in fields.items() if k not in ("model_type", "architectures")}
+    fields = llama_names.config_to_hf(model.llm.cfg)
     llm = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**llm_fields, attn_implementation="eager")
+        transformers.LlamaConfig(
+            **{k: v for k, v in fields.items() if k not in ("model_type", "architectures")},
+            attn_implementation="eager",
+        )
     )
     _fill(llm, {k: v for k, v in tensors.items() if not k.startswith(metamorph.OWN)})
     rows |= {f"llm, {k}": v for k, v in _llama(model.llm, llm.eval(), rng).items()}
@@ -405,7 +409,8 @@ def _metamorph(model, theirs, rng) -> Rows:
             continue
         x = rng.normal(size=(BATCH, 3, part.linears[0].kernel.shape[0])).astype(np.float32)
         network = _sequential(
-            {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+            {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)},
+            torch.nn.Softmax(-1) if getattr(part, "kind", "") == "mlpsoftmax" else torch.nn.GELU(),
         )
         with torch.no_grad():
             wanted = network(_torch(x))
@@ -435,13 +440,20 @@ def _metamorph_tower(tower: ViT, tensors):
     cut = {
         k[len(metamorph.TOWER) :]: v for k, v in tensors.items() if k.startswith(metamorph.TOWER)
     }
+    if kind.startswith("Dinov2"):  # transformers 5 has its own names for these in memory
+        renamed = (("attention.attention.query", "attention.q_proj"),
+                   ("attention.attention.key", "attention.k_proj"),
+                   ("attention.attention.value", "attention.v_proj"),
+                   ("attention.output.dense", "attention.o_proj"))  # fmt: skip
+        for old, new in renamed:
+            cut = {k.replace(old, new): v for k, v in cut.items()}
     wanted = set(model.state_dict())
     _fill(model, {n: v for k, v in cut.items() if (n := k.removeprefix("vision_model.")) in wanted})
     return model.eval()
 
 
-def _sequential(tensors):
-    """Linear, GELU, Linear … of a torch Sequential's tensors."""
+def _sequential(tensors, between):
+    """Linear, activation, Linear … of a torch Sequential's tensors."""
     torch, _ = oracle()
     weights = sorted(k for k in tensors if k.endswith("weight"))
     parts = []
@@ -451,7 +463,7 @@ def _sequential(tensors):
         linear.weight.data, linear.bias.data = (
             torch.tensor(np.asarray(x, np.float32)) for x in (w, b)
         )
-        parts += [torch.nn.GELU(), linear]
+        parts += [between, linear]
     return torch.nn.Sequential(*parts[1:])
 
 

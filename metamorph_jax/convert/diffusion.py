@@ -24,7 +24,7 @@ from collections.abc import Mapping
 import numpy as np
 from flax import nnx
 
-from metamorph_jax.convert import hf, names
+from metamorph_jax.convert import families, hf, names
 from metamorph_jax.convert.families import Family
 from metamorph_jax.models.diffusion.clip_text import CLIPTextModel
 from metamorph_jax.models.diffusion.schedule import Schedule
@@ -271,9 +271,7 @@ def _fields(file: pathlib.Path) -> dict:
 
 def load_part(folder: pathlib.Path, part: str, **overrides) -> nnx.Module:
     """One of `PARTS` with its weights, built as its config.json says."""
-    from metamorph_jax.convert.families import FAMILIES
-
-    family = FAMILIES[PARTS[part]]
+    family = families.FAMILIES[PARTS[part]]
     folder = pathlib.Path(folder) / part
     cfg = family.config_from_hf(_fields(folder / "config.json"), **overrides)
     model = nnx.eval_shape(lambda: family.create(cfg, rngs=nnx.Rngs(0)))
@@ -292,13 +290,17 @@ def load_pipeline(folder: str | pathlib.Path) -> Pipeline:
 
 
 def save_pipeline(
-    pipeline: Pipeline, folder: str | pathlib.Path, tokenizer: str | pathlib.Path
+    pipeline: Pipeline,
+    folder: str | pathlib.Path,
+    tokenizer: str | pathlib.Path,
+    dtype: str = "F32",
 ) -> None:
     """Writes a folder that `StableDiffusionPipeline.from_pretrained` loads unchanged.
 
     Args:
         folder: must not exist yet, or be empty.
         tokenizer: folder whose files become `tokenizer/`.
+        dtype: of the weights on disk: F32, BF16 or F16.
     """
     folder, tokenizer = pathlib.Path(folder), pathlib.Path(tokenizer)
     if folder.exists() and any(folder.iterdir()):
@@ -309,7 +311,7 @@ def save_pipeline(
     index |= {"feature_extractor": [None, None], "image_encoder": [None, None]}
     index |= {"requires_safety_checker": False, "safety_checker": [None, None]}
     for part in PARTS:
-        save_part(getattr(pipeline, part), folder / part, part)
+        save_part(getattr(pipeline, part), folder / part, part, dtype)
         cfg = getattr(pipeline, part).cfg
         index[part] = [_LIBRARY[part], _CLASSES.get(type(cfg), "CLIPTextModel")]
     scheduler = scheduler_to_hf(pipeline.schedule, pipeline.sampler)
@@ -320,16 +322,11 @@ def save_pipeline(
     _write_json(folder / "model_index.json", index)  # last: a folder without it is not whole
 
 
-def save_part(model: nnx.Module, folder: pathlib.Path, part: str) -> None:
+def save_part(model: nnx.Module, folder: pathlib.Path, part: str, dtype: str = "F32") -> None:
     """config.json and weights of one of `PARTS`, under the file name its library looks for."""
-    from safetensors.numpy import save_file
+    from metamorph_jax.convert import export
 
-    from metamorph_jax.convert.families import FAMILIES
-
-    family = FAMILIES[PARTS[part]]
-    _write_json(folder / "config.json", family.config_to_hf(model.cfg))
-    name = "diffusion_pytorch_model" if _LIBRARY[part] == "diffusers" else "model"
-    save_file(dict(family.export(model)), folder / f"{name}.safetensors", {"format": "pt"})
+    export.write_part(folder, families.FAMILIES[PARTS[part]], model, dtype, most=10**11)
 
 
 def _write_json(path: pathlib.Path, fields: dict) -> None:

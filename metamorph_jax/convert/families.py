@@ -66,6 +66,7 @@ MODEL_TYPES = {
     "clip_vision_model": "clip-vision",
     "clip_text_model": "clip-text",
     "dinov2": "dinov2",
+    "dinov2_with_registers": "dinov2",
     "UNet2DConditionModel": "sd-unet",
     "AutoencoderKL": "sd-vae",
     "llava": "llava",

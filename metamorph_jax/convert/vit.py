@@ -15,9 +15,9 @@ Keys of siglip and clip start with `vision_model.`; transformers 5 leaves that a
 the former is written.
 
 Dropped on purpose: position ids, a classifier, the text half of a two-tower checkpoint (`OTHER`);
-and what the tower doesn't hold: layers behind the selected one, a final norm it doesn't use, and
-unless it is `whole` SigLIP's pooling head and DINOv2's mask token. The position table is resized to
-the tower's grid. Configs made by `config_from_hf` hold everything and give everything back.
+and what the tower doesn't hold: layers behind the selected one, a final norm it doesn't use, DINOv2's
+mask token (unless it is `whole`), SigLIP's pooling head (without `pool`). The position table is
+resized to the tower's grid. Configs made by `config_from_hf` hold everything and give it back.
 """  # noqa: E501
 
 import re
@@ -58,7 +58,7 @@ PREFIXES = {"siglip": "vision_model.", "clip": "vision_model.", "dinov2": ""}
 OTHER = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
 _NORMS = {"siglip": "post_layernorm.", "clip": "post_layernorm.", "dinov2": "layernorm."}
 _NEVER = re.compile(r"embeddings\.position_ids$|classifier\.")
-_WHOLE = re.compile(r"head\.|embeddings\.mask_token$")
+_MASK = "embeddings.mask_token"
 _LAYER = re.compile(r"encoder\.layers?\.(\d+)\.")
 
 
@@ -74,9 +74,10 @@ def dropped(cfg: ViTConfig, key: str) -> bool:
     layer = _LAYER.match(key)
     return (
         bool(_NEVER.match(key))
-        or (not cfg.whole and bool(_WHOLE.match(key)))
-        or (layer is not None and cfg.depth <= int(layer[1]) < cfg.layers)
-        or (not cfg.final_norm and key.startswith(_NORMS[cfg.layout]))
+        or (not cfg.pool and key.startswith("head."))
+        or (not cfg.whole and key == _MASK)
+        or (layer is not None and cfg.held <= int(layer[1]) < cfg.layers)
+        or (not cfg.has_norm and key.startswith(_NORMS[cfg.layout]))
     )
 
 
@@ -88,6 +89,13 @@ def _position_table(cfg: ViTConfig, table) -> np.ndarray:
         return table
     table = table.astype(np.float32)
     return resize_positions(table, cfg.grid, int(cfg.class_token), bool(cfg.registers))
+
+
+def tower_prefix(cfg: ViTConfig, tensors: Mapping, start: str) -> str:
+    """The prefix of a tower's keys inside a larger checkpoint: `start`, with or without the
+    layout's own behind it."""
+    longer = start + PREFIXES[cfg.layout]
+    return longer if any(k.startswith(longer) for k in tensors) else start
 
 
 def load_vit(tower: ViT, tensors: Mapping[str, np.ndarray], prefix: str | None = None) -> None:
@@ -136,6 +144,17 @@ def export_vit(tower: ViT, prefix: str | None = None) -> names.Lazy:
         shape = (1, 1, cfg.width) if key in flat and len(shape) == 1 else shape
         make = lambda key=key, shape=shape: found[key].reshape(shape)  # noqa: E731
         out.set(key, make, shape, found.dtype_of(key))
+    return out
+
+
+def export_complete(tower: ViT, prefix: str | None = None) -> names.Lazy:
+    """`export_vit`, and where the tower has no final norm one that changes nothing: transformers
+    wants it, hidden states never pass it."""
+    cfg, out = tower.cfg, export_vit(tower, prefix)
+    if not cfg.has_norm:
+        norm = (PREFIXES[cfg.layout] if prefix is None else prefix) + _NORMS[cfg.layout]
+        out[norm + "weight"] = np.ones(cfg.width, np.float32)
+        out[norm + "bias"] = np.zeros(cfg.width, np.float32)
     return out
 
 
@@ -197,10 +216,10 @@ def config_from_hf(fields: Mapping, **overrides) -> ViTConfig:
         activation=_ACTIVATIONS[f["hidden_act"]],
         norm_eps=f["layer_norm_eps"],
         final_norm=True,
-        whole=layout != "clip",
+        whole=True,
     )
     if layout == "siglip":
-        values["whole"] = bool(f["vision_use_head"])
+        values["pool"] = bool(f["vision_use_head"])
     else:
         base = vit.SIZES[f"{layout}-tiny"]
         for name in ("class_token", "patch_bias", "pre_norm", "layer_scale", "mean", "std"):
@@ -218,11 +237,11 @@ def config_from_hf(fields: Mapping, **overrides) -> ViTConfig:
 
 
 def config_to_hf(cfg: ViTConfig) -> dict:
-    """config.json of what a tower of this config holds: as many layers as it runs, its grid."""
+    """config.json of what a tower of this config holds: its layers, its grid."""
     activation = next(k for k, v in _ACTIVATIONS.items() if v == cfg.activation)
     fields = {
         "hidden_size": cfg.width,
-        "num_hidden_layers": cfg.depth,
+        "num_hidden_layers": cfg.held,
         "num_attention_heads": cfg.heads,
         "num_channels": 3,
         "image_size": cfg.size,
@@ -248,7 +267,7 @@ def config_to_hf(cfg: ViTConfig) -> dict:
     else:
         fields["intermediate_size"] = cfg.mlp_width
         if cfg.layout == "siglip":
-            fields["vision_use_head"] = cfg.whole
+            fields["vision_use_head"] = cfg.pool
         name, kind = {
             "siglip": ("SiglipVisionModel", "siglip_vision_model"),
             "clip": ("CLIPVisionModel", "clip_vision_model"),
@@ -324,7 +343,7 @@ def create(cfg: ViTConfig, *, rngs: nnx.Rngs) -> ViT:
 def _family(name: str, layout: str) -> Family:
     sizes = {size: cfg for size, cfg in vit.SIZES.items() if cfg.layout == layout}
     return Family(
-        name, config_from_hf, config_to_hf, create, load_vit, export_vit, sizes, published
+        name, config_from_hf, config_to_hf, create, load_vit, export_complete, sizes, published
     )
 
 

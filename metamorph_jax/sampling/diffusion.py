@@ -157,14 +157,17 @@ def _sigma_to_t(sigma: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
 
 
 def _sigma_schedule(s: Schedule, t: np.ndarray, karras: bool, final_zero: bool, rounded: bool):
-    """(t [N], sigmas [N + 1]) from training timesteps."""
+    """(t [N], sigmas [N + 1]) from training timesteps.
+
+    With `karras` the levels lie between those of training, or (not `rounded`) between the first and
+    the last of these timesteps, as the library's schedulers have it.
+    """
     training = _training_sigmas(s)
+    sigmas = np.interp(t, np.arange(len(training)), training)
     if karras:
-        sigmas = _karras(training, len(t))
+        sigmas = _karras(training if rounded else sigmas[::-1], len(t))
         t = _sigma_to_t(sigmas, training)
         t = np.round(t) if rounded else t
-    else:
-        sigmas = np.interp(t, np.arange(len(training)), training)
     return t, np.append(sigmas, 0.0 if final_zero else training[0])
 
 

@@ -100,7 +100,7 @@ def tokenizer_folder(tmp_path_factory):
     """Files of a CLIPTokenizer whose vocabulary has 64 entries."""
     folder = tmp_path_factory.mktemp("tokenizer")
     words = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    entries = [*words, *(w + "</w>" for w in words), "<|startoftext|>", "<|endoftext|>"]
+    entries = [*words, *(w + "</w>" for w in words), "ab", "<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(entries)}))
     (folder / "merges.txt").write_text("#version: 0.2\na b\n")
     special = dict(bos_token="<|startoftext|>", eos_token="<|endoftext|>",

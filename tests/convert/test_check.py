@@ -8,8 +8,10 @@ import pytest
 
 from metamorph_jax.convert import check, families, hf
 
-KINDS = ["siglip", "siglip-both", "clip-vision", "clip-both", "clip-text", "clip-text-gelu",
-         "dinov2", "dinov2-registers", "sd-unet", "sd-unet-21", "sd-vae", "llava", "llama"]  # fmt: skip
+KINDS = [
+    "siglip", "siglip-both", "clip-vision", "clip-both", "clip-text", "clip-text-gelu",
+    "dinov2", "dinov2-registers", "sd-unet", "sd-unet-21", "sd-vae", "llava", "llama",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)

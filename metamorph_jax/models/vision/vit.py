@@ -9,14 +9,14 @@ The layouts differ in a few switches of `ViTConfig`:
     CLIP         no          yes          yes                 quick GELU      no
     DINOv2       yes         yes          no                  exact GELU      yes
 
-`whole` adds what no hidden state needs, so that a checkpoint leaves as it came: SigLIP's pooling
-head (`pooled`), DINOv2's mask token. `registers` (Darcet et al. 2023, arXiv 2309.16588) are extra
-tokens of DINOv2 behind the class token.
+`whole` adds what the chosen hidden state doesn't need, so that a checkpoint leaves as it came:
+layers behind it, the final norm, DINOv2's mask token. `pool` is SigLIP's pooling head. `registers`
+(Darcet et al. 2023, arXiv 2309.16588) are extra tokens of DINOv2 behind the class token.
 
 A tower returns one hidden state, numbered as transformers numbers them: 0 is what enters the first
 layer, k the output of layer k; -1 is the output of the last layer WITHOUT the final norm (unless
-`final_norm`). Layers behind the selected one don't exist here. The class token is dropped, and so
-are registers.
+`final_norm`). Layers behind the selected one exist only in a `whole` tower. The class token is
+dropped, and so are registers.
 
 The position table belongs to one input size. `resize_positions` makes it from a published table
 as torch does, once, in numpy: bicubic, a = -0.75, no antialiasing; with registers, whose towers
@@ -65,6 +65,7 @@ class ViTConfig:
     layer_scale: bool = False
     registers: int = 0
     whole: bool = False
+    pool: bool = False
     norm_eps: float = 1e-6
     mean: tuple[float, ...] = _HALF
     std: tuple[float, ...] = _HALF
@@ -84,6 +85,16 @@ class ViTConfig:
         """Layers that are run."""
         k = self.select_layer
         return k if k >= 0 else self.layers + 1 + k
+
+    @property
+    def held(self) -> int:
+        """Layers that have weights here."""
+        return self.layers if self.whole else self.depth
+
+    @property
+    def has_norm(self) -> bool:
+        """Whether the final norm has weights here."""
+        return self.final_norm or self.whole
 
     @property
     def size(self) -> int:
@@ -337,11 +348,11 @@ class ViT(nnx.Module):
             self.mask_token = nnx.Param(jnp.zeros((1, cfg.width)))
         if cfg.pre_norm:
             self.pre_layernorm = _norm(cfg, rngs)
-        if cfg.depth:
-            self.layers = nnx.vmap(lambda r: Layer(cfg, rngs=r))(rngs.split(cfg.depth))
-        if cfg.final_norm:
+        if cfg.held:
+            self.layers = nnx.vmap(lambda r: Layer(cfg, rngs=r))(rngs.split(cfg.held))
+        if cfg.has_norm:
             self.post_layernorm = _norm(cfg, rngs)
-        if cfg.whole and cfg.layout == "siglip":
+        if cfg.pool:
             self.head = PoolingHead(cfg, rngs=rngs)
 
     def embed(self, pixels: jax.Array) -> jax.Array:
@@ -368,6 +379,8 @@ class ViT(nnx.Module):
         x = constrain(self.embed(pixels), "act_batch", None, "act_embed")
         if self.cfg.depth:
             graph, weights = nnx.split(self.layers)
+            if self.cfg.held > self.cfg.depth:
+                weights = jax.tree.map(lambda w: w[: self.cfg.depth], weights)
 
             def body(x, weights):
                 return nnx.merge(graph, weights)(x), None

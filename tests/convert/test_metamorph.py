@@ -1,0 +1,207 @@
+"""MetaMorph checkpoints and the decoder's three files, in the reference's names."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from metamorph_jax.convert import check, metamorph
+from metamorph_jax.models.diffusion.projector import MODES, ProjectorConfig
+from metamorph_jax.models.diffusion.schedule import Schedule
+from metamorph_jax.models.diffusion.unet import UNetConfig
+from metamorph_jax.models.vision.vit import SIZES as TOWER_SIZES
+from metamorph_jax.models.vision.vit import ViTConfig
+from metamorph_jax.recipes import decoder
+from metamorph_jax.recipes import metamorph as recipe
+from tests.convert.conftest import ORACLE
+
+TINY = metamorph.FAMILIES["metamorph"].sizes["metamorph-tiny"]
+WHOLE = dataclasses.replace(TINY, tower_options={"whole": True})
+
+
+def abstract(cfg):
+    return nnx.eval_shape(lambda: metamorph.create(cfg, rngs=nnx.Rngs(0)))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return metamorph.create(WHOLE, rngs=nnx.Rngs(0))
+
+
+def folder_of(model, cfg, path):
+    """A checkpoint folder of the whole model."""
+    from safetensors.numpy import save_file
+
+    (path / "config.json").write_text(json.dumps(metamorph.config_to_hf(cfg)))
+    tensors = dict(metamorph.export_metamorph(model))
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    return tensors
+
+
+def test_full_size_has_exactly_the_reference_s_tensors():
+    """Also from the reference's own fields, which only name the tower."""
+    cfg = dataclasses.replace(recipe.Config(), tower_options={"whole": True})
+    out = metamorph.export_metamorph(abstract(cfg))
+    fields = metamorph.config_to_hf(cfg)
+    assert sorted(out) == sorted(metamorph.published(fields))
+    assert out.shape_of("model.embed_tokens.weight") == (128258, 4096)
+    assert out.shape_of("lm_head.weight") == (128258, 4096)
+    assert out.shape_of("vision_head.2.weight") == (1152, 4096)
+    del fields["vision_config"]
+    assert recipe.tower_config(metamorph.config_from_hf(fields)) == recipe.tower_config(cfg)
+    assert sorted(out) == sorted(metamorph.published(fields))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"tower_options": {"select_layer": -2}},
+     {"head": "mlp2x_gelu", "connector": "mlp3x_gelu"},
+     {"head": "single", "connector": "linear"}, {"reduction": "mlpmixer"},
+     {"tower": "none", "feature_width": 32, "tower_options": {}}],
+    ids=["default", "not whole", "deep", "single", "mlpmixer", "no tower"],
+)  # fmt: skip
+def test_all_kinds_survive_both_ways(changes):
+    cfg = dataclasses.replace(WHOLE, **changes)
+    first = metamorph.create(cfg, rngs=nnx.Rngs(1))
+    out = dict(metamorph.export(first))
+    fields = json.loads(json.dumps(metamorph.config_to_hf(cfg)))
+    assert sorted(out) == sorted(metamorph.published(fields))
+    assert metamorph.config_to_hf(metamorph.config_from_hf(fields)) == fields
+    again = abstract(metamorph.config_from_hf(fields))
+    metamorph.load_metamorph(again, out | {"model.vision_proj.weight": np.zeros((2, 2))})
+    for key, value in metamorph.export_metamorph(again).items():
+        assert value.tobytes() == out[key].tobytes(), key
+
+
+def test_tower_names_with_and_without_vision_model(model):
+    out = dict(metamorph.export_metamorph(model))
+    start = metamorph.TOWER
+    longer = {k.replace(start, start + "vision_model."): v for k, v in out.items()}
+    again = abstract(WHOLE)
+    metamorph.load_metamorph(again, longer)
+    for key, value in metamorph.export_metamorph(again).items():
+        np.testing.assert_array_equal(value, out[key])
+
+
+def test_problems_of_all_parts_are_listed_together(model):
+    out = dict(metamorph.export_metamorph(model))
+    del out["vision_head.2.bias"], out["model.norm.weight"]
+    out |= {"model.mm_projector.4.weight": np.zeros(1), "stray": np.zeros(1)}
+    out |= {"model.vision_tower.vision_tower.extra": np.zeros(1)}
+    out |= {"model.vision_tower.token_mixing.weight": np.zeros(1)}
+    with pytest.raises(ValueError) as error:
+        metamorph.load_metamorph(abstract(WHOLE), out)
+    for words in ("2.bias", "model.norm.weight", "4.weight", "stray", "extra", "token_mixing"):
+        assert words in str(error.value), words
+
+
+def test_configs_that_are_not_ours():
+    fields = metamorph.config_to_hf(WHOLE)
+    with pytest.raises(ValueError, match="mm_use_im_start_end"):
+        metamorph.config_from_hf(fields | {"mm_use_im_start_end": False})
+    with pytest.raises(ValueError, match="eva"):
+        metamorph.config_from_hf(fields | {"vision_config": None, "mm_vision_tower": "eva"})
+
+
+def test_parity_of_every_part(model, tmp_path, capsys):
+    folder_of(model, WHOLE, tmp_path)
+    assert check.run(str(tmp_path), tolerance=1e-4)
+    out = capsys.readouterr().out
+    for row in ("connector", "head", "tower, layer 1", "llm, logits, packed"):
+        assert row in out
+
+
+def test_parity_finds_a_changed_head(model, tmp_path, capsys, monkeypatch):
+    tensors = folder_of(model, WHOLE, tmp_path)
+    tensors["vision_head.0.bias"] = tensors["vision_head.0.bias"] + 1
+    monkeypatch.setattr(check, "_theirs", lambda *_: tensors)
+    assert not check.run(str(tmp_path), tolerance=1e-4)
+    wrong = [line for line in capsys.readouterr().out.splitlines() if " > " in line]
+    assert len(wrong) == 1 and wrong[0].split()[0] == "head"
+
+
+# ---- the decoder
+
+
+def small_decoder(mode="mlp", seed=0):
+    """On 3 channels of pixels, so that there is no autoencoder to build."""
+    unet = UNetConfig.tiny(in_channels=3, out_channels=3)
+    projector = ProjectorConfig(
+        mode, 24, 32, unet.cross_attention_dim, num_tokens=5, num_layers=2, num_heads=4
+    )
+    cfg = decoder.DecoderConfig(
+        projector=projector, denoiser=unet, vae=None, schedule=Schedule(), context_length=7
+    )
+    return decoder.DecoderRecipe(cfg, nnx.Rngs(seed))
+
+
+@pytest.mark.parametrize("torch_files", [False, True])
+def test_decoder_files_survive_both_ways(torch_files, tmp_path):
+    if torch_files:
+        pytest.importorskip("torch", reason=ORACLE)
+    first, second = small_decoder(seed=0), small_decoder(seed=1)
+    metamorph.save_decoder(first, tmp_path, torch_files)
+    ending = ".pt" if torch_files else ".safetensors"
+    names = {"model_config.json", "unet_checkpoint" + ending, "adapter_checkpoint" + ending}
+    assert {file.name for file in tmp_path.iterdir()} == names
+    fields = json.loads((tmp_path / "model_config.json").read_text())
+    assert fields == {"mode": "mlp", "input_dim": 24, "hidden_dim": 32, "output_dim": 32,
+                      "num_tokens": 5, "num_layers": 2, "num_heads": 4}  # fmt: skip
+    metamorph.load_decoder(second, tmp_path)
+    for part in ("projector", "denoiser"):
+        a, b = (nnx.to_flat_state(nnx.state(getattr(m, part))) for m in (first, second))
+        for (path, x), (_, y) in zip(a, b, strict=True):
+            np.testing.assert_array_equal(x[...], y[...], err_msg=str(path))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_standardisation_is_folded_into_the_projector(mode, tmp_path):
+    first, second = small_decoder(mode), small_decoder(mode, seed=1)
+    rng = np.random.default_rng(0)
+    features = rng.normal(2, 3, (2, 5, 24)).astype(np.float32)
+    first.set_statistics(features)
+    metamorph.save_decoder(first, tmp_path)
+    metamorph.load_decoder(second, tmp_path)
+    assert not np.asarray(second.feature_mean[...]).any()
+    context = [np.asarray(m.context(jnp.asarray(features))) for m in (first, second)]
+    np.testing.assert_allclose(*context, atol=2e-4)
+
+
+def test_decoder_files_out_of_a_wrapper_and_without_a_unet(tmp_path):
+    torch = pytest.importorskip("torch", reason=ORACLE)
+    first, second = small_decoder(seed=0), small_decoder(seed=1)
+    metamorph.save_decoder(first, tmp_path, torch_files=True)
+    state = torch.load(tmp_path / "adapter_checkpoint.pt", weights_only=True)
+    torch.save({"module." + k: v for k, v in state.items()}, tmp_path / "adapter_checkpoint.pt")
+    (tmp_path / "unet_checkpoint.pt").unlink()
+    before = np.asarray(second.denoiser.conv_in.kernel[...])
+    metamorph.load_decoder(second, tmp_path)
+    np.testing.assert_array_equal(before, second.denoiser.conv_in.kernel[...])
+    np.testing.assert_array_equal(
+        first.projector.layers[0].kernel[...], second.projector.layers[0].kernel[...]
+    )
+
+
+def test_wrong_decoder_folders(tmp_path):
+    model = small_decoder()
+    with pytest.raises(FileNotFoundError, match="model_config.json"):
+        metamorph.load_decoder(model, tmp_path)
+    metamorph.save_decoder(model, tmp_path)
+    with pytest.raises(ValueError, match="num_layers=2"):
+        metamorph.load_decoder(small_decoder("xattn"), tmp_path)
+    (tmp_path / "adapter_checkpoint.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="adapter_checkpoint"):
+        metamorph.load_decoder(model, tmp_path)
+    cfg = decoder.DecoderConfig.pixels(8, 4, side=8, width=64)
+    with pytest.raises(ValueError, match="DiT"):
+        metamorph.save_decoder(decoder.DecoderRecipe(cfg, nnx.Rngs(0)), tmp_path / "b")
+
+
+def test_reference_tower_is_so400m_at_its_layer():
+    fields = metamorph.config_to_hf(recipe.Config()) | {"vision_config": None}
+    tower = recipe.tower_config(metamorph.config_from_hf(fields | {"mm_vision_select_layer": -1}))
+    assert isinstance(tower, ViTConfig) and tower.depth == 27
+    assert tower.width == TOWER_SIZES["siglip-so400m-384"].width
