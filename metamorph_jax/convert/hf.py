@@ -111,11 +111,16 @@ def wanted(files: list[str]) -> list[str]:
         fnmatch.fnmatch(file.rsplit("/", 1)[-1], p) for p in patterns
     )
     small = [f for f in files if matches(f, _SMALL_FILES)]
-    # The whole pipelines beside the parts of a diffusers repository are other formats.
-    pipeline = "model_index.json" in files
     weights = [
-        f for f in files if not matches(f, _OTHERS) and not (pipeline and "/" not in f)
-    ]  # fmt: skip
+        f for f in files if f.endswith((".safetensors", *_TORCH)) and not matches(f, _OTHERS)
+    ]
+    # A pipeline of diffusers has its weights in folders, and whole pipelines in other formats
+    # beside them; other repositories have them at the top, and other formats in folders.
+    top = [f for f in weights if "/" not in f]
+    if "model_index.json" in files:
+        weights = [f for f in weights if "/" in f]
+    elif top:
+        weights = top
     folders: dict[str, list[str]] = {}
     for file in weights:
         folders.setdefault(file.rpartition("/")[0], []).append(file)

@@ -137,7 +137,8 @@ def test_only_the_weights_that_are_read_are_fetched():
            "training_args.bin", "original/consolidated.00.pth"]  # fmt: skip
     assert set(hf.wanted(llm)) == {
         "config.json", "model.safetensors.index.json", "tokenizer.json",
-        "model-00001-of-00002.safetensors", "original/consolidated.00.pth"}  # fmt: skip
+        "model-00001-of-00002.safetensors"}  # fmt: skip
+    assert hf.wanted(["parts/a.bin", "README.md", "a.png"]) == ["README.md", "parts/a.bin"]
     diffusion = ["model_index.json", "v1-5-pruned.safetensors", "unet/config.json",
                  "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.bin",
                  "unet/diffusion_pytorch_model.fp16.safetensors", "vae/model.bin"]  # fmt: skip
