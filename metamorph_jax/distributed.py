@@ -140,6 +140,9 @@ def join(
         heartbeat_timeout_seconds=heartbeat,
         shutdown_timeout_seconds=heartbeat,
     )
+    if place.process == 0:
+        say(f"all {place.processes} hosts are connected; if one falls silent for {heartbeat} s the "
+            "others end, and the same command goes on from the last checkpoint")  # fmt: skip
 
 
 def _gather(place: Place, hint_after: float, deadline: float, say) -> None:

@@ -12,6 +12,7 @@ writing goes on from the one before. Nothing in it depends on the number of proc
 """
 
 import concurrent.futures
+import contextlib
 import functools
 import json
 import pathlib
@@ -54,6 +55,7 @@ class Checkpoints:
         self._waiter = concurrent.futures.ThreadPoolExecutor(1)
         self._saving: tuple[int, concurrent.futures.Future] | None = None
         self.seconds: float | None = None
+        self._failed = False
         self._open()
 
     def _open(self) -> None:
@@ -136,6 +138,7 @@ class Checkpoints:
         return step
 
     def _not_written(self, step: int, error: Exception) -> CheckpointError:
+        self._failed = True
         whole = [s for s in self.steps if (self.folder / str(s)).is_dir() and s != step]
         left = f"the newest whole one is {self.folder / str(whole[-1])}" if whole else "none exists"
         return CheckpointError(
@@ -222,7 +225,8 @@ class Checkpoints:
             self.wait()
         finally:
             self._waiter.shutdown(wait=False)
-            self._manager.close()
+            with contextlib.suppress(*((Exception,) if self._failed else ())):
+                self._manager.close()  # raises what was raised before
 
 
 class _Damaged(CheckpointError):

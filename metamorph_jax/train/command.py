@@ -1,7 +1,8 @@
 """`metamorph train`: runs a config in a workdir, or goes on there.
 
 Exit codes: 0 done; 2 the user has to change something; 3 a bad step ended the run; and those after
-which the same command is to be started again: 75 another host was lost, 143 SIGTERM came.
+which the same command is to be started again: 75 another host was lost (134 if JAX itself noticed
+first, and aborted), 143 SIGTERM came.
 """
 
 import argparse

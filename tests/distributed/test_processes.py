@@ -150,15 +150,17 @@ def test_a_host_vanishes(number, tmp_path):
     runs[0].until(lambda: (tmp_path / "w/checkpoints/5").is_dir())
     runs[1].signal(number)
     try:
-        code = runs[0].wait(60)
+        code = runs[0].wait(300)
     finally:
         runs[1].kill()
-    assert code == distributed.LOST_HOST and "lost contact with another host" in runs[0].said
+    told = ("lost contact with another host", "Terminating process because the JAX distributed")
+    assert code in (distributed.LOST_HOST, -signal.SIGABRT), runs[0].said
+    assert any(text in runs[0].said for text in told), runs[0].said
     start(tmp_path / "w", (1, toy(data={"pause": 0.05}, steps=6, checkpoint_every=5)))
 
 
 def test_says_what_to_check(tmp_path):
     flags = (f"--coordinator=localhost:{forked.free_port()}", "--processes=2", "--process=0")
     run = forked.Run(toy(), tmp_path / "w", *flags, "--hint-after=0.1", "--join-timeout=2")
-    assert run.wait(60) == 2
+    assert run.wait(300) == 2
     assert "1 of 2 hosts joined; missing: process 1. Check: was the same command" in run.said

@@ -59,7 +59,7 @@ class Run:
     def alive(self) -> bool:
         return self._process.is_alive()
 
-    def until(self, ready, seconds: float = 120.0):
+    def until(self, ready, seconds: float = 600.0):
         """Waits until `ready()` is true, and returns that."""
         deadline = time.monotonic() + seconds
         while not (found := ready()):
@@ -68,7 +68,7 @@ class Run:
             time.sleep(0.005)
         return found
 
-    def wait(self, seconds: float = 120.0) -> int:
+    def wait(self, seconds: float = 600.0) -> int:
         """Exit code; minus the number of the signal that ended it."""
         self._process.join(seconds)
         if self.alive:
@@ -90,7 +90,7 @@ def together(n: int, cfg: dict, workdir, *flags: str, **kw) -> list[Run]:
     return [Run(cfg, workdir, *flags, f"--process={k}", name=f"_{k}", **kw) for k in range(n)]
 
 
-def finish(runs: list[Run], code: int = 0, seconds: float = 120.0) -> None:
+def finish(runs: list[Run], code: int = 0, seconds: float = 600.0) -> None:
     codes = [run.wait(seconds) for run in runs]
     assert codes == [code] * len(runs), "\n---\n".join([str(codes), *(run.said for run in runs)])
 

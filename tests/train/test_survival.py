@@ -60,7 +60,7 @@ def kill_and_go_on(tmp_path, kills: int, steps: int):
         compilation_cache=str(tmp_path / "compiled"), model={"noise": 0.1, "width": 512},
         optim={"learning_rate": 0.02, "schedule": "constant"},
     )  # fmt: skip
-    run = forked.Run(cfg, tmp_path / "alone")
+    run = forked.Run(cfg | {"checkpoint_every": 50}, tmp_path / "alone")
     assert run.wait() == 0, run.said
     os.remove(tmp_path / "log")
     rng, workdir = random.Random(0), tmp_path / "w"
@@ -71,11 +71,11 @@ def kill_and_go_on(tmp_path, kills: int, steps: int):
         if k % 4 == 3:  # any time at all
             time.sleep(rng.uniform(0, 2))
         else:
-            run.until(lambda before=before: newest(workdir) > before, 180)
+            run.until(lambda before=before: newest(workdir) > before)
             if k % 2:
                 time.sleep(rng.uniform(0, 0.2))
             else:
-                run.until(lambda: list(workdir.glob("checkpoints/*tmp*")), 60)
+                run.until(lambda: list(workdir.glob("checkpoints/*tmp*")))
                 time.sleep(rng.uniform(0, 0.02))
         run.kill()
         in_save += bool(list(workdir.glob("checkpoints/*tmp*")))
@@ -103,12 +103,12 @@ def newest(workdir) -> int:
 
 
 def test_killed_and_started_again(tmp_path):
-    kill_and_go_on(tmp_path, 3, steps=12)
+    kill_and_go_on(tmp_path, 3, steps=30)
 
 
 @pytest.mark.slow
 def test_killed_twenty_times(tmp_path):
-    kill_and_go_on(tmp_path, 20, steps=60)
+    kill_and_go_on(tmp_path, 20, steps=200)
 
 
 def test_disk_full_during_a_save(whole, tmp_path):
@@ -121,13 +121,10 @@ def test_disk_full_during_a_save(whole, tmp_path):
         # Where mounting isn't allowed, files of the later saves may not grow instead.
         data = {"limit": [3, 4096]} if limit else {"fill": [3, str(disk / "w"), 200_000]}
         cfg = config(data=data | {"pause": 0.1}, model={"noise": 0.1, "width": 128}, steps=12)
-        run = forked.Run(cfg, disk / "w", name="_full") if limit else None
-        if run is None:
-            (tmp_path / "x").mkdir()
-            run = forked.Run(cfg, disk / "w")
+        run = forked.Run(cfg, disk / "w")
         assert run.wait() == 2, run.said
         assert "could not be written" in run.said and "Is the disk full?" in run.said, run.said
-        assert "Traceback" not in run.said
+        assert run.said.splitlines()[-1].startswith("metamorph: the checkpoint")
         kept = newest(disk / "w")
         assert kept >= 2 and f"the newest whole one is {disk}/w/checkpoints/{kept}" in run.said
         for filler in (disk / "w").glob("filler"):
@@ -135,12 +132,10 @@ def test_disk_full_during_a_save(whole, tmp_path):
         cfg["data"] = {"pause": 0.1}
         (disk / "w/config.json").unlink()  # the data option that fills the disk is gone
         loop.train(cfg, disk / "w")
+        ended = final(disk / "w")
     finally:
         if not limit:
-            ended = final(disk / "w") if (disk / "w/final").exists() else None
-            subprocess.run(["umount", str(disk)], check=True)
-        else:
-            ended = final(disk / "w")
+            subprocess.run(["umount", "-l", str(disk)], check=True)
     loop.train(config(model={"noise": 0.1, "width": 128}, steps=12), tmp_path / "alone")
     same(final(tmp_path / "alone"), ended)
 
