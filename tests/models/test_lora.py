@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from metamorph_jax import sharding
+from metamorph_jax.convert.llama import export_llama
 from metamorph_jax.models import lora
 from metamorph_jax.models.diffusion.unet import UNet, UNetConfig
 from metamorph_jax.models.llm import llama
@@ -20,6 +21,10 @@ from metamorph_jax.train import state as states
 
 CFG = lora.LoraConfig(target=r".*_proj", rank=3, alpha=6.0)
 TINY = recipe.Config(llm="tiny", tower="siglip-tiny", image_tokens=4, text_chunk=16)
+
+
+# Compiling is what these tests spend their time on.
+FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def random_b(model, seed=0):
@@ -42,7 +47,10 @@ def states_of(llm, seed=2):
     embeds = jax.random.normal(jax.random.key(seed), (B, L, llm.cfg.width))
     positions = jnp.tile(jnp.arange(L), (B, 1))
     mask = jnp.tril(jnp.ones((L, L), bool))[None].repeat(B, 0)
-    return llm(embeds, positions, mask)[0]
+    graph, state = nnx.split(llm)
+    run = jax.jit(lambda state: nnx.merge(graph, state)(embeds, positions, mask)[0],
+                  compiler_options=FAST)  # fmt: skip
+    return np.asarray(run(state))
 
 
 def test_a_fresh_adapter_changes_nothing():
@@ -74,6 +82,8 @@ def test_merged_equals_adapted(stacked):
     ]
     np.testing.assert_allclose(states_of(merged), states_of(llm), atol=2e-5)
     assert np.abs(states_of(llm) - states_of(plain)).max() > 0.1
+    with pytest.raises(ValueError, match="lora.merged"):
+        export_llama(llm)
 
 
 def test_towers_and_unets_take_adapters():
@@ -131,17 +141,18 @@ def test_dropout():
 
 
 def test_dropout_under_remat_has_the_same_gradient():
-    cfg = dataclasses.replace(CFG, dropout=0.4)
+    cfg = dataclasses.replace(CFG, dropout=0.4, target=".*(q|down)_proj")
+    embeds = jax.random.normal(jax.random.key(2), (1, 5, 64))
+    positions, mask = jnp.arange(5)[None], jnp.tril(jnp.ones((1, 5, 5), bool))
 
     def gradient(remat):
-        llm = random_b(make_llm(cfg, remat=remat))
-        graph, trained, rest = nnx.split(llm, lora.Adapter, ...)
+        graph, trained, rest = nnx.split(random_b(make_llm(cfg, remat=remat)), lora.Adapter, ...)
 
         def loss(trained):
             llm = lora.with_dropout(nnx.merge(graph, trained, rest), jax.random.key(5))
-            return jnp.sum(states_of(llm) ** 2)
+            return jnp.sum(llm(embeds, positions, mask)[0] ** 2)
 
-        return jax.jit(jax.grad(loss))(trained)
+        return jax.jit(jax.grad(loss), compiler_options=FAST)(trained)
 
     for a, b in zip(*(jax.tree.leaves(gradient(r)) for r in ("none", "full")), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-4)
@@ -153,7 +164,8 @@ def test_dropout_under_remat_has_the_same_gradient():
 def trained_names(cfg, stage="vpit"):
     model = nnx.eval_shape(lambda: recipe.create(cfg, nnx.Rngs(0)))
     return model, {
-        ".".join(map(str, p)) for p, _ in nnx.to_flat_state(nnx.state(model, model.trainable(stage)))
+        ".".join(map(str, p))
+        for p, _ in nnx.to_flat_state(nnx.state(model, model.trainable(stage)))
     }
 
 
@@ -176,6 +188,17 @@ def test_what_is_trained():
     names = trained_names(dataclasses.replace(TINY, lora=lora.LoraConfig(rank=2)), "connector")[1]
     assert {n.split(".")[0] for n in names} == {"connector", "llm"}
     assert not any(lora.is_adapter(n.split(".")) for n in names)
+
+
+def test_adapters_of_the_tower_need_a_trained_tower():
+    adapters = lora.LoraConfig(target=r"tower\..*q_proj", rank=2)
+    cfg = dataclasses.replace(TINY, lora=adapters)
+    with pytest.raises(ValueError, match="set train_tower"):
+        trained_names(cfg)
+    names = trained_names(dataclasses.replace(cfg, train_tower=True))[1]
+    assert {n for n in names if n.startswith("tower")} == {
+        f"tower.layers.self_attn.q_proj.{leaf}" for leaf in lora.LEAVES
+    }
 
 
 def test_adapters_lie_as_their_kernels():

@@ -1,0 +1,245 @@
+"""Adapters in the format of Hugging Face's PEFT: adapter_config.json, adapter_model.safetensors.
+
+    ours                                              theirs
+    layers.(stack).self_attn.q_proj.lora_a [n, in, r] …layers.N.self_attn.q_proj.lora_A.weight [r, in]
+    layers.(stack).self_attn.q_proj.lora_b [n, r, out] …layers.N.self_attn.q_proj.lora_B.weight [out, r]
+
+All names start with `base_model.model.`, then come those of the published model. Theirs may have
+adapters in some layers only, and ranks or alphas of their own: our stack of layers then has zeros
+in the others, and B takes up what differs in scale. What we don't compute (DoRA, biases, embedding
+adapters, modules saved whole) is an error that names it.
+"""  # noqa: E501
+
+import json
+import math
+import pathlib
+import re
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from metamorph_jax.convert import hf, llama, names, vit
+from metamorph_jax.models import lora
+from metamorph_jax.models.llm.llama import Llama
+from metamorph_jax.models.vision.vit import ViT
+from metamorph_jax.nn import quantized
+
+PREFIX = "base_model.model."
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_ENDS = {"lora_a": ".lora_A.weight", "lora_b": ".lora_B.weight"}
+# Options of theirs that change the numbers -> values with which they don't.
+_REFUSED = {
+    "use_dora": (False, None), "bias": ("none", None), "fan_in_fan_out": (False, None),
+    "modules_to_save": (None, []), "layer_replication": (None,), "lora_bias": (False, None),
+    "trainable_token_indices": (None,), "target_parameters": (None, []), "alora_invocation_tokens":
+    (None,), "use_qalora": (False, None), "megatron_config": (None,),
+}  # fmt: skip
+
+
+def _naming(module: nnx.Module) -> tuple:
+    """(our dotted name with layer number -> published name, names of our stacks)."""
+    if isinstance(module, Llama):
+        return llama._rename, llama._stacked(module)
+    if isinstance(module, ViT):
+        prefix = vit.PREFIXES[module.cfg.layout]
+        return lambda key: prefix + vit.rename(module.cfg, key), ("layers",)
+    return lambda key: key, ()  # UNets and text towers have the published names
+
+
+def _published(module: nnx.Module) -> dict[str, tuple[str, int | None]]:
+    """Published name of every linear -> (our dotted name, its place in the stack)."""
+    rename, stacked = _naming(module)
+    out = {}
+    for name, linear in [*quantized.linears(module), *lora.adapters(module)]:
+        path = (*name.split("."), "kernel")
+        lead, _ = quantized.describe(linear)
+        for one, index in names._slices(path, (*lead, 0, 0), stacked):
+            out[rename(names.torch_name(one)).removesuffix(".weight")] = (name, index)
+    return out
+
+
+# ---- out
+
+
+def tensors(module: nnx.Module) -> dict[str, np.ndarray]:
+    """PEFT's name -> float32 array of all adapters of a module."""
+    out, linears = {}, dict(lora.adapters(module))
+    for published, (name, index) in sorted(_published(module).items()):
+        if name not in linears:
+            continue
+        for leaf, end in _ENDS.items():
+            array = np.asarray(getattr(linears[name], leaf)[...], np.float32)
+            array = array if index is None else array[index]
+            out[PREFIX + published + end] = np.ascontiguousarray(array.T)
+    if not out:
+        raise ValueError(f"this {type(module).__name__} has no adapters")
+    return out
+
+
+def config(module: nnx.Module, base: str = "") -> dict:
+    """The adapter_config.json of a module's adapters. `base` names the model they belong to."""
+    places, linears = _published(module), dict(lora.adapters(module))
+    chosen = sorted(p for p, (name, _) in places.items() if name in linears)
+    ends = sorted({p.rpartition(".")[2] for p in chosen})
+    others = [p for p in places if p not in chosen]
+    if any(p.rpartition(".")[2] in ends for p in others) or any(e.isdigit() for e in ends):
+        ends = chosen  # the last part of the name doesn't say which
+    kinds = [linears[places[p][0]].adapter for p in chosen]
+    first = kinds[0]
+    if any(k.rslora != first.rslora for k in kinds):
+        raise ValueError("PEFT can't have adapters with and without rslora in one folder")
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if isinstance(module, Llama) else None,
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": first.rank,
+        "lora_alpha": first.alpha,
+        "lora_dropout": first.dropout,
+        "use_rslora": first.rslora,
+        "target_modules": ends,
+        "rank_pattern": {p: k.rank for p, k in zip(chosen, kinds, strict=True) if k != first},
+        "alpha_pattern": {p: k.alpha for p, k in zip(chosen, kinds, strict=True) if k != first},
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+        "init_lora_weights": True,
+    }
+
+
+def export_peft(module: nnx.Module, folder: str | pathlib.Path, base: str = "") -> pathlib.Path:
+    """Writes a folder that `PeftModel.from_pretrained(model, folder)` reads.
+
+    Args:
+        module: with adapters: a Llama, a tower, a UNet or a text tower.
+        folder: is made if it isn't there.
+        base: name or path of the published model without adapters.
+    """
+    from safetensors.numpy import save_file
+
+    folder = pathlib.Path(folder)
+    found, fields = tensors(module), config(module, base)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(found, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
+    return folder
+
+
+# ---- in
+
+
+def read_config(folder: str | pathlib.Path) -> dict:
+    """The checked fields of adapter_config.json.
+
+    Raises:
+        ValueError: for adapters of another kind, or with parts that we don't compute.
+    """
+    file = pathlib.Path(folder) / CONFIG
+    if not file.is_file():
+        raise FileNotFoundError(f"no {CONFIG} in {folder}")
+    fields = json.loads(file.read_text())
+    if fields.get("peft_type") != "LORA":
+        raise ValueError(f"{file}: peft_type {fields.get('peft_type')!r} is not LORA")
+    wrong = [
+        f"{key}={fields[key]!r}" for key, fine in _REFUSED.items()
+        if key in fields and fields[key] not in fine
+    ]  # fmt: skip
+    start = fields.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower() not in ("gaussian", "orthogonal"):
+        wrong.append(f"init_lora_weights={start!r} (it changes the model's own weights)")
+    if wrong:
+        raise ValueError(f"{file} asks for what we don't compute: {', '.join(wrong)}")
+    return fields
+
+
+def _own(patterns: Mapping, name: str, usual):
+    """Rank or alpha of one linear; a pattern fits a name or the end of it, as in PEFT."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return usual
+
+
+def load_peft(module: nnx.Module, spec: str | pathlib.Path) -> lora.LoraConfig:
+    """Gives a module, in place, the adapters of a folder or "hf:OWNER/NAME".
+
+    Linears that have adapters already get new values; they must be the same linears, with a rank
+    that is large enough. Without adapters, the module gets those that the folder has.
+
+    Returns:
+        Config of the adapters, with names as in `module`.
+
+    Raises:
+        ValueError: listing all names that have no place, lack their other half, or don't fit.
+    """
+    folder = hf.find(str(spec))
+    fields = read_config(folder)
+    found = hf.Tensors(folder)
+    places = _published(module)
+    wrong, halves = [], {}
+    for key in found:
+        end = next((leaf for leaf, e in _ENDS.items() if key.endswith(e)), None)
+        name = key.removeprefix(PREFIX).removesuffix(_ENDS.get(end, ""))
+        if end is None or name not in places:
+            wrong.append(f"{key}: no linear of this {type(module).__name__}")
+        else:
+            halves.setdefault(name, {})[end] = np.asarray(found[key], np.float32).T
+    wrong += [f"{name}: only half of an adapter" for name, h in halves.items() if len(h) < 2]
+    if wrong or not halves:
+        raise ValueError(f"{folder}: " + ("; ".join(sorted(wrong)) or "no adapters in it"))
+
+    have = dict(lora.adapters(module))
+    mine = {places[name][0] for name in halves}
+    if have and set(have) != mine:
+        raise ValueError(
+            f"{folder} has adapters of other linears than the model: "
+            f"only there: {sorted(mine - set(have))}; only here: {sorted(set(have) - mine)}"
+        )
+    rank = max(h["lora_a"].shape[1] for h in halves.values())
+    cfg = lora.LoraConfig(
+        target="|".join(re.escape(n) for n in sorted(mine)),
+        rank=rank,
+        alpha=float(fields["lora_alpha"]),
+        dropout=float(fields.get("lora_dropout", 0.0)),
+        rslora=bool(fields.get("use_rslora", False)),
+    )
+    if not have:
+        lora.add(module, cfg, rngs=nnx.Rngs(0))
+        have = dict(lora.adapters(module))
+    values = {
+        name: {leaf: np.zeros(getattr(m, leaf).shape, np.float32) for leaf in _ENDS}
+        for name, m in have.items()
+    }
+    for published, half in halves.items():
+        name, index = places[published]
+        a, b = half["lora_a"], half["lora_b"]
+        r = _own(fields.get("rank_pattern"), published, fields["r"])
+        alpha = _own(fields.get("alpha_pattern"), published, fields["lora_alpha"])
+        scale = alpha / (math.sqrt(r) if cfg.rslora else r)
+        whole = values[name]["lora_a"], values[name]["lora_b"]
+        to_a, to_b = whole if index is None else (whole[0][index], whole[1][index])
+        fits = a.shape[0] == to_a.shape[0] and b.shape[1] == to_b.shape[1]
+        if not fits or not r == a.shape[1] == b.shape[0] <= to_a.shape[1]:
+            wrong.append(
+                f"{published}: A {a.T.shape}, B {b.T.shape} of rank {r}; the model's linear takes "
+                f"{to_a.shape[0]} to {to_b.shape[1]} at rank {to_a.shape[1]}"
+            )
+            continue
+        to_a[:, :r] = a
+        to_b[:r] = b * (scale / have[name].adapter.scale)
+    if wrong:
+        raise ValueError(f"{folder}: " + "; ".join(sorted(wrong)))
+    for name, linear in have.items():
+        for leaf in _ENDS:
+            variable = getattr(linear, leaf)
+            where = getattr(variable.get_raw_value(), "sharding", None)
+            host = values[name][leaf].astype(variable.dtype)
+            variable.set_raw_value(
+                jnp.asarray(host)
+                if where is None
+                else jax.make_array_from_callback(host.shape, where, lambda i, x=host: x[i])
+            )
+    return cfg
