@@ -277,13 +277,15 @@ look_after_hosts() { # one look at an active slice; uses the variables of watch
     fi
     well contact
     if [[ $hosts == *missing* ]]; then
-        if setup; then
-            well setup
-        elif enough setup 3; then
+        if enough setup 4; then
             say "the set-up failed three times"
             on_end 1
         fi
-    elif [[ $hosts == *running* ]]; then
+        if setup; then look_after_hosts; fi # at once: chips that wait cost as much
+        return
+    fi
+    well setup
+    if [[ $hosts == *running* ]]; then
         # Where one host has ended, the others should notice soon.
         if [[ $hosts != *ended* && $hosts != *nothing* ]]; then
             well unequal
@@ -318,8 +320,12 @@ look_after_hosts() { # one look at an active slice; uses the variables of watch
 }
 
 case $action in
+    create) create ;;
+    setup) setup ;;
+    run) run ;;
+    watch) watch ;;
+    status) status ;;
     logs) on_hosts 0 "$host" log 100 follow ;;
     stop) on_hosts all all stop ;;
     delete) remove ;;
-    *) "$action" ;;
-esac
+esac; exit # on one line: a file that is changed while watch runs is not read on

@@ -228,6 +228,14 @@ def test_requests_that_fail(fake):
     assert done.stderr.count("quota exceeded") == 5
 
 
+def test_set_up_that_fails(fake):
+    (fake / "bin/uv").write_text("#!/bin/sh\necho no such package >&2\nexit 1\n")
+    done = tpu(fake, "watch", "--name=x", "--type=v4-8", "--every=0", "--delete", "--", "job")
+    assert done.returncode == 1 and "the set-up failed three times" in done.stderr
+    assert done.stderr.count("copying the code") == 3 and "no such package" in done.stderr
+    assert calls(fake, "delete") and not (fake / "starts.0").exists()
+
+
 @pytest.mark.parametrize("action", ["create", "setup", "run", "status", "logs", "stop", "delete"])
 def test_dry_run_starts_nothing(fake, action):
     args = [f"--name=x{action}", "--dry-run", "--zone=a zone"]
