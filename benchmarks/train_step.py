@@ -19,7 +19,7 @@ from metamorph_jax import sharding
 from metamorph_jax.models.llm import llama
 from metamorph_jax.recipes import metamorph
 from metamorph_jax.train import optim, state
-from metamorph_jax.train.loop import to_devices
+from metamorph_jax.train.feed import to_devices
 from metamorph_jax.train.optim import OptimConfig
 from metamorph_jax.train.step import make_step
 from metamorph_jax.types import Batch
@@ -74,7 +74,7 @@ def ours(llm: str, batch: Batch):
     step = make_step(parts, adam, optim.make_schedule(adam, 1, 1), mesh=mesh)
     with jax.set_mesh(mesh):
         box = [state.start(params, parts, mesh, 0, False)]
-        data = to_devices(batch, mesh)
+        data = to_devices(batch, mesh, len(batch.tokens))
 
     def run():
         with jax.set_mesh(mesh):
