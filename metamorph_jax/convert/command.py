@@ -16,7 +16,7 @@ import pathlib
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from metamorph_jax.cli import UserError
 
@@ -58,7 +58,8 @@ def add_arguments(parser) -> None:
 
 def run(args) -> int:
     if args.list:
-        print(listing(), end="")
+        for line in listing():
+            print(line, flush=True)
         return 0
     if not args.source:
         raise UserError("say what to convert: --from SPEC (or --list)")
@@ -148,10 +149,19 @@ def _from_weights(source: str, folder: pathlib.Path, dtype: str, most: int, titl
         fields, tokenizer, where = gguf.read_config(reader), gguf.read_tokenizer(reader), None
         tensors = gguf.Weights(reader, fields)
         licence = packages.licence(source)
+        kinds = sorted({tensor.tensor_type.name for tensor in reader.tensors})
+        lines = [f"Dequantised from GGUF ({', '.join(kinds)}): what quantisation lost stays lost."]
     else:
         where = hf.find(source)
+        if (where / "model_index.json").is_file():
+            from metamorph_jax.convert import diffusion
+
+            kind = _dtype(dtype, hf.Tensors(where / "unet"))
+            print(f"{source}: a pipeline; writing {kind}", flush=True)
+            pipeline = diffusion.load_pipeline(where)
+            return diffusion.save_pipeline(pipeline, folder, where / "tokenizer", kind)
         fields, tensors, tokenizer = hf.read_config(where), hf.Tensors(where), where
-        licence = licence_of(where)
+        licence, lines = licence_of(where), []
     family = families.of_fields(fields, source)
     kind = _dtype(dtype, tensors)
     print(f"{source}: {family.name}, {len(tensors)} tensors; reading as {kind}", flush=True)
@@ -174,13 +184,13 @@ def _from_weights(source: str, folder: pathlib.Path, dtype: str, most: int, titl
     else:
         total = export.write_part(folder, family, model, cfg, kind, most, progress, where)
     progress.close()
-    card = export.card(title, f"`{pathlib.PurePath(source).name}`", [], licence)
+    card = export.card(title, f"`{pathlib.PurePath(source).name}`", lines, licence)
     (folder / "README.md").write_text(card)
     return total
 
 
 def _from_workdir(workdir, folder, dtype, most, decoder, title) -> int:
-    from metamorph_jax.convert import export, packages, specs
+    from metamorph_jax.convert import export, specs
     from metamorph_jax.models import lora
     from metamorph_jax.sampling.generate import _load_model
 
@@ -208,7 +218,7 @@ def _from_workdir(workdir, folder, dtype, most, decoder, title) -> int:
         total += export.write_decoder(folder / "decoder", lora.merged(artist), kind, most, progress)
     progress.close()
     numbers = export.last_numbers(workdir)
-    licence = packages.licence(getattr(cfg, "llm_weights", ""))
+    licence = licence_of_spec(getattr(cfg, "weights", "") or getattr(cfg, "llm_weights", ""))
     lines = export.run_lines(values)
     card = export.card(title, "a training run", lines, licence, numbers)
     (folder / "README.md").write_text(card)
@@ -258,6 +268,17 @@ def _bytes(model) -> int:
     return sum(x.nbytes for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
+def licence_of_spec(spec: str) -> str:
+    """The licence of the weights that a run started from; "" if it isn't known."""
+    from metamorph_jax.convert import hf, packages
+
+    if packages.is_package(spec):
+        return packages.licence(spec)
+    if spec.startswith(hf.PREFIX) or (spec and pathlib.Path(spec).is_dir()):
+        return licence_of(hf.find(spec))
+    return ""
+
+
 def licence_of(folder: pathlib.Path) -> str:
     """What the front matter of a folder's README.md says; "" if nothing."""
     file = pathlib.Path(folder) / "README.md"
@@ -271,33 +292,23 @@ def licence_of(folder: pathlib.Path) -> str:
 # ---- the list
 
 
-def listing() -> str:
-    """Families, their sizes, and the memory that weights and training state take."""
+def listing() -> Iterator[str]:
+    """Families, their sizes, and the memory that weights and training state take; line by line,
+    for shapes of large models take a second."""
     import jax
     from flax import nnx
 
     from metamorph_jax.convert.families import FAMILIES
 
-    rows = [("family", "size", "parameters", "bf16", "fp32", "training")]
+    line = "{:12}  {:20}  {:>15}  {:>7}  {:>7}  {:>9}".format
+    yield line("family", "size", "parameters", "bf16", "fp32", "training")
     for family in FAMILIES.values():
         for size, cfg in family.sizes.items():
             make = lambda f=family, c=cfg: f.create(c, rngs=nnx.Rngs(0))  # noqa: E731
             state = nnx.state(nnx.eval_shape(make), nnx.Param)
             n = sum(x.size for x in jax.tree.leaves(state))
-            memory = (f"{n * each / GIB:,.2f}" for each in (2, 4, 16))
-            rows.append((family.name, size, f"{n:,}", *memory))
-    widths = [max(len(row[i]) for row in rows) for i in range(6)]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i < 2 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    lines += [
-        "",
-        "bf16, fp32: GiB of the weights. training: GiB of weights, gradients and two moments in",
-        "float32 if everything is trained, over all devices together and without activations",
-        "(`metamorph plan` compiles a step and says those, too).",
-    ]
-    return "\n".join(lines) + "\n"
+            yield line(family.name, size, f"{n:,}", *(f"{n * e / GIB:,.2f}" for e in (2, 4, 16)))
+    yield ""
+    yield "bf16, fp32: GiB of the weights. training: GiB of weights, gradients and two moments in"
+    yield "float32 if everything is trained, over all devices together and without activations"
+    yield "(`metamorph plan` compiles a step and says those, too)."

@@ -2,6 +2,8 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -9,13 +11,21 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from metamorph_jax import cli
-from metamorph_jax.convert import command, families, hf, safetensors, specs
+from metamorph_jax.convert import command, export, families, hf, safetensors, specs
 from metamorph_jax.convert.llama import config_to_hf, export_llama
 from metamorph_jax.models.llm import llama
 from metamorph_jax.recipes import metamorph as recipe
 
 ORACLE = "needs the oracle extra: pip install 'metamorph_jax[oracle]'"
 SMALL = llama.LlamaConfig(96, 16, 24, 2, 2, 1, 8, qk_norm=True, norm_eps=1e-6)
+
+
+def filled(make):
+    """What `make` builds, with random values that no one has to compile an initialiser for."""
+    model, rng = nnx.eval_shape(make), np.random.default_rng(0)
+    value = lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype)  # noqa: E731
+    nnx.update(model, jax.tree.map(value, nnx.state(model)))
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +43,7 @@ def run(tmp_path_factory, golden_root):
         "image_tokens": 4,
         "tokenizer": tokenizer,
     }
-    built = recipe.create(recipe.Config(**model), nnx.Rngs(0))
+    built = filled(lambda: recipe.create(recipe.Config(**model), nnx.Rngs(0)))
     named = {".".join(map(str, p)): v[...] for p, v in nnx.to_flat_state(nnx.state(built))}
     ocp.save((folder / "final").absolute(), named)
     data = {"sources": [{"name": "cats", "path": "/data/cats.jsonl"}]}
@@ -93,7 +103,7 @@ def source(tmp_path):
     """A published folder of a tiny Qwen3 in bfloat16."""
     folder = tmp_path / "source"
     folder.mkdir()
-    llm = llama.Llama(SMALL, rngs=nnx.Rngs(0))
+    llm = filled(lambda: llama.Llama(SMALL, rngs=nnx.Rngs(0)))
     tensors = {k: v.astype(ml_dtypes.bfloat16) for k, v in export_llama(llm).items()}
     save_file(tensors, folder / "model.safetensors")
     fields = config_to_hf(SMALL, eos_token_id=5, torch_dtype="bfloat16")
@@ -161,6 +171,34 @@ def test_nan_is_refused_unless_allowed(source, tmp_path, capsys):
     assert np.isnan(hf.Tensors(tmp_path / "out")["model.norm.weight"][3])
 
 
+@pytest.mark.parametrize("pixels", [False, True])
+def test_a_decoder_lies_beside(pixels, tmp_path):
+    """A UNet and an autoencoder as diffusers has them; other parts by our names."""
+    from metamorph_jax.models.diffusion.projector import ProjectorConfig
+    from metamorph_jax.models.diffusion.unet import UNetConfig
+    from metamorph_jax.models.diffusion.vae import VAEConfig
+    from metamorph_jax.recipes import decoder
+
+    if pixels:
+        cfg = decoder.DecoderConfig.pixels(8, 4, side=16, width=64)
+    else:
+        projector = ProjectorConfig(input_dim=8, hidden_dim=16, output_dim=32)
+        cfg = decoder.DecoderConfig(projector, UNetConfig.tiny(), VAEConfig.tiny())
+    model = filled(lambda: decoder.DecoderRecipe(cfg, nnx.Rngs(0)))
+    total = export.write_decoder(tmp_path, model, "F32", 10**9)
+    found = {p.name: hf.Tensors(p) for p in tmp_path.iterdir()}
+    assert sum(v.nbytes for tensors in found.values() for v in tensors.values()) == total
+    both = {"projector", "statistics"}
+    assert set(found) == both | ({"denoiser"} if pixels else {"unet", "vae"})
+    np.testing.assert_array_equal(found["statistics"]["pixel_mean"], model.pixel_mean[...])
+    if not pixels:
+        fields = hf.read_config(tmp_path / "unet")
+        assert fields["_class_name"] == "UNet2DConditionModel"
+        assert (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").is_file()
+        kernel = model.denoiser.conv_in.kernel[...].transpose(3, 2, 0, 1)
+        np.testing.assert_array_equal(found["unet"]["conv_in.weight"], kernel)
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -187,7 +225,7 @@ def test_sizes():
 
 def test_list(monkeypatch):
     monkeypatch.setattr(families, "MODULES", {"qwen3": "llama"})
-    lines = command.listing().splitlines()
+    lines = list(command.listing())
     assert lines[0].split() == ["family", "size", "parameters", "bf16", "fp32", "training"]
     row = next(line for line in lines if "qwen3-8b" in line).split()
     assert row == ["qwen3", "qwen3-8b", "8,190,735,360", "15.26", "30.51", "122.05"]
