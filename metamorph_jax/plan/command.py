@@ -109,7 +109,7 @@ def search(args, config, topology) -> dict:
     tried, best = [], None
 
     def attempt(policy: str, rows: int) -> dict:
-        with config.unlocked():
+        if policy:
             config.model.remat = policy
         found = plan(config, topology, args.config, rows, args.what, args.length)
         ok = found["fits"] and found["free_share"] >= args.free

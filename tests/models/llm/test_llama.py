@@ -182,7 +182,7 @@ def test_mismatches_are_named_at_once():
         assert name in str(error.value)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", "attention", "full", "offload"])
 def test_remat_gives_the_same_gradients(remat):
     def grads(remat):
         cfg = dataclasses.replace(llama.SIZES["tiny"], remat=remat)
