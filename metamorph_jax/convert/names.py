@@ -125,6 +125,9 @@ class Lazy(MutableMapping):
     def dtype_of(self, key: str) -> np.dtype:
         return self._makers[key][2]
 
+    def __contains__(self, key) -> bool:
+        return key in self._makers
+
     def __delitem__(self, key: str) -> None:
         del self._makers[key]
 
