@@ -72,6 +72,7 @@ MILLIONS = {
     ("connector", "quickstart"): (0.6, 151.3),
     ("connector", "1b"): (6.6, 1655.4),
     ("connector", "8b"): (21.5, 8464.8),
+    ("connector", "70b"): (76.6, 71043.3),
     ("decoder", "smoke"): (0.3, 0.0),
     ("decoder", "quickstart"): (3.3, 0.0),
     ("decoder", "1b"): (863.5, 496.6),
@@ -80,6 +81,7 @@ MILLIONS = {
     ("vpit", "quickstart"): (107.3, 44.5),
     ("vpit", "1b"): (1248.9, 413.0),
     ("vpit", "8b"): (8073.3, 413.0),
+    ("vpit", "70b"): (70706.9, 413.0),
 }
 
 
