@@ -80,7 +80,8 @@ class Run:
         os.kill(self.pid, number)
 
     def kill(self) -> None:
-        self.signal(signal.SIGKILL)
+        if self.alive:
+            self.signal(signal.SIGKILL)
         self._process.join()
 
 
