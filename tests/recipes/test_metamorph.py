@@ -321,8 +321,8 @@ def test_weights_from_folders(tmp_path):
     for k in range(2):  # in shards
         save_file({n: tensors[n] for n in keys[k::2]}, llm / f"model-{k}.safetensors")
     (llm / "config.json").write_text(json.dumps(llama_fields(model.llm.cfg)))
-    save_file(export_vit(model.tower), tower / "model.safetensors")
-    save_file(export_metamorph(model), whole / "model.safetensors")
+    save_file(dict(export_vit(model.tower)), tower / "model.safetensors")
+    save_file(dict(export_metamorph(model)), whole / "model.safetensors")
 
     cfg = dataclasses.replace(TINY, llm="auto", llm_weights=str(llm), tower_weights=str(tower))
     other = make(cfg)
@@ -370,7 +370,7 @@ def test_data_with_and_without_a_feature_cache(tmp_path, golden_root):
     model = make(cfg)
     folder = tmp_path / "tower"
     folder.mkdir()
-    save_file(export_vit(model.tower), folder / "model.safetensors")
+    save_file(dict(export_vit(model.tower)), folder / "model.safetensors")
     cfg = dataclasses.replace(cfg, tower_weights=str(folder))
     plain = recipe.make_data(data, cfg)
     cached = recipe.make_data(data | {"feature_cache": str(tmp_path / "cache")}, cfg)
