@@ -156,13 +156,13 @@ class Preprocess:
             # The long side is cut to an integer, not rounded, as the published processors do.
             new = (short, int(short * h / w)) if w <= h else (int(short * w / h), short)
             left, top = (new[0] - self.size) // 2, (new[1] - self.size) // 2
-            if self.size <= short:  # only what is cut out gets computed: a line may be very long
+            if new[0] * new[1] <= MAX_PIXELS or self.size > short:
+                picture = picture.resize(new, resample)
+                picture = picture.crop((left, top, left + self.size, top + self.size))
+            else:  # a very long line: resize only what is cut out (differs slightly at its edges)
                 x, y = w / new[0], h / new[1]
                 box = (left * x, top * y, (left + self.size) * x, (top + self.size) * y)
                 picture = picture.resize(square, resample, box=box)
-            else:
-                picture = picture.resize(new, resample)
-                picture = picture.crop((left, top, left + self.size, top + self.size))
         elif picture.size != square:
             picture = picture.resize(square, resample)
         return np.asarray(picture)

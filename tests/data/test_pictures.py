@@ -5,7 +5,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -138,7 +138,10 @@ def compare(process, theirs, image):
 def test_equals_the_published_processor(kind):
     theirs = peer(KINDS[kind])
 
-    @settings(max_examples=25, deadline=None, derandomize=True, database=None)
+    @settings(
+        max_examples=25, deadline=None, derandomize=True, database=None,
+        suppress_health_check=list(HealthCheck),  # machines may be slow
+    )  # fmt: skip
     @given(
         size=st.one_of(
             st.tuples(st.integers(1, 90), st.integers(1, 90)),
@@ -153,9 +156,20 @@ def test_equals_the_published_processor(kind):
             image.putalpha(picture(seed + 1, *size).convert("L"))
         if mode == "P":
             image = image.quantize(7)
-        compare(KINDS[kind], theirs, image.convert(mode))
+        image = image.convert(mode)
+        # transformers 5 lays transparent pictures on white; the loaders of the references convert
+        # first, which drops alpha, and so do we.
+        compare(KINDS[kind], theirs, image.convert("RGB") if "A" in mode else image)
 
     check()
+
+
+def test_alpha_is_dropped(tmp_path):
+    image = picture(1, 9, 8)
+    clear = image.copy()
+    clear.putalpha(0)
+    (loaded,) = pictures.load([save(tmp_path / "a.png", clear)])
+    assert np.array_equal(np.asarray(loaded), np.asarray(image))
 
 
 def test_exif_rotation_is_not_applied(tmp_path):
@@ -179,7 +193,7 @@ def test_very_long_lines_stay_small(size, mode):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert out.shape == (224, 224, 3) and peak < 50e6
-    assert out[112, 112].tolist() == [255, 0, 0]
+    assert out[111, 111].tolist() == [255, 0, 0]
     assert (out == (255, 0, 0)).all() == (mode == "crop")
 
 
