@@ -46,6 +46,16 @@ def steps(folder):
     return [json.loads(line)["step"] for line in lines]
 
 
+def wait_for(process, condition, seconds=600):
+    """Machines may be slow; a process that has ended, or never comes there, is shown."""
+    deadline = time.time() + seconds
+    while not condition():
+        if time.time() > deadline or process.poll() is not None:
+            process.kill()
+            pytest.fail(process.stdout.read())
+        time.sleep(0.02)
+
+
 def test_list_and_print_start_nothing(spec, tmp_path, capsys):
     assert sweep(spec, tmp_path / "my runs", "--list", "--config.steps=2") == 0
     assert "002_learning_rate=0.1   new" in capsys.readouterr().out
@@ -89,11 +99,8 @@ def test_killed_in_the_middle_a_failing_run_and_the_table(spec, tmp_path, capsys
         [*command, f"--config={spec}", f"--workdir={workdir}", slow],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    deadline = time.time() + 120
     second = workdir / "002_learning_rate=0.1"
-    while not (second / "checkpoints/2/commit_success.txt").exists():
-        assert time.time() < deadline and first.poll() is None, first.stdout.read()
-        time.sleep(0.02)
+    wait_for(first, (second / "checkpoints/2/commit_success.txt").exists)
     os.kill(first.pid, signal.SIGKILL)
     first.communicate()
     before = (workdir / "001_learning_rate=0.01/metrics.jsonl").stat().st_mtime_ns
@@ -131,12 +138,9 @@ def test_sigterm_saves_and_stops(spec, tmp_path):
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     first = tmp_path / "runs/001_learning_rate=0.01"
-    deadline = time.time() + 120
-    while not (first / "metrics.jsonl").exists() or not steps(first):
-        assert time.time() < deadline and run.poll() is None, run.stdout.read()
-        time.sleep(0.02)
+    wait_for(run, lambda: (first / "metrics.jsonl").exists() and steps(first))
     run.terminate()
-    said = run.communicate(timeout=60)[0]
+    said = run.communicate(timeout=600)[0]
     assert run.returncode == 143 and "the same command goes on" in said, said
     assert list(first.glob("checkpoints/*/commit_success.txt"))
     assert not (tmp_path / "runs/002_learning_rate=0.1").exists()
