@@ -13,6 +13,7 @@ starts from the workdir of this one.
 | 1b | Llama-3.2-1B, SigLIP SO400M at 384 | 8 chips of 16 GB | - |
 | 8b | Llama-3.1-8B-Instruct, SigLIP SO400M, | 64 chips of 16 GB, or | the paper's setting |
 | | 64 tokens a picture, length 4096 | 8 GPUs of 80 GB | |
+| 70b | Llama-3.1-70B-Instruct, the same tower | 128 chips of 95 GB | - |
 
 `1b` and `8b` have the published settings: 3.74e-5 for 448 samples, scaled by the square root of the
 batch, warm-up 3 %, cosine to 0, no weight decay. Rows are packed, so that a batch of 96 rows of
