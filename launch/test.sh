@@ -25,7 +25,7 @@ done
 
 extras=dev,quickstart,video,notebook
 if "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
-    extras=$extras,oracle
+    extras=$extras,oracle,plan
 fi
 setup_venv "$python" "$extras"
 
