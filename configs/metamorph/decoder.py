@@ -154,7 +154,7 @@ def _data(root, cache, name="pictures"):
         # Visual tokens of the tuned language model for its training requests; the quick start
         # makes this file after the VPiT stage.
         predicted="",
-        predicted_share=0.6,
+        predicted_share=0.7,
         seed=42,
     )
 

@@ -36,7 +36,7 @@ class Settings:
 
     questions: int = 1000
     batch: int = 50
-    guidance: float = 2.0
+    guidance: float = 3.0
     steps: int = 20
     judge_steps: int = 800
     seed: int = 0

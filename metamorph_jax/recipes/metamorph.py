@@ -565,9 +565,14 @@ def make_data(data_cfg, cfg: Config, *, process_index=0, process_count=1, workdi
     data_cfg = _data_config(data_cfg, cfg)
     if process_index == 0 and jax.process_count() == 1:
         fill_caches(data_cfg, cfg)
-    start = llm_config(cfg).vocab_size
+    start, tokenizer = llm_config(cfg).vocab_size, load_tokenizer(cfg)
+    if len(tokenizer) > start:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} ids, the language model a vocabulary of {start}: "
+            "set config.model.tokenizer, or vocab_size in config.model.llm_options"
+        )
     chat = Chat(
-        load_tokenizer(cfg),
+        tokenizer,
         data_cfg.template,
         data_cfg.system,
         data_cfg.single_bos,

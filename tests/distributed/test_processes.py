@@ -14,6 +14,7 @@ from PIL import Image
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from metamorph_jax import distributed  # noqa: E402
+from metamorph_jax.convert import specs  # noqa: E402
 from metamorph_jax.train.checkpoint import Checkpoints, read_export  # noqa: E402
 from tests.train import forked  # noqa: E402
 
@@ -50,7 +51,7 @@ def write_pictures(folder):
 
 def pictures(path, golden_root, **changes):
     tokenizer = str(golden_root / "metamorph" / "tokenizer.json")
-    vocab = len(json.loads(pathlib.Path(tokenizer).read_text())["model"]["vocab"])
+    vocab = len(specs.tokenizer(tokenizer))
     model = {"llm": "tiny", "tower": "siglip-tiny", "image_tokens": 4, "text_chunk": 16,
              "tokenizer": tokenizer, "llm_options": {"vocab_size": vocab}}  # fmt: skip
     data = {"sources": [{"path": path, "name": "pairs"}], "length": 96, "images_per_row": 3}
