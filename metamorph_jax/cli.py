@@ -7,6 +7,7 @@ imported only when it is asked for: `metamorph --help` loads no model code and s
 import argparse
 import difflib
 import importlib
+import os
 import sys
 
 COMMANDS = {
@@ -35,6 +36,8 @@ def _usage() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
+    # transformers is used for its tokenizers: that torch is missing is no news.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage(), end="")

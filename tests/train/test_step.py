@@ -42,8 +42,10 @@ def test_accumulation_equals_one_large_batch():
     assert max(counts) > 2 * min(counts)
     cfg = toy.Config(sources=("good", "bad"))
     one, r1 = do(1, batch, cfg=cfg)
+    del r1["metrics"]["seen"]  # depends on where in its micro-batch a token stands
     for n in (2, 4, 8):
         many, r2 = do(n, batch, cfg=cfg)
+        del r2["metrics"]["seen"]
         for name, p in one.params.items():
             np.testing.assert_allclose(many.params[name], p, rtol=2e-5, atol=1e-6)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5), r1, r2)
