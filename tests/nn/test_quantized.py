@@ -9,11 +9,15 @@ import pytest
 from flax import nnx
 
 from metamorph_jax import sharding
+from metamorph_jax.convert.llama import export_llama, load_llama
 from metamorph_jax.models import lora
 from metamorph_jax.models.llm import llama
 from metamorph_jax.nn import quantized
 from metamorph_jax.recipes import metamorph as recipe
-from tests.recipes.test_metamorph import TINY
+from metamorph_jax.train import state as states
+from metamorph_jax.train.optim import OptimConfig
+from metamorph_jax.train.step import make_step
+from tests.recipes.test_metamorph import TINY, make_batch
 
 # Relative error (Frobenius norm) of a normal kernel, with a margin of about a tenth.
 ERRORS = {"int8": 0.0075, "nf4": 0.1, "nf4_double": 0.1}
@@ -124,3 +128,77 @@ def test_stacked_layers_with_adapters():
     merged = lora.merged(nnx.merge(graph, trained, rest))
     assert lora.is_plain(merged)
     np.testing.assert_allclose(merged(embeds, positions, mask)[0], hidden, atol=1e-5)
+
+
+def hidden(model, batch):
+    graph, state = nnx.split(model)
+    return jax.jit(lambda state: nnx.merge(graph, state).hidden(batch)[0])(state)
+
+
+def test_the_model_is_close_and_merges_exactly():
+    batch = make_batch()
+    want = hidden(make()[1], batch)
+    for method, limit in (("int8", 0.05), ("nf4", 0.5)):
+        model = make(method)[1]
+        got = hidden(model, batch)
+        error = np.linalg.norm(got - want) / np.linalg.norm(want)
+        assert 1e-4 < error < limit
+        merged = lora.merged(model)
+        assert not quantized.any_packed(merged)
+        np.testing.assert_allclose(hidden(merged, batch), got, atol=2e-4)
+
+
+@pytest.mark.parametrize("method", ["int8", "nf4"])
+def test_a_training_step(method):
+    cfg, _ = make(method, remat="full")
+    mesh = sharding.make_mesh({"fsdp": 1})
+    parts, params, frozen = states.create(lambda r: recipe.create(cfg, r), "vpit", mesh, 0)
+    packed = {k: v for k, v in frozen.items() if "kernel_codes" in k}
+    assert len(packed) == 7 and all(v.dtype in (jnp.int8, jnp.uint8) for v in packed.values())
+    assert not any("codes" in k or "kernel_scale" in k for k in params)
+    bits = 8 if method == "int8" else 4
+    llm = llama.SIZES["tiny"]
+    D, F, kv = llm.width, llm.mlp_width, llm.kv_heads * llm.head_dim
+    weights = llm.layers * (2 * D * D + 2 * D * kv + 3 * D * F)
+    padded = llm.layers * 32 * D * (bits == 4)  # the 160 inputs of down_proj are 3 blocks of 64
+    assert sum(v.nbytes for v in packed.values()) == weights * bits // 8 + padded * bits // 8
+
+    optim = OptimConfig(learning_rate=1e-2, warmup=0, schedule="constant")
+    step = make_step(parts, optim, lambda s: 1e-2, mesh=mesh)
+    state = states.start(params, parts, mesh, 0, False)
+    assert set(state.moments.first) == set(params)
+    batch, losses = make_batch(), []
+    with jax.set_mesh(mesh):
+        for _ in range(4):
+            state, report = step(state, frozen, batch)
+            losses.append(float(report["loss"]))
+    assert bool(report["finite"]) and losses[-1] < losses[0]
+    assert {"lora", "connector", "head", "tokens"} == set(report["norms"])
+    b = state.params["llm.layers.mlp.up_proj.lora_b"]
+    assert np.abs(b).max() > 0
+
+
+@pytest.mark.parametrize("method", ["int8", "nf4"])
+def test_weights_are_packed_while_they_load(method):
+    source = llama.Llama(dataclasses.replace(llama.SIZES["tiny"], added_tokens=2), rngs=nnx.Rngs(7))
+    tensors = dict(export_llama(source))
+    model = make(method)[1]
+    before = np.asarray(model.llm.layers.mlp.up_proj.kernel_codes[...])
+    with quantized.unpacked(model, empty=True):
+        kernel = model.llm.layers.mlp.up_proj.kernel
+        assert isinstance(kernel.get_raw_value(), jax.ShapeDtypeStruct)
+        load_llama(model.llm, tensors)
+        assert set(kernel.get_raw_value()) >= {"kernel_codes", "kernel_scale"}
+    up = model.llm.layers.mlp.up_proj
+    want = source.layers.mlp.up_proj.kernel[...].astype(jnp.bfloat16)
+    packed = quantized.pack(want, method)
+    np.testing.assert_array_equal(up.kernel_codes[...], packed["kernel_codes"])
+    assert not np.array_equal(up.kernel_codes[...], before)
+    np.testing.assert_array_equal(model.llm.norm.scale[...], source.norm.scale[...])
+    # What nothing is loaded into stays to the bit.
+    with quantized.unpacked(model):
+        assert model.llm.layers.mlp.up_proj.kernel.dtype == jnp.bfloat16
+    assert not hasattr(model.llm.layers.mlp.up_proj, "kernel")
+    np.testing.assert_array_equal(
+        model.llm.layers.mlp.up_proj.kernel_codes[...], packed["kernel_codes"]
+    )
