@@ -565,12 +565,13 @@ def make_data(data_cfg, cfg: Config, *, process_index=0, process_count=1, workdi
     data_cfg = _data_config(data_cfg, cfg)
     if process_index == 0 and jax.process_count() == 1:
         fill_caches(data_cfg, cfg)
-    start, tokenizer = llm_config(cfg).vocab_size, load_tokenizer(cfg)
-    if len(tokenizer) > start:
+    llm, tokenizer = llm_config(cfg), load_tokenizer(cfg)
+    if len(tokenizer) > llm.tokens:  # it may know the added tokens
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} ids, the language model a vocabulary of {start}: "
-            "set config.model.tokenizer, or vocab_size in config.model.llm_options"
+            f"the tokenizer has {len(tokenizer)} ids, the language model {llm.tokens}: set "
+            "config.model.tokenizer, or vocab_size in config.model.llm_options"
         )
+    start = llm.vocab_size
     chat = Chat(
         tokenizer,
         data_cfg.template,

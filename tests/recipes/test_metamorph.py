@@ -416,3 +416,12 @@ def test_visual_dropout_needs_a_key_and_leaves_targets_alone():
     np.testing.assert_array_equal(shown, targets)
     changed = np.abs(np.asarray(dropped - plain)).max(-1) > 0
     assert changed[:, 8:12].any() and not changed[:, :8].any() and not changed[:, 12:].any()
+
+
+@pytest.mark.golden  # takes the small tokenizer from there
+def test_a_tokenizer_larger_than_the_vocabulary_is_an_error(tmp_path, golden_root):
+    tokenizer = str(golden_root / "metamorph" / "tokenizer.json")
+    data = dict(sources=[dict(path=str(write_data(tmp_path)), name="pairs")])
+    cfg = dataclasses.replace(TINY, tokenizer=tokenizer, llm_options={"vocab_size": 425})
+    with pytest.raises(ValueError, match="the tokenizer has 428 ids, the language model 427"):
+        recipe.make_data(data, cfg)
