@@ -42,6 +42,9 @@ TRAIN_WORDINGS = (
     "I would like to see {a} {color} {shape}.",
     "Make an image that shows {a} {color} {shape}.",
     "Paint one {shape}. Its color is {color}.",
+    # Not every question wants an answer in words.
+    "Would you paint {a} {color} {shape} for me?",
+    "Could I see {a} {color} {shape}?",
 )
 TEST_WORDINGS = (
     "Can you draw me {a} {color} {shape}?",
