@@ -25,7 +25,7 @@ from metamorph_jax.models.diffusion.dit import DiT, DiTConfig, depth_to_space, s
 from metamorph_jax.models.diffusion.projector import ProjectorConfig, make_projector, pad_context
 from metamorph_jax.models.diffusion.schedule import Schedule
 from metamorph_jax.models.diffusion.unet import UNet, UNetConfig
-from metamorph_jax.models.diffusion.vae import OLD_NAMES, AutoencoderKL, VAEConfig
+from metamorph_jax.models.diffusion.vae import AutoencoderKL, VAEConfig
 from metamorph_jax.models.vision import vit
 from metamorph_jax.models.vision.reduce import TokenReducer, normalize_features
 from metamorph_jax.recipes import metamorph
@@ -337,21 +337,13 @@ def load_pretrained(model: DecoderRecipe, cfg: Config) -> None:
         metamorph.load_tower(model.tower.tower, cfg.vision.tower_weights)
     if cfg.sd_weights == "random":
         return
-    from metamorph_jax.convert import hf, names
+    from metamorph_jax.convert import diffusion, hf
 
     folder = hf.find(cfg.sd_weights)
     if not cfg.unet_from_scratch:
-        names.load_torch_dict(model.denoiser, hf.Tensors(folder / "unet"))
+        diffusion.load_unet(model.denoiser, hf.Tensors(folder / "unet"))
     if cfg.decoder.vae:
-        tensors = hf.Tensors(folder / "vae")
-        old = any(".query." in key for key in tensors)
-        names.load_torch_dict(model.vae, tensors, rename=_old_name if old else lambda key: key)
-
-
-def _old_name(key: str) -> str:
-    for old, new in OLD_NAMES.items():
-        key = key.replace(f".{new}.", f".{old}.")
-    return key
+        diffusion.load_vae(model.vae, hf.Tensors(folder / "vae"))
 
 
 def prepare(model: DecoderRecipe, batches: list[DecoderBatch]) -> None:
