@@ -228,6 +228,21 @@ class Attention(nnx.Module):
         return self.o_proj(flat(mixed)), (k, v)
 
 
+@jax.custom_vjp
+def swiglu(gate, up):
+    """silu(gate) * up; the backward pass keeps its two arguments and computes the sigmoid anew."""
+    return nnx.silu(gate) * up
+
+
+def _swiglu_backward(saved, gradient):
+    gate, up = saved
+    s = jax.nn.sigmoid(gate)
+    return gradient * up * (s * (1 + gate * (1 - s))), gradient * (gate * s)
+
+
+swiglu.defvjp(lambda gate, up: (swiglu(gate, up), (gate, up)), _swiglu_backward)
+
+
 class MLP(nnx.Module):
     """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x))."""
 
@@ -238,7 +253,7 @@ class MLP(nnx.Module):
         self.down_proj = _linear(cfg, F, D, ("mlp", "embed"), cfg.mlp_bias, rngs)
 
     def __call__(self, x):
-        hidden = nnx.silu(self.gate_proj(x)) * self.up_proj(x)
+        hidden = swiglu(self.gate_proj(x), self.up_proj(x))
         return self.down_proj(constrain(hidden, "act_batch", "act_len", "act_mlp"))
 
 

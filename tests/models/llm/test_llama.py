@@ -201,6 +201,14 @@ def test_remat_gives_the_same_gradients(remat):
     jax.tree.map(same, grads("none"), grads(remat))
 
 
+def test_swiglu_has_the_gradients_of_its_formula():
+    gate, up, out = np.random.default_rng(0).normal(0, 3, (3, 4, 7)).astype(np.float32)
+    formula = lambda g, u: jnp.sum(jax.nn.silu(g) * u * out)  # noqa: E731
+    ours = jax.grad(lambda g, u: jnp.sum(llama.swiglu(g, u) * out), argnums=(0, 1))(gate, up)
+    for mine, theirs in zip(ours, jax.grad(formula, argnums=(0, 1))(gate, up), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
 def test_unknown_rope_scaling_and_family():
     fields = {**SMALL, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}}
     with pytest.raises(ValueError, match="yarn"):
