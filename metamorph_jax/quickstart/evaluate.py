@@ -109,9 +109,7 @@ def predict(speaker: Speaker, data: qdata.QuickstartData, path: str) -> dict:
 
 def drawings(artist: Artist, features: np.ndarray, settings: Settings) -> np.ndarray:
     """uint8[n, seeds, h, w, 3]; the seeds are the same for every request."""
-    return np.stack(
-        [artist.draw_many(features, settings.guidance, seed) for seed in SEEDS], axis=1
-    )
+    return np.stack([artist.draw_many(features, settings.guidance, seed) for seed in SEEDS], axis=1)
 
 
 def judges(speaker: Speaker, data: qdata.QuickstartData, settings: Settings):

@@ -55,10 +55,14 @@ def quickstart(workdir, size: str = "quickstart", seed: int = 0) -> pathlib.Path
     Raises:
         UserError: the workdir belongs to another size or seed, or a package is missing.
     """
+    import jax
+
     road = Road(pathlib.Path(workdir), size, seed)
     road.say_plan()
-    for name, step in road.steps.items():
-        road.once(name, step)
+    precision = "bfloat16" if _bfloat16_is_faster() else None
+    with jax.default_matmul_precision(precision):
+        for name, step in road.steps.items():
+            road.once(name, step)
     return road.workdir / "report.html"
 
 
@@ -169,6 +173,10 @@ class Road:
                 source.path = str(self.files.root / pathlib.Path(source.path).name)
                 source.root = str(self.files.images)
             table.data.feature_cache = str(self.workdir / "features")
+        if _bfloat16_is_faster():
+            table.matmul_precision = "bfloat16"
+            if stage != "decoder":
+                table.model.remat = "full"  # a forward pass costs little then, and memory much
         if stage == "vpit":
             table.model.weights = f"workdir:{self.workdir / 'connector'}"
         if stage == "decoder":
@@ -220,6 +228,15 @@ class Road:
         if self.size == "smoke":
             facts["language model"] = facts["tower"] = "random, tiny (smoke size)"
         return {"path": str(make_report(self.workdir, self.files, timings, facts, GOALS))}
+
+
+def _bfloat16_is_faster() -> bool:
+    """On a CPU with matrix units; other platforms know by themselves."""
+    import jax
+
+    from metamorph_jax.nn.linear import has_matrix_units
+
+    return jax.default_backend() == "cpu" and has_matrix_units()
 
 
 def _cores() -> int:

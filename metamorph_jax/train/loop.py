@@ -27,6 +27,8 @@ from metamorph_jax.train.profile import Trace
 from metamorph_jax.train.step import Guard, make_step
 from metamorph_jax.train.trouble import BadStep, BadSteps, Pending, Preempted, Sigterm
 
+PRECISIONS = ("default", "bfloat16", "tensorfloat32", "float32", "highest")
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
@@ -49,6 +51,9 @@ class TrainConfig:
         log_every, checkpoint_every, keep: steps between lines and checkpoints; checkpoints kept.
         damaged_checkpoint: "stop", or "previous": go on from the newest that is whole.
         tensorboard: write TensorBoard files.
+        matmul_precision: of products of float32, a name that `jax.default_matmul_precision` takes.
+            "default" is one pass in bfloat16 on a TPU, and float32 on a CPU; with "bfloat16" linear
+            layers do as a TPU on a CPU that has matrix units, too.
         compilation_cache: folder of compiled programs; "" for none.
     """
 
@@ -70,6 +75,7 @@ class TrainConfig:
     keep: int = 2
     damaged_checkpoint: str = "stop"
     tensorboard: bool = True
+    matmul_precision: str = "default"
     compilation_cache: str = "~/.cache/metamorph_jax/compiled"
 
     def __post_init__(self):
@@ -82,6 +88,9 @@ class TrainConfig:
         if self.damaged_checkpoint not in ("stop", "previous"):
             raise ValueError(f"damaged_checkpoint {self.damaged_checkpoint!r} is none of stop, "
                              "previous")  # fmt: skip
+        if self.matmul_precision not in PRECISIONS:
+            raise ValueError(f"matmul_precision {self.matmul_precision!r} is none of "
+                             f"{', '.join(PRECISIONS)}")  # fmt: skip
 
 
 def resolve(config) -> tuple[TrainConfig, Any, Any, dict]:
@@ -118,9 +127,13 @@ def train(
         Preempted: see there.
     """
     began = time.time()
-    cfg, recipe, model_cfg, resolved = resolve(config)
-    workdir = pathlib.Path(workdir).expanduser()
+    what = resolve(config)
+    name = what[0].matmul_precision
+    with jax.default_matmul_precision(name) if name != "default" else contextlib.nullcontext():
+        return _train(began, *what, pathlib.Path(workdir).expanduser(), profile)
 
+
+def _train(began, cfg: TrainConfig, recipe, model_cfg, resolved, workdir, profile):
     # ---- devices
     if cfg.compilation_cache:
         folder = pathlib.Path(cfg.compilation_cache).expanduser()
