@@ -58,6 +58,7 @@ def get_config(arg: str = "quickstart") -> ConfigDict:
             checkpoint_every=1000,
             keep=2,
             tensorboard=True,
+            matmul_precision="default",
             compilation_cache="~/.cache/metamorph_jax/compiled",
         )
     )
