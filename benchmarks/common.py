@@ -15,6 +15,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from metamorph_jax import platforms
+
+platforms.leave_tpu_out()
+
 
 @dataclasses.dataclass
 class Case:

@@ -10,6 +10,8 @@ import importlib
 import os
 import sys
 
+from metamorph_jax import platforms
+
 COMMANDS = {
     "train": ("metamorph_jax.train.command", "train a stage, or go on where it stopped"),
     "generate": ("metamorph_jax.sampling.generate", "answer, draw, edit, think visually"),
@@ -38,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     # transformers is used for its tokenizers: that torch is missing is no news.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    platforms.leave_tpu_out()
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage(), end="")
