@@ -10,7 +10,8 @@ GGUF is llama.cpp's container: metadata and (quantised) tensors in one file. The
 
       file, one head of H = 6:   0 3 1 4 2 5      ->      0 1 2 3 4 5
 
-* metadata -> the fields of Hugging Face's LlamaConfig, and a byte-level BPE tokenizer.
+* metadata -> the fields of Hugging Face's LlamaConfig, and a tokenizer: byte-level BPE, or
+  SentencePiece's, whose file has scores in place of merges.
 
 4-bit weights come back as the float32 numbers they stand for; what quantisation lost stays lost.
 """
@@ -43,8 +44,8 @@ LAYER_KEYS = {
 }
 LAYER_NAME = re.compile(r"blk\.(\d+)\.([a-z_]+)\.(weight|bias)")
 
-# `tokenizer.ggml.token_type` values that make a token atomic.
-CONTROL, USER_DEFINED = 3, 4
+# Values of `tokenizer.ggml.token_type`. CONTROL and USER_DEFINED make a token atomic.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 
 # Text splitting before BPE, by `tokenizer.ggml.pre`.
 LLAMA3_SPLIT = (
@@ -269,24 +270,29 @@ def expected_shapes(config: dict) -> dict[str, tuple[int, ...]]:
 
 
 def read_tokenizer(reader):
-    """transformers.PreTrainedTokenizerFast: byte-level BPE with the file's special tokens and chat
-    template. encode() adds no BOS unless the file asks for one."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models
+    """transformers.PreTrainedTokenizerFast with the file's special tokens and chat template.
+
+    encode() adds BOS and EOS as the file asks for; where it doesn't say, SentencePiece's kind gets
+    BOS, as llama.cpp has it.
+    """
+    from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
 
     model = field(reader, "tokenizer.ggml.model")
-    if model != "gpt2":
-        raise GGUFError(f"tokenizer model {model!r} is not supported, only byte-level BPE ('gpt2')")
+    builders = {"gpt2": _byte_level, "llama": _sentencepiece}
+    if model not in builders:
+        raise GGUFError(
+            f"tokenizer model {model!r} is not supported, only byte-level BPE ('gpt2') and "
+            "SentencePiece ('llama')"
+        )
     pieces = field(reader, "tokenizer.ggml.tokens")
-    kinds = field(reader, "tokenizer.ggml.token_type", [1] * len(pieces))
-    merges = [tuple(pair.split(" ", 1)) for pair in field(reader, "tokenizer.ggml.merges")]
+    kinds = field(reader, "tokenizer.ggml.token_type", [NORMAL] * len(pieces))
     vocab = {piece: i for i, piece in enumerate(pieces)}
     if len(vocab) != len(pieces):
         raise GGUFError(f"{len(pieces) - len(vocab)} duplicate tokens in tokenizer.ggml.tokens")
-
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    tokenizer.pre_tokenizer = _pre_tokenizer(field(reader, "tokenizer.ggml.pre", "default"))
-    tokenizer.decoder = decoders.ByteLevel()
+    if len(kinds) != len(pieces):
+        raise GGUFError(f"{len(kinds)} kinds of {len(pieces)} tokens in tokenizer.ggml.token_type")
+    tokenizer = builders[model](reader, vocab, kinds)
     for kind, special in ((CONTROL, True), (USER_DEFINED, False)):
         atomic = [p for p, k in zip(pieces, kinds, strict=True) if k == kind]
         add = tokenizer.add_special_tokens if special else tokenizer.add_tokens
@@ -296,12 +302,18 @@ def read_tokenizer(reader):
         entry = reader.get_field(f"tokenizer.ggml.{what}_token_id")
         return None if entry is None else pieces[int(entry.contents())]
 
-    bos = named("bos")
-    if field(reader, "tokenizer.ggml.add_bos_token", False) and bos is not None:
+    def wanted(what: str, default: bool) -> list[str]:
+        token = named(what)
+        add = field(reader, f"tokenizer.ggml.add_{what}_token", default)
+        return [token] if add and token is not None else []
+
+    bos, eos = wanted("bos", model == "llama"), wanted("eos", False)
+    if bos or eos:
         from tokenizers.processors import TemplateProcessing
 
+        single, second = ([*bos, f"${name}", *eos] for name in "AB")
         tokenizer.post_processor = TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocab[bos])]
+            single=single, pair=single + second, special_tokens=[(t, vocab[t]) for t in bos + eos]
         )
     names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     special = {f"{ours}_token": named(theirs) for ours, theirs in names.items()}
@@ -327,6 +339,57 @@ def read_llama(path) -> tuple[dict, dict[str, np.ndarray]]:
 def load_tokenizer(path):
     """The tokenizer of a GGUF file, without touching its weights."""
     return read_tokenizer(open_gguf(path))
+
+
+def _byte_level(reader, vocab: dict[str, int], kinds):
+    from tokenizers import Tokenizer, decoders, models
+
+    merges = [tuple(pair.split(" ", 1)) for pair in field(reader, "tokenizer.ggml.merges")]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    tokenizer.pre_tokenizer = _pre_tokenizer(field(reader, "tokenizer.ggml.pre", "default"))
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece(reader, vocab: dict[str, int], kinds):
+    """As transformers has Llama 2's: a space is "▁", one stands before the text, and characters
+    that no piece has are spelled in bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    given = field(reader, "tokenizer.ggml.merges", [])
+    if given:
+        merges = [tuple(pair.split(" ", 1)) for pair in given]
+    else:
+        merges = implied_merges(vocab, field(reader, "tokenizer.ggml.scores"), kinds)
+    unknown = next((piece for piece, i in vocab.items() if kinds[i] == UNKNOWN), None)
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
+    space_first = bool(field(reader, "tokenizer.ggml.add_space_prefix", True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
+        "▁", prepend_scheme="first" if space_first else "never", split=False
+    )
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * space_first)
+    return tokenizer
+
+
+def implied_merges(vocab: dict[str, int], scores, kinds) -> list[tuple[str, str]]:
+    """The merges of a SentencePiece vocabulary: of all neighbours that make a piece together, those
+    with the highest score go first.
+
+    Tokens that only stand for themselves (control tokens, bytes, ...) are made by no merge.
+    """
+    if len(scores) != len(vocab):
+        raise GGUFError(f"{len(scores)} scores of {len(vocab)} tokens in tokenizer.ggml.scores")
+    normal = {piece: i for piece, i in vocab.items() if kinds[i] == NORMAL}
+    found = [
+        (-scores[i], i, -cut, piece[:cut], piece[cut:])
+        for piece, i in normal.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in normal and piece[cut:] in normal
+    ]
+    return [(left, right) for *_, left, right in sorted(found)]
 
 
 def _pre_tokenizer(name: str):

@@ -27,20 +27,8 @@ def tiny_weights(seed=0):
     return {k: rng.normal(size=v).astype(np.float32) for k, v in shapes.items()}
 
 
-def write_tiny(path, weights, extra=None, arch="llama", kinds=None, more=None):
-    """A GGUF file with these weights under llama.cpp's names and a byte-level tokenizer.
-
-    kinds: name -> quantisation of weights that are bytes; more: further tensors, by GGUF name.
-    """
-    writer = gguf.GGUFWriter(str(path), arch)
-    writer.add_block_count(LAYERS)
-    writer.add_context_length(128)
-    writer.add_embedding_length(D)
-    writer.add_feed_forward_length(F)
-    writer.add_head_count(N)
-    writer.add_head_count_kv(K)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(1e5)
+def byte_level(writer):
+    """Writes the vocabulary of a byte-level tokenizer."""
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     pieces = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *byte_pieces(), "he", "ll", "hell"]
@@ -51,6 +39,24 @@ def write_tiny(path, weights, extra=None, arch="llama", kinds=None, more=None):
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(2)
+
+
+def write_tiny(path, weights, extra=None, arch="llama", kinds=None, more=None, tokens=byte_level):
+    """A GGUF file with these weights under llama.cpp's names and a tokenizer.
+
+    kinds: name -> quantisation of weights that are bytes; more: further tensors, by GGUF name;
+    tokens: writes the vocabulary.
+    """
+    writer = gguf.GGUFWriter(str(path), arch)
+    writer.add_block_count(LAYERS)
+    writer.add_context_length(128)
+    writer.add_embedding_length(D)
+    writer.add_feed_forward_length(F)
+    writer.add_head_count(N)
+    writer.add_head_count_kv(K)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(1e5)
+    tokens(writer)
     writer.add_chat_template("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
                              "<|im_end|>\n{% endfor %}")  # fmt: skip
     for key, value in (extra or {}).items():
@@ -121,6 +127,108 @@ def test_tokenizer(tiny):
     text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
     assert text == "<|im_start|>user\nhi<|im_end|>\n"
     assert tokenizer.pad_token_id == 2 and tokenizer.eos_token == "<|im_end|>"
+
+
+# ---- SentencePiece
+
+# In the order in which they were learned, that is of falling scores; below, single characters.
+LEARNED = ["he", "ll", "llo", "▁w", "▁he", "or", "▁hello", "ld", "▁wor", "▁world", "▁▁", "▁▁▁▁",
+           "in", "ing", "er", "orld", "lo"]  # fmt: skip
+SPELLED = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *LEARNED,
+           "▁", *"helowrdingHa,.1<0x>", "<|user|>"]  # fmt: skip
+SCORES = [0.0] * 259 + [-float(i) for i in range(len(SPELLED) - 259)]
+KINDS = [2, 3, 3] + [6] * 256 + [1] * (len(SPELLED) - 260) + [4]
+TEXTS = ["hello world", " hello", "Hello  world, helloing", "    in", "né 中\n", "", "<0x41>",
+         "hello<|user|> he</s>ll", "x▁o", "world" * 5]  # fmt: skip
+
+
+def sentencepiece(writer, scores=SCORES):
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(SPELLED)
+    writer.add_token_scores(scores)
+    writer.add_token_types(KINDS)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+
+
+def by_scores(text):
+    """SentencePiece's rule, literally: join the neighbours with the best score, leftmost first."""
+    text = text.replace(" ", "▁")
+    parts = list(text if text.startswith("▁") else "▁" + text)
+    best = {p: s for p, s, k in zip(SPELLED, SCORES, KINDS, strict=True) if k == 1}
+    while True:
+        pairs = [(best[a + b], -i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False))
+                 if a + b in best]  # fmt: skip
+        if not pairs:
+            break
+        i = -max(pairs)[1]
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    spell = lambda p: [p] if p in best else [f"<0x{b:02X}>" for b in p.encode()]  # noqa: E731
+    return [SPELLED.index(piece) for part in parts for piece in spell(part)]
+
+
+@pytest.fixture(scope="module")
+def spelled(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sentencepiece") / "tiny.gguf"
+    write_tiny(path, tiny_weights(), tokens=sentencepiece)
+    return path
+
+
+def test_sentencepiece_joins_by_scores(spelled, tmp_path):
+    from metamorph_jax.convert import tokenizers
+
+    tokenizer = reader.load_tokenizer(spelled)
+    assert tokenizer.tokenize("hello world") == ["▁hello", "▁world"]
+    assert tokenizer.tokenize("é") == ["▁", "<0xC3>", "<0xA9>"]
+    rng = np.random.default_rng(0)
+    texts = ["".join(rng.choice(list("helowrd ingé<0x1>"), 30)) for _ in range(100)]
+    for text in texts:
+        ids = tokenizer.encode(text)
+        assert ids == [1, *by_scores(text)], text
+        shown = tokenizer.decode(ids, skip_special_tokens=True)
+        assert shown == (text[1:] if text.startswith(" ") else text)
+    tokenizer.save_pretrained(tmp_path)
+    again = tokenizers.load(tmp_path)
+    assert [again.encode(text) for text in texts] == [tokenizer.encode(text) for text in texts]
+
+
+def test_sentencepiece_equals_transformers(spelled):
+    from transformers import AutoTokenizer
+
+    pytest.importorskip("torch", reason="pip install 'metamorph_jax[oracle]'")
+    ours = reader.load_tokenizer(spelled)
+    theirs = AutoTokenizer.from_pretrained(str(spelled.parent), gguf_file=spelled.name)
+    for text in TEXTS:
+        assert ours.encode(text) == theirs.encode(text), text
+    for name in ("bos_token_id", "eos_token_id", "unk_token_id"):
+        assert getattr(ours, name) == getattr(theirs, name)
+
+
+def test_sentencepiece_without_a_space_and_with_an_end(tmp_path):
+    def tokens(writer):
+        sentencepiece(writer)
+        writer.add_add_space_prefix(False)
+        writer.add_add_bos_token(False)
+        writer.add_add_eos_token(True)
+
+    path = tmp_path / "x.gguf"
+    write_tiny(path, tiny_weights(), tokens=tokens)
+    tokenizer = reader.load_tokenizer(path)
+    ids = tokenizer.encode("hello hello")
+    pieces = tokenizer.convert_ids_to_tokens(ids)
+    assert pieces == ["he", "llo", "▁hello", "</s>"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "hello hello"
+
+
+def test_damaged_vocabularies(tmp_path):
+    path = tmp_path / "x.gguf"
+    write_tiny(path, tiny_weights(), tokens=lambda w: sentencepiece(w, SCORES[:-1]))
+    with pytest.raises(reader.GGUFError, match=r"scores of \d+ tokens in tokenizer.ggml.scores"):
+        reader.load_tokenizer(path)
+    write_tiny(path, tiny_weights(), tokens=lambda w: w.add_tokenizer_model("bert"))
+    with pytest.raises(reader.GGUFError, match="'bert' is not supported, only byte-level BPE"):
+        reader.load_tokenizer(path)
 
 
 def test_wrong_file(tmp_path):
