@@ -29,6 +29,8 @@ from metamorph_jax.models.diffusion.vae import AutoencoderKL, VAEConfig
 from metamorph_jax.models.vision import vit
 from metamorph_jax.models.vision.reduce import TokenReducer, normalize_features
 from metamorph_jax.recipes import metamorph
+from metamorph_jax.recipes.metamorph.input import feature_function
+from metamorph_jax.recipes.metamorph.weights import load_tower
 from metamorph_jax.types import DecoderBatch
 
 STAGES = {"projector": ("projector",), "decoder": ("projector", "denoiser")}
@@ -334,7 +336,7 @@ def load_pretrained(model: DecoderRecipe, cfg: Config) -> None:
         checkpoint.load_params(model, cfg.weights.removeprefix("workdir:"))
         return
     if cfg.with_tower and cfg.vision.tower_weights != "random":
-        metamorph.load_tower(model.tower.tower, cfg.vision.tower_weights)
+        load_tower(model.tower.tower, cfg.vision.tower_weights)
     if cfg.sd_weights == "random":
         return
     from metamorph_jax.convert import diffusion, hf
@@ -358,7 +360,7 @@ def fill_caches(data_cfg, cfg: Config) -> None:
 
     data_cfg, vision, refs = _open_pictures(data_cfg, cfg)
     if data_cfg.feature_cache:
-        compute, spec = metamorph.feature_function(cfg.vision), vision.feature_spec
+        compute, spec = feature_function(cfg.vision), vision.feature_spec
         cache.build(data_cfg.feature_cache, spec, refs, vision.preprocess, compute, 32)
 
 

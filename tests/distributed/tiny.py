@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 
+from metamorph_jax.models.llm.llama import init_added_tokens
 from metamorph_jax.recipes import metamorph
 from metamorph_jax.recipes.metamorph import (  # noqa: F401
     Config,
@@ -27,5 +28,5 @@ class Tiny(metamorph.MetaMorph):
 
 def create(cfg, rngs):
     model = Tiny(cfg, rngs=rngs)
-    metamorph.llama.init_added_tokens(model.llm)
+    init_added_tokens(model.llm)
     return model

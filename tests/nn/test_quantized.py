@@ -17,7 +17,7 @@ from metamorph_jax.recipes import metamorph as recipe
 from metamorph_jax.train import state as states
 from metamorph_jax.train.optim import OptimConfig
 from metamorph_jax.train.step import make_step
-from tests.recipes.test_metamorph import TINY, make_batch
+from tests.recipes.metamorph.tiny import TINY, make_batch
 
 # Relative error (Frobenius norm) of a normal kernel, with a margin of about a tenth.
 ERRORS = {"int8": 0.0075, "nf4": 0.1, "nf4_double": 0.1}

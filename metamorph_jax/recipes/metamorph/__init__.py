@@ -1,0 +1,46 @@
+"""MetaMorph (Tong et al. 2024, arXiv 2412.14164): a language model that reads and predicts
+visual tokens (VPiT, visual-predictive instruction tuning).
+
+    picture ─ tower ─ P tokens ─ L2 norm ─┬─ connector ─┐
+                                          │             ├─ llm ─ hidden ─┬─ output table: text loss
+    text ─ embedding table ───────────────│─────────────┘                └─ head: next visual token,
+                                          └────────── detached target ──────── minus cosine
+
+The state at position p predicts what stands at p + 1, for both kinds of tokens.
+
+Where we differ from the public code (each is an option or a fix): no NaN for batches without
+targets, shapes that don't fit raise, every head gives the feature width, the connector stage trains
+only the two new rows of the input table (`connector_tokens = "all"` trains all of it).
+
+    config.py    the options, and the sizes of tower, tokens and language model that follow
+    model.py     the parts put together; losses; what each stage trains
+    weights.py   pretrained weights, tokenizer, the start of the connector
+    input.py     batches from data files, feature caches
+"""
+
+from metamorph_jax.recipes.metamorph.config import Config, llm_config, reduce_config, tower_config
+from metamorph_jax.recipes.metamorph.input import (
+    complete_data_config,
+    fill_caches,
+    input_spec,
+    make_data,
+)
+from metamorph_jax.recipes.metamorph.model import MetaMorph, create
+from metamorph_jax.recipes.metamorph.weights import load_pretrained, load_tokenizer, prepare
+
+# What training, sampling, planning and converters ask a recipe for.
+__all__ = [
+    "Config",
+    "MetaMorph",
+    "complete_data_config",
+    "create",
+    "fill_caches",
+    "input_spec",
+    "llm_config",
+    "load_pretrained",
+    "load_tokenizer",
+    "make_data",
+    "prepare",
+    "reduce_config",
+    "tower_config",
+]

@@ -1,0 +1,127 @@
+"""Options of a MetaMorph model, and the sizes of its parts that follow from them."""
+
+import dataclasses
+
+from metamorph_jax import losses
+from metamorph_jax.models.llm import llama
+from metamorph_jax.models.lora import LoraConfig
+from metamorph_jax.models.vision import vit
+from metamorph_jax.models.vision.reduce import ReduceConfig
+from metamorph_jax.nn import quantized
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The model part of a MetaMorph config.
+
+    Attributes:
+        llm: a name in `llama.SIZES`, or "auto": as the config beside `llm_weights` says.
+        llm_options, tower_options: fields of LlamaConfig / ViTConfig to change.
+        llm_weights, tower_weights: "random", "pkg:NAME", "hf:OWNER/NAME", or a folder.
+        weights: the whole model from a MetaMorph checkpoint ("hf:…" or a folder) or from an earlier
+            stage ("workdir:PATH"); "" for none. Takes the place of the two above.
+        tokenizer: "" is the one that belongs to `llm_weights`.
+        tower: a name in `vit.SIZES`, or "none": features come from a cache.
+        feature_width: width of the features where there is no tower.
+        image_tokens: P; 0 and -1 as in `ReduceConfig`.
+        reduction, normalize_vision, apply_softmax: see `vision/reduce.py`.
+        connector, head: kinds of `connectors/mlp.py` and `heads/visual_regression.py`; head "none"
+            for a model that reads pictures only (LLaVA).
+        visual_loss: "auto" (cosine; L1 if features aren't normalised; softmax cross-entropy if
+            they are distributions) or one of `losses.VISUAL_LOSSES`.
+        visual_coef, use_vision_ar: weight of the visual loss; without the latter it is only logged.
+        visual_dropout: share of answer pictures whose visual tokens are hidden from the input, all
+            of them or some, see `hidden_tokens` (targets stay). Reading true tokens, a model can
+            continue a picture without heeding the request; when it draws, there are none.
+        text_chunk: positions multiplied with the output table at a time.
+        max_visual_targets: most positions of a row that predict visual tokens (more gives NaN);
+            the head is evaluated at so many. 0: at all positions.
+        connector_tokens, vpit_tokens: which rows of the token tables a stage trains: "added"
+            (start and end of a picture), "all" or "none". In the connector stage only input rows.
+        train_tower: the VPiT stage trains the tower, too.
+        lora: adapters, see `LoraConfig`; a stage then trains, of all that it would train, the
+            adapters and what `lora.train` names. None: no adapters.
+        frozen_weights: "none", or how the kernels of the llm's layers are packed ("int8", "nf4",
+            "nf4_double", see `nn/quantized.py`). They can't be trained then: use it with `lora`.
+        sources: names of the data sources, for losses per source.
+        dtype: of the computation; remat: see `llama.REMAT`.
+    """
+
+    llm: str = "llama3.1-8b"
+    llm_options: dict = dataclasses.field(default_factory=dict)
+    llm_weights: str = "random"
+    tower: str = "siglip-so400m-384"
+    tower_options: dict = dataclasses.field(default_factory=dict)
+    tower_weights: str = "random"
+    weights: str = ""
+    tokenizer: str = ""
+    feature_width: int = 0
+    image_tokens: int = 64
+    reduction: str = "interpolation"
+    normalize_vision: bool = True
+    apply_softmax: bool = False
+    connector: str = "mlp2x_gelu"
+    head: str = "mlp"
+    visual_loss: str = "auto"
+    visual_coef: float = 1.0
+    use_vision_ar: bool = True
+    visual_dropout: float = 0.0
+    text_chunk: int = 512
+    max_visual_targets: int = 0
+    connector_tokens: str = "added"
+    vpit_tokens: str = "all"
+    train_tower: bool = False
+    lora: LoraConfig | None = None
+    frozen_weights: str = "none"
+    sources: tuple[str, ...] = ()
+    dtype: str = "float32"
+    remat: str = "none"
+
+    def __post_init__(self):
+        check_known("llm", self.llm, ("auto", *llama.SIZES))
+        check_known("tower", self.tower, ("none", *vit.SIZES))
+        check_known("visual_loss", self.visual_loss, ("auto", *losses.VISUAL_LOSSES))
+        check_known("connector_tokens", self.connector_tokens, ("none", "added", "all"))
+        check_known("vpit_tokens", self.vpit_tokens, ("none", "added", "all"))
+        check_known("frozen_weights", self.frozen_weights, ("none", *quantized.METHODS))
+        if self.tower == "none" and not self.feature_width:
+            raise ValueError("without a tower, feature_width must say how wide features are")
+
+    @property
+    def loss_kind(self) -> str:
+        if self.visual_loss != "auto":
+            return self.visual_loss
+        if self.apply_softmax:
+            return "softmax_ce"
+        return "cosine" if self.normalize_vision else "l1"
+
+
+def check_known(name: str, value: str, known) -> None:
+    """Raises where an option is none of the known ones."""
+    if value not in known:
+        raise ValueError(f"{name} {value!r} is none of {', '.join(known)}")
+
+
+def llm_config(cfg: Config) -> llama.LlamaConfig:
+    changes = {"added_tokens": 2, "dtype": cfg.dtype, "remat": cfg.remat, **cfg.llm_options}
+    if cfg.llm == "auto":
+        from metamorph_jax.convert import specs
+        from metamorph_jax.convert.llama import config_from_hf
+
+        return config_from_hf(specs.llm_fields(cfg.llm_weights), **changes)
+    return dataclasses.replace(llama.SIZES[cfg.llm], **changes)
+
+
+def tower_config(cfg: Config) -> vit.ViTConfig | None:
+    if cfg.tower == "none":
+        return None
+    changes = {"dtype": cfg.dtype, "remat": cfg.remat != "none", **cfg.tower_options}
+    return dataclasses.replace(vit.SIZES[cfg.tower], **changes)
+
+
+def reduce_config(cfg: Config) -> ReduceConfig:
+    tower = tower_config(cfg)
+    if tower is None:  # cached features are reduced already
+        kind = "interpolation" if cfg.reduction == "mlpmixer" else cfg.reduction
+        return ReduceConfig(cfg.image_tokens, kind, cfg.image_tokens, cfg.feature_width)
+    return ReduceConfig(cfg.image_tokens, cfg.reduction, tower.tokens, tower.width)

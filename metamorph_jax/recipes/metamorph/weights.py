@@ -1,0 +1,112 @@
+"""What a MetaMorph model starts from: pretrained weights, a tokenizer, a connector in scale."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from metamorph_jax.models.llm import llama
+from metamorph_jax.models.vision import vit
+from metamorph_jax.nn import quantized
+from metamorph_jax.recipes.metamorph.config import Config
+from metamorph_jax.recipes.metamorph.model import MetaMorph
+from metamorph_jax.types import Batch
+
+
+def load_pretrained(model: MetaMorph, cfg: Config) -> None:
+    """Fills the model in place as the weight specs of the config say."""
+    whole = cfg.weights.startswith("workdir:")
+    known = bool(cfg.weights) or cfg.llm_weights != "random"
+    with quantized.unpacked(model, empty=known and not whole):
+        _fill(model, cfg)
+    if cfg.lora is not None and cfg.lora.weights and model.cfg.lora == cfg.lora:
+        from metamorph_jax.convert.peft import load_peft
+
+        load_peft(model.llm, cfg.lora.weights)
+
+
+def _fill(model: MetaMorph, cfg: Config) -> None:
+    if cfg.weights.startswith("workdir:"):
+        from metamorph_jax.train import checkpoint
+
+        trained = checkpoint.load_params(model, cfg.weights.removeprefix("workdir:"))
+        if not any(name.startswith("tower.") for name in trained):
+            _load_tower(model, cfg)  # the earlier stage may have had none, features were cached
+        return
+    if cfg.weights:
+        from metamorph_jax.convert import hf
+        from metamorph_jax.convert.metamorph import load_metamorph
+
+        load_metamorph(model, hf.Tensors(hf.find(cfg.weights)))
+        return
+    if cfg.llm_weights != "random":
+        from metamorph_jax.convert import specs
+        from metamorph_jax.convert.llama import load_llama
+
+        load_llama(model.llm, specs.llm_tensors(cfg.llm_weights))
+        llama.init_added_tokens(model.llm)
+    _load_tower(model, cfg)
+
+
+def _load_tower(model: MetaMorph, cfg: Config) -> None:
+    if cfg.tower_weights != "random" and model.tower is not None:
+        load_tower(model.tower, cfg.tower_weights)
+
+
+def load_tower(tower: vit.ViT, spec: str) -> None:
+    """Fills a tower in place from a weight spec."""
+    from metamorph_jax.convert import specs
+    from metamorph_jax.convert.vit import load_vit
+
+    load_vit(tower, specs.tower_tensors(spec))
+
+
+def load_tokenizer(cfg: Config):
+    """The tokenizer that the config names, or that of its weights."""
+    from metamorph_jax.convert import specs
+
+    whole = "" if cfg.weights.startswith("workdir:") else cfg.weights
+    return specs.tokenizer(cfg.tokenizer or whole or cfg.llm_weights)
+
+
+def calibrate_connector(model: MetaMorph, features: np.ndarray) -> None:
+    """Starts the connector from the statistics of the features; in place.
+
+    Unit-norm features of one tower share a large mean and have small deviations, from which a fresh
+    connector makes nearly the same embedding for every picture, at another scale than text. Here
+    the first linear takes whitened features (the whitening is folded into its weights), and the
+    last one's outputs get mean 0 and the standard deviation of the token embeddings.
+
+    Args:
+        features: float[N, C] or [N, P, C], a sample of what the connector will read.
+    """
+    linears = model.connector.linears
+    if not len(linears):
+        return
+    x = jnp.asarray(features, jnp.float32).reshape(-1, np.shape(features)[-1])
+    mean, std = x.mean(0), x.std(0)
+    std = jnp.maximum(std, 1e-3 * std.mean() + 1e-12)  # a dead channel must not explode
+    first, last = linears[0], linears[len(linears) - 1]
+    kernel = first.kernel[...] / std[:, None]
+    first.bias[...] = first.bias[...] - mean @ kernel
+    first.kernel[...] = kernel
+    out = model.connector(x).astype(jnp.float32)
+    scale = model.llm.embed_tokens.embedding[...].std() / out.std(0).mean()
+    last.kernel[...] = last.kernel[...] * scale
+    last.bias[...] = (last.bias[...] - out.mean(0)) * scale
+
+
+def prepare(model: MetaMorph, batches: Sequence[Batch]) -> None:
+    """Before the first step: fits the connector's start to the pictures of these batches."""
+    graph, weights = nnx.split(model)
+    compute = jax.jit(lambda weights, batch: nnx.merge(graph, weights).batch_features(batch))
+    found = []
+    for batch in batches:
+        x = np.asarray(compute(weights, batch))
+        x = x.reshape(*batch.image_valid.shape, -1, x.shape[-1])
+        found.append(x[np.asarray(batch.image_valid)].reshape(-1, x.shape[-1]))
+    features = np.concatenate(found)
+    if len(features):
+        calibrate_connector(model, features)

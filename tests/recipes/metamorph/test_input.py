@@ -1,0 +1,69 @@
+"""Batches from data files, with and without a feature cache."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from metamorph_jax.convert.vit import export_vit
+from metamorph_jax.recipes import metamorph as recipe
+from tests.recipes.metamorph.tiny import TINY, make, sums_of
+
+
+def write_data(folder, n=6):
+    from PIL import Image
+
+    r = np.random.default_rng(0)
+    lines = []
+    for i in range(n):
+        Image.fromarray(r.integers(0, 256, (20, 30, 3), np.uint8)).save(folder / f"{i}.png")
+        question = {"from": "human", "value": "<image>\nwhat is it?"}
+        turns = [question, {"from": "gpt", "value": "noise"}]
+        if i % 2:
+            turns = [{"from": "human", "value": "draw it"}, {"from": "gpt", "value": "<image>"}]
+        lines.append(json.dumps({"id": str(i), "image": f"{i}.png", "conversations": turns}))
+    path = folder / "data.jsonl"
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.mark.golden  # takes the small tokenizer from there
+def test_data_with_and_without_a_feature_cache(tmp_path, golden_root):
+    tokenizer = str(golden_root / "metamorph" / "tokenizer.json")
+    data = dict(sources=[dict(path=str(write_data(tmp_path)), name="pairs")], batch_size=2,
+                length=64, images_per_row=2, template="llama3")  # fmt: skip
+    vocab = recipe.load_tokenizer(dataclasses.replace(TINY, tokenizer=tokenizer))
+    options = {"vocab_size": len(vocab)}
+    cfg = dataclasses.replace(TINY, tokenizer=tokenizer, llm_options=options)
+    model = make(cfg)
+    folder = tmp_path / "tower"
+    folder.mkdir()
+    save_file(dict(export_vit(model.tower)), folder / "model.safetensors")
+    cfg = dataclasses.replace(cfg, tower_weights=str(folder))
+    plain = recipe.make_data(data, cfg)
+    cached = recipe.make_data(data | {"feature_cache": str(tmp_path / "cache")}, cfg)
+    assert plain.sources == ["pairs"] and plain.skipped == {}
+    state = plain.get_state()
+    a, b = next(plain), next(cached)
+    assert a.pixels is not None and a.features is None
+    assert b.pixels is None and b.features.shape == (2, 2, 4, 32)
+    assert (a.tokens >= model.image_start).any() and (a.visual_targets >= 0).any()
+    np.testing.assert_array_equal(a.tokens, b.tokens)
+    found = [sums_of(model, x)[0] for x in (a, b)]
+    for kind in ("text", "visual"):
+        np.testing.assert_allclose(found[0][kind], found[1][kind], rtol=1e-5)
+    plain.set_state(state)
+    np.testing.assert_array_equal(next(plain).tokens, a.tokens)
+    plain.close()
+    cached.close()
+
+
+@pytest.mark.golden  # takes the small tokenizer from there
+def test_a_tokenizer_larger_than_the_vocabulary_is_an_error(tmp_path, golden_root):
+    tokenizer = str(golden_root / "metamorph" / "tokenizer.json")
+    data = dict(sources=[dict(path=str(write_data(tmp_path)), name="pairs")])
+    cfg = dataclasses.replace(TINY, tokenizer=tokenizer, llm_options={"vocab_size": 425})
+    with pytest.raises(ValueError, match="the tokenizer has 428 ids, the language model 427"):
+        recipe.make_data(data, cfg)
