@@ -18,7 +18,8 @@ import numpy as np
 from flax import nnx
 
 from metamorph_jax.recipes import metamorph as recipe
-from metamorph_jax.sampling.interleaved import VISUAL, Options, prepare
+from metamorph_jax.sampling.interleaved import Options, prepare
+from metamorph_jax.sampling.segments import VISUAL
 
 PROMPT, NEW, TOKENS, WIDTH = 200, 200, 64, 1152
 

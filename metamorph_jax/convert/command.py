@@ -192,9 +192,9 @@ def _from_weights(source: str, folder: pathlib.Path, dtype: str, most: int, titl
 def _from_workdir(workdir, folder, dtype, most, decoder, title) -> int:
     from metamorph_jax.convert import export, specs
     from metamorph_jax.models import lora
-    from metamorph_jax.sampling.generate import _load_model
+    from metamorph_jax.sampling.trained import load_trained
 
-    recipe, cfg, model, values = _load_model(str(workdir))
+    recipe, cfg, model, values = load_trained(str(workdir))
     kind = export.DTYPES["f32" if dtype == "same" else dtype]
     print(f"workdir:{workdir}: recipe {values['recipe']}; writing {kind}", flush=True)
     model = lora.merged(model)
@@ -212,7 +212,7 @@ def _from_workdir(workdir, folder, dtype, most, decoder, title) -> int:
     else:
         raise UserError(f"{workdir} is of recipe {values['recipe']!r}; its export isn't written")
     if decoder:
-        other, _, artist, _ = _load_model(decoder)
+        other, _, artist, _ = load_trained(decoder)
         if not other.__name__.endswith("decoder"):
             raise UserError(f"--decoder {decoder} is no run of the decoder recipe")
         total += export.write_decoder(folder / "decoder", lora.merged(artist), kind, most, progress)

@@ -15,8 +15,10 @@ import numpy as np
 from metamorph_jax.data import predicted
 from metamorph_jax.eval import probe, scorers
 from metamorph_jax.quickstart import data as qdata
-from metamorph_jax.sampling.generate import Artist, Request, Speaker
-from metamorph_jax.sampling.interleaved import Picture, Text
+from metamorph_jax.sampling.artist import Artist
+from metamorph_jax.sampling.requests import Request
+from metamorph_jax.sampling.segments import Picture, Text
+from metamorph_jax.sampling.speaker import Speaker
 
 ANSWER_TOKENS = 8  # "rectangle" and the end of the turn are fewer
 SEEDS = (0, 1)

@@ -185,7 +185,7 @@ class Road:
 
     def predict(self) -> dict:
         from metamorph_jax.quickstart import evaluate
-        from metamorph_jax.sampling.generate import load_speaker
+        from metamorph_jax.sampling.speaker import load_speaker
 
         speaker = load_speaker(str(self.workdir / "vpit"), None)
         return evaluate.predict(speaker, self.files, str(self.workdir / "predicted.npz"))
@@ -197,7 +197,8 @@ class Road:
 
     def evaluate(self) -> dict:
         from metamorph_jax.quickstart import evaluate
-        from metamorph_jax.sampling.generate import load_artist, load_speaker
+        from metamorph_jax.sampling.artist import load_artist
+        from metamorph_jax.sampling.speaker import load_speaker
 
         settings = evaluate.Settings(seed=self.seed)
         if self.size == "smoke":

@@ -12,10 +12,8 @@ them it writes text again.
 Prompts are padded on the left to a bucket, so that the slot of the cache that is written next is
 the same in all rows.
 
-The weights are laid out for decoding once (`Decoder`): at a few rows a step is bound by reading
-weights, and products of the form [F, D] @ [D, rows] read each weight once, in order. Activations
-are columns therefore, and the tied table needs no transposed copy. Keys are kept as [B, K, H, S],
-values as [B, K, S, H], so that attention streams both, too.
+The weights are laid out for decoding once (`Decoder`), as `layers.py` says. What a row emitted is
+read as texts and pictures by `segments.py`.
 
 `parity=True` decodes as the public reference does, in what we consider faults as well: one token
 more than the budget; the count of visual tokens is reset by the end id only; logits of visual steps
@@ -35,16 +33,11 @@ from jax import lax
 from metamorph_jax.models import lora
 from metamorph_jax.nn import rope
 from metamorph_jax.nn.attention import attend
-from metamorph_jax.nn.norms import rms_norm
+from metamorph_jax.sampling.layers import attend_cached, layout, norm, once, run_layer
+from metamorph_jax.sampling.segments import NOTHING, VISUAL, Result, read_record
 from metamorph_jax.sampling.text import Sampler, row_keys, step_keys
-from metamorph_jax.sharding import platform
 
 BUCKETS = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 32768)
-VISUAL, NOTHING = -1, -2  # in the record of what a row emitted
-_MASKED = -1e30
-# XLA would fold small producers into the big loops over weights and cache and compute them again
-# for every element; behind a barrier they are computed once.
-_once = lax.optimization_barrier
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,40 +56,6 @@ class Options:
     eos: tuple[int, ...] = ()
     force_end: bool = False
     parity: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Text:
-    """Ids without the start and end of pictures and without the end of the sequence."""
-
-    ids: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    """float32[n, C] visual tokens; `complete` when n is P."""
-
-    features: np.ndarray
-    complete: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What one row said.
-
-    Attributes:
-        segments: texts and pictures in order.
-        ids: int32[n] all text ids, with those of start, end and eos.
-        vectors: float32[m, C] all visual tokens.
-        record: int32[n + m] the steps in order: an id, or VISUAL.
-        ended: whether an eos id ended the row (otherwise the budget did).
-    """
-
-    segments: tuple[Text | Picture, ...]
-    ids: np.ndarray
-    vectors: np.ndarray
-    record: np.ndarray
-    ended: bool
 
 
 @jax.tree_util.register_dataclass
@@ -140,118 +99,6 @@ def bucket(length: int, buckets: Sequence[int] = BUCKETS) -> int:
         if length <= size:
             return size
     raise ValueError(f"a prompt of {length} positions fits no bucket (largest: {buckets[-1]})")
-
-
-# ---- weights
-
-
-def layout(llm) -> dict:
-    """The language model's weights as decoding reads them: kernels [out, in], few and large.
-
-    Returns:
-        table, head: [V + n, D], one array when tied; norm; layers: one dict each.
-    """
-    dtype, V = jnp.dtype(llm.cfg.dtype), llm.cfg.vocab_size
-
-    def rows(*linears):
-        out = {"w": jnp.concatenate([m.kernel[...].T.astype(dtype) for m in linears])}
-        if linears[0].bias is not None:
-            out["b"] = jnp.concatenate([m.bias[...].astype(dtype) for m in linears])
-        return out
-
-    def table(holder, value):
-        value = value.astype(dtype)
-        if llm.cfg.added_tokens:
-            value = jnp.concatenate([value, holder.added[...].astype(dtype)])
-        return value
-
-    embed = table(llm.embed_tokens, llm.embed_tokens.embedding[:V])
-    head = embed if llm.cfg.tied else table(llm.lm_head, llm.lm_head.kernel[:, :V].T)
-    layers = []
-    stacked = not isinstance(llm.layers, nnx.List)
-    graph, weights = nnx.split(llm.layers) if stacked else (None, None)
-    for i in range(llm.cfg.layers):
-        if stacked:
-            layer = nnx.merge(graph, jax.tree.map(lambda w, i=i: w[i], weights))
-        else:
-            layer = llm.layers[i]
-        attn, mlp = layer.self_attn, layer.mlp
-        layers.append(
-            {
-                "norm1": layer.input_layernorm.scale[...],
-                "qkv": rows(attn.q_proj, attn.k_proj, attn.v_proj),
-                "o": rows(attn.o_proj),
-                "norm2": layer.post_attention_layernorm.scale[...],
-                "gate_up": rows(mlp.gate_proj, mlp.up_proj),
-                "down": rows(mlp.down_proj),
-            }
-        )
-        if llm.cfg.qk_norm:
-            layers[-1] |= {"q_norm": attn.q_norm.scale[...], "k_norm": attn.k_norm.scale[...]}
-    return {"table": embed, "head": head, "norm": llm.norm.scale[...], "layers": layers}
-
-
-def _linear(m, x):
-    """float[out, R] of columns float[in, R]."""
-    y = m["w"] @ x
-    return y + m["b"][:, None] if "b" in m else y
-
-
-def _norm(x, scale, eps):
-    y = x.astype(jnp.float32)
-    y = y * lax.rsqrt(jnp.mean(y * y, axis=0, keepdims=True) + eps)
-    return _once((y * scale[:, None]).astype(x.dtype))
-
-
-def _layer(cfg, w, x, cos, sin, mix):
-    """One layer on columns x: float[D, B * L]; cos, sin: [B, L, 1, H/2].
-
-    `mix(q, k, v)` attends with q: [B, L, N, H], k and v: [B, L, K, H] and keeps what it must.
-    """
-    B, L = cos.shape[:2]
-    H = cfg.head_dim
-    qkv = _once(_linear(w["qkv"], _norm(x, w["norm1"], cfg.norm_eps))).T.reshape(B, L, -1, H)
-    q, k, v = jnp.split(qkv, [cfg.heads, cfg.heads + cfg.kv_heads], axis=2)
-    if cfg.qk_norm:
-        q, k = rms_norm(q, w["q_norm"], cfg.norm_eps), rms_norm(k, w["k_norm"], cfg.norm_eps)
-    mixed = mix(rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v)
-    x = x + _linear(w["o"], _once(mixed.reshape(B * L, -1).T))
-    hidden = _linear(w["gate_up"], _norm(x, w["norm2"], cfg.norm_eps))
-    gate, up = jnp.split(hidden, 2)
-    return x + _linear(w["down"], _once(nnx.silu(gate) * up))
-
-
-def _attend_cached(q, keys, values, mask):
-    """float[B, 1, N, H] of q like it, keys [B, K, H, S], values [B, K, S, H], mask bool[B, S]."""
-    B, _, N, H = q.shape
-    K = keys.shape[1]
-    q = _once((q * H**-0.5).reshape(B, K, N // K, H))
-    if platform() != "cpu":
-        scores = jnp.einsum("BKGH,BKHS->BKGS", q, keys, preferred_element_type=jnp.float32)
-        weights = _softmax(scores, mask).astype(values.dtype)
-        return jnp.einsum("BKGS,BKSH->BKGH", weights, values).reshape(B, 1, N, H)
-    # Dots would be one tiny product for every head; sums of products are single loops over the
-    # cache. The compiler vectorises them for two queries of a group but not for one, which takes
-    # ten times as long.
-    out = []
-    for g in range(0, N // K, 2):
-        pair = _once(jnp.stack([q[:, :, g], q[:, :, min(g + 1, N // K - 1)]], axis=2))
-        scores = _once(jnp.sum(_wide(pair[..., None] * keys[:, :, None]), axis=3))
-        weights = _once(_softmax(scores, mask).astype(values.dtype))
-        out.append(_once(jnp.sum(_wide(weights[..., None] * values[:, :, None]), axis=3)))
-    out = jnp.concatenate(out, axis=2)[:, :, : N // K]
-    return out.astype(q.dtype).reshape(B, 1, N, H)
-
-
-def _wide(x):
-    return x.astype(jnp.float32)
-
-
-def _softmax(scores, mask):
-    """Over the slots that mask: bool[B, S] shows; scores: float32[B, K, G, S]."""
-    scores = jnp.where(mask[:, None, None], scores, _MASKED)
-    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
-    return weights / weights.sum(axis=-1, keepdims=True)
 
 
 class Decoder:
@@ -365,42 +212,9 @@ class Decoder:
         return self._advance(self.weights, state, np.int32(until), options=options)
 
     def results(self, state: State, options: Options = Options()) -> list[Result]:
-        record, vectors, ended = jax.device_get((state.record, state.vectors, state.ended))
-        return [self._result(*row, options.eos) for row in zip(record, vectors, ended, strict=True)]
-
-    def _result(self, record, vectors, ended, eos) -> Result:
-        record = record[record != NOTHING]
-        vectors = vectors[: len(record)][record == VISUAL]
-        segments, text, picture, used = [], [], None, 0
-
-        def flush():
-            nonlocal picture
-            if text:
-                segments.append(Text(np.array(text, np.int32)))
-                text.clear()
-            if picture is not None:
-                begin, n = picture
-                segments.append(Picture(vectors[begin : begin + n], n == self.P))
-                picture = None
-
-        for token in record.tolist():
-            if token == VISUAL:
-                if picture is None:
-                    flush()
-                    picture = (used, 0)
-                used += 1
-                picture = (picture[0], picture[1] + 1)
-                if picture[1] == self.P:
-                    flush()
-                continue
-            if token == self.start or picture is not None:
-                flush()
-            if token == self.start:
-                picture = (used, 0)
-            elif token != self.end and token not in eos:
-                text.append(token)
-        flush()
-        return Result(tuple(segments), record[record >= 0], vectors, record, bool(ended))
+        rows = zip(*jax.device_get((state.record, state.vectors, state.ended)), strict=True)
+        ids = dict(start=self.start, end=self.end, eos=options.eos)
+        return [read_record(*row, P=self.P, **ids) for row in rows]
 
     # ---- what is compiled
 
@@ -423,7 +237,7 @@ class Decoder:
 
         x = embeds.astype(dtype).reshape(B * L, D).T
         for w in llm["layers"]:
-            x = _layer(cfg, w, x, cos, sin, mix)
+            x = run_layer(cfg, w, x, cos, sin, mix)
         last = x.reshape(D, B, L)[:, :, -1]
         no = jnp.zeros(B, bool)
         state = State(
@@ -444,7 +258,7 @@ class Decoder:
             vectors=jnp.zeros((B, capacity, self.C), jnp.float32),
             forced=forced,
         )
-        return self._emit(weights, state, _norm(last, llm["norm"], cfg.norm_eps), options)
+        return self._emit(weights, state, norm(last, llm["norm"], cfg.norm_eps), options)
 
     def _run_loop(self, weights, state, until, *, options):
         def go_on(s):
@@ -472,16 +286,16 @@ class Decoder:
             k, v = k.astype(s.keys[i].dtype), v.astype(s.values[i].dtype)
             here = lax.dynamic_update_slice(s.keys[i], k.transpose(0, 2, 3, 1), (0, 0, 0, s.slot))
             there = lax.dynamic_update_slice(s.values[i], v.swapaxes(1, 2), (0, 0, s.slot, 0))
-            here, there = _once((here, there))
+            here, there = once((here, there))
             keys.append(here)
             values.append(there)
-            return _attend_cached(q, here, there, mask)
+            return attend_cached(q, here, there, mask)
 
         x = s.embed.T
         for i, w in enumerate(llm["layers"]):
-            x = _layer(self.cfg, w, x, cos, sin, partial(mix, i))
+            x = run_layer(self.cfg, w, x, cos, sin, partial(mix, i))
         s = dataclasses.replace(s, keys=keys, values=values, slot=s.slot + 1)
-        return s, _norm(x, llm["norm"], self.cfg.norm_eps)
+        return s, norm(x, llm["norm"], self.cfg.norm_eps)
 
     def _emit(self, weights, s: State, hidden, options: Options) -> State:
         """Decides on each row's next token from float[D, B] hidden states."""
@@ -500,7 +314,7 @@ class Decoder:
 
         z, projected = lax.cond(drawing.any(), draw, no_draw, hidden)
         if options.parity:
-            hidden = _once(jnp.where(drawing, projected.T, hidden))
+            hidden = once(jnp.where(drawing, projected.T, hidden))
 
         def choose(hidden):
             logits = jnp.matmul(llm["head"], hidden, preferred_element_type=jnp.float32)

@@ -3,65 +3,18 @@
 import argparse
 import json
 
-import numpy as np
 import pytest
-from flax import nnx
-from PIL import Image
 
 from metamorph_jax import cli
-from metamorph_jax.recipes import metamorph as recipe
 from metamorph_jax.sampling import generate
-
-P, CONTEXT = 4, 160
-
-
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory, golden_root):
-    """A finished stage, as the train loop leaves it."""
-    from orbax.checkpoint import v1 as ocp
-
-    folder = tmp_path_factory.mktemp("run")
-    tokenizer = str(golden_root / "metamorph" / "tokenizer.json")
-    from metamorph_jax.convert import specs
-
-    size = len(specs.tokenizer(tokenizer))
-    model = {
-        "llm": "tiny",
-        "llm_options": {"vocab_size": size},
-        "tower": "siglip-tiny",
-        "image_tokens": P,
-        "tokenizer": tokenizer,
-    }
-    cfg = recipe.Config(**model)
-    built = recipe.create(cfg, nnx.Rngs(0))
-    named = {".".join(map(str, p)): v[...] for p, v in nnx.to_flat_state(nnx.state(built))}
-    ocp.save((folder / "final").absolute(), named)
-    data = {"sources": [{"path": "none.jsonl"}], "length": CONTEXT}
-    values = {"recipe": "metamorph", "model": model, "data": data}
-    (folder / "config.json").write_text(json.dumps(values))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def speaker(workdir):
-    return generate.load_speaker(str(workdir), None)
+from metamorph_jax.sampling import speaker as speakers
 
 
 @pytest.fixture
 def loaded(monkeypatch, speaker):
     """Loads the model once for all runs."""
-    monkeypatch.setattr(generate, "load_speaker", lambda *args: speaker)
+    monkeypatch.setattr(speakers, "load_speaker", lambda *args: speaker)
     return speaker
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    for name in ("a.png", "b.jpg"):
-        Image.fromarray(rng.integers(0, 255, (20, 30, 3), np.uint8)).save(folder / name)
-    (folder / "c.png").write_bytes(b"hello, I am no picture")
-    return folder
 
 
 def _parse(*words):
@@ -86,39 +39,6 @@ def test_one_prompt(workdir, loaded, pictures, tmp_path, capsys):
     assert record["ended"] in ("eos", "budget")
     ids = sum((s["ids"] for s in record["segments"] if s["type"] == "text"), [])
     assert 1 <= len(ids) <= 8
-
-
-def test_marker_and_prefix_change_the_prompt(loaded, pictures):
-    def length(**kw):
-        return loaded.prompt(generate.Request("0", **kw), 8)
-
-    picture = (str(pictures / "a.png"),)
-    front = length(prompt="x <image>", images=picture)
-    default = length(prompt="x", images=picture)
-    assert len(length(prompt="x")) + P + 2 <= len(default) <= len(front)
-    assert len(length(prompt="x", think=True)) > len(length(prompt="x"))
-    assert generate.place_pictures("look", 2) == "<image><image>\nlook"
-    assert generate.place_pictures("a <image> b", 1) == "a <image> b"
-
-
-def test_prompt_equals_the_training_row(loaded, pictures):
-    """Reading a prompt gives what `recipe.embed` makes of the same batch."""
-    from metamorph_jax.data.interleave import build_row
-    from metamorph_jax.types import Batch
-
-    model = loaded.model
-    path = pictures / "b.jpg"
-    got = loaded.prompt(generate.Request("0", "What?", (str(path),)), 8)
-    ids = loaded.chat.question("What?", 1)
-    row = build_row(ids, None, P, CONTEXT, model.image_start)
-    pixels = loaded.data.preprocess(Image.open(path).convert("RGB"))
-    one = lambda x: np.asarray(x)[None]  # noqa: E731
-    batch = Batch(
-        one(row.tokens), one(row.positions), one(np.ones_like(row.tokens)), one(row.text_targets),
-        one(row.image_slots), one(row.visual_targets), one(row.tokens), np.ones((1, 1), bool),
-        pixels=pixels[None, None],
-    )  # fmt: skip
-    np.testing.assert_allclose(got, np.asarray(model.embed(batch)[0][0]), atol=1e-5)
 
 
 def test_jsonl(workdir, loaded, pictures, tmp_path, capsys):
@@ -157,48 +77,6 @@ def test_jsonl(workdir, loaded, pictures, tmp_path, capsys):
     assert json.loads((out / "segments.json").read_text()) == records
     with pytest.raises(cli.UserError, match="other settings"):
         _run(workdir, *words, "--seed", 3)
-
-
-def test_drawing(loaded, tmp_path):
-    """Pictures are drawn per guidance scale; the same seed draws the same."""
-    from metamorph_jax.recipes import decoder as dec
-    from metamorph_jax.sampling.interleaved import Picture, Result, Text
-
-    C = loaded.decoder.C
-    cfg = dec.DecoderConfig.pixels(C, P, side=16, width=64)
-    artist = generate.Artist(dec.DecoderRecipe(cfg, nnx.Rngs(0)), steps=2)
-    features = np.random.default_rng(0).normal(size=(P, C)).astype(np.float32)
-    none = np.zeros(0, np.int32)
-    segments = (
-        Text(np.array([65, 66], np.int32)), Picture(features, True), Picture(features[:2], False)
-    )  # fmt: skip
-    result = Result(segments, none, features, none, True)
-    args = _parse("--guidance", 1.5, 3, "--out", tmp_path)
-    request = generate.Request("a/b", "draw")
-    record, files = generate.describe(loaded, artist, request, result, args)
-    drawn = ["a_b_picture0_scale1.5.png", "a_b_picture0_scale3.png"]
-    assert [f for f in files if f.endswith("png")] == drawn
-    assert files[drawn[0]].shape == (16, 16, 3) and files[drawn[0]].dtype == np.uint8
-    assert [s.get("complete") for s in record["segments"]] == [None, True, False]
-    again = generate.describe(loaded, artist, request, result, args)[1]
-    np.testing.assert_array_equal(files[drawn[0]], again[drawn[0]])
-    out = generate.Output(tmp_path / "out", {})
-    out.write(request, record, files)
-    assert Image.open(tmp_path / "out" / drawn[1]).size == (16, 16)
-
-
-def test_voice_keeps_split_characters_back(loaded):
-    import io
-
-    heard = io.StringIO()
-    voice = generate.Voice(loaded, heard)
-    ids = loaded.chat.encode("naïve ☂ text")
-    for token in ids:
-        voice([token])
-        assert "\ufffd" not in heard.getvalue()
-    voice([loaded.decoder.start, -1, -1, loaded.decoder.end])
-    voice.end()
-    assert heard.getvalue() == "naïve ☂ text[picture 0]\n"
 
 
 @pytest.mark.parametrize(

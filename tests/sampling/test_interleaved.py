@@ -13,20 +13,10 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from metamorph_jax.convert.metamorph import load_metamorph
-from metamorph_jax.nn.attention import attend
 from metamorph_jax.nn.rope import RopeScaling
 from metamorph_jax.recipes import metamorph as recipe
-from metamorph_jax.sampling.interleaved import (
-    BUCKETS,
-    NOTHING,
-    VISUAL,
-    Options,
-    Picture,
-    Text,
-    _attend_cached,
-    bucket,
-    prepare,
-)
+from metamorph_jax.sampling.interleaved import BUCKETS, Options, bucket, prepare
+from metamorph_jax.sampling.segments import NOTHING, VISUAL, Picture, Text
 from metamorph_jax.sampling.text import Sampler
 
 # ---- golden cases
@@ -267,19 +257,6 @@ def test_one_compilation_per_bucket(model):
     assert decoder._begin._cache_size() == decoder._advance._cache_size() == 1
     decoder(_prompts(model, [33])[1], 16)
     assert decoder._advance._cache_size() == 2
-
-
-@pytest.mark.parametrize("group", [1, 2, 3])
-def test_attention_over_the_cache(group):
-    B, S, K, H = 2, 10, 2, 8
-    rng = np.random.default_rng(0)
-    q = rng.normal(size=(B, 1, K * group, H)).astype(np.float32)
-    k, v = rng.normal(size=(2, B, S, K, H)).astype(np.float32)
-    mask = np.arange(S) < np.array([[4], [9]])
-    got = _attend_cached(
-        jnp.asarray(q), jnp.asarray(k.transpose(0, 2, 3, 1)), jnp.asarray(v.swapaxes(1, 2)), mask
-    )
-    np.testing.assert_allclose(got, attend(q, k, v, mask[:, None]), atol=1e-5)
 
 
 def test_a_step_copies_neither_weights_nor_cache(model, decoder):

@@ -1,0 +1,86 @@
+"""What `metamorph generate` is asked: prompts from a file, and the pictures that go with them."""
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+from metamorph_jax.cli import UserError
+from metamorph_jax.data.sources.base import IMAGE, ImageRef
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    id: str
+    prompt: str
+    images: tuple[str, ...] = ()
+    video: str = ""
+    think: bool = False
+
+
+def read_requests(path: str, think: bool = False) -> tuple[list[Request], int]:
+    """(requests of a JSONL file, how many lines were bad and reported)."""
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise UserError(f"no file {path}")
+    found, bad, ids = [], 0, set()
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                request = _request(json.loads(line), number, file.parent, think)
+                if request.id in ids:
+                    raise ValueError(f"id {request.id!r} is there twice")
+            except ValueError as error:  # JSONDecodeError is one
+                print(f"{path}, line {number}: {error}; skipped", file=sys.stderr)
+                bad += 1
+                continue
+            ids.add(request.id)
+            found.append(request)
+    return found, bad
+
+
+def _request(value, number: int, folder: pathlib.Path, think: bool) -> Request:
+    if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
+        raise ValueError('expected {"prompt": "…"}')
+    unknown = value.keys() - {"id", "prompt", "image", "images", "video", "think"}
+    if unknown:
+        raise ValueError(f"unknown key {', '.join(sorted(unknown))}")
+    images = value.get("images", value.get("image")) or []
+    images = [images] if isinstance(images, str) else images
+    if not isinstance(images, list) or not all(isinstance(i, str) for i in images):
+        raise ValueError("images must be a list of paths")
+    video = value.get("video") or ""
+    if not isinstance(video, str):
+        raise ValueError("video must be a path")
+    return Request(
+        str(value.get("id", number)),
+        value["prompt"],
+        tuple(str(folder / i) for i in images),
+        str(folder / video) if video else "",
+        bool(value.get("think", think)),
+    )
+
+
+def place_pictures(text: str, count: int) -> str:
+    """The prompt with one <image> for each picture: where it says so, else in front of it."""
+    markers = text.count(IMAGE)
+    if not markers:
+        return IMAGE * count + "\n" + text if count else text
+    if markers != count:
+        raise ValueError(
+            f"the prompt has {markers} {IMAGE} markers, but {count} pictures are given"
+        )
+    return text
+
+
+def picture_refs(request: Request) -> list[ImageRef]:
+    refs = [ImageRef(path) for path in request.images]
+    if request.video:
+        from metamorph_jax.data.sources import video
+
+        info = video.probe(request.video)
+        frames = video.frame_indices(info, 1.0)
+        refs += [ImageRef(request.video, frame=i) for i in frames]
+    return refs

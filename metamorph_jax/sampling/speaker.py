@@ -1,0 +1,102 @@
+"""The model that reads and speaks, with all that turns a request into its prompt."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from metamorph_jax import config
+from metamorph_jax.cli import UserError
+from metamorph_jax.data import pictures
+from metamorph_jax.data.chat import Chat
+from metamorph_jax.data.interleave import build_row
+from metamorph_jax.data.pipeline import DataConfig
+from metamorph_jax.data.sources.templates import THINK_HUMAN
+from metamorph_jax.models.interleave import place_visual
+from metamorph_jax.sampling.interleaved import Options, prepare
+from metamorph_jax.sampling.requests import Request, picture_refs, place_pictures
+from metamorph_jax.sampling.trained import load_trained
+from metamorph_jax.train.workdir import find_recipe
+
+
+class Speaker:
+    """A model with all that belongs to talking with it."""
+
+    def __init__(self, model, tokenizer, data):
+        self.model, self.tokenizer, self.data = model, tokenizer, data
+        self.chat = Chat(
+            tokenizer, data.template, data.system, data.single_bos,
+            image_start=model.image_start, image_end=model.image_end,
+        )  # fmt: skip
+        self.decoder = prepare(model)
+        ends = {self.chat.close, getattr(tokenizer, "eos_token_id", None)} - {None}
+        self.options = Options(eos=tuple(sorted(ends)))
+        self.context = data.length
+        graph, self._weights = nnx.split(model)
+        self._see = jax.jit(
+            lambda weights, pixels: nnx.merge(graph, weights).visual_features(pixels)
+        )
+
+    def see(self, pixels: np.ndarray) -> np.ndarray:
+        """float32[n, P, C] of uint8[n, h, w, 3], at numbers of pictures that are powers of two."""
+        n = len(pixels)
+        size = 1 << max(n - 1, 0).bit_length()
+        padded = np.concatenate([pixels, np.zeros((size - n, *pixels.shape[1:]), np.uint8)])
+        return np.asarray(self._see(self._weights, padded))[:n]
+
+    def prompt(self, request: Request, max_new_tokens: int) -> np.ndarray:
+        """float[L, D]: what the language model reads.
+
+        Raises:
+            ValueError, BadSample: with a message for the user.
+        """
+        refs = picture_refs(request)
+        text = place_pictures((THINK_HUMAN[1] if request.think else "") + request.prompt, len(refs))
+        ids = self.chat.prompt([("user", text)])
+        P = self.decoder.P
+        room = self.context - max_new_tokens
+        need = len(ids) + len(refs) * (P - 1)
+        if need > room:
+            words = len(ids) - len(refs)
+            fit = max((room - words) // P, 0)
+            raise ValueError(
+                f"{len(refs)} pictures and {words} text tokens make {need} positions, but beside "
+                f"{max_new_tokens} new tokens the context of {self.context} has room for "
+                f"{max(room, 0)}: "
+                + (f"{fit} pictures fit" if refs else "shorten the prompt or --max-new-tokens")
+            )
+        if refs and self.model.tower is None:
+            raise ValueError(
+                "this model was trained on cached features and has no tower for pictures"
+            )
+        row = build_row(ids, None, P, max(need, 1), self.model.image_start)
+        embeds = self.model.embed_text(jnp.asarray(row.tokens))[None]
+        if refs:
+            preprocess = self.data.preprocess
+            pixels = np.stack([preprocess(p) for p in pictures.load(refs, self.data.max_pixels)])
+            visual = self.model.project(jnp.asarray(self.see(pixels)))
+            visual = visual.reshape(1, -1, visual.shape[-1])
+            embeds = place_visual(embeds, visual, jnp.asarray(row.image_slots)[None])
+        return np.asarray(embeds[0], np.float32)
+
+
+def load_speaker(workdir, checkpoint, config_spec=None, overrides=None) -> Speaker:
+    """The model that reads and speaks, from a workdir or from published weights."""
+    if workdir:
+        recipe, cfg, model, values = load_trained(workdir)
+    else:
+        values = config.load_config(config_spec, overrides).to_dict()
+        recipe = find_recipe(values["recipe"])
+        cfg = config.build(recipe.Config, values["model"], "config.model")
+        cfg = dataclasses.replace(cfg, weights=checkpoint, tokenizer=cfg.tokenizer or checkpoint)
+        model = recipe.create(cfg, nnx.Rngs(0))
+        recipe.load_pretrained(model, cfg)
+    for name in ("project", "predict_visual"):
+        if not hasattr(model, name):
+            raise UserError(f"the recipe {values['recipe']!r} does not generate text and pictures")
+    data = dict(values["data"])
+    data.setdefault("sources", [{"path": "none"}])
+    data = recipe.complete_data_config(config.build(DataConfig, data, "config.data"), cfg)
+    return Speaker(model, recipe.load_tokenizer(cfg), data)
