@@ -41,12 +41,7 @@ fi
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/launch/words.sh"
-case ${1:-} in
-    submit | status | logs | stop) action=$1; shift ;;
-    -h | --help) usage "$0"; exit 0 ;;
-    '') usage "$0" >&2; exit 2 ;;
-    *) fail "no command '$1'; see --help" ;;
-esac
+take_action 'submit status logs stop' "$@"; shift
 name='' nodes=1 gpus=8 cpus=8 time=24:00:00 restarts=100 flags=() program=()
 while [ $# -gt 0 ]; do
     case $1 in
@@ -57,10 +52,8 @@ while [ $# -gt 0 ]; do
         --time=*) time=${1#*=} ;;
         --restarts=*) restarts=${1#*=} ;;
         --flag=*) flags+=("${1#*=}") ;;
-        --dry-run) dry=yes ;;
-        -h | --help) usage "$0"; exit 0 ;;
         --) shift; program=("$@"); break ;;
-        *) fail "unknown option '$1'; see --help. What is to be run comes after --" ;;
+        *) other_option "$1" ;;
     esac
     shift
 done

@@ -41,12 +41,7 @@ source "$root/launch/words.sh"
 
 # ---- options
 
-case ${1:-} in
-    create | setup | run | watch | status | logs | stop | delete) action=$1; shift ;;
-    -h | --help) usage "$0"; exit 0 ;;
-    '') usage "$0" >&2; exit 2 ;;
-    *) fail "no command '$1'; see --help" ;;
-esac
+take_action 'create setup run watch status logs stop delete' "$@"; shift
 name='' type='' runtime='' bucket='' tier='' slices=1 extras=tpu host=0 restarts=100 every=60
 wait_for='' delete_after='' where=() ssh_flags=() create_flags=() variables=() program=()
 while [ $# -gt 0 ]; do
@@ -69,15 +64,12 @@ while [ $# -gt 0 ]; do
         --delete) delete_after=yes ;;
         --host=*) host=${1#*=} ;;
         --iap) ssh_flags+=(--tunnel-through-iap) ;;
-        --dry-run) dry=yes ;;
-        -h | --help) usage "$0"; exit 0 ;;
         --) shift; program=("$@"); break ;;
-        *) fail "unknown option '$1'; see --help. What is to be run comes after --" ;;
+        *) other_option "$1" ;;
     esac
     shift
 done
-[[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] ||
-    fail "--name=NAME is needed: lower-case letters, digits and dashes, a letter first"
+cloud_name "$name"
 [[ $slices$restarts$host =~ ^[0-9]+$ && $every =~ ^[0-9.]+$ ]] ||
     fail "--slices, --restarts and --host want whole numbers, --every wants seconds"
 case $action in
@@ -178,8 +170,7 @@ setup() { # each line with its own end: errors don't stop what stands left of ||
     # shellcheck disable=SC2064 # the folder of now
     trap "rm -rf '$folder'" EXIT
     say "copying the code to all hosts of $name"
-    tar -C "$root" --exclude='__pycache__' --exclude='*.egg-info' -czf "$folder/code.tgz" \
-        "${copied[@]}" || return 1
+    code "$root" | gzip > "$folder/code.tgz" || return 1
     copy "$folder/code.tgz" metamorph_jax.tgz || return 1
     remote all all 'mkdir -p metamorph_jax metamorph_run &&
         tar -C metamorph_jax -xzf metamorph_jax.tgz' || return 1

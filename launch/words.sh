@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Shared by tpu.sh, xpk.sh and slurm.sh: messages, quoting, --dry-run.
+# Shared by tpu.sh, xpk.sh and slurm.sh: messages, command line, quoting, --dry-run.
 # Nothing here prints the environment, and no script that uses it turns on `set -x`.
 
 dry=${dry:-}
@@ -9,6 +9,34 @@ fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
 
 # The comment at the head of a script.
 usage() { sed -n '2,/^set -euo/{/^set/d;s/^# \{0,1\}//;p;}' "$1"; }
+
+# The first word of a command line: `take_action "submit status" "$@"; shift` sets action.
+take_action() {
+    case ${2:-} in
+        -h | --help) usage "$0"; exit 0 ;;
+        '') usage "$0" >&2; exit 2 ;;
+    esac
+    local known
+    # shellcheck disable=SC2034 # used by the scripts
+    for known in $1; do
+        if [ "$known" = "$2" ]; then action=$2; return; fi
+    done
+    fail "no command '$2'; see --help"
+}
+
+# What an option may be when it is none of a script's own.
+other_option() {
+    case $1 in
+        --dry-run) dry=yes ;;
+        -h | --help) usage "$0"; exit 0 ;;
+        *) fail "unknown option '$1'; see --help. What is to be run comes after --" ;;
+    esac
+}
+
+cloud_name() { # as Google Cloud and Kubernetes take it
+    [[ $1 =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] ||
+        fail "--name=NAME is needed: lower-case letters, digits and dashes, a letter first"
+}
 
 # Words as a shell has to be given them.
 quoted() {
@@ -34,6 +62,8 @@ need() { # command, where it comes from
     [ -n "$dry" ] || command -v "$1" >/dev/null || fail "$1 is not installed: $2"
 }
 
-# What is copied to the hosts.
-# shellcheck disable=SC2034 # used by the scripts
-copied=(metamorph_jax configs launch setup.py pyproject.toml README.md LICENSE)
+# What is copied to the hosts, as a tar on stdout.
+code() { # folder of the code
+    tar -C "$1" --exclude='__pycache__' --exclude='*.egg-info' -cf - \
+        metamorph_jax configs launch setup.py pyproject.toml README.md LICENSE
+}

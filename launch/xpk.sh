@@ -21,12 +21,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/launch/words.sh"
 
-case ${1:-} in
-    run | status | logs | delete) action=$1; shift ;;
-    -h | --help) usage "$0"; exit 0 ;;
-    '') usage "$0" >&2; exit 2 ;;
-    *) fail "no command '$1'; see --help" ;;
-esac
+take_action 'run status logs delete' "$@"; shift
 name='' cluster='' type='' slices=1 image=python:3.12 extras=tpu restarts=100
 where=() flags=() program=()
 while [ $# -gt 0 ]; do
@@ -40,15 +35,12 @@ while [ $# -gt 0 ]; do
         --extras=*) extras=${1#*=} ;;
         --restarts=*) restarts=${1#*=} ;;
         --flag=*) flags+=("${1#*=}") ;;
-        --dry-run) dry=yes ;;
-        -h | --help) usage "$0"; exit 0 ;;
         --) shift; program=("$@"); break ;;
-        *) fail "unknown option '$1'; see --help. What is to be run comes after --" ;;
+        *) other_option "$1" ;;
     esac
     shift
 done
-[[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] ||
-    fail "--name=NAME is needed: lower-case letters, digits and dashes, a letter first"
+cloud_name "$name"
 [ -n "$cluster" ] || fail "--cluster=C is needed"
 [[ $slices$restarts =~ ^[0-9]+$ ]] || fail "--slices and --restarts want whole numbers"
 need xpk "pip install xpk"
@@ -68,8 +60,7 @@ case $action in
         [[ $command != *$'\n'* ]] || fail "xpk can't take a program with a line break in it"
         folder=$(mktemp -d)
         trap 'rm -rf "$folder"' EXIT
-        tar -C "$root" --exclude='__pycache__' --exclude='*.egg-info' -cf - "${copied[@]}" |
-            tar -C "$folder" -xf -
+        code "$root" | tar -C "$folder" -xf -
         # Without being told so, xpk (1.16) restarts after signals only. 1: a crash; 75: a host was
         # lost. Not 2, a wrong option, nor 3, a loss that is not finite: no restart helps.
         workload create --workload="$name" --device-type="$type" --num-slices="$slices" \
