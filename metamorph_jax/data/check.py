@@ -109,6 +109,7 @@ def _stream(config, tokenizer, sources):
         feature_cache="",
         length=config.length if tokenizer is not None else 2**31 - 1,
         images_per_row=config.images_per_row if tokenizer is not None else config.max_images,
+        visual_targets_per_row=config.visual_targets_per_row if tokenizer is not None else 0,
     )
     chat = None
     if tokenizer is None:

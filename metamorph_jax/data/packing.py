@@ -1,8 +1,8 @@
 """First-fit packing of samples into rows [B, L] with at most I pictures each.
 
 A sample is never split, so neither is a picture. A few rows stay open; a sample goes into the first
-one that has room for its positions and its pictures. When none has, the fullest row is closed and
-a new one opened. `mode="pad"` puts one sample into each row, as the references do.
+one that has room for its positions, pictures and visual targets. When none has, the fullest row is
+closed and a new one opened. `mode="pad"` puts one sample into each row, as the references do.
 
 Grain's own first-fit packing bounds every feature on its own as well, but closes all rows at once
 and would need the visual tokens as a feature to be cut; here a picture must come whole, with its
@@ -38,6 +38,7 @@ class PackOptions:
         padding_batches: after the last sample of a finite stream, go on with empty batches (hosts
             must make the same number of steps).
         max_bad_in_a_row: bad samples one after another before it is an error.
+        visual_targets_per_row: most positions of a row that predict visual tokens; 0 for no limit.
     """
 
     batch_size: int
@@ -52,6 +53,7 @@ class PackOptions:
     side: str = "right"
     padding_batches: bool = False
     max_bad_in_a_row: int = 100
+    visual_targets_per_row: int = 0
 
     def __post_init__(self):
         if self.mode not in ("first_fit", "pad"):
@@ -61,26 +63,35 @@ class PackOptions:
 
 
 class FirstFit:
-    """The open rows. An item is anything with a number of positions and of pictures."""
+    """The open rows. An item is anything with positions, pictures and visual targets to count.
 
-    def __init__(self, length: int, images: int, open_rows: int):
-        self.length, self.images, self.open_rows = length, images, max(open_rows, 1)
+    Args:
+        length, images, targets: most of these in a row; 0 targets for no limit.
+        open_rows: rows kept open.
+    """
+
+    def __init__(self, length: int, images: int, open_rows: int, targets: int = 0):
+        self.length, self.images, self.targets = length, images, targets or length
+        self.open_rows = max(open_rows, 1)
         self.rows: list[list] = []
-        self.used: list[list[int]] = []  # [positions, pictures] of each open row
+        self.used: list[list[int]] = []  # [positions, pictures, visual targets] of each open row
         self._full = length - length // 256  # a row this full isn't worth keeping open
 
-    def add(self, item, positions: int, pictures: int) -> list[list]:
+    def add(self, item, positions: int, pictures: int, targets: int = 0) -> list[list]:
         """Places the item; returns the rows that were closed on the way."""
-        if positions > self.length or pictures > self.images:
+        if positions > self.length or pictures > self.images or targets > self.targets:
             raise ValueError(
-                f"a sample of {positions} positions and {pictures} pictures does not fit into a "
-                f"row of {self.length} and {self.images}"
+                f"a sample of {positions} positions, {pictures} pictures and {targets} visual "
+                f"targets does not fit into a row of {self.length}, {self.images} and "
+                f"{self.targets}"
             )
         closed = []
         room = (
             r
-            for r, (p, i) in enumerate(self.used)
-            if p + positions <= self.length and i + pictures <= self.images
+            for r, (p, i, t) in enumerate(self.used)
+            if p + positions <= self.length
+            and i + pictures <= self.images
+            and t + targets <= self.targets
         )
         row = next(room, None)
         if row is None:
@@ -88,10 +99,11 @@ class FirstFit:
                 closed.append(self._close(max(range(len(self.used)), key=lambda r: self.used[r])))
             row = len(self.rows)
             self.rows.append([])
-            self.used.append([0, 0])
+            self.used.append([0, 0, 0])
         self.rows[row].append(item)
         self.used[row][0] += positions
         self.used[row][1] += pictures
+        self.used[row][2] += targets
         if self.used[row][0] >= self._full:
             closed.append(self._close(row))
         return closed
@@ -109,8 +121,14 @@ class FirstFit:
 class _OneEach(FirstFit):
     """Parity with the references: a row is one sample."""
 
-    def add(self, item, positions: int, pictures: int) -> list[list]:
-        return super().add(item, positions, pictures) + self.flush()
+    def add(self, *args) -> list[list]:
+        return super().add(*args) + self.flush()
+
+
+def _sizes(item: dict) -> tuple[int, int, int]:
+    """Positions, pictures and visual targets of an item of a `SampleStream`."""
+    targets = int((item["visual_targets"] >= 0).sum())
+    return len(item["tokens"]), len(item["cache"]), targets
 
 
 def assemble(rows: list[list[dict]], o: PackOptions, cache_rows: np.ndarray | None = None) -> Batch:
@@ -198,7 +216,7 @@ class PackedIterator(grain.DatasetIterator):
         self._items: Iterator[dict] | None = None
         self._next, self._bad_in_a_row = n, 0
         kind = FirstFit if o.mode == "first_fit" else _OneEach
-        self._packer = kind(o.length, o.images_per_row, o.open_rows)
+        self._packer = kind(o.length, o.images_per_row, o.open_rows, o.visual_targets_per_row)
         self._ready: list[list[dict]] = []
         self.counts: collections.Counter[str] = collections.Counter()
 
@@ -247,7 +265,7 @@ class PackedIterator(grain.DatasetIterator):
         self._bad_in_a_row = 0
         if item.get("misnamed"):
             self.counts[f"{name}/misnamed"] += int(item["misnamed"])
-        return self._packer.add(item, len(item["tokens"]), len(item["cache"]))
+        return self._packer.add(item, *_sizes(item))
 
     def get_state(self) -> dict:
         def numbers(rows):
@@ -273,9 +291,7 @@ class PackedIterator(grain.DatasetIterator):
         for numbers in state["open"]:
             row = [self._again(n) for n in numbers]
             self._packer.rows.append(row)
-            self._packer.used.append(
-                [sum(len(i["tokens"]) for i in row), sum(len(i["cache"]) for i in row)]
-            )
+            self._packer.used.append([sum(s) for s in zip(*map(_sizes, row), strict=True)])
         self._bad_in_a_row = int(state["bad_in_a_row"])
         self.counts = collections.Counter(state["counts"])
 

@@ -55,6 +55,8 @@ class DataConfig:
         batch_size: rows of this process; length, images_per_row, tokens_per_image: L, I, P. A
             sample of more than I pictures is skipped. On a mixture like MetaMorph's, rows of 4096
             are 99.7 % full with I = 24 (81 % of the picture places too), but 81 % with I = 16.
+        visual_targets_per_row: most positions of a row that predict visual tokens, 0 for no limit;
+            a sample of more is skipped. The recipe sets it from the model's max_visual_targets.
         packing: "first_fit" or "pad" (one sample a row, as the references do); open_rows for the
             first.
         independent_turns: question and answer k sees the leading pictures and itself only.
@@ -80,6 +82,7 @@ class DataConfig:
     length: int = 4096
     images_per_row: int = 24
     tokens_per_image: int = 64
+    visual_targets_per_row: int = 0
     packing: str = "first_fit"
     open_rows: int = 16
     independent_turns: bool = False
@@ -172,6 +175,7 @@ def make_stream(
         mask_dangling_start=config.mask_dangling_start,
         fixed_choices=config.fixed_choices or bool(config.feature_cache),
         max_pixels=config.max_pixels,
+        visual_targets_per_row=config.visual_targets_per_row,
     )
     picture_cache = feature_cache = None
     if config.feature_cache:
@@ -223,6 +227,7 @@ def make_pipeline(
         turns=config.independent_turns,
         padding_batches=config.padding_batches,
         max_bad_in_a_row=config.max_bad_in_a_row,
+        visual_targets_per_row=config.visual_targets_per_row,
     )
     reader = _Reader(stream, config.workers, config.read_threads, config.read_ahead)
     rows = None if cache is None else cache.rows
@@ -314,11 +319,13 @@ def _parse_flags() -> None:
         flags.FLAGS.mark_as_parsed()
 
 
-# Options that change neither what a sample is nor how samples are packed.
+# Options that change neither what a sample is nor how samples are packed, and one that follows from
+# the model, which a run that goes on can't change.
 _FREE = {"workers", "read_threads", "read_ahead", "picture_cache", "feature_cache", "index_dir"} | {
     "max_bad_in_a_row",
     "padding_batches",
     "sources",
+    "visual_targets_per_row",
 }
 
 

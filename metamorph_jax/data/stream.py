@@ -116,6 +116,7 @@ class RowOptions:
     mask_dangling_start: bool = False
     fixed_choices: bool = False
     max_pixels: int = pictures.MAX_PIXELS
+    visual_targets_per_row: int = 0
 
 
 class SampleStream:
@@ -191,7 +192,14 @@ class SampleStream:
             raise BadSample(
                 "too_many_images", f"{len(row.kept)} pictures, a row holds {o.images_per_row}"
             )
-        if not ((row.text_targets >= 0).any() or (row.visual_targets >= 0).any()):
+        targets = int((row.visual_targets >= 0).sum())
+        if 0 < o.visual_targets_per_row < targets:
+            raise BadSample(
+                "too_many_visual_targets",
+                f"{targets} visual tokens to predict, max_visual_targets of the model is "
+                f"{o.visual_targets_per_row}",
+            )
+        if not ((row.text_targets >= 0).any() or targets):
             raise BadSample("fully_masked", sample.id)
         item = {
             name: getattr(row, name)

@@ -62,9 +62,9 @@ sizes = st.lists(
 
 @settings(max_examples=100, deadline=None)
 @given(sizes, st.integers(1, 3), st.integers(1, 5), st.sampled_from(["first_fit", "pad"]),
-       st.sampled_from(["left", "right"]))  # fmt: skip
-def test_every_sample_once_and_whole(sizes, B, open_rows, mode, side):
-    o = options(B, open_rows=open_rows, mode=mode, side=side)
+       st.sampled_from(["left", "right"]), st.sampled_from([0, 8, 11]))  # fmt: skip
+def test_every_sample_once_and_whole(sizes, B, open_rows, mode, side, limit):
+    o = options(B, open_rows=open_rows, mode=mode, side=side, visual_targets_per_row=limit)
     seen = []
     for batch in iterator(sizes, o):
         assert batch.tokens.shape == (B, 32) and batch.pixels.shape == (B, 4, 1, 1, 3)
@@ -87,6 +87,7 @@ def test_every_sample_once_and_whole(sizes, B, open_rows, mode, side):
                 used += k
                 seen.append(n)
             assert batch.image_valid[b].sum() == used
+            assert not limit or (batch.visual_targets[b] >= 0).sum() <= limit
             empty = segments == 0
             assert (batch.text_targets[b, empty] == -1).all()
             assert (batch.image_slots[b, empty] == -1).all()
@@ -100,7 +101,7 @@ def test_every_sample_once_and_whole(sizes, B, open_rows, mode, side):
 @settings(max_examples=30, deadline=None)
 @given(sizes, st.integers(0, 8))
 def test_resume_is_exact(sizes, steps):
-    o = options(open_rows=3)
+    o = options(open_rows=3, visual_targets_per_row=9)
     whole = list(iterator(sizes, o))
     it = iterator(sizes, o)
     steps = min(steps, len(whole))
@@ -121,6 +122,16 @@ def test_too_many_bad():
     it = iterator([(3, 0)] + [None] * 5, options(max_bad_in_a_row=5))
     with pytest.raises(TooManyBadSamples, match=r"file 5.*s/missing: 5"):
         next(it)
+
+
+def test_visual_targets_fill_a_row_too():
+    """Four samples of one picture: as many of them share a row as its visual targets allow."""
+    for limit, expected in ((0, [4]), (3 * P, [3, 1]), (2 * P + 1, [2, 2]), (P, [1, 1, 1, 1])):
+        o = options(1, I=8, visual_targets_per_row=limit)
+        assert [int(b.segments.max()) for b in iterator([(3, 1)] * 4, o)] == expected
+    packer = FirstFit(32, 8, 3, targets=5)
+    with pytest.raises(ValueError, match="6 visual targets does not fit into a row of 32, 8 and 5"):
+        packer.add("sample", 10, 3, 6)
 
 
 def test_padding_batches():

@@ -72,6 +72,23 @@ def test_one_epoch(dataset, letters):
     assert it.samples_seen == 40
 
 
+def test_samples_of_too_many_visual_targets_are_skipped(tmp_path, letters):
+    for i in range(3):
+        picture(i).save(tmp_path / f"{i}.png")
+    names = ["0.png", "1.png", "2.png"]
+    write_jsonl(tmp_path / "d.jsonl", [
+        {"id": str(n), "image": names[:n], "conversations": conversation("Draw", "<image>" * n)}
+        for n in (1, 2, 3)
+    ])  # fmt: skip
+    cfg = config(tmp_path / "d.jsonl", epochs=1, visual_targets_per_row=10)
+    it = make_pipeline(cfg, letters)
+    targets = [(b.visual_targets >= 0).sum(1).tolist() for b in it]
+    assert sum(map(sum, targets)) == (1 + 2) * 4 and max(map(max, targets)) <= 10
+    assert it.counts == {"d/too_many_visual_targets": 1}
+    (bad,) = (x for x in make_stream(cfg, letters) if "bad" in x)
+    assert bad["detail"] == "12 visual tokens to predict, max_visual_targets of the model is 10"
+
+
 def test_batches_hold_the_samples(dataset, letters):
     """Pixels of a row are those of its samples, in order; labels point at the next position."""
     path, _ = dataset

@@ -34,8 +34,9 @@ class Config:
             of them or some, see `hidden_tokens` (targets stay). Reading true tokens, a model can
             continue a picture without heeding the request; when it draws, there are none.
         text_chunk: positions multiplied with the output table at a time.
-        max_visual_targets: most positions of a row that predict visual tokens (more gives NaN);
-            the head is evaluated at so many. 0: at all positions.
+        max_visual_targets: most positions of a row that predict visual tokens; the head is
+            evaluated at so many. 0: at all positions. No row is packed with more, and a sample of
+            more is skipped; a batch made otherwise that has more gives NaN.
         connector_tokens, vpit_tokens: which rows of the token tables a stage trains: "added"
             (start and end of a picture), "all" or "none". In the connector stage only input rows.
         train_tower: the VPiT stage trains the tower, too.

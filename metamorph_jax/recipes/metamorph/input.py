@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from metamorph_jax.config import ConfigError
 from metamorph_jax.models.vision import vit
 from metamorph_jax.models.vision.reduce import TokenReducer, normalize_features
 from metamorph_jax.recipes.metamorph.config import Config, llm_config, reduce_config, tower_config
@@ -15,9 +16,23 @@ from metamorph_jax.types import Batch
 
 
 def complete_data_config(data_cfg, cfg: Config):
-    """The data config with all that the model decides: sizes, pixel statistics, feature names."""
+    """The data config with all that the model decides: sizes, pixel statistics, feature names.
+
+    Raises:
+        ConfigError: if max_visual_targets leaves no room for a single picture.
+    """
     tower, reduce = tower_config(cfg), reduce_config(cfg)
-    changes = {"tokens_per_image": reduce.tokens_out, "feature_width": reduce.width_out}
+    if 0 < cfg.max_visual_targets < reduce.tokens_out:
+        raise ConfigError(
+            f"config.model.max_visual_targets is {cfg.max_visual_targets}, but a picture has "
+            f"{reduce.tokens_out} visual tokens to predict: set it to {reduce.tokens_out} or more, "
+            "or to 0 for no limit"
+        )
+    changes = {
+        "tokens_per_image": reduce.tokens_out,
+        "feature_width": reduce.width_out,
+        "visual_targets_per_row": cfg.max_visual_targets,
+    }
     if tower is not None:
         changes |= {"image_size": tower.size, "image_mean": tower.mean, "image_std": tower.std}
         made_by = {

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from metamorph_jax import config as configs
 from metamorph_jax.convert.vit import export_vit
 from metamorph_jax.recipes import metamorph as recipe
 from tests.recipes.metamorph.tiny import TINY, make, sums_of
@@ -67,3 +68,21 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_an_error(tmp_path, golden_roo
     cfg = dataclasses.replace(TINY, tokenizer=tokenizer, llm_options={"vocab_size": 425})
     with pytest.raises(ValueError, match="the tokenizer has 428 ids, the language model 427"):
         recipe.make_data(data, cfg)
+
+
+@pytest.mark.golden  # takes the small tokenizer from there
+def test_no_row_has_more_visual_targets_than_the_head_takes(tmp_path, golden_root):
+    tokenizer = str(golden_root / "metamorph" / "tokenizer.json")
+    data = dict(sources=[dict(path=str(write_data(tmp_path, 12)), name="pairs")], batch_size=2,
+                length=256, images_per_row=8, template="llama3", epochs=1)  # fmt: skip
+    vocab = len(recipe.load_tokenizer(dataclasses.replace(TINY, tokenizer=tokenizer)))
+    cfg = dataclasses.replace(TINY, tokenizer=tokenizer, llm_options={"vocab_size": vocab})
+
+    def targets(limit):
+        batches = recipe.make_data(data, dataclasses.replace(cfg, max_visual_targets=limit))
+        return [n for b in batches for n in (b.visual_targets >= 0).sum(1).tolist()]
+
+    assert max(targets(0)) > 5 and sum(targets(0)) == 6 * 4
+    assert max(targets(5)) == 4 and sum(targets(5)) == 6 * 4
+    with pytest.raises(configs.ConfigError, match="max_visual_targets is 3, but a picture has 4"):
+        targets(3)
