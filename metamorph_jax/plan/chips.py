@@ -40,8 +40,10 @@ CHIPS = {name: _device(name) for name in ("v4", "v5e", "v5p", "v6e", "tpu7x", "h
 
 # Usual names -> shape; v4 and v5p count cores, two of them on a chip.
 SHAPES = {
-    "v5e": {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
-    "v6e": {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
+    "v5e": {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16",
+            256: "16x16"},
+    "v6e": {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16",
+            256: "16x16"},
     "v4": {8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8",
            512: "4x8x8"},
     "v5p": {8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8",
@@ -143,13 +145,17 @@ def devices(topology: Topology) -> list:
             options |= dict(
                 chip_config_name="megacore", chips_per_host_bounds=(2, 2, 1), wrap=(False,) * 3
             )
+        if math.prod(map(int, topology.shape.split("x"))) == 1:
+            options["chips_per_host_bounds"] = (1, 1, 1)  # else a host has four chips
         if not _installed("libtpu"):
             raise TopologyError(_missing("the compiler for TPUs (libtpu)", need))
     try:
         return list(topologies.get_topology_desc(topology_name=name, **options).devices)
     except Exception as error:  # jax and its plugins raise all kinds
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise TopologyError(f"no topology {topology}: {first}") from error
+        known = ", ".join(SHAPES.get(topology.kind, {}).values())
+        hint = f" Shapes that exist: {known}." if known else ""
+        raise TopologyError(f"no topology {topology}: {first}.{hint}") from error
 
 
 def _installed(package: str) -> bool:

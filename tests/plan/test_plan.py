@@ -68,7 +68,7 @@ def test_out_of_memory_says_what_to_do():
 
 def test_wrong_topology_is_one_message():
     done = run("--config=configs/metamorph/vpit.py:smoke", "--topology=v5e-63")
-    assert done.returncode == 2 and "known names are v5e-4" in done.stderr
+    assert done.returncode == 2 and "known names are v5e-1" in done.stderr
     assert "Traceback" not in done.stderr
 
 
