@@ -12,6 +12,7 @@ coordinator's port, so that it can be said who is missing. No JAX backend is sta
 """
 
 import dataclasses
+import json
 import os
 import socket
 import sys
@@ -242,6 +243,21 @@ def _hint(place: Place, missing: list[int]) -> str:
     shown = ", ".join(map(str, missing[:20])) + ("…" if len(missing) > 20 else "")
     here = place.processes - len(missing)
     return f"{here} of {place.processes} hosts joined; missing: process {shown}. {_CHECK}"
+
+
+def gather(mine) -> list:
+    """What each process gave (anything that JSON can hold), in their order; all wait for all."""
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    text = json.dumps(mine).encode()
+    if jax.process_count() == 1:
+        return [json.loads(text)]
+    sizes = multihost_utils.process_allgather(np.array([len(text)])).reshape(-1)
+    padded = np.frombuffer(text.ljust(int(sizes.max())), np.uint8)
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(bytes(row[: int(n)])) for row, n in zip(rows, sizes, strict=True)]
 
 
 def leave(code: int) -> None:

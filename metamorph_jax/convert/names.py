@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from metamorph_jax import distributed
 from metamorph_jax.models import lora
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
@@ -202,7 +203,8 @@ def load_torch_dict(
 
     Raises:
         ValueError: listing every missing, left-over and mis-shaped key; or every tensor that holds
-            NaN (see `allow_nan`), after which the module is partly filled.
+            NaN (see `allow_nan`), after which the module is partly filled. Where the module lies on
+            several processes, all raise it, whichever of them saw the NaN.
     """
     given = {k[len(prefix) :] for k in tensors if k.startswith(prefix)}
     given = {k for k in given if not ignore(k)}
@@ -231,12 +233,19 @@ def load_torch_dict(
                 lines.append(f"{title} ({len(keys)}): " + "; ".join(keys))
         raise ValueError("\n".join(lines))
     with_nan: list[str] = []
+    spread = False
     for path, many, keys in leaves:
         _fill(module, path, tensors, keys, many, with_nan)
         variable = _variable(module, path)
         if "loaded" in variable.get_metadata():  # packed before the next one comes
             variable.set_raw_value(variable.get_metadata("loaded")(variable.get_raw_value()))
-    if with_nan and not _nan_allowed.get():
+        filled = jax.tree.leaves(variable.get_raw_value())
+        spread |= not all(array.is_fully_addressable for array in filled)
+    if _nan_allowed.get():
+        return
+    if spread:  # each process has looked at its own shards only
+        with_nan = sorted({key for keys in distributed.gather(with_nan) for key in keys})
+    if with_nan:
         raise ValueError(f"NaN in {len(with_nan)} tensors: {'; '.join(with_nan)}")
 
 

@@ -193,3 +193,18 @@ def test_every_tensor_goes_to_its_shards():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "cut 8\n"
+
+
+@pytest.mark.e2e
+def test_nan_in_the_shard_of_one_process_ends_both(tmp_path):
+    from tests.train import forked
+
+    cfg = dict(
+        recipe="tests.convert.with_nan", stage="all", steps=1, batch_size=8, lanes=2, model={},
+        data={}, optim={"learning_rate": 0.02}, mesh={"fsdp": 2}, tensorboard=False,
+        compilation_cache="",
+    )  # fmt: skip
+    runs = forked.together(2, cfg, tmp_path / "w")
+    forked.finish(runs, 1)
+    for run in runs:
+        assert "ValueError: NaN in 1 tensors: weight" in run.said
