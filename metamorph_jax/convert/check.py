@@ -1,7 +1,7 @@
 """Parity with the library that a checkpoint was made for: `metamorph convert --check SPEC`.
 
-Both sides read the same folder (torch through transformers or diffusers, from the `oracle` extra),
-get the same inputs, and are compared layer by layer:
+Both sides read the same folder or file (`oracles` has the other one, from the `oracle` extra), get
+the same inputs, and are compared layer by layer:
 
     language models    hidden states, logits, logits of two samples packed into one row
     towers             hidden states, final norm, SigLIP's and CLIP's picture vector
@@ -15,7 +15,6 @@ states of trained models have single channels in the thousands. Two float32 copi
 memory.
 """
 
-import pathlib
 import re
 from collections.abc import Callable, Iterable
 
@@ -24,8 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from metamorph_jax.convert import diffusion, families, hf
 from metamorph_jax.convert import llama as llama_names
+from metamorph_jax.convert import oracles
+from metamorph_jax.convert.oracles import oracle
 from metamorph_jax.models.llm import llama
 from metamorph_jax.models.vision.vit import ViT
 from metamorph_jax.nn import rope
@@ -38,7 +38,8 @@ def run(spec: str, *, tolerance: float = 1e-4, dtype: str = "float32") -> bool:
     """Compares a checkpoint on both sides and prints a table of differences.
 
     Args:
-        spec: a folder, "hf:OWNER/NAME", or a folder of diffusers with a model_index.json.
+        spec: as configs name weights: "hf:OWNER/NAME", a folder (of diffusers, too), a GGUF or
+            ONNX file, "pkg:NAME".
         tolerance: largest accepted relative difference.
         dtype: that our side computes in; the reference is float32.
 
@@ -46,37 +47,16 @@ def run(spec: str, *, tolerance: float = 1e-4, dtype: str = "float32") -> bool:
         Whether every difference is within the tolerance (and finite).
 
     Raises:
-        ImportError: without torch, transformers or diffusers; says what to install.
+        ImportError: without torch, transformers, diffusers or onnxruntime; says what to install.
+        ValueError: if a spec has no other side; says why.
     """
     oracle()
-    folder = hf.find(spec)
     good = True
-    for title, family, path in parts_of(folder):
-        print(f"{spec}{title}: {family.name}, ours ({dtype}) against {_library(family.name)}")
-        rows = compare(family, path, dtype)
-        good &= report(rows, tolerance)
+    for pair in oracles.pairs(spec):
+        title = f"{spec}{pair.title}: {pair.family.name}"
+        print(f"{title}, ours ({dtype}) against {pair.library}", flush=True)
+        good &= report(compare(pair, dtype), tolerance)
     return good
-
-
-def parts_of(folder: pathlib.Path) -> list[tuple[str, families.Family, pathlib.Path]]:
-    """(title, family, folder) of what a folder holds: one model, or the parts of a pipeline."""
-    if not diffusion.is_pipeline(folder):
-        return [("", families.detect(folder), folder)]
-    names = diffusion.PARTS.items()
-    return [(f"/{part}", families.FAMILIES[name], folder / part) for part, name in names]
-
-
-def oracle():
-    """(torch, transformers), or an ImportError that says what to install."""
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise ImportError(
-            f"--check compares with torch, but {error.name} is not installed: "
-            "pip install 'metamorph_jax[oracle]'"
-        ) from None
-    return torch, transformers
 
 
 def report(rows: Rows, tolerance: float) -> bool:
@@ -100,47 +80,17 @@ def report(rows: Rows, tolerance: float) -> bool:
     return good
 
 
-def compare(family: families.Family, folder: pathlib.Path, dtype: str = "float32") -> Rows:
+def compare(pair: oracles.Pair, dtype: str = "float32") -> Rows:
     """Loads both sides of one model and runs them on the same inputs."""
-    fields = hf.read_config(folder)
-    cfg = family.config_from_hf(fields)
-    cfg = family.config_from_hf(fields, dtype=dtype) if dtype != "float32" else cfg
+    family, changes = pair.family, dict(pair.changes)
+    if dtype != "float32":
+        changes["dtype"] = dtype
+    cfg = family.config_from_hf(pair.fields, **changes)
     ours = nnx.eval_shape(lambda: family.create(cfg, rngs=nnx.Rngs(0)))
-    tensors = hf.Tensors(folder)
-    family.load(ours, tensors)
-    theirs = _theirs(family.name, folder, fields)
+    family.load(ours, pair.tensors)
+    theirs = pair.theirs()
     with jax.default_matmul_precision("highest"):
         return _COMPARE[family.name](ours, theirs, np.random.default_rng(SEED))
-
-
-def _library(name: str) -> str:
-    return "diffusers" if name.startswith("sd-") else "transformers"
-
-
-def _theirs(name: str, folder: pathlib.Path, fields: dict):
-    torch, transformers = oracle()
-    if name.startswith("sd-"):
-        try:
-            import diffusers.models as library
-        except ImportError as error:
-            raise ImportError(f"{error.name}: pip install 'metamorph_jax[oracle]'") from None
-        kind = {"sd-unet": "UNet2DConditionModel", "sd-vae": "AutoencoderKL"}[name]
-        model = getattr(library, kind).from_pretrained(folder, torch_dtype=torch.float32)
-        return model.eval()
-    kind = {
-        "siglip": "SiglipVisionModel",
-        "clip-vision": "CLIPVisionModel",
-        "clip-text": "CLIPTextModel",
-        "dinov2": "AutoModel",
-        "llava": "LlavaForConditionalGeneration",
-        "metamorph": None,
-    }.get(name, "AutoModelForCausalLM")
-    if kind is None:
-        return hf.Tensors(folder)
-    model = getattr(transformers, kind).from_pretrained(
-        str(folder), dtype=torch.float32, attn_implementation="eager"
-    )
-    return model.eval()
 
 
 def _torch(array, **kw):

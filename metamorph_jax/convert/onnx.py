@@ -107,6 +107,43 @@ def read_dinov2(path) -> tuple[dict, dict[str, np.ndarray]]:
     return config, out
 
 
+def input_side(path) -> int:
+    """Side of the pictures that the graph takes, 0 if it takes any."""
+    inputs = open_onnx(path).graph.input
+    if not inputs:
+        raise ONNXError(f"{path}: the graph takes no input")
+    shape = inputs[0].type.tensor_type.shape.dim
+    return int(shape[2].dim_value) if len(shape) == 4 else 0
+
+
+def with_hidden_states(path):
+    """(the model, name of its input, names of outputs added to it): what goes into each layer, what
+    leaves the last one, and that after the final norm."""
+    import onnx
+
+    model = open_onnx(path)
+    graph = model.graph
+    prefix = _prefix({tensor.name for tensor in graph.initializer})
+    scope = "/" + prefix.replace(".", "/") if prefix else "/"
+
+    def norm(name: str) -> list:
+        nodes = [node for node in graph.node if node.name.startswith(f"{scope}{name}/")]
+        if not nodes:
+            raise ONNXError(f"{path}: no nodes of {scope}{name}")
+        return nodes
+
+    layer = re.compile(rf"{re.escape(scope)}encoder/layer\.(\d+)/")
+    layers = {int(match[1]) for node in graph.node if (match := layer.match(node.name))}
+    names = [norm(f"encoder/layer.{i}/norm1")[0].input[0] for i in sorted(layers)]
+    last = norm("layernorm")
+    names += [last[0].input[0], last[-1].output[0]]
+    known = {output.name for output in graph.output}
+    for name in names:
+        if name not in known:
+            graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
+    return model, graph.input[0].name, names
+
+
 def expected_names(config: dict) -> list[str]:
     """Every weight of a Dinov2Model with this config, but for the unused mask token."""
     names = ["embeddings.cls_token", "embeddings.position_embeddings"]

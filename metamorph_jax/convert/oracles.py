@@ -1,0 +1,210 @@
+"""The other side of `metamorph convert --check`: what a spec names, run by the library that it was
+made for.
+
+    hf:OWNER/NAME, a folder            transformers or diffusers, from the same folder
+    FILE.gguf, gguf:FILE, pkg:NAME     transformers, by its own reader of GGUF files
+    FILE.onnx, onnx:FILE, pkg:NAME     onnxruntime, the graph in the file as it is
+
+Torch and what stands on it is imported here only, and only when asked for (extra `oracle`).
+"""
+
+import dataclasses
+import pathlib
+import types
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from metamorph_jax.convert import diffusion, families, gguf, hf, onnx, packages, specs
+
+INSTALL = "pip install 'metamorph_jax[oracle]'"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Both sides of one model.
+
+    Attributes:
+        title: what follows the spec when it is printed.
+        family: of the model.
+        fields: of its config.json.
+        tensors: published name -> array, for our side.
+        theirs: makes the other side.
+        library: its name.
+        changes: fields of our config that the published one doesn't decide.
+    """
+
+    title: str
+    family: families.Family
+    fields: Mapping
+    tensors: Mapping
+    theirs: Callable
+    library: str = "transformers"
+    changes: Mapping = dataclasses.field(default_factory=dict)
+
+
+def oracle():
+    """(torch, transformers), or an ImportError that says what to install."""
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise _missing(error.name) from None
+    return torch, transformers
+
+
+def _missing(name) -> ImportError:
+    return ImportError(f"--check compares with {name}, which is not installed: {INSTALL}")
+
+
+def pairs(spec: str) -> list[Pair]:
+    """What a spec stands for: one model, or the parts of a pipeline.
+
+    Raises:
+        ValueError: if there is nothing that it could be compared with; says why.
+    """
+    if spec == specs.RANDOM:
+        raise ValueError('"random" names no checkpoint: there is nothing to compare with')
+    if spec.startswith("workdir:"):
+        raise ValueError(
+            "a training run has no counterpart in another library yet: write it for one "
+            f"(metamorph convert --from {spec} --out DIR), then check DIR"
+        )
+    file = _file(spec)
+    if file is not None:
+        return [_of_gguf(file) if file.suffix == ".gguf" else _of_onnx(file)]
+    where = hf.find(spec)
+    if where.is_file():
+        raise ValueError(
+            f"{where} holds tensors, but not what model they belong to: name the folder that has "
+            "them and a config.json"
+        )
+    return [_of_folder(title, family, path) for title, family, path in _parts(where)]
+
+
+def _file(spec: str) -> pathlib.Path | None:
+    """The GGUF or ONNX file that a spec names; None for everything else."""
+    if packages.is_package(spec):
+        file = packages.find(spec)
+        if file.suffix not in (".gguf", ".onnx"):
+            raise ValueError(f"{spec} holds data, no weights")
+        return file
+    for ending in (".gguf", ".onnx"):
+        file = specs.file_of(spec, ending)
+        if file is not None:
+            if file.suffix != ending:
+                raise ValueError(f"{spec}: expected a file that ends in {ending}")
+            return file
+    return None
+
+
+# ---- folders
+
+
+def _parts(folder: pathlib.Path) -> list[tuple[str, families.Family, pathlib.Path]]:
+    """(title, family, folder) of what a folder holds."""
+    if not diffusion.is_pipeline(folder):
+        return [("", families.detect(folder), folder)]
+    names = diffusion.PARTS.items()
+    return [(f"/{part}", families.FAMILIES[name], folder / part) for part, name in names]
+
+
+def _of_folder(title: str, family: families.Family, folder: pathlib.Path) -> Pair:
+    fields, name = hf.read_config(folder), family.name
+    theirs = lambda: of_folder(name, folder)  # noqa: E731
+    library = "diffusers" if name.startswith("sd-") else "transformers"
+    return Pair(title, family, fields, hf.Tensors(folder), theirs, library)
+
+
+def of_folder(name: str, folder: pathlib.Path):
+    """The library's model of a family. (MetaMorph, which no library has: its tensors.)"""
+    torch, transformers = oracle()
+    if name == "metamorph":
+        return hf.Tensors(folder)
+    if name.startswith("sd-"):
+        try:
+            import diffusers.models as library
+        except ImportError as error:
+            raise _missing(error.name) from None
+        kind = {"sd-unet": "UNet2DConditionModel", "sd-vae": "AutoencoderKL"}[name]
+        model = getattr(library, kind).from_pretrained(folder, torch_dtype=torch.float32)
+        return model.eval()
+    kind = {
+        "siglip": "SiglipVisionModel",
+        "clip-vision": "CLIPVisionModel",
+        "clip-text": "CLIPTextModel",
+        "dinov2": "AutoModel",
+        "llava": "LlavaForConditionalGeneration",
+    }.get(name, "AutoModelForCausalLM")
+    model = getattr(transformers, kind).from_pretrained(
+        str(folder), dtype=torch.float32, attn_implementation="eager"
+    )
+    return model.eval()
+
+
+# ---- GGUF
+
+
+def _of_gguf(file: pathlib.Path) -> Pair:
+    reader = gguf.open_gguf(file)
+    fields = gguf.read_config(reader)
+    family = families.of_fields(fields, str(file))
+    tensors = gguf.Weights(reader, fields)
+    return Pair("", family, fields, tensors, lambda: of_gguf(file, fields))
+
+
+def of_gguf(file: pathlib.Path, fields: Mapping):
+    """What transformers' own reader makes of a GGUF file.
+
+    It passes over the factors by which Llama 3.1 stretches its rotation; those alone come from our
+    reading of the file.
+    """
+    torch, transformers = oracle()
+    where = dict(gguf_file=file.name)
+    config = transformers.AutoConfig.from_pretrained(str(file.parent), **where)
+    scaling = fields.get("rope_scaling")
+    if scaling is not None:
+        config.rope_parameters = {"rope_theta": fields["rope_theta"], **scaling}
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            str(file.parent), config=config, dtype=torch.float32, attn_implementation="eager",
+            **where,
+        )  # fmt: skip
+    except (ValueError, ImportError) as error:
+        raise ImportError(f"transformers can't read {file}: {error}") from error
+    return model.eval()
+
+
+# ---- ONNX
+
+
+def _of_onnx(file: pathlib.Path) -> Pair:
+    fields, tensors = onnx.read_dinov2(file)
+    side = onnx.input_side(file) or fields["image_size"]
+    changes = {"input_size": side, "whole": False}
+    theirs = lambda: OnnxTower(file)  # noqa: E731
+    family = families.FAMILIES["dinov2"]
+    return Pair("", family, fields, tensors, theirs, "onnxruntime", changes)
+
+
+class OnnxTower:
+    """A graph of a ViT, called as transformers' towers are: hidden states and the final norm."""
+
+    def __init__(self, file: pathlib.Path):
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise _missing(error.name) from None
+        model, *names = onnx.with_hidden_states(file)
+        self._input, self._names = names
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # its remarks on the file's graph are no news here
+        self._session = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+
+    def __call__(self, pixels, output_hidden_states: bool = True):
+        """pixels: torch float32[B, 3, h, w], one by one: a graph may have a fixed batch."""
+        rows = [self._session.run(self._names, {self._input: x[None].numpy()}) for x in pixels]
+        *hidden, last = (np.concatenate(part) for part in zip(*rows, strict=True))
+        return types.SimpleNamespace(hidden_states=hidden, last_hidden_state=last)
