@@ -144,9 +144,9 @@ def table(plan: dict) -> str:
     rows = [
         ("program", f"{plan['what']} step of {plan['config']}"),
         ("devices", f"{plan['devices']} ({plan['topology']}), mesh {mesh}"),
-        ("batch", f"{plan['rows']} rows, {plan['rows_per_device']:g} per device, in "
-         f"{plan['accumulate']} micro-batch(es); remat {plan['remat']}, first moment "
-         f"{plan['momentum_dtype']}"),
+        ("batch", f"{plan['rows']} rows, {plan['rows_per_device']:g} per device" + (
+            f", in {plan['accumulate']} micro-batch(es); remat {plan['remat']}, first moment "
+            f"{plan['momentum_dtype']}" if plan["what"] == "train" else "")),
     ]  # fmt: skip
     for part, n in plan["parameters"].items():
         kinds = [f"{n[k] / 1e6:,.2f} M {k}" for k in ("trained", "frozen") if n[k]]
