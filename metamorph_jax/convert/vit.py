@@ -20,6 +20,7 @@ mask token (unless it is `whole`), SigLIP's pooling head (without `pool`). The p
 resized to the tower's grid. Configs made by `config_from_hf` hold everything and give it back.
 """  # noqa: E501
 
+import dataclasses
 import re
 from collections.abc import Mapping
 
@@ -341,7 +342,13 @@ def create(cfg: ViTConfig, *, rngs: nnx.Rngs) -> ViT:
 
 
 def _family(name: str, layout: str) -> Family:
-    sizes = {size: cfg for size, cfg in vit.SIZES.items() if cfg.layout == layout}
+    # As published: with the layers behind the one that recipes take, and with the pooling head.
+    whole = dict(whole=True, final_norm=True, pool=layout == "siglip")
+    sizes = {
+        size: dataclasses.replace(cfg, **whole)
+        for size, cfg in vit.SIZES.items()
+        if cfg.layout == layout
+    }
     return Family(
         name, config_from_hf, config_to_hf, create, load_vit, export_complete, sizes, published
     )

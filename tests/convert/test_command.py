@@ -231,6 +231,17 @@ def test_list(monkeypatch):
     assert row == ["qwen3", "qwen3-8b", "8,190,735,360", "15.26", "30.51", "122.05"]
 
 
+def test_list_has_what_was_published(monkeypatch):
+    """Whole towers, with what recipes leave out; no sizes that only tests know."""
+    towers = dict.fromkeys(["siglip", "clip-vision", "dinov2"], "vit")
+    monkeypatch.setattr(families, "MODULES", towers)
+    rows = {words[1]: words[2] for words in map(str.split, command.listing()) if len(words) == 6}
+    assert rows["siglip-so400m-384"] == "428,225,600"
+    assert rows["clip-l-336"] == "303,507,456"
+    assert rows["dinov2-s14"] == "22,056,576"
+    assert not any("tiny" in size for size in rows)
+
+
 def test_check_is_handed_on(monkeypatch):
     from metamorph_jax.convert import check
 
