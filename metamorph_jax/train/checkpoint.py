@@ -100,8 +100,8 @@ class Checkpoints:
         self.wait()
         if self.latest == step:
             return
-        tree = _tree(state, fixed)
-        notes = {"data": _from_all_processes(data), "sums": checksums(tree)}
+        tree = as_tree(state, fixed)
+        notes = {"data": from_all_processes(data), "sums": checksums(tree)}
         since = time.perf_counter()
         try:
             saving = self._manager.save_checkpointables_async(
@@ -142,7 +142,7 @@ class Checkpoints:
         whole = [s for s in self.steps if (self.folder / str(s)).is_dir() and s != step]
         left = f"the newest whole one is {self.folder / str(whole[-1])}" if whole else "none exists"
         return CheckpointError(
-            f"the checkpoint {self.folder / str(step)} could not be written: {_reason(error)}. "
+            f"the checkpoint {self.folder / str(step)} could not be written: {reason(error)}. "
             f"Is the disk full? {left}; the same command goes on from there"
         )
 
@@ -165,7 +165,7 @@ class Checkpoints:
                 result = self._restore(step, state, fixed)
             except _Damaged as found:
                 error = found
-            if not _any_process(error is not None):
+            if not any_process(error is not None):
                 return *result, said
             error = error or _damaged(self.folder / str(step), "another host could not read it")
             if not fall_back:
@@ -182,29 +182,24 @@ class Checkpoints:
             notes["data"]  # noqa: B018  (there, or damaged)
             if found.metadata["state"] is None:
                 raise ValueError("its description is unreadable")
-            return _flat(found.metadata["state"]), notes
+            return flat(found.metadata["state"]), notes
         except Exception as error:
             raise _damaged(folder, error) from error
 
     def _restore(self, step: int, state: TrainState, fixed: Params):
         folder = self.folder / str(step)
-        tree = _tree(state, fixed)
         shapes, notes = self._describe(step)
-        added = {} if "['usual']" in shapes or "usual" not in tree else {"usual": tree.pop("usual")}
-        _compare(_flat(tree), shapes, folder)
+        tree, added = expected(state, fixed, shapes)
+        compare(flat(tree), shapes, folder)
         try:
             loaded = self._manager.load_checkpointables(step, {"state": _abstract(tree)})["state"]
         except Exception as error:
             raise _damaged(folder, error) from error
         if "sums" in notes:
-            sums = checksums(loaded)
-            wrong = sorted(k for k in sums if sums[k] != notes["sums"].get(k))
+            wrong = altered(loaded, notes["sums"])
             if wrong:
-                raise _damaged(folder, f"altered: {', '.join(wrong[:10])}")
-        fixed = loaded.pop("fixed", {})
-        moments = type(state.moments)(**loaded.pop("moments"))
-        optional = {"ema": None, "usual": None} | added
-        return TrainState(**{**optional, **loaded, "moments": moments}), fixed, notes["data"]
+                raise _damaged(folder, f"altered: {wrong}")
+        return *from_tree(loaded, added, state), notes["data"]
 
     def _set_aside(self, step: int) -> pathlib.Path:
         """Moves a checkpoint to where no one takes it for whole."""
@@ -215,7 +210,7 @@ class Checkpoints:
                 aside = aside.with_name(f"{aside.name}_")
             aside.parent.mkdir(exist_ok=True)
             (self.folder / str(step)).rename(aside)
-        _any_process(False)  # all wait for it
+        any_process(False)  # all wait for it
         self._open()
         return aside
 
@@ -233,14 +228,14 @@ class _Damaged(CheckpointError):
     """It is there but can't be read whole."""
 
 
-def _reason(error) -> str:
+def reason(error) -> str:
     text = str(error).strip()
     return text.splitlines()[0][:300] if text else type(error).__name__
 
 
 def _damaged(folder, error) -> CheckpointError:
     return _Damaged(
-        f"the checkpoint {folder} can't be read ({_reason(error)}); damaged_checkpoint=previous "
+        f"the checkpoint {folder} can't be read ({reason(error)}); damaged_checkpoint=previous "
         "sets it aside and goes on from the one before"
     )
 
@@ -271,14 +266,20 @@ def checksums(tree) -> dict[str, int]:
     It is computed where the arrays lie. Integers wrap around, so the order of addition, and with it
     how they lie, doesn't matter.
     """
-    flat = _flat(tree)
-    where = next(iter(flat.values())).sharding
+    leaves = flat(tree)
+    where = next(iter(leaves.values())).sharding
     if isinstance(where, jax.sharding.NamedSharding):
         where = jax.sharding.NamedSharding(where.mesh, jax.sharding.PartitionSpec())
-    return dict(zip(flat, np.asarray(_summing(where)(tree)).tolist(), strict=True))
+    return dict(zip(leaves, np.asarray(_summing(where)(tree)).tolist(), strict=True))
 
 
-def _any_process(flag: bool) -> bool:
+def altered(tree, sums: dict[str, int]) -> str:
+    """Names of leaves whose checksum isn't the one that was noted; "" if all are."""
+    found = checksums(tree)
+    return ", ".join(sorted(k for k in found if found[k] != sums.get(k))[:10])
+
+
+def any_process(flag: bool) -> bool:
     """Whether the flag is set on any process; all wait for each other."""
     if jax.process_count() == 1:
         return flag
@@ -287,7 +288,7 @@ def _any_process(flag: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
-def _tree(state: TrainState, fixed: Params) -> dict:
+def as_tree(state: TrainState, fixed: Params) -> dict:
     """What is saved, as nested dicts; Orbax wants no empty ones."""
     moments = {"first": state.moments.first, "second": state.moments.second}
     scalars = {"step": state.step, "key": state.key, "halted": state.halted}
@@ -298,12 +299,28 @@ def _tree(state: TrainState, fixed: Params) -> dict:
     return tree | ({"fixed": fixed} if fixed else {})
 
 
-def _flat(tree) -> dict[str, Any]:
+def expected(state: TrainState, fixed: Params, names) -> tuple[dict, dict]:
+    """(the tree that a checkpoint with leaves of these names should hold, what it may lack)."""
+    tree = as_tree(state, fixed)
+    lacks = "usual" in tree and "['usual']" not in names
+    return tree, {"usual": tree.pop("usual")} if lacks else {}
+
+
+def from_tree(tree: dict, added: dict, like: TrainState) -> tuple[TrainState, Params]:
+    """The way back from `as_tree`."""
+    rest = {"ema": None, "usual": None} | added | tree
+    fixed = rest.pop("fixed", {})
+    return TrainState(**rest | {"moments": type(like.moments)(**rest["moments"])}), fixed
+
+
+def flat(tree) -> dict[str, Any]:
+    """Name -> leaf."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
-def _compare(wanted: dict, found: dict, folder) -> None:
+def compare(wanted: dict, found: dict, folder) -> None:
+    """Raises CheckpointError if names or shapes differ."""
     wrong = [f"{k} is missing" for k in wanted.keys() - found.keys()]
     wrong += [f"{k} is not part of this run" for k in found.keys() - wanted.keys()]
     for k in wanted.keys() & found.keys():
@@ -317,25 +334,28 @@ def _abstract(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
-def _from_all_processes(states: dict[int, dict]) -> list[dict]:
+def gather(mine) -> list:
+    """What each process gave (anything that JSON can hold), in their order."""
+    text = json.dumps(mine).encode()
+    if jax.process_count() == 1:
+        return [json.loads(text)]
+    from jax.experimental import multihost_utils
+
+    sizes = multihost_utils.process_allgather(np.array([len(text)])).reshape(-1)
+    padded = np.frombuffer(text.ljust(int(sizes.max())), np.uint8)
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(bytes(row[: int(n)])) for row, n in zip(rows, sizes, strict=True)]
+
+
+def from_all_processes(states: dict[int, dict]) -> list[dict]:
     """The states of all lanes in order, known to each process.
 
     Raises:
         CheckpointError: if processes that read the same lane stand at different places.
     """
-    texts = [json.dumps(sorted(states.items()))]
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        mine = np.frombuffer(texts[0].encode(), np.uint8)
-        sizes = multihost_utils.process_allgather(np.array([mine.size]))
-        padded = np.zeros(int(sizes.max()), np.uint8)
-        padded[: mine.size] = mine
-        rows = multihost_utils.process_allgather(padded)
-        texts = [bytes(r[: int(n)]) for r, n in zip(rows, sizes.reshape(-1), strict=True)]
     found: dict[int, tuple[int, dict]] = {}
-    for process, text in enumerate(texts):
-        for lane, state in json.loads(text):
+    for process, lanes in enumerate(gather(sorted(states.items()))):
+        for lane, state in lanes:
             first, same = found.setdefault(lane, (process, state))
             if same != state:
                 raise CheckpointError(
@@ -414,7 +434,7 @@ def _load_trained(model: nnx.Module, folder: pathlib.Path, recipe, earlier) -> s
     merging = adapters is not None and not lora.same(model, adapters, shapes)
     if merging:
         here = {k: v for k, v in here.items() if not lora.is_adapter(k.split("."))}
-    _compare(here, shapes if not merging else {k: shapes[k] for k in here}, folder)
+    compare(here, shapes if not merging else {k: shapes[k] for k in here}, folder)
     abstract = {
         k: jax.ShapeDtypeStruct(v.shape, v[...].dtype, sharding=v[...].sharding)
         for k, v in here.items()

@@ -10,7 +10,7 @@ import json
 import pathlib
 import time
 
-_KEPT = 20  # checkpoints whose sums are remembered
+_KEPT = 100  # checkpoints whose sums are remembered
 
 
 class Goodput:

@@ -7,6 +7,7 @@ number of the step. So an interrupted run ends with the same parameters as one t
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 import time
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 from metamorph_jax import config as configs
 from metamorph_jax import sharding
 from metamorph_jax.config import ConfigError
-from metamorph_jax.train import checkpoint, feed, optim
+from metamorph_jax.train import checkpoint, feed, optim, tiers
 from metamorph_jax.train import state as states
 from metamorph_jax.train import workdir as workdirs
 from metamorph_jax.train.goodput import Goodput
@@ -49,12 +50,14 @@ class TrainConfig:
             at least as many as hosts. 0: as many as hosts when the run begins.
         guard: what happens at bad steps.
         log_every, checkpoint_every, keep: steps between lines and checkpoints; checkpoints kept.
+        local_checkpoints: more of them, on each host's own disk (`tiers`).
         damaged_checkpoint: "stop", or "previous": go on from the newest that is whole.
         tensorboard: write TensorBoard files.
         matmul_precision: of products of float32, a name that `jax.default_matmul_precision` takes.
             "default" is one pass in bfloat16 on a TPU, and float32 on a CPU; with "bfloat16" linear
             layers do as a TPU on a CPU that has matrix units, too.
-        compilation_cache: folder of compiled programs; "" for none.
+        compilation_cache: folder of compiled programs, unless $JAX_COMPILATION_CACHE_DIR names one;
+            "" for none.
     """
 
     recipe: str
@@ -73,6 +76,7 @@ class TrainConfig:
     log_every: int = 10
     checkpoint_every: int = 500
     keep: int = 2
+    local_checkpoints: tiers.LocalConfig = tiers.LocalConfig()
     damaged_checkpoint: str = "stop"
     tensorboard: bool = True
     matmul_precision: str = "default"
@@ -135,7 +139,7 @@ def train(
 
 def _train(began, cfg: TrainConfig, recipe, model_cfg, resolved, workdir, profile):
     # ---- devices
-    if cfg.compilation_cache:
+    if cfg.compilation_cache and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         folder = pathlib.Path(cfg.compilation_cache).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(folder))
     try:
@@ -151,11 +155,12 @@ def _train(began, cfg: TrainConfig, recipe, model_cfg, resolved, workdir, profil
         )
     changes = workdirs.prepare(workdir, resolved, write=host0)
     checkpoints = checkpoint.Checkpoints(workdir, cfg.keep)
-    resuming = checkpoints.latest is not None
+    local = tiers.LocalCheckpoints(cfg.local_checkpoints, workdir, mesh, checkpoints.latest)
+    resuming = checkpoints.latest is not None or local.step is not None
 
     # ---- data
     mine = feed.my_rows(mesh, cfg.batch_size)
-    data = _make_feed(cfg, recipe, model_cfg, workdir, mine, checkpoints.lanes)
+    data = _make_feed(cfg, recipe, model_cfg, workdir, mine, local.lanes or checkpoints.lanes)
     if hasattr(model_cfg, "sources") and not model_cfg.sources:
         model_cfg = dataclasses.replace(model_cfg, sources=tuple(data.sources))
 
@@ -180,10 +185,13 @@ def _train(began, cfg: TrainConfig, recipe, model_cfg, resolved, workdir, profil
     first = 0
     if resuming:
         fixed = checkpoint.fixed_leaves(parts, frozen)
-        state, fixed, data_states, said = checkpoints.restore(
-            state, fixed, cfg.damaged_checkpoint == "previous"
-        )
-        changes += said
+        if local.step is not None:
+            state, fixed, data_states = local.restore(state, fixed)
+        else:
+            state, fixed, data_states, said = checkpoints.restore(
+                state, fixed, cfg.damaged_checkpoint == "previous"
+            )
+            changes += said
         frozen |= fixed
         data.set_state(data_states)
         first = int(state.step)
@@ -200,6 +208,8 @@ def _train(began, cfg: TrainConfig, recipe, model_cfg, resolved, workdir, profil
         goodput=Goodput(workdir, first, began, host0) if first < cfg.steps else None,
     )
     for line in _banner(cfg, parts, state, frozen, mesh, changes, first):
+        logger.say(line)
+    for line in local.said:
         logger.say(line)
     if logger.peak is None:
         logger.say(f"no peak FLOP/s is known of {mesh.devices.flat[0].device_kind}: no MFU")
@@ -227,15 +237,16 @@ def _train(began, cfg: TrainConfig, recipe, model_cfg, resolved, workdir, profil
             logger.step(pending.step, report, pending.counted, pending.wait)
         return True
 
-    def save(step: int) -> None:
+    def save(step: int, to=checkpoints) -> None:
         """`step` steps are done; the iterator stands behind their last batch."""
         clock = time.perf_counter()
-        checkpoints.save(step, state, checkpoint.fixed_leaves(parts, frozen), data.get_state())
+        to.save(step, state, checkpoint.fixed_leaves(parts, frozen), data.get_state())
         logger.saved(step, time.perf_counter() - clock)
 
     try:
         with jax.set_mesh(mesh), Sigterm() as sigterm:
-            step, saved, ended = first, first, False
+            step, ended = first, False
+            saved = first if local.step is None else -1  # in the workdir
             while step < cfg.steps:
                 clock = time.perf_counter()
                 batch = next(data, None)
@@ -266,12 +277,18 @@ def _train(began, cfg: TrainConfig, recipe, model_cfg, resolved, workdir, profil
                 whole = checkpoints.check()
                 if whole is not None:
                     logger.say(f"checkpoint {whole} is whole after {checkpoints.seconds:.1f} s")
+                local.check()
                 stop = sigterm.received(step)
-                if stop or (step % cfg.checkpoint_every == 0 and step < cfg.steps):
+                due = stop or (step % cfg.checkpoint_every == 0 and step < cfg.steps)
+                near = local.due(step) and step < cfg.steps
+                if due or near:
                     ended = not read(pending)  # a halted state must not be saved
                     pending = None
                     if ended:
                         break
+                if near:
+                    save(step, local)
+                if due:
                     save(step)
                     saved = step
                 if stop:
@@ -292,15 +309,19 @@ def _train(began, cfg: TrainConfig, recipe, model_cfg, resolved, workdir, profil
             if saved < step or not (workdir / "final").is_dir():
                 folder = checkpoint.export(workdir, state, checkpoint.fixed_leaves(parts, frozen))
                 logger.say(f"{step} steps done; weights in {folder}")
+            local.remove()
             if logger.goodput:
                 logger.say(logger.goodput.summary())
     except (Exception, KeyboardInterrupt) as error:
+        with contextlib.suppress(checkpoint.CheckpointError):
+            local.close()
         # Other processes may be gone, and then a save that waits for them never ends.
         if jax.process_count() == 1 or isinstance(error, BadStep | Preempted):
             with contextlib.suppress(checkpoint.CheckpointError):
                 checkpoints.close()
         raise
     else:
+        local.close()
         checkpoints.close()
     finally:
         trace.close()

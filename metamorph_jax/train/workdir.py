@@ -20,7 +20,10 @@ RECIPES = ("metamorph", "decoder")
 # steps, learning rate) it is reported.
 BINDING = ("recipe", "stage", "seed", "batch_size", "accumulate", "model", "data")
 # Of these it changes nothing in the numbers.
-FREE = ("data.workers", "data.read_threads", "data.read_ahead", "data.index_dir")
+FREE = (
+    *("data.workers", "data.read_threads", "data.read_ahead", "data.index_dir"),
+    *("local_checkpoints.folder", "local_checkpoints.every", "local_checkpoints.keep"),
+)
 
 _PACKAGES = (
     "metamorph-jax",
