@@ -34,5 +34,7 @@ say "ruff"
 say "pytest, $("$VENV/bin/python" --version), $("$VENV/bin/python" -c '
 from importlib.metadata import version
 print(", ".join(f"{p} {version(p)}" for p in ("jax", "flax", "optax", "orbax-checkpoint")))')"
-# Two processes: most of the time goes into compiling, which uses one core.
-exec "$VENV/bin/python" -m pytest -n 2 --dist loadfile ${short[@]+"${short[@]}"} ${arguments[@]+"${arguments[@]}"}
+# Two processes: most of the time goes into compiling, which uses one core. tests/conftest.py has the
+# order of the files; without --no-loadscope-reorder those with the most tests would come first.
+exec "$VENV/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+    ${short[@]+"${short[@]}"} ${arguments[@]+"${arguments[@]}"}

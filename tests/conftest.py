@@ -1,9 +1,28 @@
+"""Settings of the whole suite: JAX on the CPU, and the order of the files.
+
+Most of the time goes into compiling, so tests and the processes that they start share what has been
+compiled: in $JAX_COMPILATION_CACHE_DIR, by default a folder that lives as long as the session.
+"""
+
 import os
 import pathlib
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+_compiled = None
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # xdist's processes have it from the first one
+    _compiled = tempfile.mkdtemp(prefix="compiled_for_tests_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import pytest  # noqa: E402
+
+# Files that take minutes come first: at the end, one process would wait for the other.
+# With several processes this needs --no-loadscope-reorder, as in launch/test.sh.
+LONGEST = ("quickstart/test_run.py", "distributed/test_processes.py", "train/test_survival.py",
+           "recipes/test_decoder.py")  # fmt: skip
 
 
 def pytest_addoption(parser):
@@ -12,6 +31,17 @@ def pytest_addoption(parser):
         default=str(pathlib.Path(__file__).parent / "golden"),
         help="folder with the golden arrays: <root>/<system>/…",
     )
+
+
+def pytest_collection_modifyitems(items):
+    folder = pathlib.Path(__file__).parent
+    place = {folder / name: k for k, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
+
+
+def pytest_unconfigure():
+    if _compiled:
+        shutil.rmtree(_compiled, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,9 @@
-"""The whole road at smoke size, killed on its way and started again."""
+"""The whole road at smoke size: in the notebook, and as a command that is killed on its way and
+started again."""
 
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -12,6 +14,12 @@ import pytest
 from metamorph_jax.convert import packages
 from metamorph_jax.quickstart import run as quickstart
 
+nbclient = pytest.importorskip("nbclient", reason="pip install 'metamorph-jax[notebook]'")
+pytest.importorskip("matplotlib", reason="pip install 'metamorph-jax[notebook]'")
+nbformat = pytest.importorskip("nbformat", reason="pip install 'metamorph-jax[notebook]'")
+
+NOTEBOOK = pathlib.Path(__file__).parents[2] / "notebooks/quickstart.ipynb"
+STEPS = ("data", "connector", "vpit", "predict", "decoder", "evaluate", "report")
 MISSING = [name for name in packages.PACKAGES if not packages.installed(name)]
 pytestmark = [
     pytest.mark.e2e,
@@ -41,19 +49,25 @@ def numbers(workdir):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that nobody disturbed."""
-    workdir = tmp_path_factory.mktemp("whole")
-    process = start(workdir)
-    said, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, said
-    return workdir, said
+    """The notebook, run to its end: (its workdir, what its cells printed and drew)."""
+    assert list(NOTEBOOK.parent.glob("*.ipynb")) == [NOTEBOOK], "another one needs a test, too"
+    folder = tmp_path_factory.mktemp("notebook")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    where = {"metadata": {"path": str(folder)}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUICKSTART_WORKDIR", str(folder / "run"))
+        nbclient.NotebookClient(notebook, timeout=900, resources=where).execute()
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    return folder / "run", [output for cell in cells for output in cell.outputs]
 
 
-def test_every_step_runs_and_the_report_shows_it(whole):
-    workdir, said = whole
-    for name in ("data", "connector", "vpit", "decoder", "evaluate", "report"):
+def test_notebook_runs_every_step_and_shows_pictures(whole):
+    workdir, outputs = whole
+    said = "".join(o.get("text", "") for o in outputs)
+    for name in STEPS:
         assert f"== {name}" in said
         assert json.loads((workdir / "steps" / f"{name}.json").read_text())["seconds"] >= 0
+    assert len([o for o in outputs if "image/png" in o.get("data", {})]) == 3
     page = (workdir / "report.html").read_text()
     for expected in ("Drawings of the right colour", "VPiT: visual loss", "is it this color?"):
         assert expected in page
@@ -62,10 +76,12 @@ def test_every_step_runs_and_the_report_shows_it(whole):
     assert arrays["drawings"].shape[:2] == (24, 2)
 
 
-def test_killed_twice_it_gives_the_same_numbers(whole, tmp_path):
+def test_command_killed_twice_gives_the_same_numbers(whole, tmp_path):
+    said = ""
     for sign in ("== vpit", "== decoder"):
         process = start(tmp_path)
         for line in process.stdout:
+            said += line
             if line.startswith(sign):
                 # Somewhere inside the step: after its first checkpoint, or before.
                 for line in process.stdout:
@@ -76,8 +92,11 @@ def test_killed_twice_it_gives_the_same_numbers(whole, tmp_path):
         process.stdout.close()
         process.wait(timeout=60)
     process = start(tmp_path)
-    said, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, said
+    last, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, last
+    for name in STEPS:
+        assert f"== {name}" in said + last
+    assert f"report: {tmp_path.resolve() / 'report.html'}" in last
     ours, theirs = numbers(tmp_path), numbers(whole[0])
     assert ours[0] == theirs[0]
     for name, array in theirs[1].items():

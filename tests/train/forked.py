@@ -8,17 +8,10 @@ import pathlib
 import signal
 import socket
 import sys
-import tempfile
 import time
 
 ROOT = str(pathlib.Path(__file__).parents[2])
 sys.path.insert(0, ROOT)
-
-# What one of them has compiled, the next need not.
-_compiled = tempfile.TemporaryDirectory(prefix="compiled_for_tests_")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _compiled.name)
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
