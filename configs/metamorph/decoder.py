@@ -73,7 +73,7 @@ def get_config(arg: str = "quickstart") -> ConfigDict:
         config.steps, config.batch_size = 6, 4
         config.log_every, config.checkpoint_every = 1, 3
     if arg == "quickstart":
-        config.steps, config.batch_size = 1100, 32
+        config.steps, config.batch_size = 1400, 32
     return config
 
 

@@ -79,7 +79,7 @@ def get_config(arg: str = "quickstart") -> ConfigDict:
         config.log_every = 1
         config.checkpoint_every = 2
     if arg == "quickstart":
-        config.steps, config.batch_size = 480, 1
+        config.steps, config.batch_size = 520, 1
         config.checkpoint_every = 120
         # The last skill, saying yes or no, comes while the learning rate falls.
         config.optim.update(learning_rate=1.5e-4, schedule="wsd", b2=0.98)
