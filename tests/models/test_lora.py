@@ -16,7 +16,7 @@ from metamorph_jax.models.diffusion.unet import UNet, UNetConfig
 from metamorph_jax.models.llm import llama
 from metamorph_jax.models.vision import vit
 from metamorph_jax.recipes import metamorph as recipe
-from metamorph_jax.train import optim
+from metamorph_jax.train import checkpoint, loop, optim
 from metamorph_jax.train import state as states
 
 CFG = lora.LoraConfig(target=r".*_proj", rank=3, alpha=6.0)
@@ -244,8 +244,6 @@ class Fake:
 @pytest.mark.parametrize("rank", [None, 2, 5])
 def test_the_next_stage(tmp_path, rank):
     """Same adapters go on, other ones or none: the old ones are merged into the kernels."""
-    from metamorph_jax.train import checkpoint
-
     cfg = dataclasses.replace(TINY, lora=lora.LoraConfig(rank=2, alpha=4.0))
     model = random_b(recipe.create(cfg, nnx.Rngs(0)))
     Fake(tmp_path / "one", cfg, model)
@@ -261,3 +259,47 @@ def test_the_next_stage(tmp_path, rank):
         )
     elif rank:
         assert not found["llm.layers.mlp.up_proj"].lora_b[...].any()
+
+
+# ---- a run that is interrupted
+
+
+def test_an_interrupted_run_ends_with_the_same_adapters(tmp_path, monkeypatch):
+    """Cut off in step 4 with a checkpoint of step 2, then told to stop after step 3: to the bit as
+    if nothing had been, with dropout, and with packed frozen weights that no checkpoint holds."""
+    model = dict(
+        llm="tiny", tower="none", feature_width=8, image_tokens=4, head="none", text_chunk=16,
+        frozen_weights="int8",
+        lora=dict(target=r"llm\.layers\..*(q|up)_proj", rank=2, dropout=0.3, train=""),
+    )  # fmt: skip
+    config = dict(
+        recipe="tests.models.tuned", stage="vpit", steps=5, batch_size=4, model=model, data={},
+        optim=dict(learning_rate=0.02, warmup=2), log_every=1, checkpoint_every=2,
+        tensorboard=False, compilation_cache="",
+    )  # fmt: skip
+    loop.train(config, tmp_path / "whole")
+
+    def power_cut(batch, *where, seen=[]):  # noqa: B006
+        seen.append(batch)
+        if len(seen) == 4:
+            raise RuntimeError("power cut")
+        return put(batch, *where)
+
+    put = loop.feed.to_devices
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.feed, "to_devices", power_cut)
+        with pytest.raises(RuntimeError, match="power cut"):
+            loop.train(config, tmp_path / "cut")
+    with monkeypatch.context() as patch:
+        stop = lambda self, step: step == 3 and not self._note()  # noqa: E731
+        patch.setattr(loop.Sigterm, "received", stop)
+        with pytest.raises(loop.Preempted, match="after step 3"):
+            loop.train(config, tmp_path / "cut")
+    assert not (tmp_path / "cut/final").exists()
+    loop.train(config, tmp_path / "cut")
+
+    whole, cut = (checkpoint.read_export(tmp_path / name) for name in ("whole", "cut"))
+    assert whole.keys() == cut.keys() and len(whole) == 4
+    for name, value in whole.items():
+        assert lora.is_adapter(name.split(".")) and np.abs(value).max() > 0
+        np.testing.assert_array_equal(value, cut[name], err_msg=name)
