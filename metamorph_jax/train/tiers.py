@@ -142,7 +142,7 @@ class LocalCheckpoints:
                 digest = zlib.crc32(json.dumps(about["notes"], sort_keys=True).encode())
                 found["have"].append([step, digest, about["alike"]])
             except (OSError, ValueError, KeyError, struct.error) as error:
-                found["bad"].append([step, f"{file} ({error})"])
+                found["bad"].append([step, str(file), str(error)])
         return found
 
     def _agree(self, rows: list[dict]) -> None:
@@ -150,8 +150,8 @@ class LocalCheckpoints:
         for host, row in enumerate(rows):
             if row["error"]:
                 raise ConfigError(f"config.local_checkpoints.folder: host {host}: {row['error']}")
-            self.said += [f"host {host}: the local checkpoint {text} is damaged"
-                          for _, text in sorted(row["bad"])]  # fmt: skip
+            self.said += [f"host {host}: the local checkpoint {file} is damaged ({why})"
+                          for _, file, why in sorted(row["bad"])]  # fmt: skip
         others = max((tuple(one) for row in rows for one in row["others"]), default=None)
         if others is not None:
             self.said.append(f"local checkpoints up to step {others[0]} are of {_said(others[1])}, "
