@@ -25,7 +25,7 @@ done
 
 extras=dev,quickstart,video,notebook
 if "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
-    extras=$extras,oracle,plan
+    extras=$extras,oracle,plan,tfds
 fi
 setup_venv "$python" "$extras"
 

@@ -1,5 +1,6 @@
 import json
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from metamorph_jax.data.sources import (
     video,
 )
 from metamorph_jax.data.sources import records as records_module
-from tests.data.conftest import conversation, write_jsonl
+from tests.data.conftest import conversation, picture, write_jsonl
 
 
 def rng(seed=0):
@@ -77,6 +78,51 @@ def test_array_record(tmp_path):
     writer.close()
     records = open_records(path)
     assert len(records) == 3 and records[2]["id"] == 2
+
+
+@pytest.mark.parametrize("kind", ["Text", "Sequence", "Image"])
+def test_tfds(kind, tmp_path, monkeypatch):
+    """A data set that TFDS wrote to its folder, read back by name; and one with pictures inside."""
+    tfds = pytest.importorskip("tensorflow_datasets", reason="pip install 'metamorph-jax[tfds]'")
+    image = {"Text": "0.png", "Sequence": ["0.png", "1.png"], "Image": str(tmp_path / "0.png")}[
+        kind
+    ]
+    picture(0).save(tmp_path / "0.png")
+    said = conversation("<image>\nWhat?" if kind == "Text" else "<image><image>\nWhat?", "Grey.")
+
+    class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+        __module__ = "__main__"  # TFDS looks for files beside a module's package
+
+        def _info(self):
+            text = tfds.features.Text()
+            of = {"Text": text, "Sequence": tfds.features.Sequence(text)}
+            of = of.get(kind) or tfds.features.Image()
+            features = {"id": text, "image": of, "conversations": text}
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for k in range(2):
+                yield k, {"id": f"s{k}", "image": image, "conversations": json.dumps(said)}
+
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))  # $TFDS_DATA_DIR
+    Tiny(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
+    path = "tfds:tiny/train"
+    if kind == "Image":
+        with pytest.raises(ValueError, match="feature 'image' is Image, expected Text"):
+            open_records(path)
+        return
+    records = open_records(path)
+    assert len(records) == 2 and {records[0]["id"], records[1]["id"]} == {"s0", "s1"}
+    sample = RecordSource("s", records, str(tmp_path)).sample(0, np.random.default_rng(0))
+    assert sample.turns[1] == ("assistant", "Grey.")
+    assert sample.images[0] == ImageRef(str(tmp_path / "0.png"))
+    assert "tensorflow" not in sys.modules
 
 
 # ---- kinds ---------------------------------------------------------------------------------------

@@ -175,7 +175,10 @@ class ArrayRecords:
 
 
 class TfdsRecords:
-    """`tfds:NAME/SPLIT` through `tfds.data_source`; features `id`, `image`, `conversations`."""
+    """`tfds:NAME/SPLIT` through `tfds.data_source`, which reads ArrayRecord without TensorFlow.
+
+    Features, all of them Text: `id`; `image`, a path or a Sequence of them; `conversations`, JSON.
+    """
 
     bad_lines: tuple[tuple[int, str], ...] = ()
 
@@ -187,12 +190,23 @@ class TfdsRecords:
         name, split = path.removeprefix("tfds:").rsplit("/", 1)
         self.path = path
         self.reader = tfds.data_source(name, split=split)
+        features = self.reader.dataset_info.features
+        for key in ("id", "image", "conversations"):
+            kind = features[key] if key in features else None
+            kind = kind.feature if isinstance(kind, tfds.features.Sequence) else kind
+            if kind is not None and not isinstance(kind, tfds.features.Text):
+                raise ValueError(
+                    f"{path}: feature {key!r} is {type(kind).__name__}, expected Text: "
+                    "pictures are named by their paths, conversations are JSON"
+                )
 
     def __len__(self) -> int:
         return len(self.reader)
 
     def __getitem__(self, k: int) -> dict:
         def plain(value):
+            if isinstance(value, (list, np.ndarray)):
+                return [plain(v) for v in value]
             return value.decode() if isinstance(value, bytes) else value
 
         record = {key: plain(value) for key, value in self.reader[k].items()}
