@@ -16,6 +16,10 @@ the picture out. Loss: mean square of the predicted noise or velocity.
 `1b` and `8b` differ in nothing: the visual tokens are the tower's, whatever language model predicts
 them. Settings of the paper: batch 2112, peak 1.1e-5, logarithmic warm-up over 2000 steps, linear
 decay to step 12000, condition dropped with probability 0.7. Not run to the end with this code base.
+
+Adapters in the UNet's attention in place of the whole UNet: `--config.model.lora="{'rank': 16}"`
+(3.2 M in place of 859.5 M; the projector stays trained). Their learning rate is the group `lora` of
+`config.optim.multipliers`.
 """
 
 from ml_collections import ConfigDict
@@ -117,9 +121,7 @@ def _pixels(features, tokens, side, patch, width, depth, heads):
             local=True,
         ),
         vae=None,
-        schedule=dict(
-            prediction_type="sample", beta_schedule="squaredcos_cap_v2", snr_shift=0.125
-        ),
+        schedule=dict(prediction_type="sample", beta_schedule="squaredcos_cap_v2", snr_shift=0.125),
         velocity_cap=5.0,
         context_length=0,
         drop_context=0.1,
@@ -135,6 +137,7 @@ def _model(arg, decoder, sd_weights="random", with_tower=False):
         unet_from_scratch=False,
         weights="",
         with_tower=with_tower,
+        lora=None,
     )
 
 

@@ -20,6 +20,7 @@ from flax import nnx
 
 from metamorph_jax.config import ConfigError
 from metamorph_jax.data.pipeline import SourceConfig
+from metamorph_jax.models import lora
 from metamorph_jax.models.diffusion import schedule as sch
 from metamorph_jax.models.diffusion.dit import DiT, DiTConfig, depth_to_space, space_to_depth
 from metamorph_jax.models.diffusion.projector import ProjectorConfig, make_projector, pad_context
@@ -116,18 +117,39 @@ class Statistics(nnx.Variable):
     """Fixed numbers of the data, part of the state but never trained."""
 
 
+@dataclasses.dataclass(frozen=True)
+class DecoderLora(lora.LoraConfig):
+    """Adapters of the denoiser, see `LoraConfig`; the projector stays trained in full."""
+
+    target: str = r"denoiser\..*attn[12]\.(to_[qkv]|to_out\.0)"
+    train: str = r"projector\..*"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.weights:
+            raise ValueError("lora.weights: adapters of a denoiser can't be read from PEFT's files")
+
+
 class DecoderRecipe(nnx.Module):
     """Projector, denoiser and (frozen) autoencoder; see the module docstring.
 
     Args:
         tower: optional frozen module, uint8 pixels [B, h, w, 3] -> features [B, P, C], for batches
             that bring pixels in place of features.
+        adapters: a stage then trains, of all that it would train, the adapters and what
+            `adapters.train` names.
     """
 
     loss_coefs = {"diffusion": 1.0}
 
-    def __init__(self, cfg: DecoderConfig, rngs: nnx.Rngs, tower: nnx.Module | None = None):
-        self.cfg = cfg
+    def __init__(
+        self,
+        cfg: DecoderConfig,
+        rngs: nnx.Rngs,
+        tower: nnx.Module | None = None,
+        adapters: DecoderLora | None = None,
+    ):
+        self.cfg, self.adapters = cfg, adapters
         self.projector = make_projector(cfg.projector, rngs)
         kind = DiT if isinstance(cfg.denoiser, DiTConfig) else UNet
         self.denoiser = kind(cfg.denoiser, rngs)
@@ -141,6 +163,11 @@ class DecoderRecipe(nnx.Module):
         self.feature_scale = Statistics(jnp.ones((cfg.projector.input_dim,)))
         self.pixel_mean = Statistics(jnp.zeros((3,)))
         self.pixel_scale = Statistics(jnp.ones((3,)))
+        if adapters is not None:
+            names = lora.add(self, adapters, rngs=rngs)
+            odd = [name for name in names if name.split(".")[0] not in STAGES["decoder"]]
+            if odd:
+                raise ValueError(f"lora.target names what no stage trains: {', '.join(odd[:8])}")
 
     def set_statistics(self, features: np.ndarray, images: np.ndarray | None = None) -> None:
         """Measures the standardisation on a sample of the data.
@@ -208,8 +235,10 @@ class DecoderRecipe(nnx.Module):
 
     def loss_sums(self, batch: DecoderBatch, key):
         """Sum over pictures of the (weighted) mean squared error, and the plain error as metric."""
-        cfg = self.cfg
+        cfg, model = self.cfg, self
         keys = jax.random.split(key, 7)
+        if self.adapters is not None and self.adapters.dropout:
+            model = lora.with_dropout(self, jax.random.fold_in(key, len(keys)))
         B = batch.image.shape[0]
         x0 = self.latents(batch.image, keys[0])
         t = jax.random.randint(keys[1], (B,), 0, cfg.schedule.num_train_timesteps)
@@ -221,10 +250,10 @@ class DecoderRecipe(nnx.Module):
         if cfg.feature_noise:
             strength = jax.random.uniform(keys[5], (B, 1, 1), maxval=cfg.feature_noise)
             spread = strength * jax.random.normal(keys[6], features.shape)
-        context = self.context(features, spread)
+        context = model.context(features, spread)
         keep = jax.random.uniform(keys[4], (B, 1, 1)) >= cfg.drop_context
         context = jnp.where(keep, context, 0.0)
-        prediction = self.denoise(sch.add_noise(cfg.schedule, x0, noise, t), t, context)
+        prediction = model.denoise(sch.add_noise(cfg.schedule, x0, noise, t), t, context)
         wanted = sch.target(cfg.schedule, x0, noise, t)
         error = jnp.square(prediction - wanted).mean((1, 2, 3))
         valid = _valid(batch)
@@ -235,14 +264,20 @@ class DecoderRecipe(nnx.Module):
         return {"diffusion": (weight * error * valid).sum()}, {"mse": (plain, valid.sum())}
 
     def param_group(self, path: tuple[str, ...]) -> str:
-        """Part that a parameter belongs to: projector, denoiser, vae or tower."""
-        return str(path[0])
+        """Part that a parameter belongs to: projector, denoiser, vae, tower or lora."""
+        return "lora" if lora.is_adapter(path) else str(path[0])
 
     def trainable(self, stage: str):
         """The nnx filter of what `stage` trains: the projector, or the denoiser with it."""
         if stage not in STAGES:
             raise ValueError(f"stage={stage!r}, the decoder recipe has {sorted(STAGES)}")
-        return nnx.All(nnx.Param, lambda path, _: path[0] in STAGES[stage])
+
+        def chosen(path, _) -> bool:
+            path = tuple(map(str, path))
+            part_trains = path[0] in STAGES[stage]
+            return part_trains and (self.adapters is None or lora.trains(self.adapters, path))
+
+        return nnx.All(nnx.Any(nnx.Param, lora.Adapter), chosen)
 
 
 def _valid(batch: DecoderBatch):
@@ -267,6 +302,7 @@ class Config:
         unet_from_scratch: take only the autoencoder from there.
         weights: "workdir:PATH" of an earlier decoder stage, "" for none.
         with_tower: run the tower on pixels; else features come from the cache.
+        lora: adapters in place of the whole denoiser, see `DecoderLora`; None: no adapters.
     """
 
     decoder: DecoderConfig = DecoderConfig()
@@ -275,6 +311,7 @@ class Config:
     unet_from_scratch: bool = False
     weights: str = ""
     with_tower: bool = False
+    lora: DecoderLora | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,7 +362,7 @@ def create(cfg: Config, rngs: nnx.Rngs) -> DecoderRecipe:
             f"visual tokens of config.model.vision are {width} wide"
         )
     tower = VisualFeatures(cfg.vision, rngs) if cfg.with_tower else None
-    return DecoderRecipe(cfg.decoder, rngs, tower)
+    return DecoderRecipe(cfg.decoder, rngs, tower, cfg.lora)
 
 
 def load_pretrained(model: DecoderRecipe, cfg: Config) -> None:
@@ -343,9 +380,26 @@ def load_pretrained(model: DecoderRecipe, cfg: Config) -> None:
 
     folder = hf.find(cfg.sd_weights)
     if not cfg.unet_from_scratch:
+        _same(cfg.decoder.denoiser, folder / "unet", diffusion.unet_from_hf, "denoiser")
         diffusion.load_unet(model.denoiser, hf.Tensors(folder / "unet"))
     if cfg.decoder.vae:
+        _same(cfg.decoder.vae, folder / "vae", diffusion.vae_from_hf, "vae")
         diffusion.load_vae(model.vae, hf.Tensors(folder / "vae"))
+
+
+def _same(ours, folder, read, part: str) -> None:
+    """Weights of another number of heads or groups would fit, and draw nonsense: an error."""
+    from metamorph_jax.convert import hf
+
+    theirs = vars(read(hf.read_config(folder)))
+    free = ("dtype", "sample_size", "upcast_attention")
+    wrong = [
+        f"{name} is {value!r}, in {folder / 'config.json'} {theirs[name]!r}"
+        for name, value in vars(ours).items()
+        if name not in free and value != theirs.get(name)
+    ]
+    if wrong:
+        raise ConfigError(f"config.model.decoder.{part}: " + "; ".join(wrong))
 
 
 def prepare(model: DecoderRecipe, batches: list[DecoderBatch]) -> None:

@@ -9,17 +9,28 @@ import optax
 import pytest
 from flax import nnx
 
+from metamorph_jax import config as configs
+from metamorph_jax.convert import diffusion, export, hf
+from metamorph_jax.models import lora
 from metamorph_jax.models.diffusion import schedule as sch
 from metamorph_jax.models.diffusion.dit import DiTConfig
 from metamorph_jax.models.diffusion.projector import ProjectorConfig
 from metamorph_jax.models.diffusion.schedule import PREDICTIONS, Schedule
 from metamorph_jax.models.diffusion.unet import UNetConfig
 from metamorph_jax.models.diffusion.vae import VAEConfig
+from metamorph_jax.recipes import decoder
 from metamorph_jax.recipes.decoder import DecoderConfig, DecoderRecipe
 from metamorph_jax.sampling.diffusion import DDIM, draw
 from metamorph_jax.types import DecoderBatch
+from tests.convert.conftest import make as published
 
+# Compiling is what these tests spend their time on.
+FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 PROJECTOR = ProjectorConfig(input_dim=6, hidden_dim=16, output_dim=32)
+
+
+def fast(f):
+    return jax.jit(f, compiler_options=FAST)
 
 
 def pixel_config(**kw):
@@ -94,9 +105,7 @@ def test_a_dropped_condition_is_all_zeros():
 def test_statistics_are_the_identity_until_set():
     cfg = pixel_config()
     recipe, batch = shaken(DecoderRecipe(cfg, nnx.Rngs(0))), batch_of(cfg)
-    np.testing.assert_array_equal(
-        recipe.context(batch.features), recipe.projector(batch.features)
-    )
+    np.testing.assert_array_equal(recipe.context(batch.features), recipe.projector(batch.features))
     recipe.set_statistics(batch.features, batch.image)
     x = recipe.latents(batch.image, jax.random.key(0))
     np.testing.assert_allclose(x.mean((0, 1, 2)), 0, atol=1e-5)
@@ -194,3 +203,159 @@ def test_it_learns_to_draw_the_colour_it_is_told():
     ))(train)  # fmt: skip
     red = np.asarray(picture[..., 0].mean((1, 2)) > picture[..., 2].mean((1, 2)))
     np.testing.assert_array_equal(red, kinds[:8] == 0)
+
+
+# ---- from the weights of Stable Diffusion
+
+
+@pytest.fixture(scope="module")
+def sd_folder(tmp_path_factory):
+    """unet/ and vae/ of a tiny random Stable Diffusion, saved by diffusers."""
+    folder = tmp_path_factory.mktemp("sd")
+    for part in ("unet", "vae"):
+        published(f"sd-{part}").save_pretrained(folder / part)
+    return folder
+
+
+def sd_config(folder, **kw):
+    """A config as a config file has it: one table."""
+    parts = {}
+    for name, part, read in (
+        ("denoiser", "unet", diffusion.unet_from_hf),
+        ("vae", "vae", diffusion.vae_from_hf),
+    ):
+        parts[name] = dataclasses.asdict(read(hf.read_config(folder / part)))
+    projector = dict(input_dim=32, hidden_dim=16, output_dim=32)
+    table = dict(
+        decoder=dict(projector=projector, context_length=7, **parts),
+        vision=dict(llm="tiny", tower="siglip-tiny", image_tokens=4),
+        sd_weights=str(folder),
+    )
+    return configs.build(decoder.Config, table | kw, "config.model")
+
+
+def outputs(unet, vae):
+    """One step of the UNet, one decoded picture."""
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
+    context = jax.random.normal(jax.random.key(1), (2, 7, 32))
+    (graph, state), t = nnx.split((unet, vae)), jnp.array([3, 700])
+
+    def run(state):
+        unet, vae = nnx.merge(graph, state)
+        return unet(x, t, context), vae.decode(x)
+
+    return fast(run)(state)
+
+
+@pytest.mark.parametrize("from_scratch", [False, True])
+def test_sd_weights(sd_folder, from_scratch):
+    """The recipe's parts compute what the loader's own do; from scratch, only the autoencoder."""
+    cfg = sd_config(sd_folder, unet_from_scratch=from_scratch)
+    model = decoder.create(cfg, nnx.Rngs(0))
+    random = nnx.clone(model.denoiser)
+    decoder.load_pretrained(model, cfg)
+    unet, vae = (diffusion.load_part(sd_folder, part) for part in ("unet", "vae"))
+    found = outputs(model.denoiser, model.vae)
+    expected = outputs(random if from_scratch else unet, vae)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_sd_weights_of_another_structure(sd_folder):
+    """Four heads have the shapes of two."""
+    cfg = sd_config(sd_folder)
+    denoiser = dataclasses.replace(cfg.decoder.denoiser, num_heads=(4, 4))
+    wrong = dataclasses.replace(cfg, decoder=dataclasses.replace(cfg.decoder, denoiser=denoiser))
+    message = r"config\.model\.decoder\.denoiser: num_heads is \(4, 4\), in .*json \(2, 2\)$"
+    with pytest.raises(configs.ConfigError, match=message):
+        decoder.load_pretrained(decoder.create(wrong, nnx.Rngs(0)), wrong)
+
+
+# ---- adapters
+
+
+def lora_config(**kw):
+    options = dict(rank=2, alpha=4.0) | kw
+    return decoder.Config(
+        latent_config(), recipe_vision(), lora=configs.build(decoder.DecoderLora, options)
+    )
+
+
+def recipe_vision():
+    return decoder.metamorph.Config(tower="none", feature_width=6, image_tokens=4)
+
+
+def names_of(model, stage):
+    chosen = nnx.to_flat_state(nnx.state(model, model.trainable(stage)))
+    return {".".join(map(str, path)) for path, _ in chosen}
+
+
+def test_adapters_are_all_of_the_denoiser_that_trains():
+    model = nnx.eval_shape(lambda: decoder.create(lora_config(), nnx.Rngs(0)))
+    names = names_of(model, "decoder")
+    adapted = {n for n in names if n.startswith("denoiser")}
+    assert all(n.endswith(lora.LEAVES) for n in adapted)
+    linears = {n.rpartition(".")[0] for n in adapted}
+    assert linears == {name for name, _ in lora.adapters(model)} and len(linears) % 8 == 0
+    assert all("attn1." in n or "attn2." in n for n in linears)
+    assert names - adapted == {n for n in names_of(model, "projector")}
+    assert {model.param_group(n.split(".")) for n in names} == {"lora", "projector"}
+    alone = nnx.eval_shape(lambda: decoder.create(lora_config(train=""), nnx.Rngs(0)))
+    assert names_of(alone, "decoder") == adapted
+
+
+def test_adapters_learn_and_merge():
+    """A fresh adapter changes nothing; after a step the merged model computes the same."""
+    cfg = lora_config(dropout=0.2, train="")
+    model, batch = decoder.create(cfg, nnx.Rngs(0)), batch_of(cfg.decoder, B=2)
+    graph, train, rest = nnx.split(model, model.trainable("decoder"), ...)
+    graph_plain, plain = nnx.split(decoder.create(dataclasses.replace(cfg, lora=None), nnx.Rngs(0)))
+    x = jax.random.normal(jax.random.key(1), (2, 8, 8, 4))
+    context = jax.random.normal(jax.random.key(2), (2, 7, 32))
+
+    def predict(model):
+        graph, state = nnx.split(model.denoiser)
+        run = fast(lambda s: nnx.merge(graph, s)(x, jnp.array([3, 700]), context))
+        return np.asarray(run(state))
+
+    fresh = predict(model)
+    np.testing.assert_array_equal(fresh, predict(nnx.merge(graph_plain, plain)))
+
+    @fast
+    def gradient(train, rest, key):
+        loss = lambda t: nnx.merge(graph, t, rest).loss_sums(batch, key)[0]["diffusion"]  # noqa: E731
+        return jax.grad(loss)(train)
+
+    for i in range(2):  # B starts at zero, so A has a gradient from the second step on
+        found = gradient(train, rest, jax.random.key(i))
+        train = jax.tree.map(lambda p, g: p - 0.1 * jnp.sign(g), train, found)
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(found))
+    a, b = (gradient(train, rest, jax.random.key(k)) for k in (5, 5))
+    for one, other in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(one, other)
+    tuned = nnx.merge(graph, train, rest)
+    merged = lora.merged(tuned)
+    assert lora.is_plain(merged) and np.abs(predict(tuned) - fresh).max() > 1e-2
+    np.testing.assert_allclose(predict(merged), predict(tuned), atol=1e-4)
+
+
+def test_sd_weights_go_beneath_adapters(sd_folder, tmp_path):
+    """Published weights load into a UNet with adapters; merged, it is written as it came."""
+    cfg = sd_config(sd_folder, lora=dict(rank=2))
+    model = decoder.create(cfg, nnx.Rngs(0))
+    decoder.load_pretrained(model, cfg)
+    export.write_decoder(tmp_path / "out", lora.merged(model), "F32", 10**9)
+    written, came = (hf.Tensors(f / "unet") for f in (tmp_path / "out", sd_folder))
+    assert set(written) == set(came)
+    for key in came:
+        np.testing.assert_array_equal(written[key], came[key], err_msg=key)
+
+
+def test_wrong_adapters():
+    for options, message in (
+        (dict(weights="hf:a/b"), "lora.weights"),
+        (dict(target=r"vae\..*to_q"), "no stage trains: vae"),
+        (dict(target="to_q"), "matches no linear"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            nnx.eval_shape(lambda o=options: decoder.create(lora_config(**o), nnx.Rngs(0)))
