@@ -94,7 +94,8 @@ def decode(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise
     except Exception as e:  # Pillow's decoders raise many kinds of error on broken files
         reason = "truncated" if "truncated" in str(e).lower() else "broken_picture"
-        raise BadSample(reason, f"{name}: {e}") from e
+        said = str(e).split(" <_io.")[0]  # Pillow's name of the bytes says nothing
+        raise BadSample(reason, f"{name}: {said}") from e
 
 
 def draw_marks(picture: Image.Image, marks) -> Image.Image:

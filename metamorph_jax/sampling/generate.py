@@ -52,7 +52,9 @@ def add_arguments(parser) -> None:
     group.add_argument("--top-k", type=int, default=0, help="0 is all tokens")
     group.add_argument("--top-p", type=float, default=1.0)
     group.add_argument(
-        "--max-new-tokens", type=int, default=512, help="visual tokens count (default 512)"
+        "--max-new-tokens",
+        type=int,
+        help="visual tokens count (default: 512, or half of the context if that is less)",
     )
     group.add_argument("--force-end", action="store_true", help="end pictures after P tokens")
     group.add_argument("--parity", action="store_true", help="faults of the reference included")
@@ -70,7 +72,8 @@ def run(args) -> int:
         raise UserError("give either --workdir or --checkpoint")
     if (args.prompt is None) == (args.prompts is None):
         raise UserError("give either --prompt or --prompts")
-    if args.max_new_tokens < 1 or args.batch_size < 1 or args.steps < 1:
+    numbers = (args.max_new_tokens, args.batch_size, args.steps)
+    if any(n is not None and n < 1 for n in numbers):
         raise UserError("--max-new-tokens, --batch-size and --steps must be at least 1")
     if args.decoder and not args.out:
         raise UserError("--decoder draws into files: give --out")
@@ -103,6 +106,8 @@ def run(args) -> int:
             speaker.options, sampler=sampler, force_end=args.force_end, parity=args.parity
         )
         speaker.context = args.context or speaker.context
+        if args.max_new_tokens is None:
+            args.max_new_tokens = min(512, speaker.context // 2)
         artist = load_artist(args.decoder, args.steps) if args.decoder else None
         bad += answer(speaker, artist, todo, args, out, alone=args.prompts is None)
     if out is not None:

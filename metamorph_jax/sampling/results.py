@@ -89,7 +89,8 @@ class Output:
         self.folder.mkdir(parents=True, exist_ok=True)
         saved = self.folder / "settings.json"
         settings = json.loads(json.dumps(settings))
-        if saved.is_file():
+        self._file = self.folder / "results.jsonl"
+        if saved.is_file() and self._file.is_file():
             before = json.loads(saved.read_text())
             changed = sorted(k for k in settings if settings[k] != before.get(k))
             if changed:
@@ -99,7 +100,6 @@ class Output:
                 )
         saved.write_text(json.dumps(settings, indent=1) + "\n")
         self._records = {}
-        self._file = self.folder / "results.jsonl"
         if self._file.is_file():
             whole = []
             for line in self._file.read_text().splitlines():

@@ -41,6 +41,15 @@ def test_one_prompt(workdir, loaded, pictures, tmp_path, capsys):
     assert 1 <= len(ids) <= 8
 
 
+def test_new_tokens_fit_into_a_short_context(workdir, loaded, pictures, capsys):
+    before, loaded.context = loaded.context, 48
+    try:
+        assert _run(workdir, "--prompt", "What is it?") == 0
+    finally:
+        loaded.context = before
+    assert capsys.readouterr().out
+
+
 def test_jsonl(workdir, loaded, pictures, tmp_path, capsys):
     lines = [
         json.dumps({"id": "one", "prompt": "Hello"}),

@@ -4,9 +4,11 @@ import argparse
 import io
 
 import numpy as np
+import pytest
 from flax import nnx
 from PIL import Image
 
+from metamorph_jax.cli import UserError
 from metamorph_jax.recipes import decoder as dec
 from metamorph_jax.sampling.artist import Artist
 from metamorph_jax.sampling.requests import Request
@@ -37,6 +39,15 @@ def test_drawing(speaker, tmp_path):
     out = Output(tmp_path / "out", {})
     out.write(request, record, files)
     assert Image.open(tmp_path / "out" / drawn[1]).size == (16, 16)
+
+
+def test_a_folder_with_results_keeps_its_settings(tmp_path):
+    Output(tmp_path, {"seed": 0})
+    out = Output(tmp_path, {"seed": 1})  # nothing was made with the other seed
+    out.write(Request("0", "draw"), {"id": "0"}, {})
+    Output(tmp_path, {"seed": 1})
+    with pytest.raises(UserError, match="other settings .seed"):
+        Output(tmp_path, {"seed": 2})
 
 
 def test_voice_keeps_split_characters_back(speaker):
