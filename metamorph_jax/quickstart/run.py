@@ -55,14 +55,10 @@ def quickstart(workdir, size: str = "quickstart", seed: int = 0) -> pathlib.Path
     Raises:
         UserError: the workdir belongs to another size or seed, or a package is missing.
     """
-    import jax
-
     road = Road(pathlib.Path(workdir), size, seed)
     road.say_plan()
-    precision = "bfloat16" if _bfloat16_is_faster() else None
-    with jax.default_matmul_precision(precision):
-        for name, step in road.steps.items():
-            road.once(name, step)
+    for name, step in road.steps.items():
+        road.once(name, step)
     return road.workdir / "report.html"
 
 
@@ -118,6 +114,8 @@ class Road:
             print(f"  {name:<10} {state}")
 
     def once(self, name: str, step: Callable[[], dict | None]) -> None:
+        import jax
+
         if self.done(name):
             return
         print(f"\n== {name}", flush=True)
@@ -126,7 +124,8 @@ class Road:
         spent_file = self.workdir / "steps" / f"{name}.spent"
         tries = [float(x) for x in spent_file.read_text().split()] if spent_file.is_file() else []
         try:
-            result = step() or {}
+            with jax.default_matmul_precision("bfloat16" if _bfloat16_is_faster() else None):
+                result = step() or {}
         except BaseException:
             with spent_file.open("a") as f:
                 f.write(f"{time.perf_counter() - clock}\n")

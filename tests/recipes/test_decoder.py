@@ -308,8 +308,14 @@ def test_adapters_learn_and_merge():
     """A fresh adapter changes nothing; after a step the merged model computes the same."""
     cfg = lora_config(dropout=0.2, train="")
     model, batch = decoder.create(cfg, nnx.Rngs(0)), batch_of(cfg.decoder, B=2)
+    bare = decoder.create(dataclasses.replace(cfg, lora=None), nnx.Rngs(0))
+    for part in (model, bare):  # a new UNet's last layers are 0: nothing behind them can learn
+        for path, p in nnx.to_flat_state(nnx.state(part.denoiser)):
+            if path[-1] == "kernel" and not p[...].any():
+                p[...] = 0.1 * jax.random.normal(jax.random.key(3), p.shape)
+                nnx.update(part.denoiser, nnx.from_flat_state([(path, p)]))
     graph, train, rest = nnx.split(model, model.trainable("decoder"), ...)
-    graph_plain, plain = nnx.split(decoder.create(dataclasses.replace(cfg, lora=None), nnx.Rngs(0)))
+    graph_plain, plain = nnx.split(bare)
     x = jax.random.normal(jax.random.key(1), (2, 8, 8, 4))
     context = jax.random.normal(jax.random.key(2), (2, 7, 32))
 
