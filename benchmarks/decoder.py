@@ -171,9 +171,7 @@ def main():
             runs["peer"] = getattr(peer, name)
         times = common.interleaved(runs, rounds if name != "sample" else min(rounds, 3))
         fraction = work[name] / times["ours"] / peak
-        case = common.Case(
-            f"unet {name} b{batch}", "s", times["ours"], times.get("peer"), fraction
-        )
+        case = common.Case(f"unet {name} b{batch}", "s", times["ours"], times.get("peer"), fraction)
         done.append(common.emit(case))
     common.report(done)
 

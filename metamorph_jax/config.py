@@ -82,7 +82,8 @@ def _convert(hint, value, where: str):
             raise ConfigError(f"{where} must be a list, not {value!r}")
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
         return tuple(
-            _convert(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value))  # noqa: B905
+            _convert(k, v, f"{where}[{i}]")
+            for i, (k, v) in enumerate(zip(kinds, value))  # noqa: B905
         )
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

@@ -49,10 +49,20 @@ def write_tiny(path, weights, drop=()):
         if name == "embeddings.position_embeddings":
             constant("onnx::Concat_1", value[:, :1])
             constant("onnx::Reshape_2", value[:, 1:])
-            nodes.append(onnx.helper.make_node(
-                "Reshape", ["onnx::Reshape_2", "shape"], ["r"], "/backbone/embeddings/Reshape_1"))
-            nodes.append(onnx.helper.make_node(
-                "Concat", ["onnx::Concat_1", "r"], ["c"], "/backbone/embeddings/Concat_6", axis=1))
+            nodes.append(
+                onnx.helper.make_node(
+                    "Reshape", ["onnx::Reshape_2", "shape"], ["r"], "/backbone/embeddings/Reshape_1"
+                )
+            )
+            nodes.append(
+                onnx.helper.make_node(
+                    "Concat",
+                    ["onnx::Concat_1", "r"],
+                    ["c"],
+                    "/backbone/embeddings/Concat_6",
+                    axis=1,
+                )
+            )
         elif owner.split(".", 3)[-1] in reader.LAYER_LINEARS and name.endswith(".weight"):
             constant(f"onnx::MatMul_{count}", value.T)
             node = "/backbone/" + owner.replace(".", "/").replace("layer/", "layer.") + "/MatMul"

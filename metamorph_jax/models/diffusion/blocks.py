@@ -39,14 +39,29 @@ def require(name: str, fields: dict, accepted: dict, read: set[str]) -> None:
 def conv(cin, cout, size, rngs, dtype, *, strides=1, padding="SAME", kernel_init=None) -> nnx.Conv:
     """A square 2-D convolution, kernel HWIO."""
     init = kernel_init or nnx.initializers.lecun_normal()
-    return nnx.Conv(cin, cout, (size, size), strides=strides, padding=padding, dtype=dtype,
-                    kernel_init=init, rngs=rngs)
+    return nnx.Conv(
+        cin,
+        cout,
+        (size, size),
+        strides=strides,
+        padding=padding,
+        dtype=dtype,
+        kernel_init=init,
+        rngs=rngs,
+    )
 
 
 def linear(cin, cout, rngs, dtype, *, bias=True, kernel_init=None) -> nnx.Linear:
     init = kernel_init or nnx.initializers.lecun_normal()
-    return nnx.Linear(cin, cout, use_bias=bias, dtype=dtype, kernel_init=init,
-                      dot_general=flat_dot_general, rngs=rngs)
+    return nnx.Linear(
+        cin,
+        cout,
+        use_bias=bias,
+        dtype=dtype,
+        kernel_init=init,
+        dot_general=flat_dot_general,
+        rngs=rngs,
+    )
 
 
 class GroupNorm(nnx.Module):

@@ -17,12 +17,18 @@ class VisualHead(nnx.Module):
         if kind not in HIDDEN_LAYERS:
             raise ValueError(f"vision head {kind!r} is none of {', '.join(HIDDEN_LAYERS)}")
         widths = [width_in] * (1 + HIDDEN_LAYERS[kind]) + [width_out]
-        self.linears = nnx.List([
-            nnx.Linear(
-                a, b, kernel_init=nnx.initializers.normal(0.02), dtype=jnp.dtype(dtype), rngs=rngs
-            )
-            for a, b in zip(widths, widths[1:], strict=False)
-        ])
+        self.linears = nnx.List(
+            [
+                nnx.Linear(
+                    a,
+                    b,
+                    kernel_init=nnx.initializers.normal(0.02),
+                    dtype=jnp.dtype(dtype),
+                    rngs=rngs,
+                )
+                for a, b in zip(widths, widths[1:], strict=False)
+            ]
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """float[..., C] of hidden states x: float[..., D]."""
