@@ -26,6 +26,7 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from metamorph_jax.config import ConfigError
+from metamorph_jax.distributed import gather
 from metamorph_jax.models import lora
 from metamorph_jax.nn import quantized
 from metamorph_jax.train.optim import Params
@@ -332,19 +333,6 @@ def compare(wanted: dict, found: dict, folder) -> None:
 
 def _abstract(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
-
-
-def gather(mine) -> list:
-    """What each process gave (anything that JSON can hold), in their order."""
-    text = json.dumps(mine).encode()
-    if jax.process_count() == 1:
-        return [json.loads(text)]
-    from jax.experimental import multihost_utils
-
-    sizes = multihost_utils.process_allgather(np.array([len(text)])).reshape(-1)
-    padded = np.frombuffer(text.ljust(int(sizes.max())), np.uint8)
-    rows = multihost_utils.process_allgather(padded)
-    return [json.loads(bytes(row[: int(n)])) for row, n in zip(rows, sizes, strict=True)]
 
 
 def from_all_processes(states: dict[int, dict]) -> list[dict]:

@@ -43,6 +43,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from metamorph_jax import distributed
 from metamorph_jax.config import ConfigError
 from metamorph_jax.train import checkpoint
 from metamorph_jax.train.checkpoint import CheckpointError
@@ -110,7 +111,7 @@ class LocalCheckpoints:
         replicas = int(np.prod([mesh.shape[axis] for axis in _REPLICAS]))
         owners = [device.process_index for device in mesh.devices.flat]
         self._owners = np.array(owners).reshape(replicas, -1)  # the mesh has these axes first
-        self._agree(checkpoint.gather(self._look()))
+        self._agree(distributed.gather(self._look()))
 
     def due(self, step: int) -> bool:
         """Whether `step` is to be saved here."""
@@ -187,7 +188,7 @@ class LocalCheckpoints:
         if jax.process_index() == first:
             shapes = {name: leaf["shape"] for name, leaf in self._about["leaves"].items()}
             shared = self._about["notes"] | {"shapes": shapes}
-        self._notes = checkpoint.gather(shared)[first]
+        self._notes = distributed.gather(shared)[first]
         self.lanes = len(self._notes["data"])
 
     def _file(self, step: int) -> pathlib.Path:
@@ -368,7 +369,7 @@ def _name_of_run(workdir: pathlib.Path) -> str:
             new.write_text(f"{workdir.absolute().name}-{secrets.token_hex(4)}\n")
             new.replace(file)
         name = file.read_text().strip()
-    return checkpoint.gather(name)[0]
+    return distributed.gather(name)[0]
 
 
 def _layout(mesh: Mesh) -> str:
