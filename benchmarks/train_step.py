@@ -7,16 +7,22 @@ visual head of two layers. 2 rows of 512 positions, each with a context and an a
 tokens 1152 wide, and some 300 supervised positions. Text loss and cosine loss, no clipping, all
 parameters train, float32. The peer is transformers' LlamaForCausalLM with two torch MLPs, logits
 at all positions, and torch's fused AdamW; both take the same batch.
+
+On CPUs with matrix units a second case multiplies in bfloat16 (weights, moments and sums stay
+float32): `config.matmul_precision="bfloat16"` with full remat, against torch's autocast.
 """
 
+import contextlib
 import dataclasses
 
 import common
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from metamorph_jax import sharding
 from metamorph_jax.models.llm import llama
+from metamorph_jax.nn.linear import has_matrix_units
 from metamorph_jax.recipes import metamorph
 from metamorph_jax.train import optim, state
 from metamorph_jax.train.feed import to_devices
@@ -58,16 +64,17 @@ def make_batch(vocab: int, rows: int, L: int) -> Batch:
     )
 
 
-def model_config(llm: str) -> metamorph.Config:
+def model_config(llm: str, precision: str) -> metamorph.Config:
+    remat = "full" if precision == "bfloat16" else "none"
     return metamorph.Config(
         llm=llm, tower="none", feature_width=WIDTH, image_tokens=P, max_visual_targets=P,
-        llm_options={"tied": False, "added_tokens": 0},
+        llm_options={"tied": False, "added_tokens": 0, "remat": remat},
     )  # fmt: skip
 
 
-def ours(llm: str, batch: Batch):
+def ours(llm: str, batch: Batch, precision: str):
     """() -> loss, one step of ours; parameters and state."""
-    cfg, mesh = model_config(llm), sharding.make_mesh()
+    cfg, mesh = model_config(llm, precision), sharding.make_mesh()
     make = lambda rngs: metamorph.create(cfg, rngs)  # noqa: E731
     parts, params, frozen = state.create(make, "vpit", mesh, 0)
     adam = OptimConfig(RATE, clip_norm=None, schedule="constant", warmup=0)
@@ -77,14 +84,14 @@ def ours(llm: str, batch: Batch):
         data = to_devices(batch, mesh, len(batch.tokens))
 
     def run():
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh), jax.default_matmul_precision(precision):
             box[0], report = step(box[0], frozen, data)
         return report["loss"]
 
     return run, params
 
 
-def peer(llm: str, batch: Batch, params):
+def peer(llm: str, batch: Batch, params, precision: str):
     """() -> loss, one step in torch with the same weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -118,16 +125,26 @@ def peer(llm: str, batch: Batch, params):
     target = features[rows[wants], t["visual_targets"][wants]]
     functional = torch.nn.functional
 
-    def run():
-        adam.zero_grad(set_to_none=True)
+    cast = contextlib.nullcontext()
+    if precision == "bfloat16":
+        cast = torch.autocast("cpu", torch.bfloat16)
+
+    def forward():
         embeds = model.model.embed_tokens(t["tokens"]).clone()
-        embeds[is_image] = connector(features)[rows[is_image], t["image_slots"][is_image]]
+        pictures = connector(features).to(embeds.dtype)
+        embeds[is_image] = pictures[rows[is_image], t["image_slots"][is_image]]
         hidden = model.model(inputs_embeds=embeds).last_hidden_state
-        logits = model.lm_head(hidden)
+        logits = model.lm_head(hidden).float()
         loss = functional.cross_entropy(
             logits.flatten(0, 1), t["text_targets"].flatten(), ignore_index=-1
         )
-        loss = loss - functional.cosine_similarity(head(hidden[wants]), target, dim=-1).mean()
+        predicted = head(hidden[wants]).float()
+        return loss - functional.cosine_similarity(predicted, target, dim=-1).mean()
+
+    def run():
+        adam.zero_grad(set_to_none=True)
+        with cast:
+            loss = forward()
         loss.backward()
         adam.step()
         return float(loss.detach())
@@ -171,32 +188,38 @@ def flops(params, batch: Batch) -> float:
     return 6.0 * float(total + attention)
 
 
-def main():
-    args = common.parser(__doc__.splitlines()[0]).parse_args()
-    size = SMOKE if args.smoke else FULL
-    rounds = 1 if args.smoke else args.rounds
+def measure(size: dict, precision: str, args) -> common.Case:
     vocab = llama.SIZES[size["llm"]].vocab_size
     batch = make_batch(vocab, size["rows"], size["length"])
-    step, params = ours(size["llm"], batch)
+    step, params = ours(size["llm"], batch, precision)
     copies = {k: np.array(v) for k, v in params.items()}  # the first step gives them away
     runs = {"ours": step}
     losses = {"ours": float(step())}
     if not args.no_peer and common.has("torch", "transformers"):
-        runs["peer"] = peer(size["llm"], batch, copies)
+        runs["peer"] = peer(size["llm"], batch, copies, precision)
         losses["peer"] = runs["peer"]()
-        if abs(losses["ours"] - losses["peer"]) > 1e-3:
+        if abs(losses["ours"] - losses["peer"]) > (1e-3 if precision == "default" else 5e-2):
             raise SystemExit(f"the two don't compute the same loss: {losses}")
-    times = common.interleaved(runs, rounds)
-    peak = common.matmul_peak(512 if args.smoke else 2048)
+    times = common.interleaved(runs, args.rounds)
+    dtype = jnp.float32 if precision == "default" else jnp.bfloat16
+    peak = common.matmul_peak(512 if args.smoke else 2048, dtype)
     speed = flops(copies, batch) / times["ours"]
-    case = common.emit(
-        common.Case("train_step", "s", times["ours"], times.get("peer"), speed / peak)
-    )
+    name = "train_step" if precision == "default" else f"train_step_{precision}"
+    case = common.emit(common.Case(name, "s", times["ours"], times.get("peer"), speed / peak))
     positions = batch.tokens.size / times["ours"]
     trained = sum(v.size for v in copies.values()) / 1e6
     print(f"{trained:.1f} M parameters, {positions:.0f} positions/s, {speed / 1e9:.1f} GFLOP/s of "
           f"{peak / 1e9:.1f} measured for a matrix product; loss {losses}")  # fmt: skip
-    common.report([case])
+    return case
+
+
+def main():
+    args = common.parser(__doc__.splitlines()[0]).parse_args()
+    if args.smoke:
+        args.rounds = 1
+    precisions = ["default", "bfloat16"] if has_matrix_units() else ["default"]
+    size = SMOKE if args.smoke else FULL
+    common.report([measure(size, precision, args) for precision in precisions])
 
 
 if __name__ == "__main__":

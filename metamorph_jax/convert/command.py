@@ -1,6 +1,7 @@
 """`metamorph convert`: published weights in, a folder for transformers out.
 
     metamorph convert --from workdir:RUN --out DIR             a training run, for transformers
+    metamorph convert --from workdir:RUN --to peft --out DIR   its adapters, for PEFT
     metamorph convert --from hf:owner/name --out DIR --dtype bf16
     metamorph convert --from gguf:model.gguf --out DIR         dequantised
     metamorph convert --list                                   families, sizes, memory
@@ -35,7 +36,10 @@ def add_arguments(parser) -> None:
         "--from", dest="source", metavar="SPEC",
         help="hf:OWNER/NAME, a folder, gguf:FILE, pkg:NAME, or workdir:PATH of a finished run",
     )  # fmt: skip
-    parser.add_argument("--to", choices=("hf",), default="hf", help="format (default hf)")
+    parser.add_argument(
+        "--to", choices=("hf", "peft"), default="hf",
+        help="format: hf, whole weights (default); peft, the adapters of a run",
+    )  # fmt: skip
     parser.add_argument("--out", metavar="DIR", help="where the result goes; must not exist yet")
     parser.add_argument(
         "--dtype", choices=("same", "f32", "bf16", "f16"), default="same",
@@ -76,7 +80,10 @@ def run(args) -> int:
         most = parse_size(args.max_shard_size)
         start = time.perf_counter()
         with names.allow_nan() if args.allow_nan else _nothing():
-            total = convert(args.source, args.out, args.dtype, most, args.decoder)
+            if args.to == "peft":
+                total = convert_adapters(args.source, args.out)
+            else:
+                total = convert(args.source, args.out, args.dtype, most, args.decoder)
         seconds = time.perf_counter() - start
         print(f"{total / 1e9:.2f} GB in {seconds:.0f} s -> {args.out}")
         return 0
@@ -222,6 +229,35 @@ def _from_workdir(workdir, folder, dtype, most, decoder, title) -> int:
     lines = export.run_lines(values)
     card = export.card(title, "a training run", lines, licence, numbers)
     (folder / "README.md").write_text(card)
+    return total
+
+
+def convert_adapters(source: str, out: str) -> int:
+    """Writes the adapters of a run for PEFT and returns the bytes of all tensors.
+
+    Those of the language model or the denoiser lie in `out`, those of other parts in folders there.
+
+    Raises:
+        UserError: `source` is no run, or it has no adapters.
+    """
+    from metamorph_jax.convert import export, hf, peft
+    from metamorph_jax.models import lora
+    from metamorph_jax.sampling.trained import load_trained
+
+    if not source.startswith(WORKDIR):
+        raise UserError("--to peft goes with --from workdir:PATH")
+    _, cfg, model, _ = load_trained(source.removeprefix(WORKDIR))
+    base = getattr(cfg, "llm_weights", "") or getattr(cfg, "sd_weights", "")
+    parts = sorted({name.partition(".")[0] for name, _ in lora.adapters(model)})
+    if not parts:
+        raise UserError(f"{source} was trained without adapters (config.model.lora)")
+    total = 0
+    with export.whole_or_nothing(out) as folder:
+        for part in parts:
+            main = part in ("llm", "denoiser")
+            where = folder if main else folder / part
+            peft.export_peft(getattr(model, part), where, base.removeprefix(hf.PREFIX))
+            total += (where / peft.WEIGHTS).stat().st_size
     return total
 
 

@@ -25,7 +25,8 @@ def flat_dot_general(lhs, rhs, dimension_numbers, precision=None, **options):
     if not plain or not (mesh.empty or mesh.size == 1):
         return jax.lax.dot_general(lhs, rhs, dimension_numbers, precision, **options)
     rows = lhs.reshape(-1, lhs.shape[-1])
-    if precision is None and lhs.dtype == rhs.dtype == jnp.float32 and _in_bfloat16(len(rows)):
+    few = len(rows) <= _FEW
+    if precision is None and lhs.dtype == rhs.dtype == jnp.float32 and not few and in_bfloat16():
         out = rounded_product(rows, rhs)
     else:
         out = jax.lax.dot_general(rows, rhs, (((1,), (0,)), ((), ())), precision, **options)
@@ -45,9 +46,10 @@ def has_matrix_units() -> bool:
 _FEW = 16  # rows up to which reading the kernel takes the time, and rounding it would take more
 
 
-def _in_bfloat16(rows: int) -> bool:
+def in_bfloat16() -> bool:
+    """Whether float32 products are to be rounded here, as the running context asks."""
     wanted = jax.config.jax_default_matmul_precision == "bfloat16"
-    return wanted and rows > _FEW and platform() == "cpu" and has_matrix_units()
+    return wanted and platform() == "cpu" and has_matrix_units()
 
 
 @jax.custom_vjp

@@ -119,15 +119,13 @@ class Statistics(nnx.Variable):
 
 @dataclasses.dataclass(frozen=True)
 class DecoderLora(lora.LoraConfig):
-    """Adapters of the denoiser, see `LoraConfig`; the projector stays trained in full."""
+    """Adapters of the denoiser, see `LoraConfig`; the projector stays trained in full.
+
+    `weights` are PEFT's of a UNet.
+    """
 
     target: str = r"denoiser\..*attn[12]\.(to_[qkv]|to_out\.0)"
     train: str = r"projector\..*"
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.weights:
-            raise ValueError("lora.weights: adapters of a denoiser can't be read from PEFT's files")
 
 
 class DecoderRecipe(nnx.Module):
@@ -367,6 +365,14 @@ def create(cfg: Config, rngs: nnx.Rngs) -> DecoderRecipe:
 
 def load_pretrained(model: DecoderRecipe, cfg: Config) -> None:
     """Fills the model in place as the weight specs of the config say."""
+    _fill(model, cfg)
+    if cfg.lora is not None and cfg.lora.weights:
+        from metamorph_jax.convert.peft import load_peft
+
+        load_peft(model.denoiser, cfg.lora.weights)
+
+
+def _fill(model: DecoderRecipe, cfg: Config) -> None:
     if cfg.weights.startswith("workdir:"):
         from metamorph_jax.train import checkpoint
 

@@ -33,11 +33,17 @@ from jax import lax
 from metamorph_jax.models import lora
 from metamorph_jax.nn import rope
 from metamorph_jax.nn.attention import attend
-from metamorph_jax.sampling.layers import attend_cached, layout, norm, once, run_layer
+from metamorph_jax.sampling.layers import attend_cached, layout, norm, once, product, run_layer
 from metamorph_jax.sampling.segments import NOTHING, VISUAL, Result, read_record
 from metamorph_jax.sampling.text import Sampler, row_keys, step_keys
 
 BUCKETS = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 32768)
+
+
+def by_head(x, order):
+    """[B, L, K, H] in this order of axes, the first two as one."""
+    x = x.transpose(order)
+    return x.reshape(-1, *x.shape[2:])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +70,7 @@ class State:
     """What the loop carries. M is the capacity in new tokens, S = bucket + M.
 
     Attributes:
-        keys, values: per layer [B, K, H, S] and [B, K, S, H].
+        keys, values: per layer [B * K, H, S] and [B * K, S, H].
         first: int32[B] first slot that is not padding.
         slot: int32[] where the next token goes; step: int32[] how many were emitted.
         embed: [B, D] embedding of the token emitted last, to be read next.
@@ -228,11 +234,10 @@ class Decoder:
         mask = real[:, None, :] & real[:, :, None] & (order[:, None] >= order[None, :])
         cos, sin = self._angles(jnp.maximum(order - first[:, None], 0))
         keys, values = [], []
-        pad = ((0, 0), (0, 0), (0, 0), (0, capacity))
 
         def mix(q, k, v):
-            keys.append(jnp.pad(k.transpose(0, 2, 3, 1), pad))
-            values.append(jnp.pad(v.transpose(0, 2, 3, 1), pad).swapaxes(2, 3))
+            keys.append(jnp.pad(by_head(k, (0, 2, 3, 1)), ((0, 0), (0, 0), (0, capacity))))
+            values.append(jnp.pad(by_head(v, (0, 2, 1, 3)), ((0, 0), (0, capacity), (0, 0))))
             return attend(q, k, v, mask)
 
         x = embeds.astype(dtype).reshape(B * L, D).T
@@ -278,15 +283,14 @@ class Decoder:
     def _read(self, llm, s: State):
         """Reads the token emitted last: (state with it in the cache, float[D, B] hidden)."""
         cos, sin = self._angles((s.slot - s.first)[:, None])
-        slots = jnp.arange(s.values[0].shape[2])
+        slots = jnp.arange(s.values[0].shape[1])
         mask = (slots >= s.first[:, None]) & (slots <= s.slot)
         keys, values = [], []
 
         def mix(i, q, k, v):
             k, v = k.astype(s.keys[i].dtype), v.astype(s.values[i].dtype)
-            here = lax.dynamic_update_slice(s.keys[i], k.transpose(0, 2, 3, 1), (0, 0, 0, s.slot))
-            there = lax.dynamic_update_slice(s.values[i], v.swapaxes(1, 2), (0, 0, s.slot, 0))
-            here, there = once((here, there))
+            here = lax.dynamic_update_slice(s.keys[i], by_head(k, (0, 2, 3, 1)), (0, 0, s.slot))
+            there = lax.dynamic_update_slice(s.values[i], by_head(v, (0, 2, 1, 3)), (0, s.slot, 0))
             keys.append(here)
             values.append(there)
             return attend_cached(q, here, there, mask)
@@ -317,7 +321,7 @@ class Decoder:
             hidden = once(jnp.where(drawing, projected.T, hidden))
 
         def choose(hidden):
-            logits = jnp.matmul(llm["head"], hidden, preferred_element_type=jnp.float32)
+            logits = product(llm["head"], hidden, jnp.float32)
             if options.sampler.greedy:
                 return jnp.argmax(logits, axis=0).astype(jnp.int32)
             return options.sampler(logits.T, step_keys(s.rng, s.step))

@@ -2,18 +2,21 @@
 
 At a few rows a step is bound by reading weights, and products of the form [F, D] @ [D, rows] read
 each weight once, in order. Activations are columns therefore, and the tied table needs no
-transposed copy. Keys are kept as [B, K, H, S], values as [B, K, S, H], so that attention streams
-both, too.
+transposed copy. Keys are kept as [B * K, H, S], values as [B * K, S, H], the form in which products
+take them: the step writes into the cache in place, and attention streams it.
+
+Where products of float32 are rounded to bfloat16 (`nn/linear.py`), weights are kept rounded.
 """
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from metamorph_jax.nn import rope
+from metamorph_jax.nn.linear import in_bfloat16
 from metamorph_jax.nn.norms import rms_norm
-from metamorph_jax.sharding import platform
 
 _MASKED = -1e30
 # XLA would fold small producers into the big loops over weights and cache and compute them again
@@ -25,12 +28,13 @@ def layout(llm) -> dict:
     """The language model's weights as decoding reads them: kernels [out, in], few and large.
 
     Returns:
-        table, head: [V + n, D], one array when tied; norm; layers: one dict each.
+        table, head: [V + n, D], one array when tied and not rounded; norm; layers: one dict each.
     """
     dtype, V = jnp.dtype(llm.cfg.dtype), llm.cfg.vocab_size
+    kept = jnp.dtype(jnp.bfloat16) if in_bfloat16() else dtype
 
     def rows(*linears):
-        out = {"w": jnp.concatenate([m.kernel[...].T.astype(dtype) for m in linears])}
+        out = {"w": jnp.concatenate([m.kernel[...].T.astype(kept) for m in linears])}
         if linears[0].bias is not None:
             out["b"] = jnp.concatenate([m.bias[...].astype(dtype) for m in linears])
         return out
@@ -64,12 +68,25 @@ def layout(llm) -> dict:
         )
         if llm.cfg.qk_norm:
             layers[-1] |= {"q_norm": attn.q_norm.scale[...], "k_norm": attn.k_norm.scale[...]}
+    head = head.astype(kept)
     return {"table": embed, "head": head, "norm": llm.norm.scale[...], "layers": layers}
+
+
+def product(w, x, dtype=None):
+    """[out, R] of weights [out, in] and columns [in, R], both in the dtype of the weights.
+
+    The result is in `dtype`, by default that of `x`; sums are float32 anyway.
+    """
+    R, dtype = x.shape[1], dtype or x.dtype
+    if w.dtype != x.dtype:  # see `nn.linear.rounded_product`; one column alone would go without
+        x = jnp.pad(x.astype(w.dtype), ((0, 0), (0, int(R == 1))))
+        x = with_layout_constraint(x, Layout(major_to_minor=(0, 1)))
+    return jnp.matmul(w, x, preferred_element_type=dtype)[:, :R]
 
 
 def _linear(m, x):
     """float[out, R] of columns float[in, R]."""
-    y = m["w"] @ x
+    y = product(m["w"], x)
     return y + m["b"][:, None] if "b" in m else y
 
 
@@ -98,33 +115,17 @@ def run_layer(cfg, w, x, cos, sin, mix):
 
 
 def attend_cached(q, keys, values, mask):
-    """float[B, 1, N, H] of q like it, keys [B, K, H, S], values [B, K, S, H], mask bool[B, S]."""
+    """float[B, 1, N, H] of q like it, keys [B * K, H, S], values [B * K, S, H], mask bool[B, S]."""
     B, _, N, H = q.shape
-    K = keys.shape[1]
-    q = once((q * H**-0.5).reshape(B, K, N // K, H))
-    if platform() != "cpu":
-        scores = jnp.einsum("BKGH,BKHS->BKGS", q, keys, preferred_element_type=jnp.float32)
-        weights = _softmax(scores, mask).astype(values.dtype)
-        return jnp.einsum("BKGS,BKSH->BKGH", weights, values).reshape(B, 1, N, H)
-    # Dots would be one tiny product for every head; sums of products are single loops over the
-    # cache. The compiler vectorises them for two queries of a group but not for one, which takes
-    # ten times as long.
-    out = []
-    for g in range(0, N // K, 2):
-        pair = once(jnp.stack([q[:, :, g], q[:, :, min(g + 1, N // K - 1)]], axis=2))
-        scores = once(jnp.sum(_wide(pair[..., None] * keys[:, :, None]), axis=3))
-        weights = once(_softmax(scores, mask).astype(values.dtype))
-        out.append(once(jnp.sum(_wide(weights[..., None] * values[:, :, None]), axis=3)))
-    out = jnp.concatenate(out, axis=2)[:, :, : N // K]
-    return out.astype(q.dtype).reshape(B, 1, N, H)
-
-
-def _wide(x):
-    return x.astype(jnp.float32)
+    q = once((q * H**-0.5).reshape(len(keys), -1, H))
+    scores = jnp.einsum("nGH,nHS->nGS", q, keys, preferred_element_type=jnp.float32)
+    scores = scores.reshape(B, -1, scores.shape[-1])
+    weights = once(_softmax(scores, mask).astype(values.dtype)).reshape(*q.shape[:2], -1)
+    return jnp.einsum("nGS,nSH->nGH", weights, values).reshape(B, 1, N, H)
 
 
 def _softmax(scores, mask):
-    """Over the slots that mask: bool[B, S] shows; scores: float32[B, K, G, S]."""
-    scores = jnp.where(mask[:, None, None], scores, _MASKED)
+    """Over the slots that mask: bool[B, S] shows; scores: float32[B, N, S]."""
+    scores = jnp.where(mask[:, None], scores, _MASKED)
     weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
     return weights / weights.sum(axis=-1, keepdims=True)

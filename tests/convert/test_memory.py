@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-# Writes a bfloat16 checkpoint of 24 layers, two shards, tensor by tensor; then loads it onto eight
-# devices. Devices of a CPU keep their arrays in the same memory, so what counts is the peak above
-# the arrays themselves.
+# Writes a bfloat16 checkpoint in two shards, tensor by tensor; then loads it onto eight devices.
+# Devices of a CPU keep their arrays in the same memory, so what counts is the peak above the arrays
+# themselves.
 SCRIPT = """
 import json, pathlib, resource, sys
 import jax, jax.numpy as jnp, ml_dtypes, numpy as np
@@ -70,9 +70,10 @@ def measure(folder, layers: int) -> dict:
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="reads /proc (Linux)")
 def test_peak_above_the_arrays_is_a_few_pieces(tmp_path):
-    """1.1 GB of files; what loading needs beside the arrays stays far below that."""
-    found = measure(tmp_path, 32)
+    """3.5 GB of files; what loading needs beside the arrays stays far below that."""
+    found = measure(tmp_path, 104)
     print(found)
-    assert found["checkpoint"] > 1e9 and found["arrays"] == found["checkpoint"]
-    assert found["above"] < 3 * found["largest"] + 2**30  # what is promised
+    promised = 3 * found["largest"] + 2**30
+    assert found["checkpoint"] > 3 * promised and found["arrays"] == found["checkpoint"]
+    assert found["above"] < promised
     assert found["above"] < 400e6  # what it does: some pieces of 64 MiB, in all stages

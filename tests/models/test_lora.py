@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from metamorph_jax import sharding
+from metamorph_jax import cli, sharding
+from metamorph_jax.convert import peft
 from metamorph_jax.convert.llama import export_llama
 from metamorph_jax.models import lora
 from metamorph_jax.models.diffusion.unet import UNet, UNetConfig
@@ -239,6 +240,30 @@ class Fake:
         (folder / "config.json").write_text(json.dumps(values))
         state = nnx.to_flat_state(nnx.state(model, model.trainable("vpit")))
         ocp.save(folder / "final", {".".join(map(str, p)): v[...] for p, v in state})
+
+
+def test_adapters_of_a_run_leave_in_pefts_format(tmp_path, capsys):
+    """The language model's into the folder itself, the connector's beside them."""
+    adapters = lora.LoraConfig(r"llm\.layers\..*q_proj|connector\..*", rank=2, alpha=4.0)
+    cfg = dataclasses.replace(TINY, lora=adapters, llm_weights="hf:owner/name")
+    model = random_b(recipe.create(cfg, nnx.Rngs(0)))
+    Fake(tmp_path / "one", cfg, model)
+    out, workdir = tmp_path / "out", f"workdir:{tmp_path / 'one'}"
+    assert cli.main(["convert", "--from", workdir, "--to", "peft", "--out", str(out)]) == 0
+    assert str(out) in capsys.readouterr().out
+    assert peft.read_config(out)["base_model_name_or_path"] == "owner/name"
+    again = recipe.create(TINY, nnx.Rngs(0))
+    for part, folder in (("llm", out), ("connector", out / "connector")):
+        peft.load_peft(getattr(again, part), folder)
+        mine, theirs = peft.tensors(getattr(model, part)), peft.tensors(getattr(again, part))
+        assert mine.keys() == theirs.keys()
+        assert all(np.array_equal(mine[k], theirs[k]) for k in mine)
+
+    Fake(tmp_path / "two", TINY, recipe.create(TINY, nnx.Rngs(0)))
+    for source, message in ((f"workdir:{tmp_path / 'two'}", "without adapters"), ("x", "workdir:")):
+        words = ["convert", "--from", source, "--to", "peft", "--out", str(tmp_path / "no")]
+        assert cli.main(words) == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize("rank", [None, 2, 5])

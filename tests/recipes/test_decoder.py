@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from metamorph_jax import config as configs
-from metamorph_jax.convert import diffusion, export, hf
+from metamorph_jax.convert import diffusion, export, hf, peft
 from metamorph_jax.models import lora
 from metamorph_jax.models.diffusion import schedule as sch
 from metamorph_jax.models.diffusion.dit import DiTConfig
@@ -357,9 +357,22 @@ def test_sd_weights_go_beneath_adapters(sd_folder, tmp_path):
         np.testing.assert_array_equal(written[key], came[key], err_msg=key)
 
 
+def test_adapters_start_from_pefts_files(tmp_path):
+    cfg = lora_config(rank=2, alpha=4.0)
+    model = decoder.create(cfg, nnx.Rngs(0))
+    for i, (_, linear) in enumerate(lora.adapters(model)):
+        linear.lora_b[...] = jax.random.normal(jax.random.key(i), linear.lora_b.shape)
+    peft.export_peft(model.denoiser, tmp_path)
+    cfg = lora_config(rank=2, alpha=4.0, weights=str(tmp_path))
+    again = decoder.create(cfg, nnx.Rngs(1))
+    decoder.load_pretrained(again, cfg)
+    mine, theirs = peft.tensors(model.denoiser), peft.tensors(again.denoiser)
+    assert mine.keys() == theirs.keys()
+    assert all(np.array_equal(mine[k], theirs[k]) for k in mine)
+
+
 def test_wrong_adapters():
     for options, message in (
-        (dict(weights="hf:a/b"), "lora.weights"),
         (dict(target=r"vae\..*to_q"), "no stage trains: vae"),
         (dict(target="to_q"), "matches no linear"),
     ):

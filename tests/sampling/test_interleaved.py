@@ -13,6 +13,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from metamorph_jax.convert.metamorph import load_metamorph
+from metamorph_jax.nn.linear import has_matrix_units
 from metamorph_jax.nn.rope import RopeScaling
 from metamorph_jax.recipes import metamorph as recipe
 from metamorph_jax.sampling.interleaved import BUCKETS, Options, bucket, prepare
@@ -267,6 +268,27 @@ def test_a_step_copies_neither_weights_nor_cache(model, decoder):
         found = re.match(r".* = \w+\[([\d,]+)\]\S* (copy|transpose|convert|concatenate)\(", line)
         if found:
             assert np.prod([int(n) for n in found[1].split(",")]) < small, line
+
+
+@pytest.mark.skipif(not has_matrix_units(), reason="needs a CPU with AMX: others don't round")
+def test_weights_are_read_rounded_where_products_are(model, decoder):
+    _, prompts = _prompts(model, [20, 7])
+    forced = np.array([[5, decoder.start, -1, -1, -1, -1, 7, 7]] * 2)
+    exact = decoder(prompts, 8, forced_ids=forced)
+    with jax.default_matmul_precision("bfloat16"):
+        rounding = prepare(model)
+        rounded = rounding(prompts, 8, forced_ids=forced)
+        state = rounding.begin(prompts, 8, Options())
+        step = rounding._advance.lower(rounding.weights, state, np.int32(8), options=Options())
+    for one, other in zip(exact, rounded, strict=True):
+        np.testing.assert_array_equal(one.record, other.record)
+        np.testing.assert_allclose(one.vectors[0], other.vectors[0], atol=0.1)
+        assert not np.array_equal(one.vectors, other.vectors)
+    text = step.compile().as_text()
+    for layer in rounding.weights["llm"]["layers"]:
+        for name in ("qkv", "o", "gate_up", "down"):
+            shape = "[{},{}]".format(*layer[name]["w"].shape)
+            assert f"bf16{shape}" in text and f" f32{shape}" not in text, name
 
 
 def test_tied_table_is_kept_once(decoder):
