@@ -7,6 +7,9 @@
 random weights never start a picture; logits are computed all the same). The peer decodes 200 text
 ids with its dynamic cache. Both times hold the prompt's pass. float32, greedy, batch 1 and 8.
 
+On CPUs with matrix units the same again with weights in bfloat16: ours as under
+`config.matmul_precision="bfloat16"`, the peer's model in torch.bfloat16.
+
 `limit_fraction`: bytes of weights and filled cache that a step has to read, over what the memory of
 this machine gave to a matrix-vector product in the same call, as a share of the time per step
 (without the prompt's pass).
@@ -17,6 +20,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from metamorph_jax.nn.linear import has_matrix_units
 from metamorph_jax.recipes import metamorph as recipe
 from metamorph_jax.sampling.interleaved import Options, prepare
 from metamorph_jax.sampling.segments import VISUAL
@@ -24,10 +28,11 @@ from metamorph_jax.sampling.segments import VISUAL
 PROMPT, NEW, TOKENS, WIDTH = 200, 200, 64, 1152
 
 
-def make_decoder(size: str, tokens: int):
+def make_decoder(size: str, tokens: int, precision: str):
     """Random weights; the head is small, so that free ids never hit start or end."""
     cfg = recipe.Config(llm=size, tower="none", feature_width=WIDTH, image_tokens=tokens)
-    return prepare(recipe.create(cfg, nnx.Rngs(0)))
+    with jax.default_matmul_precision(precision):
+        return prepare(recipe.create(cfg, nnx.Rngs(0)))
 
 
 def forced(decoder, batch: int, new: int, tokens: int) -> np.ndarray:
@@ -53,7 +58,7 @@ def bytes_read(decoder, batch: int, prompt: int, new: int, tokens: int) -> float
     )
 
 
-def make_peer(cfg, prompt: int, new: int, batch: int):
+def make_peer(cfg, prompt: int, new: int, batch: int, precision: str):
     """Hugging Face's generate with a cache, on the same shapes."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -73,6 +78,8 @@ def make_peer(cfg, prompt: int, new: int, batch: int):
             pad_token_id=0,
         )
     ).eval()
+    if precision == "bfloat16":
+        model = model.to(torch.bfloat16)
     ids = torch.randint(10, cfg.vocab_size, (batch, prompt))
 
     def run():
@@ -87,43 +94,49 @@ def make_peer(cfg, prompt: int, new: int, batch: int):
     return run
 
 
-def main():
-    args = common.parser(__doc__.splitlines()[0]).parse_args()
-    size, prompt, new, tokens = ("bench-68m", PROMPT, NEW, TOKENS)
-    if args.smoke:
-        size, prompt, new, tokens, args.rounds = "tiny", 20, 12, 4, 1
-    decoder = make_decoder(size, tokens)
-    bandwidth = common.memory_bandwidth(*((16, 1) if args.smoke else ()))
-    print(f"memory: {bandwidth / 1e9:.1f} GB/s")
-    cases = []
-    for batch in (1, 8):
-        rng = np.random.default_rng(0)
-        prompts = list(rng.normal(size=(batch, prompt, decoder.cfg.width)).astype(np.float32))
-        ids = forced(decoder, batch, new, tokens)
+def measure(batch: int, precision: str, shape: tuple, bandwidth: float, args) -> common.Case:
+    size, prompt, new, tokens = shape
+    decoder = make_decoder(size, tokens, precision)
+    rng = np.random.default_rng(0)
+    prompts = list(rng.normal(size=(batch, prompt, decoder.cfg.width)).astype(np.float32))
+    ids = forced(decoder, batch, new, tokens)
 
-        def ours(prompts=prompts, ids=ids):
+    def ours():
+        with jax.default_matmul_precision(precision):
             results = decoder(prompts, new, forced_ids=ids)
-            assert all((r.record == VISUAL).sum() == tokens for r in results)
-            assert all(len(r.record) == new for r in results)
+        assert all((r.record == VISUAL).sum() == tokens for r in results)
+        assert all(len(r.record) == new for r in results)
 
-        def read_prompt(prompts=prompts, ids=ids):
+    def read_prompt():
+        with jax.default_matmul_precision(precision):
             return decoder.begin(prompts, new, Options(), forced_ids=ids).embed
 
-        runs = {"ours": ours, "prompt": read_prompt}
-        if not args.no_peer and common.has("torch", "transformers"):
-            runs["peer"] = make_peer(decoder.cfg, prompt, new, batch)
-        times = common.interleaved(runs, args.rounds)
-        needed = bytes_read(decoder, batch, prompt, new, tokens) / bandwidth
-        made = batch * new
-        case = common.Case(
-            f"decode_b{batch}",
+    runs = {"ours": ours, "prompt": read_prompt}
+    if not args.no_peer and common.has("torch", "transformers"):
+        runs["peer"] = make_peer(decoder.cfg, prompt, new, batch, precision)
+    times = common.interleaved(runs, args.rounds)
+    needed = bytes_read(decoder, batch, prompt, new, tokens) / bandwidth
+    made = batch * new
+    return common.emit(
+        common.Case(
+            f"decode_b{batch}" + ("" if precision == "default" else f"_{precision}"),
             "tokens/s",
             made / times["ours"],
             made / times["peer"] if "peer" in times else None,
             needed / (times["ours"] - times["prompt"]),
         )
-        cases.append(common.emit(case))
-    common.report(cases)
+    )
+
+
+def main():
+    args = common.parser(__doc__.splitlines()[0]).parse_args()
+    shape = ("bench-68m", PROMPT, NEW, TOKENS)
+    if args.smoke:
+        shape, args.rounds = ("tiny", 20, 12, 4), 1
+    bandwidth = common.memory_bandwidth(*((16, 1) if args.smoke else ()))
+    print(f"memory: {bandwidth / 1e9:.1f} GB/s")
+    precisions = ["default", "bfloat16"] if has_matrix_units() else ["default"]
+    common.report([measure(b, p, shape, bandwidth, args) for p in precisions for b in (1, 8)])
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ laptop it has one device, and every constraint is then a no-op.
 
 import math
 from collections.abc import Mapping
+from functools import partial
 
 import jax
 import numpy as np
@@ -109,6 +110,21 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, fit(spec(*names), x.shape, mesh))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gathered(kernel: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    """A kernel whose dimensions have these names, whole over "fsdp"; no-op without a mesh.
+
+    All that uses the result shares one gather. The gradient lies as the kernel does.
+    """
+    return constrain(kernel, *(None if RULES[n] == "fsdp" else n for n in names))
+
+
+gathered.defvjp(
+    lambda kernel, names: (gathered(kernel, names), None),
+    lambda names, _, gradient: (constrain(gradient, *names),),
+)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -248,6 +248,7 @@ def convert_adapters(source: str, out: str) -> int:
         raise UserError("--to peft goes with --from workdir:PATH")
     _, cfg, model, _ = load_trained(source.removeprefix(WORKDIR))
     base = getattr(cfg, "llm_weights", "") or getattr(cfg, "sd_weights", "")
+    base = "" if base == "random" else base.removeprefix(hf.PREFIX)
     parts = sorted({name.partition(".")[0] for name, _ in lora.adapters(model)})
     if not parts:
         raise UserError(f"{source} was trained without adapters (config.model.lora)")
@@ -256,7 +257,7 @@ def convert_adapters(source: str, out: str) -> int:
         for part in parts:
             main = part in ("llm", "denoiser")
             where = folder if main else folder / part
-            peft.export_peft(getattr(model, part), where, base.removeprefix(hf.PREFIX))
+            peft.export_peft(getattr(model, part), where, base)
             total += (where / peft.WEIGHTS).stat().st_size
     return total
 

@@ -23,6 +23,7 @@ from flax import nnx
 
 from metamorph_jax import sharding
 from metamorph_jax.nn import quantized
+from metamorph_jax.nn.linear import flat_dot_general
 
 LEAVES = ("lora_a", "lora_b")
 
@@ -102,10 +103,9 @@ class LoraLinear(nnx.Module):
             stays = 1 - self.adapter.dropout
             x = jnp.where(jax.random.bernoulli(self.key[...], stays, x.shape), x / stays, 0)
         last = (((x.ndim - 1,), (0,)), ((), ()))
-        low = self.dot_general(x, self.lora_a[...].astype(y.dtype), last)
-        return y + self.adapter.scale * self.dot_general(
-            low, self.lora_b[...].astype(y.dtype), last
-        )
+        low = flat_dot_general(x, self.lora_a[...].astype(y.dtype), last)
+        high = flat_dot_general(low, self.lora_b[...].astype(y.dtype), last)
+        return y + self.adapter.scale * high
 
 
 def adapters(model: nnx.Module) -> Iterator[tuple[str, LoraLinear]]:

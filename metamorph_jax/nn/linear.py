@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from metamorph_jax.sharding import platform
+from metamorph_jax.sharding import gathered, platform
 
 
 def flat_dot_general(lhs, rhs, dimension_numbers, precision=None, **options):
@@ -31,6 +31,16 @@ def flat_dot_general(lhs, rhs, dimension_numbers, precision=None, **options):
     else:
         out = jax.lax.dot_general(rows, rhs, (((1,), (0,)), ((), ())), precision, **options)
     return out.reshape(*lhs.shape[:-1], rhs.shape[-1])
+
+
+def gathering_dot_general(names, lhs, rhs, dimension_numbers, precision=None, **options):
+    """`flat_dot_general` with a kernel whose dimensions have these names, gathered over "fsdp".
+
+    Left to itself, XLA gathers some kernels once for the forward pass that is computed anew and
+    once more for the gradient, and others by summing them up over all devices.
+    For `nnx.Linear(dot_general=partial(gathering_dot_general, names))`.
+    """
+    return flat_dot_general(lhs, gathered(rhs, names), dimension_numbers, precision, **options)
 
 
 @functools.cache

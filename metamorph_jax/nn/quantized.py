@@ -25,6 +25,7 @@ import numpy as np
 from flax import nnx
 
 from metamorph_jax import sharding
+from metamorph_jax.nn.linear import flat_dot_general
 
 METHODS = ("int8", "nf4", "nf4_double")
 BLOCK = 64
@@ -93,27 +94,24 @@ def _scales(packed) -> jax.Array:
     return scale.astype(jnp.float32) * (packed["kernel_top"] / 255)[..., None, :]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def product(dot, d_in: int, x: jax.Array, packed: dict[str, jax.Array]) -> jax.Array:
-    """float[..., out] of x: float[..., in] and a packed kernel; differentiable in x only.
-
-    `dot` takes the place of `lax.dot_general`.
-    """
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def product(d_in: int, x: jax.Array, packed: dict[str, jax.Array]) -> jax.Array:
+    """float[..., out] of x: float[..., in] and a packed kernel; differentiable in x only."""
     dims = (((x.ndim - 1,), (0,)), ((), ()))
     codes = packed["kernel_codes"]
     if codes.dtype == jnp.int8:  # the scale of an output can wait until its sum is done
-        y = dot(x, codes.astype(x.dtype), dims)
+        y = flat_dot_general(x, codes.astype(x.dtype), dims)
         return (y * packed["kernel_scale"]).astype(x.dtype)
-    return dot(x, unpack(packed, d_in, x.dtype), dims)
+    return flat_dot_general(x, unpack(packed, d_in, x.dtype), dims)
 
 
-def _forward(dot, d_in, x, packed):
-    return product(dot, d_in, x, packed), packed
+def _forward(d_in, x, packed):
+    return product(d_in, x, packed), packed
 
 
-def _backward(dot, d_in, packed, g):
+def _backward(d_in, packed, g):
     kernel = unpack(packed, d_in, g.dtype)
-    return dot(g, kernel.T, (((g.ndim - 1,), (0,)), ((), ()))), None
+    return flat_dot_general(g, kernel.T, (((g.ndim - 1,), (0,)), ((), ()))), None
 
 
 product.defvjp(_forward, _backward)
@@ -136,7 +134,7 @@ class Linear(nnx.Module):
         """float[..., out] of x: float[..., in]."""
         bias = None if self.bias is None else self.bias[...]
         x, bias = self.promote_dtype((x, bias), dtype=self.dtype)
-        y = product(self.dot_general, self.in_features, x, _packed(self))
+        y = product(self.in_features, x, _packed(self))
         return y if bias is None else y + bias
 
 

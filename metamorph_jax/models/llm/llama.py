@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from metamorph_jax.nn import rope
 from metamorph_jax.nn.attention import attend
-from metamorph_jax.nn.linear import flat_dot_general
+from metamorph_jax.nn.linear import gathering_dot_general
 from metamorph_jax.nn.norms import RMSNorm
 from metamorph_jax.sharding import constrain
 
@@ -187,7 +187,7 @@ def _linear(cfg: LlamaConfig, d_in, d_out, names, bias, rngs):
         use_bias=bias,
         kernel_init=nnx.initializers.normal(cfg.init_std),
         dtype=jnp.dtype(cfg.dtype),
-        dot_general=flat_dot_general,
+        dot_general=partial(gathering_dot_general, names),
         kernel_metadata={"logical": names},
         bias_metadata={"logical": (names[1],)},
         rngs=rngs,
