@@ -38,6 +38,12 @@ def test_there_are_three_stages():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["metamorf", "benchmarks.none", "no_such_package.recipe"])
+def test_an_unknown_recipe_is_named(name):
+    with pytest.raises(configs.ConfigError, match=name):
+        find_recipe(name)
+
+
 @pytest.mark.parametrize(("file", "size"), CASES, ids=lambda v: getattr(v, "stem", v))
 def test_config_builds(file, size):
     cfg = load(file, size)

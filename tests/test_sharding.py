@@ -35,6 +35,21 @@ odd = sharding.fit(P("tensor", "fsdp"), (9, 8), mesh)
 assert odd == P(None, "fsdp"), odd
 assert sharding.batch_sharding(mesh).spec == P(("slice", "data", "fsdp"))
 
+def loss(w, x):
+    w = sharding.gathered(w, ("embed", "mlp"))
+    return jnp.sum((jnp.tanh(x @ w) @ w.T) ** 2)
+
+rows = sharding.make_mesh({"fsdp": 8})
+w, x = jax.random.normal(jax.random.key(0), (16, 24)), jax.random.normal(jax.random.key(1), (8, 16))
+cut = jax.NamedSharding(rows, P("fsdp", None))
+with jax.set_mesh(rows):
+    step = jax.jit(jax.grad(loss), in_shardings=(cut, cut))
+    text = step.lower(w, x).compile().as_text()
+    gradient = step(w, x)
+assert text.count(" all-gather(") + text.count(" all-gather-start(") == 1, text
+assert gradient.sharding.is_equivalent_to(cut, 2), gradient.sharding
+assert jnp.allclose(gradient, jax.grad(loss)(w, x), rtol=1e-4, atol=1e-4)
+
 def f(x):
     return sharding.constrain(x * 2, "act_batch", "act_len", "act_mlp")
 

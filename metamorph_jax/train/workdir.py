@@ -33,10 +33,11 @@ _PACKAGES = (
 
 def find_recipe(name: str):
     """The module of a recipe; `package.module` names one outside of metamorph_jax.recipes."""
+    module = name if "." in name else f"metamorph_jax.recipes.{name}"
     try:
-        return importlib.import_module(name if "." in name else f"metamorph_jax.recipes.{name}")
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name and not name.endswith(error.name.rsplit(".", 1)[-1]):
+        if error.name and not f"{module}.".startswith(f"{error.name}."):
             raise  # the recipe is there, something that it needs is not
         raise ConfigError(
             f"config.recipe {name!r} is none of {', '.join(RECIPES)}, nor an importable module"

@@ -210,12 +210,9 @@ class Attention(nnx.Module):
         """x: float[B, L, D]; `cache` is (keys, values, slot) of this layer or None."""
         B, L, _ = x.shape
         H = self.cfg.head_dim
-        # The constraints keep the compiler from merging reshape and product, which makes it gather
-        # some kernels twice, in two shapes.
-        flat = lambda y: constrain(y, "act_batch", "act_len", "act_heads")  # noqa: E731
-        q = flat(self.q_proj(x)).reshape(B, L, -1, H)
-        k = flat(self.k_proj(x)).reshape(B, L, -1, H)
-        v = flat(self.v_proj(x)).reshape(B, L, -1, H)
+        q = self.q_proj(x).reshape(B, L, -1, H)
+        k = self.k_proj(x).reshape(B, L, -1, H)
+        v = self.v_proj(x).reshape(B, L, -1, H)
         if self.cfg.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
@@ -225,7 +222,7 @@ class Attention(nnx.Module):
             k = jax.lax.dynamic_update_slice(keys, k.astype(keys.dtype), (0, slot, 0, 0))
             v = jax.lax.dynamic_update_slice(values, v.astype(values.dtype), (0, slot, 0, 0))
         mixed = checkpoint_name(attend(q, k, v, mask).reshape(B, L, -1), "attention")
-        return self.o_proj(flat(mixed)), (k, v)
+        return self.o_proj(mixed), (k, v)
 
 
 @jax.custom_vjp
