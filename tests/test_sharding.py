@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from metamorph_jax import sharding
 from metamorph_jax.models.llm import llama
+from metamorph_jax.nn.linear import gathering_dot_general
 
 mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
 assert mesh.size == 8
@@ -49,6 +50,13 @@ with jax.set_mesh(rows):
 assert text.count(" all-gather(") + text.count(" all-gather-start(") == 1, text
 assert gradient.sharding.is_equivalent_to(cut, 2), gradient.sharding
 assert jnp.allclose(gradient, jax.grad(loss)(w, x), rtol=1e-4, atol=1e-4)
+
+def product(x, w):
+    return gathering_dot_general(("embed", "mlp"), x, w, (((1,), (0,)), ((), ())))
+
+with jax.set_mesh(rows):  # positions travel where they are fewer than the rows of the kernel
+    few, many = (str(jax.make_jaxpr(product)(jnp.ones((n, 16)), w)) for n in (15, 16))
+assert "sharding_constraint" in many and "sharding_constraint" not in few
 
 def f(x):
     return sharding.constrain(x * 2, "act_batch", "act_len", "act_mlp")

@@ -37,10 +37,13 @@ def gathering_dot_general(names, lhs, rhs, dimension_numbers, precision=None, **
     """`flat_dot_general` with a kernel whose dimensions have these names, gathered over "fsdp".
 
     Left to itself, XLA gathers some kernels once for the forward pass that is computed anew and
-    once more for the gradient, and others by summing them up over all devices.
+    once more for the gradient, and others by summing them up over all devices. Where there are
+    fewer positions than rows of the kernel, as in decoding, positions travel and kernels stay.
     For `nnx.Linear(dot_general=partial(gathering_dot_general, names))`.
     """
-    return flat_dot_general(lhs, gathered(rhs, names), dimension_numbers, precision, **options)
+    if lhs.size // lhs.shape[-1] >= rhs.shape[0]:
+        rhs = gathered(rhs, names)
+    return flat_dot_general(lhs, rhs, dimension_numbers, precision, **options)
 
 
 @functools.cache
