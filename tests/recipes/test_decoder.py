@@ -358,13 +358,14 @@ def test_sd_weights_go_beneath_adapters(sd_folder, tmp_path):
 
 
 def test_adapters_start_from_pefts_files(tmp_path):
-    cfg = lora_config(rank=2, alpha=4.0)
-    model = decoder.create(cfg, nnx.Rngs(0))
-    for i, (_, linear) in enumerate(lora.adapters(model)):
-        linear.lora_b[...] = jax.random.normal(jax.random.key(i), linear.lora_b.shape)
+    cfg, rng = lora_config(rank=2, alpha=4.0), np.random.default_rng(0)
+    model = nnx.eval_shape(lambda: decoder.create(cfg, nnx.Rngs(0)))
+    for _, linear in lora.adapters(model):
+        for leaf in (linear.lora_a, linear.lora_b):
+            leaf.set_raw_value(jnp.asarray(rng.normal(size=leaf.shape), jnp.float32))
     peft.export_peft(model.denoiser, tmp_path)
     cfg = lora_config(rank=2, alpha=4.0, weights=str(tmp_path))
-    again = decoder.create(cfg, nnx.Rngs(1))
+    again = nnx.eval_shape(lambda: decoder.create(cfg, nnx.Rngs(0)))
     decoder.load_pretrained(again, cfg)
     mine, theirs = peft.tensors(model.denoiser), peft.tensors(again.denoiser)
     assert mine.keys() == theirs.keys()
