@@ -8,7 +8,7 @@ the picture out. Loss: mean square of the predicted noise or velocity.
 | size | decoder | hardware | expect |
 |---|---|---|---|
 | smoke | two small transformer blocks | anything | 10 s; runs through |
-| quickstart | transformer on 64 x 64 pixels, 7.8 M, | a laptop, 2 cores | 5 minutes; a shape of |
+| quickstart | transformer on 64 x 64 pixels, 7.8 M, | a laptop, 2 cores | 6 minutes; a shape of |
 | | velocity | | the colour asked for |
 | 1b, 8b | Stable Diffusion 1.5, its UNet tuned | 8 chips of 32 GB or | the reference's setting |
 | | with a two-layer MLP, 512 x 512 | 8 GPUs of 80 GB | |

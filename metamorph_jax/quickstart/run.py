@@ -20,7 +20,7 @@ import platform
 import time
 from collections.abc import Callable
 
-MINUTES = {"data": 1, "connector": 1, "vpit": 13, "predict": 1, "decoder": 7, "evaluate": 4}
+MINUTES = {"data": 1, "connector": 1, "vpit": 12, "predict": 1, "decoder": 6, "evaluate": 3}
 GOALS = {"accuracy": 0.9, "tokens_right": 0.85, "drawings_right": 0.8, "minutes": 25.0}
 
 
