@@ -122,6 +122,9 @@ def prepare_environment() -> None:
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # imported before, it has not seen the environment
 
 
 def devices(topology: Topology) -> list:

@@ -53,7 +53,8 @@ def test_a_missing_compiler_is_named(monkeypatch):
 @pytest.mark.skipif(not chips._installed("libtpu"), reason="pip install 'metamorph-jax[plan]'")
 def test_one_chip_and_a_shape_that_is_no_topology():
     code = (
-        "from metamorph_jax.plan import chips; chips.prepare_environment(); "
+        "import jax; from metamorph_jax.plan import chips; chips.prepare_environment(); "
+        "assert jax.config.jax_platforms == 'cpu'; "
         "print(len(chips.devices(chips.parse('v5e-1')))); chips.devices(chips.parse('v5e:3x5'))"
     )
     # In a process of its own: the compiler's library catches signals.
