@@ -38,6 +38,20 @@ PLANS = {
     "vpit-smoke-v5e-8": (f"{VPIT}:smoke", "v5e-8", 2, {}),
     "decoder-smoke-v5e-4": (f"{DECODER}:smoke", "v5e-4", 2, {}),
 }
+# What the levers do to one of them.
+_LEVERS = {
+    "remat-none": {"model.remat": "none"},
+    "remat-dots": {"model.remat": "dots"},
+    "remat-attention": {"model.remat": "attention"},
+    "remat-offload": {"model.remat": "offload"},
+    "momentum-bfloat16": {"optim.momentum_dtype": "bfloat16"},
+    "tensor-4": {"mesh.tensor": 4},
+    "lora-nf4": {"model.lora": {"rank": 16}, "model.frozen_weights": "nf4"},
+}
+PLANS |= {
+    f"vpit-8b-v5e-64-{lever}": (f"{VPIT}:8b", "v5e-64", 1, changes)
+    for lever, changes in _LEVERS.items()
+}
 # MaxText without and with its tiled loss: (peak GiB, GB on the wire), and what we aim at.
 PEERS = {
     "llm8b-v5e-64": ((5.59, 59.2), (4.81, 89.3), (4.9, 60.0)),

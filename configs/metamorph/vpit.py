@@ -24,6 +24,8 @@ of 4096 holds some 1536 samples. They have not been run to the end with this cod
 `metamorph sweep --config=configs/metamorph/vpit.py:SIZE --workdir=DIR` compares learning rates and
 weights of the visual loss.
 Point `config.data.sources` at your own files: `--config.data.sources.main.path=FILE`.
+Adapters in place of the whole language model: `--config.model.lora="{'rank': 16}"`, and
+`--config.model.frozen_weights=nf4` for what is frozen then.
 """
 
 from ml_collections import ConfigDict
@@ -42,7 +44,7 @@ def get_config(arg: str = "quickstart") -> ConfigDict:
             steps=10460,  # 16.07 M samples once
             batch_size=256,
             accumulate=1,
-            model=MODELS[arg](),
+            model=dict(**MODELS[arg](), lora=None, frozen_weights="none"),
             data=DATA[arg](),
             optim=dict(
                 learning_rate=6.93e-5,
