@@ -58,6 +58,20 @@ def _parts(model: nnx.Module):
     return parts
 
 
+def read(folder: pathlib.Path) -> Mapping[str, np.ndarray]:
+    """The tensors of a checkpoint by the names above.
+
+    Args:
+        folder: of the public implementation, or what `metamorph convert` writes: a language model
+            with tower/, connector/ and head/ beside it.
+    """
+    parts = [("", hf.Tensors(folder))]
+    for name, prefix in (("tower", TOWER), ("connector", ""), ("head", "")):
+        if (folder / name / "config.json").is_file():
+            parts.append((prefix, hf.Tensors(folder / name)))
+    return names.Joined(*parts)
+
+
 def load_metamorph(model: nnx.Module, tensors: Mapping[str, np.ndarray]) -> None:
     """Fills a MetaMorph model in place; reports what doesn't fit in all parts at once."""
     problems = []

@@ -100,6 +100,32 @@ class Mapped(Mapping):
         return key in self._keys
 
 
+class Joined(Mapping):
+    """Lazy mappings as one.
+
+    Args:
+        parts: (prefix of all keys, mapping) each.
+    """
+
+    def __init__(self, *parts: tuple[str, Mapping]):
+        self._places = {
+            prefix + key: (tensors, key) for prefix, tensors in parts for key in tensors
+        }
+
+    def __getitem__(self, key: str):
+        tensors, inside = self._places[key]
+        return tensors[inside]
+
+    def shape_of(self, key: str) -> tuple[int, ...]:
+        return shape_of(*self._places[key])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
 class Lazy(MutableMapping):
     """key -> array, where a value may be a function that makes the array when it is asked for."""
 

@@ -1,5 +1,6 @@
 """`metamorph convert`: runs and published weights to folders that transformers loads."""
 
+import dataclasses
 import json
 
 import jax
@@ -96,6 +97,15 @@ def test_a_run_becomes_a_folder_for_transformers(run, tmp_path, capsys):
     card = (out / "README.md").read_text()
     for text in ("`metamorph`, stage `vpit`", "- cats: `cats.jsonl`", "| text_loss | 1.25 |"):
         assert text in card
+
+    cfg = dataclasses.replace(model.cfg, weights=str(out))  # as --checkpoint names it
+    again = nnx.eval_shape(lambda: recipe.create(cfg, nnx.Rngs(0)))
+    recipe.load_pretrained(again, cfg)
+    mine, came = (dict(nnx.to_flat_state(nnx.state(m, nnx.Param))) for m in (model, again))
+    assert mine.keys() == came.keys()
+    for name, value in mine.items():
+        if name[-2:] not in (("lm_head", "kernel"), ("embed_tokens", "embedding")):  # padded rows
+            np.testing.assert_array_equal(came[name][...], value[...], err_msg=str(name))
 
 
 @pytest.fixture

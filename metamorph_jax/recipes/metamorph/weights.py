@@ -37,9 +37,9 @@ def _fill(model: MetaMorph, cfg: Config) -> None:
         return
     if cfg.weights:
         from metamorph_jax.convert import hf
-        from metamorph_jax.convert.metamorph import load_metamorph
+        from metamorph_jax.convert.metamorph import load_metamorph, read
 
-        load_metamorph(model, hf.Tensors(hf.find(cfg.weights)))
+        load_metamorph(model, read(hf.find(cfg.weights)))
         return
     if cfg.llm_weights != "random":
         from metamorph_jax.convert import specs
