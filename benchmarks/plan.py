@@ -1,7 +1,7 @@
 """Plans of the reference configs for TPUs and GPUs, and how they compare with MaxText.
 
     python benchmarks/plan.py                  # tables from benchmarks/plans/*.json, a second
-    python benchmarks/plan.py --make NAME …    # compiles these again (1 to 5 minutes each)
+    python benchmarks/plan.py --make NAME …    # compiles these again (1 to 5 minutes; SD 1.5: 20)
     python benchmarks/plan.py --make all
 
 Needs the TPU compiler (`pip install 'metamorph-jax[plan]'`) to make plans, and nothing to print
