@@ -131,8 +131,7 @@ def join(
     deadline = time.monotonic() + timeout
     meet = _gather if place.process == 0 else _report
     meet(place, hint_after, deadline, say)
-    if jax.config.jax_platforms == "cpu":
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    prepare_collectives()
     jax.distributed.initialize(
         place.coordinator,
         place.processes,
@@ -144,6 +143,14 @@ def join(
     if place.process == 0:
         say(f"all {place.processes} hosts are connected; if one falls silent for {heartbeat} s the "
             "others end, and the same command goes on from the last checkpoint")  # fmt: skip
+
+
+def prepare_collectives() -> None:
+    """Chooses how CPUs talk to each other; call it before JAX's backend starts."""
+    import jax
+
+    if jax.config.jax_platforms == "cpu":
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
 
 
 def _gather(place: Place, hint_after: float, deadline: float, say) -> None:

@@ -61,7 +61,7 @@ def get_config(arg: str = "quickstart") -> ConfigDict:
             log_every=20,
             checkpoint_every=1000,
             keep=2,
-            local_checkpoints=dict(folder="", every=50, keep=2),
+            local_checkpoints=dict(folder="", every=50, keep=2, multi_tier=0),
             tensorboard=True,
             matmul_precision="default",
             compilation_cache="~/.cache/metamorph_jax/compiled",

@@ -65,7 +65,7 @@ def get_config(arg: str = "quickstart") -> ConfigDict:
             log_every=10,
             checkpoint_every=500,
             keep=2,
-            local_checkpoints=dict(folder="", every=50, keep=2),
+            local_checkpoints=dict(folder="", every=50, keep=2, multi_tier=0),
             tensorboard=True,
             matmul_precision="default",
             compilation_cache="~/.cache/metamorph_jax/compiled",

@@ -50,6 +50,8 @@ class Checkpoints:
         seconds: how long the last save took until it was whole, or None.
     """
 
+    waits_for_others = True  # a save and `close`
+
     def __init__(self, workdir: str | pathlib.Path, keep: int = 2):
         self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
         self._keep = keep

@@ -61,7 +61,7 @@ def run(args) -> int:
     config = load_config(args.config, args.overrides)
     span = profile.parse(args.profile) if args.profile else None
     try:
-        place = _join(args)
+        place = _join(args, config)
     except distributed.JoinError as error:
         raise UserError(error) from error
     from metamorph_jax.data.packing import TooManyBadSamples
@@ -90,12 +90,18 @@ def run(args) -> int:
     return 0
 
 
-def _join(args):
+def _join(args, config):
     """This process's place among the hosts, after all have met; None if it is alone."""
     from metamorph_jax import distributed
 
     if args.distributed is False:
         return None
+    local = config.get("local_checkpoints", {})
+    if local.get("multi_tier"):
+        from metamorph_jax.train import multi_tier
+
+        mesh = dict(config.get("mesh") or {})
+        return multi_tier.join(local.folder, local.multi_tier, mesh, args.join_timeout)
     place = distributed.find(args.coordinator, args.processes, args.process)
     if place is not None:
         distributed.join(place, args.hint_after, args.join_timeout, args.heartbeat)

@@ -155,7 +155,7 @@ def _train(began, cfg: TrainConfig, recipe, model_cfg, resolved, workdir, profil
         )
     changes = workdirs.prepare(workdir, resolved, write=host0)
     checkpoints = checkpoint.Checkpoints(workdir, cfg.keep)
-    local = tiers.LocalCheckpoints(cfg.local_checkpoints, workdir, mesh, checkpoints.latest)
+    local = tiers.local_checkpoints(cfg.local_checkpoints, workdir, mesh, checkpoints.latest)
     resuming = checkpoints.latest is not None or local.step is not None
 
     # ---- data
@@ -313,12 +313,12 @@ def _train(began, cfg: TrainConfig, recipe, model_cfg, resolved, workdir, profil
             if logger.goodput:
                 logger.say(logger.goodput.summary())
     except (Exception, KeyboardInterrupt) as error:
-        with contextlib.suppress(checkpoint.CheckpointError):
-            local.close()
         # Other processes may be gone, and then a save that waits for them never ends.
-        if jax.process_count() == 1 or isinstance(error, BadStep | Preempted):
-            with contextlib.suppress(checkpoint.CheckpointError):
-                checkpoints.close()
+        together = jax.process_count() == 1 or isinstance(error, BadStep | Preempted)
+        for tier in (local, checkpoints):
+            if together or not tier.waits_for_others:
+                with contextlib.suppress(checkpoint.CheckpointError):
+                    tier.close()
         raise
     else:
         local.close()

@@ -14,14 +14,10 @@ belong to one run, number of hosts and mesh; with another the workdir's checkpoi
 whose disk is lost gets its shards from replicas (mesh axes slice, data) that have the same ones; if
 there is none, all go on from the workdir. Lines in the log say which and why.
 
-Why not the emergency managers of Orbax (0.12.8): `emergency.CheckpointManager` drops the local
-folder if the replica axis has size 1; on several slices the hosts of the first save nothing
-locally, what is noted beside a checkpoint (where the data stand, checksums) can't be read back
-(`metadata` isn't implemented), and nothing is checked against damage. Its multi-tier
-`ReplicatorCheckpointManager` saves on every host, but leaves it to a daemon of GKE to agree on a
-step and to repair hosts, and JAX then has to be started by that daemon's protocol
-(jax-init-info.txt, replicator.yaml, *.restore). In both, `restore` reads an absl flag, and fails in
-a program that doesn't parse its flags with absl.
+With `multi_tier` the folder is that of GKE's multi-tier daemon, and Orbax writes there (see
+`multi_tier`). Orbax's other emergency manager is not offered: with a replica axis of size 1 it
+drops the local folder; on several slices the hosts of the first save nothing locally; what is noted
+beside a checkpoint (where the data stand, checksums) can't be read back.
 """
 
 import concurrent.futures
@@ -65,16 +61,32 @@ class LocalConfig:
         every: steps between them.
         keep: how many of the newest stay. With 1 a host that dies while others have just finished a
             save leaves no step that all have.
+        multi_tier: minutes between copies to the bucket by GKE's multi-tier daemon, whose volume
+            `folder` then is; 0: no daemon.
     """
 
     folder: str = ""
     every: int = 50
     keep: int = 2
+    multi_tier: int = 0
 
     def __post_init__(self):
         for name in ("every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.multi_tier < 0:
+            raise ValueError(f"multi_tier must be a number of minutes, not {self.multi_tier}")
+        if self.multi_tier and not self.folder:
+            raise ValueError("multi_tier needs a folder: where the volume of the daemon is mounted")
+
+
+def local_checkpoints(cfg: LocalConfig, workdir: pathlib.Path, mesh: Mesh, newest: int | None):
+    """The local checkpoints of a run: those of this module, or of GKE's daemon."""
+    if not cfg.multi_tier:
+        return LocalCheckpoints(cfg, workdir, mesh, newest)
+    from metamorph_jax.train.multi_tier import MultiTierCheckpoints
+
+    return MultiTierCheckpoints(cfg, _name_of_run(workdir), _layout(mesh), mesh, newest)
 
 
 class LocalCheckpoints:
@@ -96,6 +108,8 @@ class LocalCheckpoints:
     Raises:
         ConfigError: if a host can't write to the folder.
     """
+
+    waits_for_others = False  # a save and `close`
 
     def __init__(self, cfg: LocalConfig, workdir: pathlib.Path, mesh: Mesh, newest: int | None):
         self.step: int | None = None

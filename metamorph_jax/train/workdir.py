@@ -22,7 +22,7 @@ BINDING = ("recipe", "stage", "seed", "batch_size", "accumulate", "model", "data
 # Of these it changes nothing in the numbers.
 FREE = (
     *("data.workers", "data.read_threads", "data.read_ahead", "data.index_dir"),
-    *("local_checkpoints.folder", "local_checkpoints.every", "local_checkpoints.keep"),
+    *(f"local_checkpoints.{name}" for name in ("folder", "every", "keep", "multi_tier")),
 )
 
 _PACKAGES = (

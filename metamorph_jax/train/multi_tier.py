@@ -1,0 +1,239 @@
+"""Multi-tier checkpoints of GKE: local ones in Orbax's form, that a daemon copies and repairs.
+
+    config.local_checkpoints.folder=/local       where the volume of the daemon is mounted
+    config.local_checkpoints.multi_tier=30       minutes between its copies to the bucket
+
+The daemon (https://cloud.google.com/kubernetes-engine, "multi-tier checkpointing") numbers the
+hosts, so that each comes back to the shards that it wrote; gives a host without them those of a
+replica, or of the bucket; and copies them there. The run writes through Orbax's
+`ReplicatorCheckpointManager`. As with the local checkpoints of `tiers`, a restart goes on from the
+newest step that all hosts have, there or in the workdir, and checks every array.
+"""
+
+import contextlib
+import pathlib
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from metamorph_jax import distributed
+from metamorph_jax.train import checkpoint
+from metamorph_jax.train.checkpoint import CheckpointError
+from metamorph_jax.train.optim import Params
+from metamorph_jax.train.state import TrainState
+
+
+def join(folder: str, minutes: int, mesh: dict[str, int], timeout: float) -> distributed.Place:
+    """Connects the processes as the daemon numbers them, and waits until it has repaired them.
+
+    Args:
+        folder: of the daemon on this host.
+        minutes: between its copies to the bucket.
+        mesh: axis -> size, for which hosts hold the same shards.
+        timeout: seconds after which it is given up.
+
+    Raises:
+        JoinError: if the daemon isn't there, or can't do it.
+    """
+    from etils import epath
+    from orbax.checkpoint.experimental.emergency.multi_tier_checkpointing import initialization
+
+    where = pathlib.Path(folder)
+    check = (f"Is multi-tier checkpointing on in the cluster, and its volume mounted at {folder} "
+             "(XPK: --mtc-enabled --ramdisk-directory)? "
+             "config.local_checkpoints.multi_tier=0 does without it")  # fmt: skip
+    if not where.is_dir():
+        raise distributed.JoinError(f"config.local_checkpoints.folder: no {folder} here. {check}")
+    print(f"waiting up to {timeout:.0f} s for GKE's multi-tier daemon in {folder}", flush=True)
+    distributed.prepare_collectives()
+    slices = mesh.get("slice", 1)
+    try:
+        initialization.initialize_multi_tier_checkpointing(
+            epath.Path(where),
+            backup_interval_minutes=minutes,
+            num_slices=slices if slices > 0 else None,
+            data_parallelism=max(slices, 1) * max(mesh.get("data", 1), 1),
+            jax_initialization_timeout_seconds=int(timeout),
+        )
+    except (OSError, TimeoutError, ValueError, RuntimeError) as error:
+        reason = checkpoint.reason(error)
+        raise distributed.JoinError(f"GKE's multi-tier daemon in {folder}: {reason}. {check}") \
+            from error  # fmt: skip
+    place = distributed.Place("GKE's daemon", jax.process_count(), jax.process_index())
+    if place.process == 0:
+        print(f"all {place.processes} hosts are connected", flush=True)
+    return place
+
+
+class MultiTierCheckpoints:
+    """As `tiers.LocalCheckpoints`; all processes make it at the same time.
+
+    Args:
+        cfg: `tiers.LocalConfig`.
+        run: name of the run; checkpoints of another one don't count.
+        layout: name of the hosts and the mesh; Orbax reads what was written on the same ones only.
+        mesh: of the state.
+        newest: step of the newest checkpoint in the workdir; older ones here don't count.
+    """
+
+    waits_for_others = True  # a save and `close`
+
+    def __init__(self, cfg, run: str, layout: str, mesh: Mesh, newest: int | None):
+        import orbax.checkpoint as ocp
+        from etils import epath
+        from orbax.checkpoint._src.futures import future
+        from orbax.checkpoint.experimental.emergency import replicator_checkpoint_manager as mtc
+
+        _prepare_orbax()
+        self._cfg, self._about, self._args = cfg, {"run": run, "layout": layout}, ocp.args
+        self._folder = pathlib.Path(cfg.folder).expanduser().absolute()
+        options = mtc.ReplicatorCheckpointManagerOptions(enable_async_checkpointing=False)
+        # It gives the keys by which the threads of a save in the background find each other the
+        # number of the process, also for the saves to the workdir, which all do together.
+        keys = future.AwaitableSignalsContract
+        prefix = keys.awaitable_signals_contract_prefix
+        self._manager = mtc.ReplicatorCheckpointManager(
+            epath.Path(self._folder), options, global_mesh=mesh
+        )
+        keys.awaitable_signals_contract_prefix = prefix
+        self.step: int | None = None
+        self.lanes: int | None = None
+        self.said: list[str] = []
+        self._agree(newest)
+
+    def _agree(self, newest: int | None) -> None:
+        notes = {step: self._notes(step) for step in self._steps()}
+        ours = [s for s, n in notes.items() if self._about.items() <= n.items() and "data" in n]
+        rows = distributed.gather([sorted(notes), ours])
+        common = set.intersection(*(set(usable) for _, usable in rows))
+        found = max((step for every, _ in rows for step in every), default=None)
+        best = max(common, default=-1)
+        if best > (-1 if newest is None else newest):
+            self.step, self._chosen = best, notes[best]
+            self.lanes = len(self._chosen["data"])
+            self.said.append(f"multi-tier checkpoint {best} is newer than the workdir's "
+                             f"({'none' if newest is None else newest})")  # fmt: skip
+        elif found is not None and found > (-1 if newest is None else newest):
+            self.said.append(
+                f"multi-tier checkpoint {found} isn't on all hosts, or not of this run, its number "
+                "of hosts and its mesh: not used"
+            )
+        # What isn't gone on with would be in the way when its step comes again.
+        for step in sorted({step for every, _ in rows for step in every}):
+            if step not in common or step > (self.step or 0):
+                if step in notes:
+                    self._delete(step)
+
+    def _notes(self, step: int) -> dict[str, Any]:
+        try:
+            return dict(self._manager.metadata(step).custom_metadata or {})
+        except Exception:  # damaged: Orbax has many kinds
+            return {}
+
+    def due(self, step: int) -> bool:
+        """Whether `step` is to be saved here."""
+        return step % self._cfg.every == 0
+
+    def restore(self, state: TrainState, fixed: Params) -> tuple[TrainState, Params, list[dict]]:
+        """(state, fixed, state of every lane of the data) at `step`.
+
+        Raises:
+            CheckpointError: if it is damaged, or holds something else.
+        """
+        file = self._folder / str(self.step)
+        error = None
+        try:
+            args = self._args.Composite(state=self._args.PyTreeRestore())
+            found = self._manager.restore(self.step, args=args)["state"]
+        except Exception as one:
+            error = one
+        if checkpoint.any_process(error is not None):
+            why = "another host could not read it" if error is None else checkpoint.reason(error)
+            raise self._unusable(file, f"can't be read ({why})") from error
+        tree, added = checkpoint.expected(state, fixed, checkpoint.flat(found))
+        checkpoint.compare(checkpoint.flat(tree), checkpoint.flat(found), file)
+        found = jax.tree.map(lambda like, x: jax.device_put(x, like.sharding), tree, found)
+        wrong = checkpoint.altered(found, self._chosen["sums"])
+        if wrong:
+            raise self._unusable(file, f"was altered on some host: {wrong}")
+        return *checkpoint.from_tree(found, added, state), self._chosen["data"]
+
+    def _unusable(self, file, why: str) -> CheckpointError:
+        return CheckpointError(
+            f"the multi-tier checkpoint {file} {why}. Remove it on all hosts to go on from an "
+            "older one or the workdir's"
+        )
+
+    def save(self, step: int, state: TrainState, fixed: Params, data: dict[int, dict]) -> None:
+        """Saves; it is done when this returns (in memory, where the daemon's volume is).
+
+        Raises:
+            CheckpointError: if this one or the one before can't be written.
+        """
+        self.wait()
+        tree = checkpoint.as_tree(state, fixed)
+        notes = {"data": checkpoint.from_all_processes(data), "sums": checkpoint.checksums(tree)}
+        with self._telling():
+            self._manager.save(
+                step,
+                args=self._args.Composite(state=self._args.PyTreeSave(tree)),
+                custom_metadata=self._about | notes,
+                force=True,
+            )
+            for old in self._steps()[: -self._cfg.keep]:
+                self._delete(old)
+
+    def check(self) -> None:
+        """Raises CheckpointError if a save in the background has failed."""
+        with self._telling():
+            self._manager.check_for_errors()
+
+    def wait(self) -> None:
+        """`check`, once the save in the background is done."""
+        with self._telling():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _telling(self):
+        try:
+            yield
+        except Exception as error:
+            raise CheckpointError(
+                f"a multi-tier checkpoint in {self._folder} could not be written: "
+                f"{checkpoint.reason(error)}. Is the disk full? The same command goes on"
+            ) from error
+
+    def close(self) -> None:
+        """Ends what runs in the background; a save that fails meanwhile is raised."""
+        with self._telling():
+            self._manager.close()
+
+    def remove(self) -> None:
+        """Removes what this host has: the run is at its end."""
+        self.wait()
+        for step in self._steps():
+            self._delete(step)
+
+    def _steps(self) -> list[int]:
+        return sorted(self._manager.all_steps(read=True))
+
+    def _delete(self, step: int) -> None:
+        """Removes a step of this host; one that the daemon gave back is a link to its own folder,
+        which Orbax wouldn't remove."""
+        folder = self._folder / str(step)
+        if folder.is_symlink():
+            folder.unlink()
+            self._manager.reload()
+        else:
+            self._manager.delete(step)
+
+
+def _prepare_orbax() -> None:
+    """It asks an absl flag when it restores; this program has none to parse. And it warns of what
+    is as it should be."""
+    from absl import flags, logging
+
+    logging.set_verbosity(logging.ERROR)
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
