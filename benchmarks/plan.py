@@ -52,6 +52,13 @@ PLANS |= {
     f"vpit-8b-v5e-64-{lever}": (f"{VPIT}:8b", "v5e-64", 1, changes)
     for lever, changes in _LEVERS.items()
 }
+# `metamorph generate` on one chip, by how the language model's weights are kept.
+_DECODING = {
+    "decode-8b-v5e-1-int8": "v5e:1x1",
+    "decode-8b-v6e-1-bfloat16": "v6e:1x1",
+    "decode-8b-v6e-1-int8": "v6e:1x1",
+}
+PLANS |= {name: (f"{VPIT}:8b", topology, 4, {}) for name, topology in _DECODING.items()}
 # MaxText without and with its tiled loss: (peak GiB, GB on the wire), and what we aim at.
 PEERS = {
     "llm8b-v5e-64": ((5.59, 59.2), (4.81, 89.3), (4.9, 60.0)),
@@ -68,7 +75,10 @@ def make(name: str) -> dict:
     config, topology, rows, changes = PLANS[name]
     path, mark, arg = config.partition(":")
     loaded = load_config(f"{ROOT / path}{mark}{arg}", changes)
-    return command.plan(loaded, chips.parse(topology), config, rows)
+    decoding = {}
+    if name in _DECODING:
+        decoding = {"what": "decode", "weights": name.rsplit("-", 1)[1]}
+    return command.plan(loaded, chips.parse(topology), config, rows, **decoding)
 
 
 def against_peers(plans: dict[str, dict]) -> str:

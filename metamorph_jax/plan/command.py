@@ -5,6 +5,7 @@ import pathlib
 import sys
 
 from metamorph_jax.plan import chips
+from metamorph_jax.sampling import WEIGHTS
 
 DOES_NOT_FIT = 1
 
@@ -28,12 +29,16 @@ def add_arguments(parser) -> None:
     )
     parser.add_argument("--slices", type=int, default=1, help="so many of these topologies")
     parser.add_argument(
-        "--what", choices=("train", "decode"), default="train", help="decode: one token a row"
-    )
+        "--what", choices=("train", "decode"), default="train",
+        help="decode: one token a row, on the first of the chips, as `metamorph generate` does",
+    )  # fmt: skip
     parser.add_argument(
         "--rows-per-device", type=float, metavar="N", help="in place of config.batch_size"
     )
     parser.add_argument("--length", type=int, default=4096, help="slots of the cache for decoding")
+    parser.add_argument(
+        "--weights", choices=WEIGHTS, default="auto", help="how decoding keeps them, as `generate`"
+    )
     parser.add_argument("--json", metavar="FILE", help="writes the plan there, - for the console")
     parser.add_argument("--hlo", metavar="FILE", help="writes the compiled program's text there")
     parser.add_argument(
@@ -59,7 +64,7 @@ def run(args) -> int:
             found = search(args, config, topology)
         else:
             found = plan(config, topology, args.config, args.rows_per_device, args.what,
-                         args.length, args.hlo)  # fmt: skip
+                         args.length, args.hlo, args.weights)  # fmt: skip
     except chips.TopologyError as error:
         raise UserError(error) from error
     if args.json == "-":
@@ -73,7 +78,8 @@ def run(args) -> int:
     return 0 if found["fits"] else DOES_NOT_FIT
 
 
-def plan(config, topology, name="", rows=None, what="train", length=4096, hlo=None) -> dict:
+def plan(config, topology, name="", rows=None, what="train", length=4096, hlo=None,
+         weights="auto") -> dict:  # fmt: skip
     """Compiles one program and says what became of it, see `report.make`.
 
     Args:
@@ -81,14 +87,14 @@ def plan(config, topology, name="", rows=None, what="train", length=4096, hlo=No
         topology: `chips.Topology`.
         name: of the config, for the table.
         rows: per device, None for the config's batch.
-        what, length: as on the command line.
+        what, length, weights: as on the command line.
         hlo: file for the compiled program's text, or None.
     """
     from metamorph_jax.plan import flops, programs, report
 
     devices = chips.devices(topology)
     if what == "decode":
-        program = programs.decode_step(config, devices, rows, length)
+        program = programs.decode_step(config, devices, rows, length, weights)
     else:
         program = programs.train_step(config, devices, rows)
     counted = flops.count(program)
@@ -111,7 +117,8 @@ def search(args, config, topology) -> dict:
     def attempt(policy: str, rows: int) -> dict:
         if policy:
             config.model.remat = policy
-        found = plan(config, topology, args.config, rows, args.what, args.length)
+        found = plan(config, topology, args.config, rows, args.what, args.length,
+                     weights=args.weights)  # fmt: skip
         ok = found["fits"] and found["free_share"] >= args.free
         tried.append({"remat": policy, "rows_per_device": rows, "fits": ok,
                       "total_bytes": found.get("total_bytes"),

@@ -45,7 +45,7 @@ def _language(program, parts) -> float:
     head = 2.0 * cfg.width * cfg.tokens * positions
     pair = 4.0 * cfg.heads * cfg.head_dim * cfg.layers  # scores and mixing, of one pair
     if not program.training:
-        length = program.args[3][0].shape[2]
+        length = program.length
         parts["llm"] = products + pair * positions * length
         parts["head table"] = head
         return 0.0

@@ -5,6 +5,7 @@ Nothing is computed and no weight is made: states and batches are shapes with sh
 
 import dataclasses
 import time
+from functools import partial
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ class Program:
         parts: name of a part of the model -> (trained, frozen) parameters.
         groups: name -> structs, what the memory of arguments goes into.
         positions, rows: of a step, over all devices.
+        length: slots of the cache of a step of decoding.
     """
 
     call: Any
@@ -41,6 +43,7 @@ class Program:
     model_cfg: Any
     trained_names: frozenset = frozenset()
     batch: Any = None
+    length: int = 0
 
 
 def train_step(config, devices, rows_per_device: float | None = None) -> Program:
@@ -99,55 +102,60 @@ def train_step(config, devices, rows_per_device: float | None = None) -> Program
     )  # fmt: skip
 
 
-def decode_step(config, devices, rows_per_device: float | None = None, length=4096) -> Program:
-    """One token for every row, with a cache of `length` slots and bfloat16 weights.
+def decode_step(
+    config, devices, rows_per_device: float | None = None, length=4096, weights="auto"
+) -> Program:
+    """A step of `metamorph generate`, which runs on one chip: each row reads and emits a token.
+
+    Args:
+        config: ConfigDict or nested dict.
+        devices: of which the first is compiled for.
+        rows_per_device: decoded together, default 1.
+        length: slots of the cache.
+        weights: how the language model's are kept, see `sampling.layers.layout`.
 
     Raises:
         ConfigError: the recipe has no language model.
     """
-    from metamorph_jax.models.llm.llama import KVCache
+    from flax import nnx
+
+    from metamorph_jax.sampling.interleaved import Decoder, Options
 
     cfg, recipe, model_cfg = _configs(config)
-    mesh = _mesh(cfg, devices)
-    parts, trained, frozen, model = _abstract(recipe, model_cfg, cfg, mesh)
-    if not hasattr(model, "llm"):
-        raise ConfigError(f"recipe {cfg.recipe} has no language model to decode with")
-    rows = mesh.size if rows_per_device is None else round(rows_per_device * mesh.size)
-    wide = lambda x: jnp.issubdtype(x.dtype, jnp.floating) and len(x.shape) > 1  # noqa: E731
-    values = trained | frozen
-    values = {
-        n: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if wide(x) else x.dtype)
-        for n, x in values.items()
-        if n.startswith("llm.")
-    }
-    values = _place(values, {n: parts.shardings[n] for n in values})
-    others = {n: x for n, x in (trained | frozen).items() if n not in values}
-    llm = model.llm.cfg
+    mesh = sharding.make_mesh(devices=devices[:1])
+    rows = round(rows_per_device or 1)
+    made = []
 
-    def step(weights, tokens, filled, cache):
-        every = {**weights, **{n: jnp.zeros(x.shape, x.dtype) for n, x in others.items()}}
-        model = parts.merge({n: every[n] for n in trained}, {n: every[n] for n in frozen})
-        positions = jnp.broadcast_to(filled, (rows, 1))
-        mask = jnp.broadcast_to(jnp.arange(length) <= filled, (rows, 1, length))
-        past = KVCache(cache[0], cache[1], filled, jnp.ones((rows, length), bool))
-        hidden, past = model.llm(model.embed_text(tokens[:, None]), positions, mask, past)
-        token = jnp.argmax(model.llm.logits(hidden[:, 0]), axis=-1)
-        return token, past.filled, (past.keys, past.values)
+    def prepared():
+        model = recipe.create(model_cfg, nnx.Rngs(0))
+        if not hasattr(model, "llm"):
+            raise ConfigError(f"recipe {cfg.recipe} has no language model to decode with")
+        made.append(Decoder(model, weights))
+        return made[0].weights
 
-    dtype = jnp.dtype(llm.dtype)
-    shape = (llm.layers, rows, length, llm.kv_heads, llm.head_dim)
-    at = jax.sharding.NamedSharding(
-        mesh, sharding.fit(sharding.spec(None, "act_batch", None, "act_heads", None), shape, mesh)
-    )
-    cache = tuple(jax.ShapeDtypeStruct(shape, dtype, sharding=at) for _ in range(2))
+    with jax.set_mesh(mesh):  # whose kind of device decides how weights are kept
+        kept = jax.eval_shape(prepared)
+    decoder, options = made[0], Options()
+    new = length // 2
+    begin = partial(decoder._run_prompt, options=options, capacity=length - new)
+    number = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    state = jax.eval_shape(
+        begin, kept, jax.ShapeDtypeStruct((rows, new, decoder.cfg.width), jnp.float32), number,
+        number, jax.ShapeDtypeStruct((rows,), jnp.uint32),
+        jax.ShapeDtypeStruct((rows, length - new), jnp.int32),
+    )  # fmt: skip
     everywhere = sharding.replicated(mesh)
-    tokens = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=sharding.batch_sharding(mesh))
-    filled = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
-    out = (tokens.sharding, everywhere, (at, at))
-    call = jax.jit(step, donate_argnums=(3,), out_shardings=out)
+    place = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype,
+                                                                 sharding=everywhere))  # fmt: skip
+    kept, state = place(kept), place(state)
+    call = jax.jit(partial(decoder.step, options=options), donate_argnums=(1,))
+    size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
+    parts = {"llm": (0, size(kept["llm"])), "connector and head": (0, size(kept["parts"]))}
+    model = nnx.eval_shape(lambda: recipe.create(model_cfg, nnx.Rngs(0)))
+    groups = {"weights": kept, "cache": (state.keys, state.values)}
     return Program(
-        call, (values, tokens, filled, cache), mesh, model, _sizes({}, values, {}),
-        {"parameters": values, "cache": cache}, rows, rows, False, cfg, model_cfg,
+        call, (kept, state), mesh, model, parts, groups, rows, rows, False, cfg, model_cfg,
+        length=length,
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from metamorph_jax.cli import UserError
 from metamorph_jax.data.sources.base import BadSample
+from metamorph_jax.sampling import WEIGHTS
 from metamorph_jax.sampling.requests import Request, read_requests
 
 GUIDANCE = (7.5,)
@@ -56,6 +57,11 @@ def add_arguments(parser) -> None:
         type=int,
         help="visual tokens count (default: 512, or half of the context if that is less)",
     )
+    group.add_argument(
+        "--weights", choices=WEIGHTS, default="auto",
+        help="how the language model's are kept (auto: as it computes); int8 is half of what a TPU "
+        "or GPU has to read for each token",
+    )  # fmt: skip
     group.add_argument("--force-end", action="store_true", help="end pictures after P tokens")
     group.add_argument("--parity", action="store_true", help="faults of the reference included")
     group.add_argument("--seed", type=int, default=0)
@@ -101,7 +107,9 @@ def run(args) -> int:
         from metamorph_jax.sampling.artist import load_artist
         from metamorph_jax.sampling.speaker import load_speaker
 
-        speaker = load_speaker(args.workdir, args.checkpoint, args.config, args.overrides)
+        speaker = load_speaker(
+            args.workdir, args.checkpoint, args.config, args.overrides, args.weights
+        )
         speaker.options = dataclasses.replace(
             speaker.options, sampler=sampler, force_end=args.force_end, parity=args.parity
         )
@@ -119,7 +127,7 @@ def settings(args) -> dict:
     """What decides the results, apart from the prompts."""
     names = (
         "workdir checkpoint config decoder temperature top_k top_p max_new_tokens force_end parity"
-        " seed context guidance steps"
+        " seed context guidance steps weights"
     )
     return {name: getattr(args, name) for name in names.split()}
 

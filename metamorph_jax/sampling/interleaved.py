@@ -33,7 +33,7 @@ from jax import lax
 from metamorph_jax.models import lora
 from metamorph_jax.nn import rope
 from metamorph_jax.nn.attention import attend
-from metamorph_jax.sampling.layers import attend_cached, layout, norm, once, product, run_layer
+from metamorph_jax.sampling.layers import attend_cached, layout, linear, norm, once, run_layer
 from metamorph_jax.sampling.segments import NOTHING, VISUAL, Result, read_record
 from metamorph_jax.sampling.text import Sampler, row_keys, step_keys
 
@@ -114,9 +114,10 @@ class Decoder:
         recipe: an NNX module with `llm` (Llama), `project` (visual tokens -> embeddings),
             `predict_visual` (hidden states -> normalised visual tokens), `feature_shape` (P, C),
             `image_start` and `image_end` (ids). Adapters are merged into its weights.
+        weights: how the language model's are kept, see `layers.layout`.
     """
 
-    def __init__(self, recipe):
+    def __init__(self, recipe, weights: str = "auto"):
         recipe = lora.merged(recipe)
         self.cfg = recipe.llm.cfg
         self.start, self.end = int(recipe.image_start), int(recipe.image_end)
@@ -126,7 +127,7 @@ class Decoder:
             if hasattr(parts, name):
                 delattr(parts, name)
         self._parts, parts_state = nnx.split(parts)
-        self.weights = {"llm": layout(recipe.llm), "parts": parts_state}
+        self.weights = {"llm": layout(recipe.llm, weights), "parts": parts_state}
         self._begin = jax.jit(self._run_prompt, static_argnames=("options", "capacity"))
         self._advance = jax.jit(
             self._run_loop, static_argnames=("options",), donate_argnames=("state",)
@@ -269,11 +270,12 @@ class Decoder:
         def go_on(s):
             return ~s.done.all() & (s.step < jnp.minimum(until, s.record.shape[1]))
 
-        def body(s):
-            s, hidden = self._read(weights["llm"], s)
-            return self._emit(weights, s, hidden, options)
+        return lax.while_loop(go_on, lambda s: self.step(weights, s, options), state)
 
-        return lax.while_loop(go_on, body, state)
+    def step(self, weights, s: State, options: Options) -> State:
+        """Reads each row's last token and emits its next; what the loop repeats."""
+        s, hidden = self._read(weights["llm"], s)
+        return self._emit(weights, s, hidden, options)
 
     def _angles(self, positions):
         cfg = self.cfg
@@ -321,7 +323,7 @@ class Decoder:
             hidden = once(jnp.where(drawing, projected.T, hidden))
 
         def choose(hidden):
-            logits = product(llm["head"], hidden, jnp.float32)
+            logits = linear(llm["head"], hidden, jnp.float32)
             if options.sampler.greedy:
                 return jnp.argmax(logits, axis=0).astype(jnp.int32)
             return options.sampler(logits.T, step_keys(s.rng, s.step))
@@ -361,6 +363,6 @@ class Decoder:
         )
 
 
-def prepare(recipe) -> Decoder:
-    """Lays the weights of a recipe out for decoding, once."""
-    return Decoder(recipe)
+def prepare(recipe, weights: str = "auto") -> Decoder:
+    """Lays the weights of a recipe out for decoding, once; `weights`: see `layers.layout`."""
+    return Decoder(recipe, weights)

@@ -24,13 +24,13 @@ from metamorph_jax.train.workdir import find_recipe
 class Speaker:
     """A model with all that belongs to talking with it."""
 
-    def __init__(self, model, tokenizer, data):
+    def __init__(self, model, tokenizer, data, weights: str = "auto"):
         self.model, self.tokenizer, self.data = model, tokenizer, data
         self.chat = Chat(
             tokenizer, data.template, data.system, data.single_bos,
             image_start=model.image_start, image_end=model.image_end,
         )  # fmt: skip
-        self.decoder = prepare(model)
+        self.decoder = prepare(model, weights)
         ends = {self.chat.close, getattr(tokenizer, "eos_token_id", None)} - {None}
         self.options = Options(eos=tuple(sorted(ends)))
         self.context = data.length
@@ -82,8 +82,13 @@ class Speaker:
         return np.asarray(embeds[0], np.float32)
 
 
-def load_speaker(workdir, checkpoint, config_spec=None, overrides=None) -> Speaker:
-    """The model that reads and speaks, from a workdir or from published weights."""
+def load_speaker(
+    workdir, checkpoint, config_spec=None, overrides=None, weights: str = "auto"
+) -> Speaker:
+    """The model that reads and speaks, from a workdir or from published weights.
+
+    `weights`: how those of its language model are kept, see `layers.layout`.
+    """
     if workdir:
         recipe, cfg, model, values = load_trained(workdir)
     else:
@@ -99,4 +104,4 @@ def load_speaker(workdir, checkpoint, config_spec=None, overrides=None) -> Speak
     data = dict(values["data"])
     data.setdefault("sources", [{"path": "none"}])
     data = recipe.complete_data_config(config.build(DataConfig, data, "config.data"), cfg)
-    return Speaker(model, recipe.load_tokenizer(cfg), data)
+    return Speaker(model, recipe.load_tokenizer(cfg), data, weights)

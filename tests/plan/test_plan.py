@@ -66,13 +66,27 @@ def test_out_of_memory_says_what_to_do():
     assert any("accumulate" in text for text in why["advice"])
 
 
+def test_decoding_reads_packed_weights_as_they_are():
+    needs_compiler()
+    smoke = "--config=configs/metamorph/vpit.py:smoke", "--topology=v5e:1x1", "--what=decode"
+    kept = {}
+    for weights in ("bfloat16", "int8"):
+        done = run(*smoke, "--rows-per-device=2", "--length=64", f"--weights={weights}", "--json=-")
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        assert (found["what"], found["devices"], found["rows"]) == ("decode", 1, 2)
+        assert found["total_wire_bytes"] == 0
+        kept[weights] = found["arguments_by_part"]["weights"]
+    assert kept["int8"] < 0.9 * kept["bfloat16"]  # tables and connector stay
+
+
 def test_wrong_topology_is_one_message():
     done = run("--config=configs/metamorph/vpit.py:smoke", "--topology=v5e-63")
     assert done.returncode == 2 and "known names are v5e-1" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-LEVERS = "vpit-8b-v5e-64-"  # what an option does; one of them doesn't fit
+LEVERS = ("vpit-8b-v5e-64-", "decode-")  # what an option does; one of them doesn't fit
 FULL = [n for n in STORED if "8b-" in n or "70b" in n or "sd15" in n]
 
 

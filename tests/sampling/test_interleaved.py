@@ -66,7 +66,10 @@ def golden(golden_root):
 
     def with_head(case):
         head = jnp.asarray(heads[f"{case}/lm_head.weight"])
-        decoder.weights = {**decoder.weights, "llm": {**decoder.weights["llm"], "head": head}}
+        decoder.weights = {
+            **decoder.weights,
+            "llm": {**decoder.weights["llm"], "head": {"w": head}},
+        }
         return decoder
 
     return dict(np.load(root / "decode.npz")), meta, with_head
@@ -290,12 +293,40 @@ def test_weights_are_read_rounded_where_products_are(model, decoder):
         assert not re.search(rf"= f32\[{out},{columns}\]\S* (convert|fusion)\(", text)
 
 
+def test_int8_weights_are_those_that_the_codes_stand_for(model):
+    """Layers and output table; the table of embeddings stays."""
+    _, prompts = _prompts(model, [20, 7])
+    coded, exact = prepare(model, "int8"), prepare(model, "float32")
+    options = {"max_new_tokens": 8, "forced_ids": np.array([[5, coded.start] + [-1] * 6] * 2)}
+
+    def decoded(m):
+        if not isinstance(m, dict):
+            return m
+        if "scale" not in m:
+            return {name: decoded(part) for name, part in m.items()}
+        assert m["w"].dtype == jnp.int8
+        rest = {name: part for name, part in m.items() if name not in ("w", "scale")}
+        return {"w": m["w"] * m["scale"][:, None], **rest}
+
+    llm = coded.weights["llm"]
+    read = {"head": decoded(llm["head"]), "layers": [decoded(layer) for layer in llm["layers"]]}
+    assert llm["table"].dtype == jnp.float32
+    results = coded(prompts, **options)
+    rounded = exact(prompts, **options)
+    exact.weights = exact.weights | {"llm": exact.weights["llm"] | read}
+    for one, same, other in zip(results, exact(prompts, **options), rounded, strict=True):
+        _same(one, same)
+        assert not np.array_equal(one.vectors, other.vectors)
+    with pytest.raises(ValueError, match="int4.* is none of auto, float32, bfloat16, int8"):
+        prepare(model, "int4")
+
+
 def _kernels(layer: dict) -> list:
     return [layer[name]["w"] for name in ("qkv", "o", "gate_up", "down")]
 
 
 def test_tied_table_is_kept_once(decoder):
-    assert decoder.weights["llm"]["table"] is decoder.weights["llm"]["head"]
+    assert decoder.weights["llm"]["table"] is decoder.weights["llm"]["head"]["w"]
 
 
 def test_errors(model, decoder):
