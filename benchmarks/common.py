@@ -71,9 +71,13 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def interleaved(runs: dict[str, Callable], rounds: int, warmup: int = 1) -> dict[str, float]:
-    """Median seconds of each callable; they take turns, so that a busy moment hits all of them."""
-    for run in runs.values():
-        for _ in range(warmup):
+    """Median seconds of each callable; they take turns, so that a busy moment hits all of them.
+
+    `warmup` rounds aren't counted. They take turns, too: where much memory is used, one side still
+    touches pages for the first time after the other's first runs.
+    """
+    for _ in range(warmup):
+        for run in runs.values():
             seconds(run)
     times = {name: [] for name in runs}
     for _ in range(rounds):
