@@ -108,7 +108,8 @@ def search(args, config, topology) -> dict:
     """The plan with the highest bound on MFU among those that leave enough memory free.
 
     For each remat policy, from the one that keeps most: one and two rows are compiled, the largest
-    batch is read off the line through them and compiled, too.
+    batch is read off the line through them and compiled, too; then halfway back as long as that is
+    too much.
     """
     from metamorph_jax.models.llm.llama import REMAT
 
@@ -139,13 +140,12 @@ def search(args, config, topology) -> dict:
             if two["enough"]:
                 room = (1 - args.free) * one["hbm_capacity_bytes"] - one["total_bytes"]
                 each = max(two["total_bytes"] - one["total_bytes"], 1)
-                most = 1 + int(room / each)
-                for rows in sorted({most, most - 1}, reverse=True):
-                    if rows <= 2:
-                        break
+                low, high = 2, 2 + int(room / each)  # enough; too much, as far as the line says
+                rows = most = high - 1
+                while low < high - 1:
                     candidates.append(attempt(policy, rows))
-                    if candidates[-1]["enough"]:
-                        break
+                    low, high = (rows, high) if candidates[-1]["enough"] else (low, rows)
+                    rows = high - 1 if high == most else (low + high) // 2
         for found in candidates:
             better = best is None or (found["enough"], found.get("mfu_bound", 0), found["rows"]) > (
                 best["enough"], best.get("mfu_bound", 0), best["rows"])  # fmt: skip
