@@ -1,4 +1,4 @@
-"""`metamorph plan --search` finds the largest batch that leaves enough memory, with few compiles."""
+"""`metamorph plan --search` finds the largest batch that leaves enough memory, in few compiles."""
 
 import types
 
