@@ -27,7 +27,7 @@ class Program:
         parts: name of a part of the model -> (trained, frozen) parameters.
         groups: name -> structs, what the memory of arguments goes into.
         positions, rows: of a step, over all devices.
-        length: slots of the cache of a step of decoding.
+        length, weights: of a step of decoding: slots of the cache, and how weights are kept.
     """
 
     call: Any
@@ -44,6 +44,7 @@ class Program:
     trained_names: frozenset = frozenset()
     batch: Any = None
     length: int = 0
+    weights: str = ""
 
 
 def train_step(config, devices, rows_per_device: float | None = None) -> Program:
@@ -155,7 +156,7 @@ def decode_step(
     groups = {"weights": kept, "cache": (state.keys, state.values)}
     return Program(
         call, (kept, state), mesh, model, parts, groups, rows, rows, False, cfg, model_cfg,
-        length=length,
+        length=length, weights=weights,
     )  # fmt: skip
 
 

@@ -34,6 +34,7 @@ def make(program: Program, compiled: Compiled, flops: Flops, topology: Topology,
         "remat": remat_of(program),
         "momentum_dtype": cfg.optim.momentum_dtype,
         "dtype": getattr(model_cfg, "dtype", ""),
+        **({} if program.training else {"length": program.length, "weights": program.weights}),
         "parameters": {part: {"trained": a, "frozen": b} for part, (a, b) in program.parts.items()},
         "hbm_capacity_bytes": chip.hbm,
         "arguments_by_part": {

@@ -23,7 +23,7 @@ def config(folder, mesh):
     local = {"folder": str(folder), "every": 2, "multi_tier": 30} if folder else {}
     return toy(
         steps=8, checkpoint_every=4, mesh=mesh, prepare_batches=0,
-        data={"pause": 0.5 if folder else 0.0}, local_checkpoints=local,
+        data={"pause": 0.3 if folder else 0.0}, local_checkpoints=local,
         optim={"learning_rate": 0.02, "ema_decay": 0.9, "momentum_dtype": "bfloat16"},
     )  # fmt: skip
 

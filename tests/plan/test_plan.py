@@ -74,7 +74,7 @@ def test_decoding_reads_packed_weights_as_they_are():
         done = run(*smoke, "--rows-per-device=2", "--length=64", f"--weights={weights}", "--json=-")
         assert done.returncode == 0, done.stderr
         found = json.loads(done.stdout)
-        assert (found["what"], found["devices"], found["rows"]) == ("decode", 1, 2)
+        assert (found["what"], found["weights"], found["rows"]) == ("decode", weights, 2)
         assert found["total_wire_bytes"] == 0
         kept[weights] = found["arguments_by_part"]["weights"]
     assert kept["int8"] < 0.9 * kept["bfloat16"]  # tables and connector stay
