@@ -59,8 +59,8 @@ def add_arguments(parser) -> None:
     )
     group.add_argument(
         "--weights", choices=WEIGHTS, default="auto",
-        help="how the language model's are kept (auto: as it computes); int8 is half of what a TPU "
-        "or GPU has to read for each token",
+        help="how the language model's are kept (auto: as it computes); with int8 a TPU or GPU has "
+        "half as much to read for each token, a CPU is slower",
     )  # fmt: skip
     group.add_argument("--force-end", action="store_true", help="end pictures after P tokens")
     group.add_argument("--parity", action="store_true", help="faults of the reference included")
