@@ -12,6 +12,8 @@ newest step that all hosts have, there or in the workdir, and checks every array
 
 import contextlib
 import pathlib
+import shutil
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -120,10 +122,7 @@ class MultiTierCheckpoints:
                 "of hosts and its mesh: not used"
             )
         # What isn't gone on with would be in the way when its step comes again.
-        for step in sorted({step for every, _ in rows for step in every}):
-            if step not in common or step > (self.step or 0):
-                if step in notes:
-                    self._delete(step)
+        self._delete(s for s in notes if s not in common or s > (self.step or 0))
 
     def _notes(self, step: int) -> dict[str, Any]:
         try:
@@ -181,8 +180,7 @@ class MultiTierCheckpoints:
                 custom_metadata=self._about | notes,
                 force=True,
             )
-            for old in self._steps()[: -self._cfg.keep]:
-                self._delete(old)
+            self._delete(self._steps()[: -self._cfg.keep])
 
     def check(self) -> None:
         """Raises CheckpointError if a save in the background has failed."""
@@ -212,21 +210,21 @@ class MultiTierCheckpoints:
     def remove(self) -> None:
         """Removes what this host has: the run is at its end."""
         self.wait()
-        for step in self._steps():
-            self._delete(step)
+        self._delete(self._steps())
 
     def _steps(self) -> list[int]:
-        return sorted(self._manager.all_steps(read=True))
+        return sorted(self._manager.all_steps())
 
-    def _delete(self, step: int) -> None:
-        """Removes a step of this host; one that the daemon gave back is a link to its own folder,
-        which Orbax wouldn't remove."""
-        folder = self._folder / str(step)
-        if folder.is_symlink():
-            folder.unlink()
-            self._manager.reload()
-        else:
-            self._manager.delete(step)
+    def _delete(self, steps: Iterable[int]) -> None:
+        """Removes steps of this host alone: Orbax's `delete` waits for the others, who may not have
+        them, and stumbles over one that the daemon gave back, a link to a folder of its own."""
+        for step in list(steps):
+            folder = self._folder / str(step)
+            if folder.is_symlink():
+                folder.unlink()
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+        self._manager.reload()
 
 
 def _prepare_orbax() -> None:

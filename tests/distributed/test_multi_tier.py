@@ -49,8 +49,8 @@ class Daemon:
             self.asked[k] = dict(line.split(": ", 1) for line in wish.read_text().splitlines())
         found = [self._newest(k) for k in range(len(wishes))]
         for k, folder in enumerate(self.folders):
-            for step in [step for step in folder.iterdir() if step.name.isdigit()]:
-                shutil.rmtree(step)
+            if found[k]:
+                shutil.rmtree(folder / found[k].name, ignore_errors=True)
             marker = folder / f"job-s{found[k].name if found[k] else 0}-n{k}-w0.restore"
             if found[k]:
                 os.symlink(found[k], marker)
@@ -104,6 +104,7 @@ def test_two_hosts_and_a_lost_disk(tmp_path):
     assert (asked["job-name"], asked["nodes"], asked["peer-ranks"]) == ("job", "2", "[0]")
     assert (asked["assume-data-parallelism"], asked["backup-interval-minutes"]) == ("2", "30")
     assert not (tmp_path / "w/final").exists()
+    assert (disk / "host_0/4").is_dir()  # of which host 1 will have none
     shutil.rmtree(disk / "host_1")
     daemon, runs = together(disk, tmp_path / "w", mesh)
     forked.finish(runs)
