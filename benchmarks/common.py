@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from metamorph_jax import platforms
 
-platforms.leave_tpu_out()
+platforms.prepare()
 
 
 @dataclasses.dataclass

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from metamorph_jax.nn.linear import has_matrix_units
+from metamorph_jax.platforms import has_matrix_units
 from metamorph_jax.recipes import metamorph as recipe
 from metamorph_jax.sampling.interleaved import Options, prepare
 from metamorph_jax.sampling.segments import VISUAL

@@ -22,7 +22,7 @@ import numpy as np
 
 from metamorph_jax import sharding
 from metamorph_jax.models.llm import llama
-from metamorph_jax.nn.linear import has_matrix_units
+from metamorph_jax.platforms import has_matrix_units
 from metamorph_jax.recipes import metamorph
 from metamorph_jax.train import optim, state
 from metamorph_jax.train.feed import to_devices

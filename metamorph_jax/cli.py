@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     # transformers is used for its tokenizers: that torch is missing is no news.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    platforms.leave_tpu_out()
+    platforms.prepare()
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage(), end="")

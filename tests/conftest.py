@@ -19,6 +19,10 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import pytest  # noqa: E402
 
+from metamorph_jax import platforms  # noqa: E402
+
+platforms.prepare()  # as the commands that tests start do
+
 # Files that take minutes come first: at the end, one process would wait for the other.
 # With several processes this needs --no-loadscope-reorder, as in launch/test.sh.
 LONGEST = ("quickstart/test_run.py", "distributed/test_processes.py", "train/test_survival.py",

@@ -50,6 +50,36 @@ def test_without_libtpu_nothing_changes(bare, monkeypatch):
     assert "JAX_PLATFORMS" not in bare[0]
 
 
+def test_compiler_options_of_the_cpu(bare, monkeypatch):
+    monkeypatch.setattr(platforms, "has_matrix_units", lambda: True)
+    bare[0]["XLA_FLAGS"] = "--xla_dump_to=x --xla_cpu_prefer_vector_width=128"
+    for _ in range(2):  # the second call finds everything in place
+        platforms.tune_cpu()
+        assert bare[0]["XLA_FLAGS"] == (
+            "--xla_dump_to=x --xla_cpu_prefer_vector_width=128"
+            " --xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
+        )
+
+
+def test_compiler_options_without_matrix_units(bare, monkeypatch):
+    monkeypatch.setattr(platforms, "has_matrix_units", lambda: False)
+    platforms.tune_cpu()
+    assert "vector_width" not in bare[0]["XLA_FLAGS"]
+
+
+@pytest.mark.parametrize("version", ["0.13.1", "1.0.0"])
+def test_an_unknown_jaxlib_gets_no_options(version, bare, monkeypatch):
+    monkeypatch.setattr(platforms.importlib.metadata, "version", lambda name: version)
+    platforms.tune_cpu()
+    assert "XLA_FLAGS" not in bare[0]
+
+
+def test_with_an_accelerator_no_options(bare):
+    (bare[1] / "accel0").touch()
+    platforms.tune_cpu()
+    assert "XLA_FLAGS" not in bare[0]
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None
     or any(map(platforms.glob.glob, platforms._TPU + platforms._GPU)),
@@ -59,7 +89,7 @@ def test_without_libtpu_nothing_changes(bare, monkeypatch):
 def test_a_backend_starts_without_a_word(first):
     """Whether JAX was imported before or not."""
     code = (
-        f"{first}\nfrom metamorph_jax import platforms\nplatforms.leave_tpu_out()\n"
+        f"{first}\nfrom metamorph_jax import platforms\nplatforms.prepare()\n"
         "import jax\nprint(jax.default_backend())"
     )
     env = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"} | {"PYTHONPATH": str(ROOT)}

@@ -1,13 +1,10 @@
 """The matrix product of all linear layers."""
 
-import functools
-import pathlib
-import re
-
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from metamorph_jax.platforms import has_matrix_units
 from metamorph_jax.sharding import gathered, platform
 
 
@@ -44,16 +41,6 @@ def gathering_dot_general(names, lhs, rhs, dimension_numbers, precision=None, **
     if lhs.size // lhs.shape[-1] >= rhs.shape[0]:
         rhs = gathered(rhs, names)
     return flat_dot_general(lhs, rhs, dimension_numbers, precision, **options)
-
-
-@functools.cache
-def has_matrix_units() -> bool:
-    """Whether this host's CPU multiplies bfloat16 matrices in hardware (Intel AMX)."""
-    try:
-        flags = pathlib.Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return re.search(r"\bamx_bf16\b", flags) is not None
 
 
 _FEW = 16  # rows up to which reading the kernel takes the time, and rounding it would take more

@@ -234,7 +234,7 @@ def _bfloat16_is_faster() -> bool:
     """On a CPU with matrix units; other platforms know by themselves."""
     import jax
 
-    from metamorph_jax.nn.linear import has_matrix_units
+    from metamorph_jax.platforms import has_matrix_units
 
     return jax.default_backend() == "cpu" and has_matrix_units()
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from metamorph_jax import platforms
 from metamorph_jax.nn import linear
 
 
@@ -25,7 +26,7 @@ def test_any_leading_dimensions(lead):
 
 
 @pytest.mark.skipif(
-    not linear.has_matrix_units(), reason="needs a CPU with amx_bf16 in /proc/cpuinfo"
+    not platforms.has_matrix_units(), reason="needs a CPU with amx_bf16 in /proc/cpuinfo"
 )
 def test_rounded_products_and_their_gradients():
     x, layer = problem(2, 30)

@@ -13,8 +13,8 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from metamorph_jax.convert.metamorph import load_metamorph
-from metamorph_jax.nn.linear import has_matrix_units
 from metamorph_jax.nn.rope import RopeScaling
+from metamorph_jax.platforms import has_matrix_units
 from metamorph_jax.recipes import metamorph as recipe
 from metamorph_jax.sampling.interleaved import BUCKETS, Options, bucket, prepare
 from metamorph_jax.sampling.segments import NOTHING, VISUAL, Picture, Text
