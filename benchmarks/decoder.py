@@ -82,7 +82,7 @@ class Ours:
     def _sample(self):
         def run(state, noise, context):
             unet = nnx.merge(self.graph, state)
-            predict = sampling.guided(unet, context, scale=SCALE)
+            predict = sampling.guided(unet, context, scale=SCALE, prepare=unet.keys_values)
             return sampling.sample(predict, noise, sampling.DPMSolverPP(), Schedule(), STEPS)
 
         return jax.jit(run)
@@ -169,7 +169,8 @@ def main():
         runs = {"ours": getattr(ours, name)}
         if peer:
             runs["peer"] = getattr(peer, name)
-        times = common.interleaved(runs, rounds if name != "sample" else min(rounds, 3))
+        turns = dict(rounds=rounds, warmup=3) if name != "sample" else dict(rounds=min(rounds, 3))
+        times = common.interleaved(runs, **turns)
         fraction = work[name] / times["ours"] / peak
         case = common.Case(f"unet {name} b{batch}", "s", times["ours"], times.get("peer"), fraction)
         done.append(common.emit(case))

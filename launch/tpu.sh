@@ -164,11 +164,12 @@ create() {
     done
 }
 
+folder=''
+trap '[ -z "$folder" ] || rm -rf "$folder"' EXIT
+
 setup() { # each line with its own end: errors don't stop what stands left of ||
-    local folder variable
-    folder=$(mktemp -d)
-    # shellcheck disable=SC2064 # the folder of now
-    trap "rm -rf '$folder'" EXIT
+    local variable
+    folder=${folder:-$(mktemp -d)} # a set-up that failed has left its own
     say "copying the code to all hosts of $name"
     code "$root" | gzip > "$folder/code.tgz" || return 1
     copy "$folder/code.tgz" metamorph_jax.tgz || return 1
@@ -186,6 +187,7 @@ setup() { # each line with its own end: errors don't stop what stands left of ||
     on_hosts all all setup "$extras" ${bucket:+"$bucket"} ||
         return 1
     rm -rf "$folder"
+    folder=''
 }
 
 run() {

@@ -213,8 +213,18 @@ class DecoderRecipe(nnx.Module):
             return None
         return tuple((v - self.pixel_mean[...]) * self.pixel_scale[...] for v in (-1.0, 1.0))
 
+    def prepare(self, context):
+        """What `denoise` needs of a context and is the same in all steps of sampling."""
+        return self.denoiser.keys_values(context) if isinstance(self.denoiser, UNet) else context
+
     def denoise(self, x, t, context):
-        """The network's prediction. x: float32[B, h, w, c]; t: [B]; context: float[B, P', D]."""
+        """The network's prediction.
+
+        Args:
+            x: float32[B, h, w, c].
+            t: [B].
+            context: float[B, P', D], or what `prepare` made of it.
+        """
         if self.cfg.patch == 1:
             return self.denoiser(x, t, context)
         y = self.denoiser(space_to_depth(x, self.cfg.patch), t, context)

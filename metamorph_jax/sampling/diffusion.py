@@ -290,7 +290,13 @@ def sample(
     return carry["x"]
 
 
-def guided(denoiser: Callable, context, uncond=None, scale: float = 7.5) -> Callable:
+def guided(
+    denoiser: Callable,
+    context,
+    uncond=None,
+    scale: float = 7.5,
+    prepare: Callable = lambda context: context,
+) -> Callable:
     """Classifier-free guidance: uncond + scale * (cond - uncond), both in one doubled batch.
 
     Args:
@@ -298,10 +304,13 @@ def guided(denoiser: Callable, context, uncond=None, scale: float = 7.5) -> Call
         context: float[B, P, D].
         uncond: the unconditional context, zeros by default.
         scale: 1 means no guidance and no doubled batch. A Python number.
+        prepare: makes of the context, once for all steps, what the denoiser takes in its place.
     """
     if scale == 1:
+        context = prepare(context)
         return lambda x, t: denoiser(x, jnp.broadcast_to(t, x.shape[:1]), context)
-    both = jnp.concatenate([jnp.zeros_like(context) if uncond is None else uncond, context])
+    uncond = jnp.zeros_like(context) if uncond is None else uncond
+    both = prepare(jnp.concatenate([uncond, context]))
 
     def predict(x, t):
         x = jnp.concatenate([x, x])
@@ -330,10 +339,11 @@ def draw(
     """Pictures from visual tokens, by a trained decoder recipe: float32[B, h, w, 3] in [0, 1].
 
     Args:
-        recipe: supplies context, denoise and picture (see `recipes.decoder`).
+        recipe: supplies context, prepare, denoise and picture (see `recipes.decoder`).
         features: float[B, P, C].
         noise: float32[B, h', w', c] standard normal, of the size that is diffused.
     """
-    predict = guided(recipe.denoise, recipe.context(features), scale=scale)
+    context = recipe.context(features)
+    predict = guided(recipe.denoise, context, scale=scale, prepare=recipe.prepare)
     x = sample(predict, noise, sampler, recipe.cfg.schedule, steps, clip=recipe.limits())
     return recipe.picture(x)

@@ -228,10 +228,13 @@ def test_requests_that_fail(fake):
     assert done.stderr.count("quota exceeded") == 5
 
 
-def test_set_up_that_fails(fake):
+def test_set_up_that_fails(fake, tmp_path):
+    (left := tmp_path / "left").mkdir()
     (fake / "bin/uv").write_text("#!/bin/sh\necho no such package >&2\nexit 1\n")
-    done = tpu(fake, "watch", "--name=x", "--type=v4-8", "--every=0", "--delete", "--", "job")
+    args = ["--name=x", "--type=v4-8", "--every=0", "--delete", "--", "job"]
+    done = tpu(fake, "watch", *args, TMPDIR=str(left))
     assert done.returncode == 1 and "the set-up failed three times" in done.stderr
+    assert not list(left.iterdir())  # the code, and with --env secrets
     assert done.stderr.count("copying the code") == 3 and "no such package" in done.stderr
     assert calls(fake, "delete") and not (fake / "starts.0").exists()
 

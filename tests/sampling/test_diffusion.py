@@ -80,6 +80,23 @@ def test_guidance_doubles_the_batch_only_when_it_is_on():
     np.testing.assert_allclose(strong, 1.5)  # 0 + 3 * (0.5 - 0), zeros being unconditional
 
 
+@pytest.mark.parametrize("scale", [1, 3.0])
+def test_the_context_is_prepared_once(scale):
+    prepared = []
+
+    def prepare(context):
+        prepared.append(context.shape)
+        return [2 * context]
+
+    def denoiser(x, t, context):
+        return x * context[0].mean((1, 2))[:, None, None, None]
+
+    x, context = jnp.ones((2, 3, 3, 1)), jnp.full((2, 5, 4), 0.5)
+    predict = sampling.guided(denoiser, context, scale=scale, prepare=prepare)
+    np.testing.assert_allclose([predict(x, 7.0), predict(x, 6.0)], scale)
+    assert prepared == [(2 if scale == 1 else 4, 5, 4)]
+
+
 def test_trajectory_ends_in_the_result_and_clip_bounds_it():
     s = Schedule(prediction_type="sample")
     predict = lambda x, t: 9 * jnp.ones_like(x)  # noqa: E731

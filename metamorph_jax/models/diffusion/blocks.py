@@ -39,7 +39,8 @@ def require(name: str, fields: dict, accepted: dict, read: set[str]) -> None:
 def conv(cin, cout, size, rngs, dtype, *, strides=1, padding="SAME", kernel_init=None) -> nnx.Conv:
     """A square 2-D convolution, kernel HWIO."""
     init = kernel_init or nnx.initializers.lecun_normal()
-    return nnx.Conv(
+    make = Pointwise if size == 1 else nnx.Conv
+    return make(
         cin,
         cout,
         (size, size),
@@ -49,6 +50,14 @@ def conv(cin, cout, size, rngs, dtype, *, strides=1, padding="SAME", kernel_init
         kernel_init=init,
         rngs=rngs,
     )
+
+
+class Pointwise(nnx.Conv):
+    """A 1x1 convolution as a plain product, whose gradients CPUs compute much faster."""
+
+    def __call__(self, x):
+        x, kernel, bias = (jnp.asarray(a, self.dtype) for a in (x, self.kernel, self.bias))
+        return flat_dot_general(x, kernel[0, 0], (((x.ndim - 1,), (0,)), ((), ()))) + bias
 
 
 def linear(cin, cout, rngs, dtype, *, bias=True, kernel_init=None) -> nnx.Linear:

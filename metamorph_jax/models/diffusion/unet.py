@@ -140,7 +140,7 @@ class TimestepEmbedding(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head attention from x to `context` (to x itself without one)."""
+    """Multi-head attention from x to itself, or to a context by its keys and values."""
 
     def __init__(self, width, context_width, heads, dtype, rngs):
         self.heads = heads
@@ -149,10 +149,12 @@ class Attention(nnx.Module):
         self.to_v = linear(context_width, width, rngs, dtype, bias=False)
         self.to_out = nnx.List([linear(width, width, rngs, dtype)])
 
-    def __call__(self, x, context=None):
-        context = x if context is None else context
-        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
-        return self.to_out[0](attend(q, k, v, self.heads))
+    def keys_values(self, context):
+        return self.to_k(context), self.to_v(context)
+
+    def __call__(self, x, keys_values=None):
+        k, v = keys_values or self.keys_values(x)
+        return self.to_out[0](attend(self.to_q(x), k, v, self.heads))
 
 
 class GEGLU(nnx.Module):
@@ -182,9 +184,9 @@ class BasicTransformerBlock(nnx.Module):
         self.norm3 = LayerNorm(width, rngs, dtype)
         self.ff = FeedForward(width, dtype, rngs)
 
-    def __call__(self, x, context):
+    def __call__(self, x, keys_values):
         x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
+        x = x + self.attn2(self.norm2(x), keys_values)
         return x + self.ff(self.norm3(x))
 
 
@@ -204,11 +206,12 @@ class Transformer2DModel(nnx.Module):
         self.transformer_blocks = nnx.List([block])
         self.proj_out = make(width, width, rngs, cfg.dtype, kernel_init=blocks.zeros)
 
-    def __call__(self, x, context):
+    def __call__(self, x, pairs):
+        """pairs: iterator of keys and values, one pair for each transformer block."""
         B, h, w, C = x.shape
         y = self.proj_in(self.norm(x)).reshape(B, h * w, C)
         for block in self.transformer_blocks:
-            y = block(y, context)
+            y = block(y, next(pairs))
         return over_batch(x + self.proj_out(y.reshape(B, h, w, C)))
 
 
@@ -224,13 +227,13 @@ class DownBlock(nnx.Module):
         if level < len(cfg.block_out_channels) - 1:
             self.downsamplers = nnx.List([Downsample2D(cout, cfg.dtype, rngs)])
 
-    def __call__(self, x, temb, context):
+    def __call__(self, x, temb, pairs):
         """Returns the output and every map the way up will want."""
         saved = []
         for i, block in enumerate(self.resnets):
             x = block(x, temb)
             if hasattr(self, "attentions"):
-                x = self.attentions[i](x, context)
+                x = self.attentions[i](x, pairs)
             saved.append(x)
         if hasattr(self, "downsamplers"):
             x = self.downsamplers[0](x)
@@ -244,8 +247,8 @@ class MidBlock(nnx.Module):
         self.resnets = nnx.List([resnet(cfg, width, width, rngs) for _ in range(2)])
         self.attentions = nnx.List([Transformer2DModel(cfg, width, heads, rngs)])
 
-    def __call__(self, x, temb, context):
-        x = self.attentions[0](self.resnets[0](x, temb), context)
+    def __call__(self, x, temb, pairs):
+        x = self.attentions[0](self.resnets[0](x, temb), pairs)
         return self.resnets[1](x, temb)
 
 
@@ -266,12 +269,12 @@ class UpBlock(nnx.Module):
         if level > 0:
             self.upsamplers = nnx.List([Upsample2D(cout, cfg.dtype, rngs)])
 
-    def __call__(self, x, saved, temb, context):
+    def __call__(self, x, saved, temb, pairs):
         """Takes its maps from the end of the list `saved`."""
         for i, block in enumerate(self.resnets):
             x = block(jnp.concatenate([x, saved.pop()], axis=-1), temb)
             if hasattr(self, "attentions"):
-                x = self.attentions[i](x, context)
+                x = self.attentions[i](x, pairs)
         return self.upsamplers[0](x) if hasattr(self, "upsamplers") else x
 
 
@@ -295,10 +298,25 @@ class UNet(nnx.Module):
         out = cfg.out_channels
         self.conv_out = conv(chans[0], out, 3, rngs, cfg.dtype, kernel_init=blocks.zeros)
 
+    def keys_values(self, context):
+        """What the cross attentions take of a context: float[B, P, D], in the order of their use.
+
+        It doesn't depend on x or t: when sampling, it is computed once for all steps.
+        """
+        context = context.astype(self.cfg.dtype)
+        return [
+            block.attn2.keys_values(context)
+            for part in (*self.down_blocks, self.mid_block, *self.up_blocks)
+            for attention in getattr(part, "attentions", ())
+            for block in attention.transformer_blocks
+        ]
+
     def __call__(self, x, t, context, *, probes: dict | None = None):
-        """x: float[B, h, w, c]; t: [B] or a scalar; context: float[B, P, D]; returns like x.
+        """The prediction, like x: float[B, h, w, c].
 
         Args:
+            t: [B] or a scalar.
+            context: float[B, P, D], or its `keys_values`.
             probes: if given, receives the output of every block under the name of the block.
         """
         cfg = self.cfg
@@ -309,18 +327,18 @@ class UNet(nnx.Module):
         temb = self.time_embedding(features.astype(cfg.dtype))
         note("time_embedding", temb)
         temb = nnx.silu(temb)
-        context = context.astype(cfg.dtype)
+        pairs = iter(context if isinstance(context, list) else self.keys_values(context))
         x = self.conv_in(x.astype(cfg.dtype))
         note("conv_in", x)
         saved = [x]
         for i, block in enumerate(self.down_blocks):
-            x, maps = block(x, temb, context)
+            x, maps = block(x, temb, pairs)
             saved += maps
             note(f"down_{i}", x)
-        x = self.mid_block(x, temb, context)
+        x = self.mid_block(x, temb, pairs)
         note("mid", x)
         for i, block in enumerate(self.up_blocks):
-            x = block(x, saved, temb, context)
+            x = block(x, saved, temb, pairs)
             note(f"up_{i}", x)
         return self.conv_out(nnx.silu(self.conv_norm_out(x))).astype(jnp.float32)
 

@@ -205,7 +205,8 @@ def check_pipeline(case, data, golden):
     @functools.partial(jax.jit, compiler_options=FAST)
     def draw(unet, vae, noise, context, uncond):
         unet, vae = nnx.merge(unet_graph, unet), nnx.merge(vae_graph, vae)
-        predict = sampling.guided(unet, context, uncond, case["guidance_scale"])
+        scale = case["guidance_scale"]
+        predict = sampling.guided(unet, context, uncond, scale, prepare=unet.keys_values)
         latent, (states, _) = sampling.sample(
             predict, noise, sampler, s, case["num_inference_steps"], return_trajectory=True
         )
