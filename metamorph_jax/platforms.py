@@ -1,4 +1,4 @@
-"""What is settled before JAX starts: no search for a TPU where there is none, options of the CPU.
+"""What is settled before JAX starts: no search for a TPU where none is, an option of the compiler.
 
 `metamorph plan` needs libtpu for its compiler, and where libtpu is installed JAX tries to start it
 in every command; without a TPU it fails with lines about hosts, and then JAX takes the CPU.
@@ -17,24 +17,23 @@ import sys
 _TPU = ("/dev/accel*", "/dev/vfio/[0-9]*")
 _GPU = ("/dev/nvidia*", "/dev/dxg", "/dev/kfd")
 
-# Options of XLA's CPU compiler. Its library of small kernels runs the kernel's gradient of a
-# convolution half as fast as Eigen does; and by itself it takes half of a vector register.
+# An option of XLA's CPU compiler, whose library of small kernels runs the kernel's gradient of a
+# convolution half as fast as Eigen does.
 _CONVOLUTIONS = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
-_WIDE_VECTORS = "--xla_cpu_prefer_vector_width=512"
-_KNOWING_JAXLIB = range(10, 13)  # 0.10 to 0.12: JAX ends at options that it does not know
+_KNOWING_JAXLIB = range(10, 13)  # 0.10 to 0.12: JAX ends at an option that it does not know
 
 
 def prepare() -> None:
-    """Settles platform and compiler options; to be called before a JAX backend starts."""
+    """Settles platform and compiler option; to be called before a JAX backend starts."""
     leave_tpu_out()
     tune_cpu()
 
 
 def tune_cpu() -> None:
-    """Adds the CPU compiler's faster options to XLA_FLAGS, where no accelerator is there.
+    """Adds the CPU compiler's faster convolutions to XLA_FLAGS, where no accelerator is there.
 
-    An option that XLA_FLAGS has already stays as it is. Changes nothing with versions of jaxlib
-    that the options were not tried with.
+    Changes nothing where XLA_FLAGS has the option already, nor with versions of jaxlib that it was
+    not tried with.
     """
     if "JAX_FORCE_TPU_INIT" in os.environ or any(map(glob.glob, _TPU + _GPU)):
         return
@@ -42,18 +41,13 @@ def tune_cpu() -> None:
     if not version or int(version[1]) not in _KNOWING_JAXLIB:
         return
     flags = os.environ.get("XLA_FLAGS", "")
-    for option in (_CONVOLUTIONS, _WIDE_VECTORS) if has_matrix_units() else (_CONVOLUTIONS,):
-        if option.split("=")[0] not in flags:
-            flags = f"{flags} {option}"
-    os.environ["XLA_FLAGS"] = flags.strip()
+    if _CONVOLUTIONS.split("=")[0] not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {_CONVOLUTIONS}".strip()
 
 
 @functools.cache
 def has_matrix_units() -> bool:
-    """Whether this host's CPU multiplies bfloat16 matrices in hardware (Intel AMX).
-
-    Such CPUs also run 512-bit vectors at full clock, which earlier ones don't.
-    """
+    """Whether this host's CPU multiplies bfloat16 matrices in hardware (Intel AMX)."""
     try:
         flags = pathlib.Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -50,21 +50,19 @@ def test_without_libtpu_nothing_changes(bare, monkeypatch):
     assert "JAX_PLATFORMS" not in bare[0]
 
 
-def test_compiler_options_of_the_cpu(bare, monkeypatch):
-    monkeypatch.setattr(platforms, "has_matrix_units", lambda: True)
-    bare[0]["XLA_FLAGS"] = "--xla_dump_to=x --xla_cpu_prefer_vector_width=128"
-    for _ in range(2):  # the second call finds everything in place
+@pytest.mark.parametrize("before", ["", "--xla_dump_to=x"])
+def test_compiler_option_of_the_cpu(before, bare):
+    bare[0]["XLA_FLAGS"] = before
+    option = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
+    for _ in range(2):  # the second call finds it in place
         platforms.tune_cpu()
-        assert bare[0]["XLA_FLAGS"] == (
-            "--xla_dump_to=x --xla_cpu_prefer_vector_width=128"
-            " --xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
-        )
+        assert bare[0]["XLA_FLAGS"] == f"{before} {option}".strip()
 
 
-def test_compiler_options_without_matrix_units(bare, monkeypatch):
-    monkeypatch.setattr(platforms, "has_matrix_units", lambda: False)
+def test_who_chose_the_option_keeps_it(bare):
+    bare[0]["XLA_FLAGS"] = "--xla_cpu_experimental_ynn_fusion_type="
     platforms.tune_cpu()
-    assert "vector_width" not in bare[0]["XLA_FLAGS"]
+    assert bare[0]["XLA_FLAGS"] == "--xla_cpu_experimental_ynn_fusion_type="
 
 
 @pytest.mark.parametrize("version", ["0.13.1", "1.0.0"])
