@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from metamorph_jax.data import cache as caches
-from metamorph_jax.data import check, pictures
+from metamorph_jax.data import check, images
 from metamorph_jax.data.packing import FirstFit
 from metamorph_jax.data.pipeline import DataConfig, SourceConfig, make_pipeline
 
@@ -191,11 +191,11 @@ class Share(common.Case):
 
 def decode_limit(folder: pathlib.Path, size: int) -> float:
     """Pictures a second that one core decodes and resizes, doing nothing else."""
-    process = pictures.Preprocess(size)
+    process = images.Preprocess(size)
     paths = sorted(folder.glob("*.jpg"))[:60]
     start = time.perf_counter()
     for path in paths:
-        process(pictures.decode(path.read_bytes(), path.name))
+        process(images.decode(path.read_bytes(), path.name))
     return len(paths) / (time.perf_counter() - start)
 
 
@@ -214,8 +214,8 @@ def useful_positions(n: int) -> common.Case:
     size, count = lengths(n)
     packer = FirstFit(4096, DataConfig.images_per_row, DataConfig.open_rows)
     rows = []
-    for positions, images in zip(size.tolist(), count.tolist(), strict=True):
-        rows += packer.add(positions, positions, images)
+    for positions, held in zip(size.tolist(), count.tolist(), strict=True):
+        rows += packer.add(positions, positions, held)
     packed = sum(map(sum, rows)) / (4096 * len(rows))
     batches = size[: n // 6 * 6].reshape(-1, 6)
     padded = batches.sum() / (batches.max(1) * 6).sum()

@@ -9,7 +9,7 @@ from flax import nnx
 from metamorph_jax import losses
 from metamorph_jax.models.llm import llama
 from metamorph_jax.nn.attention import row_mask
-from metamorph_jax.types import Batch
+from metamorph_jax.types import Batch, Images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,14 +25,17 @@ class Config:
 class Text(nnx.Module):
     """Next-token prediction at every position of packed rows."""
 
-    loss_coefs = {"text": 1.0}
+    loss_weights = {"text": 1.0}
 
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
         options = {"dtype": cfg.dtype, "remat": cfg.remat, **cfg.llm_options}
         self.llm = llama.Llama(dataclasses.replace(llama.SIZES[cfg.llm], **options), rngs=rngs)
 
-    def trainable(self, stage: str):
-        return nnx.Param
+    def param_group(self, path):
+        return str(path[0])
+
+    def work(self, batch: Batch):
+        return llama.work(self.llm.cfg, *batch.tokens.shape)
 
     def loss_counts(self, batch: Batch):
         return {"text": jnp.sum(batch.text_targets >= 0)}
@@ -44,12 +47,36 @@ class Text(nnx.Module):
         return {"text": total}, {}
 
 
+@dataclasses.dataclass(frozen=True)
+class Data:
+    length: int = 4096
+
+
+STAGES = {"all": lambda cfg: ".*"}
+FAMILIES = ()
 create = Text
 
 
-def input_spec(data_cfg: dict, cfg: Config, rows: int) -> Batch:
-    line = jax.ShapeDtypeStruct((rows, data_cfg["length"]), jnp.int32)
-    return Batch(*4 * (line,), None, None, None, None)
+def load_pretrained(model, cfg: Config) -> None:
+    """Weights stay random."""
+
+
+def initialize(model, batches) -> None:
+    """Nothing to adapt."""
+
+
+def open_data(data: Data, cfg: Config, shard):
+    raise NotImplementedError("this recipe is only planned")
+
+
+def batch_spec(data: Data, cfg: Config, rows: int) -> Batch:
+    line = jax.ShapeDtypeStruct((rows, data.length), jnp.int32)
+    none = Images(jax.ShapeDtypeStruct((rows, 0), bool), jax.ShapeDtypeStruct((rows, 0), jnp.int32))
+    return Batch(*7 * (line,), images=none)
+
+
+def generator(model, cfg: Config, data: Data, **options):
+    """None: this recipe is only planned."""
 
 
 def get_config(llm: str = "llama3.1-8b"):

@@ -25,10 +25,10 @@ from metamorph_jax.models.llm import llama
 from metamorph_jax.platforms import has_matrix_units
 from metamorph_jax.recipes import metamorph
 from metamorph_jax.train import optim, state
-from metamorph_jax.train.feed import to_devices
-from metamorph_jax.train.optim import OptimConfig
+from metamorph_jax.train.config import OptimConfig
+from metamorph_jax.train.shards import to_devices
 from metamorph_jax.train.step import make_step
-from metamorph_jax.types import Batch
+from metamorph_jax.types import Batch, Images
 
 RATE, WIDTH, P = 1e-4, 1152, 64
 FULL = dict(llm="bench-68m", length=512, rows=2)
@@ -59,8 +59,7 @@ def make_batch(vocab: int, rows: int, L: int) -> Batch:
         image_slots=slots,
         visual_targets=visual,
         sources=np.zeros((rows, L), np.int32),
-        image_valid=np.ones((rows, 2), bool),
-        features=features,
+        images=Images(np.ones((rows, 2), bool), np.zeros((rows, 2), np.int32), features=features),
     )
 
 
@@ -119,7 +118,7 @@ def peer(llm: str, batch: Batch, params, precision: str):
         for k, v in vars(batch).items()
         if v is not None
     }
-    features = torch.from_numpy(batch.features).flatten(1, 2)
+    features = torch.from_numpy(batch.images.features).flatten(1, 2)
     rows = torch.arange(len(batch.tokens))[:, None].expand_as(t["tokens"])
     is_image, wants = t["image_slots"] >= 0, t["visual_targets"] >= 0
     target = features[rows[wants], t["visual_targets"][wants]]

@@ -11,6 +11,7 @@ import os
 import sys
 
 from metamorph_jax import platforms
+from metamorph_jax.errors import UserError
 
 COMMANDS = {
     "train": ("metamorph_jax.train.command", "train a stage, or go on where it stopped"),
@@ -22,11 +23,6 @@ COMMANDS = {
     "quickstart": ("metamorph_jax.quickstart.run", "the whole road, at small size"),
 }
 
-
-class UserError(Exception):
-    """Something that the user can put right; printed without a traceback."""
-
-    code = 2
 
 
 def _usage() -> str:
@@ -76,13 +72,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(run, args) -> int:
-    from metamorph_jax.config import ConfigError
-
     try:
         return int(run(args) or 0)
-    except (ConfigError, UserError) as error:
+    except UserError as error:
         print(f"metamorph: {error}", file=sys.stderr)
-        return getattr(error, "code", 2)
+        return error.code
     except KeyboardInterrupt:
         return 130
 

@@ -9,11 +9,10 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from metamorph_jax.errors import ConfigError
+
 T = TypeVar("T")
 
-
-class ConfigError(ValueError):
-    """A config names a key that does not exist, or gives a value of the wrong kind."""
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:

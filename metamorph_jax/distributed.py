@@ -20,13 +20,12 @@ import time
 import warnings
 from collections.abc import Mapping
 
+from metamorph_jax.errors import JoinError
+
 LOST_HOST = 75  # exit code: start the command again on all hosts (sysexits.h: EX_TEMPFAIL)
 _PORT = "8482"
 _MAGIC = "metamorph-join"
 
-
-class JoinError(RuntimeError):
-    """The hosts could not be joined."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from metamorph_jax import config
-from metamorph_jax.config import ConfigError
+from metamorph_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)

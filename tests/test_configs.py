@@ -9,9 +9,10 @@ from flax import nnx
 
 from metamorph_jax import config as configs
 from metamorph_jax import sharding
+from metamorph_jax.errors import ConfigError
+from metamorph_jax.recipe import find
 from metamorph_jax.train import optim, state
-from metamorph_jax.train.loop import TrainConfig
-from metamorph_jax.train.workdir import find_recipe
+from metamorph_jax.train.config import TrainConfig
 
 ROOT = pathlib.Path(__file__).parents[1] / "configs"
 FILES = sorted(ROOT.glob("*/*.py"))
@@ -47,30 +48,22 @@ def test_decoders_are_the_same_for_all_language_models():
 
 @pytest.mark.parametrize("name", ["metamorf", "benchmarks.none", "no_such_package.recipe"])
 def test_an_unknown_recipe_is_named(name):
-    with pytest.raises(configs.ConfigError, match=name):
-        find_recipe(name)
+    with pytest.raises(ConfigError, match=name):
+        find(name)
 
 
 @pytest.mark.parametrize(("file", "size"), CASES, ids=lambda v: getattr(v, "stem", v))
 def test_config_builds(file, size):
     cfg = load(file, size)
-    recipe = find_recipe(cfg.recipe)
+    recipe = find(cfg.recipe)
     model_cfg = configs.build(recipe.Config, cfg.model, "config.model")
-    if cfg.recipe == "metamorph":
-        from metamorph_jax.data.pipeline import DataConfig as Data
-
-        # These take names of caches from the model.
-        from metamorph_jax.recipes.metamorph import complete_data_config
-
-        data = configs.build(Data, cfg.data, "config.data")
-        assert complete_data_config(data, model_cfg).tokens_per_image == model_cfg.image_tokens
-    else:
-        configs.build(recipe.DataConfig, cfg.data, "config.data")
+    data = configs.build(recipe.Data, cfg.data, "config.data")
+    assert recipe.batch_spec(data, model_cfg, 2).counted
     optim.make_schedule(cfg.optim, cfg.batch_size, cfg.steps)
 
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     model = nnx.eval_shape(lambda: recipe.create(model_cfg, nnx.Rngs(0)))
-    parts, trained, frozen = state.split(model, cfg.stage, mesh)
+    parts, trained, frozen = state.split(model, recipe.STAGES[cfg.stage](model_cfg), mesh)
     optim.check_multipliers(cfg.optim, set(parts.part_of.values()))
     count = {True: 0, False: 0}
     for name, x in (trained | frozen).items():

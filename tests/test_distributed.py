@@ -7,7 +7,8 @@ import time
 import pytest
 
 from metamorph_jax import distributed
-from metamorph_jax.distributed import JoinError, Place, find
+from metamorph_jax.distributed import Place, find
+from metamorph_jax.errors import JoinError
 from tests.train.forked import free_port
 
 SRUN = {

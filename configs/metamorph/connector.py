@@ -40,12 +40,12 @@ def get_config(arg: str = "quickstart") -> ConfigDict:
     config.optim.multipliers = {}
     if arg == "smoke":
         config.steps = 4
-        config.prepare_batches = 8
+        config.initial_batches = 8
     elif arg == "quickstart":
         config.steps = 40
         config.checkpoint_every = 50
         config.optim.update(learning_rate=1e-3, schedule="cosine", b2=0.999)
-        config.prepare_batches = 8  # the connector starts from the statistics of the features
+        config.initial_batches = 8  # the connector starts from the statistics of the features
     else:
         config.steps, config.batch_size = 2000, 96
         config.optim.update(learning_rate=3.74e-5, base_batch=448, batch=448.0)

@@ -53,9 +53,9 @@ def get_config(arg: str = "quickstart") -> ConfigDict:
                 momentum_dtype="float32",
                 ema_decay=None,
             ),
-            prepare_batches=0,
+            initial_batches=0,
             mesh=dict(slice=1, data=1, fsdp=-1, tensor=1, context=1),
-            lanes=0,
+            data_shards=0,
             guard=dict(on_bad="stop", most_in_a_row=10, spike=0.0, spike_after=100),
             damaged_checkpoint="stop",
             log_every=20,
@@ -72,7 +72,7 @@ def get_config(arg: str = "quickstart") -> ConfigDict:
             learning_rate=2e-3, base_batch=None, schedule="cosine", warmup=0.04, clip_norm=1.0,
             weight_decay=0.0, b2=0.99, ema_decay=0.99,
         )  # fmt: skip
-        config.prepare_batches = 4
+        config.initial_batches = 4
         config.checkpoint_every = 200
     if arg == "smoke":
         config.steps, config.batch_size = 6, 4

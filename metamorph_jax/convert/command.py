@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 
-from metamorph_jax.cli import UserError
+from metamorph_jax.errors import UserError
 
 WORKDIR = "workdir:"
 GIB = 2**30
@@ -68,7 +68,7 @@ def run(args) -> int:
     if not args.source:
         raise UserError("say what to convert: --from SPEC (or --list)")
     from metamorph_jax.convert import names
-    from metamorph_jax.convert.hf import HubError
+    from metamorph_jax.errors import HubError
 
     try:
         if args.check:

@@ -22,6 +22,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from metamorph_jax.errors import GGUFError
+
 MAGIC = b"GGUF"
 ROPE_FACTORS = "rope_freqs.weight"
 
@@ -54,9 +56,6 @@ LLAMA3_SPLIT = (
 )
 PRE_TOKENIZERS = ("smollm", "llama-bpe", "gpt-2", "default")
 
-
-class GGUFError(ValueError):
-    """The file is not a GGUF file that we can read; the message says why."""
 
 
 def open_gguf(path):

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from metamorph_jax.convert import safetensors
-from metamorph_jax.convert.safetensors import WeightError
+from metamorph_jax.errors import HubError, WeightError
 
 PREFIX = "hf:"
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
@@ -27,9 +27,6 @@ _TORCH = (".bin", ".pt", ".pth")
 # Weights in another precision, of another training state, or no weights at all.
 _OTHERS = ("*.fp16.*", "*non_ema*", "training_args.bin", "optimizer.*", "scheduler.*", "rng_state*")
 
-
-class HubError(OSError):
-    """A repository can't be had; the message says why and what to do."""
 
 
 def find(spec: str) -> pathlib.Path:

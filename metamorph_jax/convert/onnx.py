@@ -21,6 +21,8 @@ import re
 
 import numpy as np
 
+from metamorph_jax.errors import ONNXError
+
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
 
@@ -33,9 +35,6 @@ LAYER_LINEARS = (
     "mlp.fc2",
 )
 
-
-class ONNXError(ValueError):
-    """The file is not an ONNX graph that we can read; the message says why."""
 
 
 def open_onnx(path):

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from metamorph_jax.errors import WeightError
+
 _DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
@@ -28,9 +30,6 @@ _OTHERS = {
     b"<!": "a web page",
 }
 
-
-class WeightError(ValueError):
-    """A weight file is damaged, or not what its name says."""
 
 
 def dtype_of(name: str) -> np.dtype | None:

@@ -23,8 +23,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from metamorph_jax.data import pictures
-from metamorph_jax.data.sources.base import BadSample, ImageRef
+from metamorph_jax.data import images
+from metamorph_jax.data.sources.base import ImageRef
+from metamorph_jax.errors import BadSample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +52,12 @@ class CacheSpec:
         return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
 
 
-def picture_spec(preprocess: pictures.Preprocess) -> CacheSpec:
+def picture_spec(preprocess: images.Preprocess) -> CacheSpec:
     side = preprocess.size
     return CacheSpec("pictures", preprocess.fingerprint(), (side, side, 3), "uint8")
 
 
-def feature_spec(preprocess: pictures.Preprocess, tower: str, tokens: int, width: int) -> CacheSpec:
+def feature_spec(preprocess: images.Preprocess, tower: str, tokens: int, width: int) -> CacheSpec:
     """`tower` must name weights, layer, reduction and normalisation: all that decides a feature."""
     fingerprint = f"{preprocess.fingerprint()} {preprocess.mean} {preprocess.std} | {tower}"
     return CacheSpec("features", fingerprint, (tokens, width), "float32")
@@ -120,11 +121,11 @@ def build(
     root: str,
     spec: CacheSpec,
     refs: Iterable[ImageRef],
-    preprocess: pictures.Preprocess,
+    preprocess: images.Preprocess,
     compute: Callable[[np.ndarray], np.ndarray] | None = None,
     batch_size: int = 32,
     threads: int = 2,
-    max_pixels: int = pictures.MAX_PIXELS,
+    max_pixels: int = images.MAX_PIXELS,
     progress: bool = True,
     total: int | None = None,
 ) -> tuple[ArrayCache, Counter]:
@@ -182,7 +183,7 @@ def build(
                     else:
                         new.append((ref, entry))
                 try:
-                    loaded = pictures.load([ref for ref, _ in new], max_pixels)
+                    loaded = images.load([ref for ref, _ in new], max_pixels)
                 except BadSample as e:
                     return done + [(entry, e) for _, entry in new]
                 pairs = zip(new, loaded, strict=True)

@@ -14,11 +14,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from metamorph_jax.config import ConfigError, build, load_config
-from metamorph_jax.data import pictures
+from metamorph_jax.config import build, load_config
+from metamorph_jax.data import images
 from metamorph_jax.data.chat import Chat
 from metamorph_jax.data.pipeline import DataConfig, SourceConfig, make_stream, open_sources
-from metamorph_jax.data.sources.base import BadSample, ImageRef
+from metamorph_jax.data.sources.base import ImageRef
+from metamorph_jax.errors import BadSample, ConfigError
 
 EXAMPLES = 5
 
@@ -123,10 +124,10 @@ def _one(stream, n: int) -> tuple[int, str, str, list[str]]:
     source, reason, detail = item["source"], item.get("bad", ""), item.get("detail", "")
     misnamed: list[str] = []
     try:
-        images = stream.sample(n).images
-        misnamed = [r.path for r in images if r.frame is None and _is_misnamed(r.path)]
-        cut = images[len(item["cache"]) :] if not reason else ()
-        pictures.load(cut, stream.options.max_pixels)  # nobody has decoded these yet
+        refs = stream.sample(n).images
+        misnamed = [r.path for r in refs if r.frame is None and _is_misnamed(r.path)]
+        cut = refs[len(item["cache"]) :] if not reason else ()
+        images.load(cut, stream.options.max_pixels)  # nobody has decoded these yet
     except BadSample as e:
         reason, detail = reason or e.reason, detail or e.detail
     except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
@@ -137,7 +138,7 @@ def _one(stream, n: int) -> tuple[int, str, str, list[str]]:
 def _is_misnamed(path: str) -> bool:
     try:
         with open(path, "rb") as f:
-            return pictures.misnamed(path, f.read(16))
+            return images.misnamed(path, f.read(16))
     except OSError:
         return False
 
@@ -187,7 +188,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=4096, help="positions of a row")
     parser.add_argument("--tokens-per-image", type=int, default=64)
     parser.add_argument("--images-per-row", type=int, default=70)
-    parser.add_argument("--max-pixels", type=int, default=pictures.MAX_PIXELS)
+    parser.add_argument("--max-pixels", type=int, default=images.MAX_PIXELS)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--examples", type=int, default=EXAMPLES, help="details per problem")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")

@@ -6,11 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from metamorph_jax.data import pictures
+from metamorph_jax.data import images
 from metamorph_jax.data.cache import ArrayCache
 from metamorph_jax.data.predicted import Predicted
-from metamorph_jax.data.sources.base import BadSample, ImageRef
+from metamorph_jax.data.sources.base import ImageRef
 from metamorph_jax.data.stream import key_of, permute
+from metamorph_jax.errors import BadSample
 from metamorph_jax.types import DecoderBatch
 
 
@@ -44,11 +45,11 @@ class DecoderPairs(Iterator[DecoderBatch]):
     def __init__(
         self,
         refs: Sequence[ImageRef],
-        preprocess: pictures.Preprocess,
+        preprocess: images.Preprocess,
         batch_size: int,
         seed: int = 0,
         features: ArrayCache | None = None,
-        tower: pictures.Preprocess | None = None,
+        tower: images.Preprocess | None = None,
         process_index: int = 0,
         process_count: int = 1,
         memory_bytes: int = 2**31,
@@ -105,14 +106,14 @@ class DecoderPairs(Iterator[DecoderBatch]):
             return ref, e.reason, None
 
     def _draw(self, ref: ImageRef) -> np.ndarray:
-        return self.preprocess(pictures.load([ref])[0])
+        return self.preprocess(images.load([ref])[0])
 
     def _load(self, k: int):
         """(k, picture k), or the next one that can be read."""
         for i in range(min(len(self.refs), 100)):
             try:
                 j = (k + i) % len(self.refs)
-                return j, pictures.load([self.refs[j]])[0]
+                return j, images.load([self.refs[j]])[0]
             except BadSample as e:
                 self.counts[e.reason] = self.counts.get(e.reason, 0) + 1
                 last = e
@@ -159,7 +160,7 @@ class DecoderPairs(Iterator[DecoderBatch]):
             if row is not None and draws[k] < self.predicted_share:
                 features[k] = self.predicted.features[row]
 
-    def samples(self):
+    def sample_names(self):
         """A function that names the picture of each row of the batch that came last."""
         picks = self._last
         return lambda: [[self.refs[k].key()] for k in picks]

@@ -16,11 +16,8 @@ from collections.abc import Callable, Iterator
 import grain
 import numpy as np
 
-from metamorph_jax.types import Batch
-
-
-class TooManyBadSamples(RuntimeError):
-    """Nothing but bad samples for a long while: the data set is broken, or its root is wrong."""
+from metamorph_jax.errors import TooManyBadSamples
+from metamorph_jax.types import Batch, Images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +128,12 @@ def _sizes(item: dict) -> tuple[int, int, int]:
     return len(item["tokens"]), len(item["cache"]), targets
 
 
-def assemble(rows: list[list[dict]], o: PackOptions, cache_rows: np.ndarray | None = None) -> Batch:
+def assemble(
+    rows: list[list[dict]],
+    o: PackOptions,
+    cache_rows: np.ndarray | None = None,
+    source_names: tuple[str, ...] = (),
+) -> Batch:
     """The batch of at most B rows of items (see `SampleStream`); missing rows are padding.
 
     `cache_rows` are the rows of the feature cache, or of the picture cache, that items point to.
@@ -142,7 +144,7 @@ def assemble(rows: list[list[dict]], o: PackOptions, cache_rows: np.ndarray | No
         ints[name] = np.full((B, L), -1, np.int32)
     if o.turns:
         ints["turns"] = np.zeros((B, L), np.int32)
-    image_valid = np.zeros((B, I), bool)
+    valid, start = np.zeros((B, I), bool), np.zeros((B, I), np.int32)
     pixels = None if o.pixel_shape is None else np.zeros((B, I, *o.pixel_shape), np.uint8)
     features = None
     if o.feature_width is not None:
@@ -163,8 +165,10 @@ def assemble(rows: list[list[dict]], o: PackOptions, cache_rows: np.ndarray | No
             if o.turns and "turns" in item:
                 ints["turns"][here] = item["turns"]
             fresh = 0
-            for cached in item["cache"].tolist():
-                image_valid[b, picture] = True
+            slots = item["image_slots"]
+            for k, cached in enumerate(item["cache"].tolist()):
+                valid[b, picture] = True
+                start[b, picture] = at + int(np.argmax(slots == k * P))
                 if features is not None:
                     features[b, picture] = cache_rows[cached]
                 elif pixels is not None and cached >= 0:
@@ -174,7 +178,8 @@ def assemble(rows: list[list[dict]], o: PackOptions, cache_rows: np.ndarray | No
                     fresh += 1
                 picture += 1
             at += n
-    return Batch(**ints, image_valid=image_valid, pixels=pixels, features=features)
+    images = Images(valid, start, pixels, features)
+    return Batch(**ints, images=images, source_names=source_names)
 
 
 class PackedIterator(grain.DatasetIterator):
@@ -247,7 +252,7 @@ class PackedIterator(grain.DatasetIterator):
             self._ready += self._take(item)
         rows, self._ready = self._ready[: o.batch_size], self._ready[o.batch_size :]
         self.last_rows = [[int(item["index"]) for item in row] for row in rows]
-        return assemble(rows, o, self._cache_rows)
+        return assemble(rows, o, self._cache_rows, tuple(self._names))
 
     def _take(self, item: dict) -> list[list[dict]]:
         name = self._names[item["source"]]

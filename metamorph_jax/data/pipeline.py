@@ -18,7 +18,7 @@ import grain
 import numpy as np
 
 from metamorph_jax.data import cache as caches
-from metamorph_jax.data import pictures
+from metamorph_jax.data import images
 from metamorph_jax.data.chat import Chat
 from metamorph_jax.data.packing import PackedDataset, PackedIterator, PackOptions
 from metamorph_jax.data.sources import RecordSource, open_records
@@ -63,7 +63,7 @@ class DataConfig:
         mask_dangling_start: no label for a start token whose picture was cut.
         seed, shuffle, epochs: order of the samples; 0 epochs is endless.
         workers: processes; read_threads, read_ahead: threads and samples read ahead in each.
-        image_size, image_mode, image_resize, image_mean, image_std: see `pictures.Preprocess`.
+        image_size, image_mode, image_resize, image_mean, image_std: see `images.Preprocess`.
         max_images: more in one sample is bad; max_frames: frames taken of a video; max_pixels.
         picture_cache, feature_cache: folders of caches, "" for none; feature_width: C, and tower:
             what made the features (see `cache.feature_spec`), for the latter.
@@ -100,7 +100,7 @@ class DataConfig:
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
     max_images: int = 70
     max_frames: int = 45
-    max_pixels: int = pictures.MAX_PIXELS
+    max_pixels: int = images.MAX_PIXELS
     picture_cache: str = ""
     feature_cache: str = ""
     feature_width: int = 0
@@ -118,8 +118,8 @@ class DataConfig:
             raise ValueError(f"source weights must be all positive or all 0, got {weights}")
 
     @property
-    def preprocess(self) -> pictures.Preprocess:
-        return pictures.Preprocess(
+    def preprocess(self) -> images.Preprocess:
+        return images.Preprocess(
             self.image_size,
             self.image_mode,
             self.image_resize,
@@ -136,13 +136,19 @@ class DataConfig:
         )
 
 
-def open_sources(config: DataConfig) -> list[RecordSource]:
-    """Readers of all sources; names are made unique."""
-    out: list[RecordSource] = []
+def source_names(config: DataConfig) -> tuple[str, ...]:
+    """Names of the sources: their own or their file's, made unique."""
+    names: list[str] = []
     for s in config.sources:
         name = s.name or os.path.splitext(os.path.basename(s.path))[0]
-        if name in {o.name for o in out}:
-            name = f"{name}_{len(out)}"
+        names.append(f"{name}_{len(names)}" if name in names else name)
+    return tuple(names)
+
+
+def open_sources(config: DataConfig) -> list[RecordSource]:
+    """Readers of all sources."""
+    out: list[RecordSource] = []
+    for s, name in zip(config.sources, source_names(config), strict=True):
         root = s.root or os.path.dirname(os.path.abspath(s.path.split(",")[0]))
         records = open_records(s.path, config.index_dir or None)
         out.append(RecordSource(name, records, root, s.kind, config.max_images, config.max_frames))

@@ -11,11 +11,11 @@ import functools
 
 import numpy as np
 
-from metamorph_jax.data import pictures
+from metamorph_jax.data import images
 from metamorph_jax.data.cache import ArrayCache
 from metamorph_jax.data.chat import Chat
 from metamorph_jax.data.interleave import build_row
-from metamorph_jax.data.sources.base import BadSample
+from metamorph_jax.errors import BadSample
 
 ENDLESS = 2**62
 _BLOCK = 4096  # samples within which the weights of a mixture come out exactly (rounded)
@@ -111,11 +111,11 @@ class RowOptions:
     length: int
     images_per_row: int
     tokens_per_image: int
-    preprocess: pictures.Preprocess
+    preprocess: images.Preprocess
     independent_turns: bool = False
     mask_dangling_start: bool = False
     fixed_choices: bool = False
-    max_pixels: int = pictures.MAX_PIXELS
+    max_pixels: int = images.MAX_PIXELS
     visual_targets_per_row: int = 0
 
 
@@ -225,6 +225,6 @@ class SampleStream:
         left = [ref for ref, row in zip(refs, where, strict=True) if row < 0]
         item = {"cache": where}
         if left:
-            loaded = pictures.load(left, self.options.max_pixels, notes)
+            loaded = images.load(left, self.options.max_pixels, notes)
             item["pixels"] = np.stack([self.options.preprocess(p) for p in loaded])
         return item

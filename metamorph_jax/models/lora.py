@@ -142,9 +142,14 @@ def is_adapter(path) -> bool:
     return str(path[-1]) in LEAVES
 
 
-def trains(cfg: LoraConfig, path) -> bool:
-    """Whether a leaf is trained with adapters, given that the stage would train what is there."""
-    return is_adapter(path) or bool(re.fullmatch(cfg.train, ".".join(map(str, path))))
+def restrict(pattern: str, cfg: LoraConfig | None) -> str:
+    """Of a stage's pattern of trained parameters, what is trained where there are adapters.
+
+    Both are regular expressions that all of a dotted name must match.
+    """
+    if cfg is None:
+        return pattern
+    return rf"(?=(?:{pattern})\Z)(?:.*\.lora_[ab]|{cfg.train})"
 
 
 def with_dropout(model: nnx.Module, key: jax.Array) -> nnx.Module:

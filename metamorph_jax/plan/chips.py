@@ -6,6 +6,7 @@ import os
 import re
 
 from metamorph_jax import chips
+from metamorph_jax.errors import TopologyError
 
 GIB = chips.GiB
 
@@ -66,9 +67,6 @@ dnn_version_info { major: 9 minor: 10 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
-
-class TopologyError(ValueError):
-    """No such topology, or no compiler for it."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ import json
 import pathlib
 import sys
 
+from metamorph_jax.errors import TopologyError
 from metamorph_jax.plan import chips
 from metamorph_jax.sampling import WEIGHTS
 
@@ -52,8 +53,8 @@ def add_arguments(parser) -> None:
 
 def run(args) -> int:
     chips.prepare_environment()  # before anything starts JAX
-    from metamorph_jax.cli import UserError
     from metamorph_jax.config import load_config
+    from metamorph_jax.errors import UserError
 
     config = load_config(args.config, args.overrides)
     try:
@@ -65,7 +66,7 @@ def run(args) -> int:
         else:
             found = plan(config, topology, args.config, args.rows_per_device, args.what,
                          args.length, args.hlo, args.weights)  # fmt: skip
-    except chips.TopologyError as error:
+    except TopologyError as error:
         raise UserError(error) from error
     if args.json == "-":
         print(json.dumps(found, indent=1))
@@ -90,18 +91,17 @@ def plan(config, topology, name="", rows=None, what="train", length=4096, hlo=No
         what, length, weights: as on the command line.
         hlo: file for the compiled program's text, or None.
     """
-    from metamorph_jax.plan import flops, programs, report
+    from metamorph_jax.plan import programs, report
 
     devices = chips.devices(topology)
     if what == "decode":
         program = programs.decode_step(config, devices, rows, length, weights)
     else:
         program = programs.train_step(config, devices, rows)
-    counted = flops.count(program)
     compiled = programs.compile_program(program)
     if hlo and compiled.executable is not None:
         pathlib.Path(hlo).write_text(compiled.executable.as_text())
-    return report.make(program, compiled, counted, topology, name)
+    return report.make(program, compiled, topology, name)
 
 
 def search(args, config, topology) -> dict:

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from metamorph_jax import config as configs
-from metamorph_jax import sharding
-from metamorph_jax.config import ConfigError
+from metamorph_jax import flops, sharding
+from metamorph_jax.errors import ConfigError
+from metamorph_jax.types import Batch
 
 
 @dataclasses.dataclass
@@ -27,6 +27,7 @@ class Program:
         parts: name of a part of the model -> (trained, frozen) parameters.
         groups: name -> structs, what the memory of arguments goes into.
         positions, rows: of a step, over all devices.
+        options: of the model, as its config says; arithmetic: of a step.
         length, weights: of a step of decoding: slots of the cache, and how weights are kept.
     """
 
@@ -40,9 +41,8 @@ class Program:
     rows: int
     training: bool
     cfg: Any
-    model_cfg: Any
-    trained_names: frozenset = frozenset()
-    batch: Any = None
+    options: dict
+    arithmetic: flops.Flops
     length: int = 0
     weights: str = ""
 
@@ -58,13 +58,15 @@ def train_step(config, devices, rows_per_device: float | None = None) -> Program
     Raises:
         ConfigError: as `train` would.
     """
+    from flax import nnx
+
     from metamorph_jax.train import optim
     from metamorph_jax.train import state as states
+    from metamorph_jax.train.config import resolve
     from metamorph_jax.train.step import make_step
 
-    cfg, recipe, model_cfg = _configs(config)
-    if hasattr(model_cfg, "sources") and not model_cfg.sources:
-        model_cfg = dataclasses.replace(model_cfg, sources=tuple(cfg.data.get("sources", ())))
+    run = resolve(config)
+    cfg, recipe = run.cfg, run.recipe
     mesh = _mesh(cfg, devices)
     rows = cfg.batch_size if rows_per_device is None else round(rows_per_device * mesh.size)
     groups = 1
@@ -75,7 +77,8 @@ def train_step(config, devices, rows_per_device: float | None = None) -> Program
             f"config.batch_size {rows} in {cfg.accumulate} micro-batches doesn't divide over "
             f"{groups} groups of devices; --rows-per-device sets another batch"
         )
-    parts, trained, frozen, model = _abstract(recipe, model_cfg, cfg, mesh)
+    model = nnx.eval_shape(lambda: recipe.create(run.model, nnx.Rngs(0)))
+    parts, trained, frozen = states.split(model, run.pattern, mesh)
     ema = cfg.optim.ema_decay is not None
     guarded = bool(cfg.guard.spike)
     start = lambda p: states.start(  # noqa: E731
@@ -85,11 +88,12 @@ def train_step(config, devices, rows_per_device: float | None = None) -> Program
     where = states.shardings(parts, mesh, ema, guarded)
     state = _place(_start_shapes(start, trained), where)
     frozen = _place(frozen, {n: parts.shardings[n] for n in frozen})
-    batch = recipe.input_spec(cfg.data, model_cfg, rows)
+    batch = recipe.batch_spec(run.data, run.model, rows)
+    with jax.set_mesh(mesh):
+        work = model.work(batch)
     batch = _place(batch, jax.tree.map(lambda _: sharding.batch_sharding(mesh), batch))
     schedule = optim.make_schedule(cfg.optim, rows, cfg.steps)
     call = make_step(parts, cfg.optim, schedule, cfg.accumulate, mesh=mesh, guard=cfg.guard)
-    length = getattr(batch, "tokens", None)
     groups = {
         "parameters": state.params,
         "moments": state.moments,
@@ -99,7 +103,8 @@ def train_step(config, devices, rows_per_device: float | None = None) -> Program
     }
     return Program(
         call, (state, frozen, batch), mesh, model, _sizes(trained, frozen, parts.part_of), groups,
-        0 if length is None else length.size, rows, True, cfg, model_cfg, frozenset(trained), batch,
+        batch_positions(batch), rows, True, cfg, run.table["model"],
+        flops.total(work, trained),
     )  # fmt: skip
 
 
@@ -121,16 +126,16 @@ def decode_step(
     from flax import nnx
 
     from metamorph_jax.sampling.interleaved import Decoder, Options
+    from metamorph_jax.train.config import resolve
 
-    cfg, recipe, model_cfg = _configs(config)
+    run = resolve(config)
+    cfg, recipe, model_cfg = run.cfg, run.recipe, run.model
     mesh = sharding.make_mesh(devices=devices[:1])
     rows = round(rows_per_device or 1)
     made = []
 
     def prepared():
         model = recipe.create(model_cfg, nnx.Rngs(0))
-        if not hasattr(model, "llm"):
-            raise ConfigError(f"recipe {cfg.recipe} has no language model to decode with")
         made.append(Decoder(model, weights))
         return made[0].weights
 
@@ -153,10 +158,13 @@ def decode_step(
     size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
     parts = {"llm": (0, size(kept["llm"])), "connector and head": (0, size(kept["parts"]))}
     model = nnx.eval_shape(lambda: recipe.create(model_cfg, nnx.Rngs(0)))
+    traced = jax.make_jaxpr(partial(decoder.step, options=options))(kept, state)
+    forward = flops.of_jaxpr(traced.jaxpr)
+    arithmetic = flops.Flops(forward, 0.0, {"step": forward})
     groups = {"weights": kept, "cache": (state.keys, state.values)}
     return Program(
-        call, (kept, state), mesh, model, parts, groups, rows, rows, False, cfg, model_cfg,
-        length=length, weights=weights,
+        call, (kept, state), mesh, model, parts, groups, rows, rows, False, cfg,
+        run.table["model"], arithmetic, length=length, weights=weights,
     )  # fmt: skip
 
 
@@ -182,14 +190,9 @@ def compile_program(program: Program) -> Compiled:
     return Compiled(executable, time.perf_counter() - clock)
 
 
-def _configs(config):
-    from metamorph_jax.train.loop import TrainConfig
-    from metamorph_jax.train.workdir import find_recipe
-
-    table = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    cfg = configs.build(TrainConfig, table)
-    recipe = find_recipe(cfg.recipe)
-    return cfg, recipe, configs.build(recipe.Config, cfg.model, "config.model")
+def batch_positions(batch) -> int:
+    """Positions of text and visual tokens in a batch of shapes; 0 where it holds images only."""
+    return batch.tokens.size if isinstance(batch, Batch) else 0
 
 
 def _mesh(cfg, devices):
@@ -197,16 +200,6 @@ def _mesh(cfg, devices):
         return sharding.make_mesh(cfg.mesh, devices)
     except ValueError as error:
         raise ConfigError(f"config.mesh: {error}") from error
-
-
-def _abstract(recipe, model_cfg, cfg, mesh):
-    """(parts, trained, frozen, model) whose leaves are ShapeDtypeStructs."""
-    from flax import nnx
-
-    from metamorph_jax.train import state as states
-
-    model = nnx.eval_shape(lambda: recipe.create(model_cfg, nnx.Rngs(0)))
-    return *states.split(model, cfg.stage, mesh), model
 
 
 def _start_shapes(start, trained):

@@ -14,14 +14,13 @@ import jax
 
 from metamorph_jax.plan import hlo
 from metamorph_jax.plan.chips import GIB, Topology
-from metamorph_jax.plan.flops import Flops
 from metamorph_jax.plan.programs import Compiled, Program
 
 
-def make(program: Program, compiled: Compiled, flops: Flops, topology: Topology, name="") -> dict:
+def make(program: Program, compiled: Compiled, topology: Topology, name="") -> dict:
     """The plan as one table of numbers, bytes and seconds per device and step."""
     chip, devices = topology.chip, program.mesh.size
-    cfg, model_cfg = program.cfg, program.model_cfg
+    cfg, flops = program.cfg, program.arithmetic
     plan = {
         "config": name,
         "topology": str(topology),
@@ -31,9 +30,9 @@ def make(program: Program, compiled: Compiled, flops: Flops, topology: Topology,
         "rows": program.rows,
         "rows_per_device": program.rows / devices,
         "accumulate": cfg.accumulate if program.training else 1,
-        "remat": remat_of(program),
+        "remat": program.options.get("remat", "none"),
         "momentum_dtype": cfg.optim.momentum_dtype,
-        "dtype": getattr(model_cfg, "dtype", ""),
+        "dtype": program.options.get("dtype", ""),
         **({} if program.training else {"length": program.length, "weights": program.weights}),
         "parameters": {part: {"trained": a, "frozen": b} for part, (a, b) in program.parts.items()},
         "hbm_capacity_bytes": chip.hbm,
@@ -42,7 +41,7 @@ def make(program: Program, compiled: Compiled, flops: Flops, topology: Topology,
         },
         "model_flops": flops.model,
         "flops_by_part": flops.by_part,
-        "recomputed_flops": flops.again,
+        "recomputed_flops": flops.recomputed,
         "compile_seconds": round(compiled.seconds, 1),
         "versions": {"jax": jax.__version__, **_compiler(topology)},
     }
@@ -58,7 +57,7 @@ def make(program: Program, compiled: Compiled, flops: Flops, topology: Topology,
     total = peak + memory.generated_code_size_in_bytes
     moved = argument + output + 2 * (sum(sent.size.values()) + temp)
     terms = {
-        "compute": (flops.model + flops.again) / devices / chip.flops,
+        "compute": (flops.model + flops.recomputed) / devices / chip.flops,
         "hbm": moved / chip.hbm_rate,
         "ici": sent.total_wire / chip.ici_rate,
     }
@@ -91,13 +90,6 @@ def _compiler(topology: Topology) -> dict[str, str]:
         return {package: metadata.version(package)}
     except metadata.PackageNotFoundError:
         return {}
-
-
-def remat_of(program: Program) -> str:
-    model = program.model
-    if hasattr(model, "llm"):
-        return model.llm.cfg.remat
-    return str(getattr(getattr(model.cfg, "denoiser", None), "remat", "none"))
 
 
 def bytes_per_device(tree) -> int:
@@ -168,7 +160,7 @@ def table(plan: dict) -> str:
         ("FITS", f"{'yes' if plan['fits'] else 'NO'}, {plan['free_share']:.0%} free"),
         ("model FLOPs", f"{plan['model_flops'] / 1e12:,.1f} T a step ("
          + ", ".join(f"{k} {v / plan['model_flops']:.1%}" for k, v in plan["flops_by_part"].items())
-         + f"); computed twice {plan['recomputed_flops'] / plan['model_flops']:.0%} on top"),
+         + f"); recomputed {plan['recomputed_flops'] / plan['model_flops']:.0%} on top"),
     ]  # fmt: skip
     for kind, size in plan["collective_bytes"].items():
         rows.append((f"  {kind}", f"{gb(size)} in {plan['collective_count'][kind]} calls, on the "

@@ -71,7 +71,7 @@ class Road:
     seed: int
 
     def __post_init__(self):
-        from metamorph_jax.cli import UserError
+        from metamorph_jax.errors import UserError
 
         self.workdir = self.workdir.expanduser().resolve()
         (self.workdir / "steps").mkdir(parents=True, exist_ok=True)
@@ -147,7 +147,7 @@ class Road:
 
     def data(self) -> dict:
         from metamorph_jax import config
-        from metamorph_jax.cli import UserError
+        from metamorph_jax.errors import UserError
         from metamorph_jax.quickstart import data
         from metamorph_jax.recipes import metamorph
 
@@ -247,7 +247,7 @@ def _cores() -> int:
 
 def configs_folder() -> pathlib.Path:
     """`configs/metamorph` of the checkout that this package is installed from."""
-    from metamorph_jax.cli import UserError
+    from metamorph_jax.errors import UserError
 
     folder = pathlib.Path(__file__).resolve().parents[2] / "configs" / "metamorph"
     if not folder.is_dir():

@@ -18,8 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from metamorph_jax.config import ConfigError
+from metamorph_jax import flops
 from metamorph_jax.data.pipeline import SourceConfig
+from metamorph_jax.errors import ConfigError
+from metamorph_jax.flops import Work
 from metamorph_jax.models import lora
 from metamorph_jax.models.diffusion import schedule as sch
 from metamorph_jax.models.diffusion.dit import DiT, DiTConfig, depth_to_space, space_to_depth
@@ -29,12 +31,17 @@ from metamorph_jax.models.diffusion.unet import UNet, UNetConfig
 from metamorph_jax.models.diffusion.vae import AutoencoderKL, VAEConfig
 from metamorph_jax.models.vision import vit
 from metamorph_jax.models.vision.reduce import TokenReducer, normalize_features
+from metamorph_jax.recipe import Shard
 from metamorph_jax.recipes import metamorph
 from metamorph_jax.recipes.metamorph.input import feature_function
 from metamorph_jax.recipes.metamorph.weights import load_tower
 from metamorph_jax.types import DecoderBatch
 
-STAGES = {"projector": ("projector",), "decoder": ("projector", "denoiser")}
+STAGES = {
+    "projector": lambda cfg: lora.restrict(r"projector\..*", cfg.lora),
+    "decoder": lambda cfg: lora.restrict(r"(projector|denoiser)\..*", cfg.lora),
+}
+FAMILIES = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +145,7 @@ class DecoderRecipe(nnx.Module):
             `adapters.train` names.
     """
 
-    loss_coefs = {"diffusion": 1.0}
+    loss_weights = {"diffusion": 1.0}
 
     def __init__(
         self,
@@ -163,7 +170,7 @@ class DecoderRecipe(nnx.Module):
         self.pixel_scale = Statistics(jnp.ones((3,)))
         if adapters is not None:
             names = lora.add(self, adapters, rngs=rngs)
-            odd = [name for name in names if name.split(".")[0] not in STAGES["decoder"]]
+            odd = [name for name in names if name.split(".")[0] not in ("projector", "denoiser")]
             if odd:
                 raise ValueError(f"lora.target names what no stage trains: {', '.join(odd[:8])}")
 
@@ -275,17 +282,33 @@ class DecoderRecipe(nnx.Module):
         """Part that a parameter belongs to: projector, denoiser, vae, tower or lora."""
         return "lora" if lora.is_adapter(path) else str(path[0])
 
-    def trainable(self, stage: str):
-        """The nnx filter of what `stage` trains: the projector, or the denoiser with it."""
-        if stage not in STAGES:
-            raise ValueError(f"stage={stage!r}, the decoder recipe has {sorted(STAGES)}")
+    def work(self, batch: DecoderBatch) -> tuple[Work, ...]:
+        """The matrix products of a training step on a batch (shapes are enough)."""
+        cfg, rows, found = self.cfg, batch.image.shape[0], []
 
-        def chosen(path, _) -> bool:
-            path = tuple(map(str, path))
-            part_trains = path[0] in STAGES[stage]
-            return part_trains and (self.adapters is None or lora.trains(self.adapters, path))
+        def one(x):
+            return jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
 
-        return nnx.All(nnx.Any(nnx.Param, lora.Adapter), chosen)
+        if cfg.vae:
+            encode = lambda m, x: m.vae.encode(x.astype(jnp.float32)).mean  # noqa: E731
+            forward = rows * flops.of_function(self, encode, one(batch.image))
+            found.append(Work("autoencoder", forward, "", 0))
+        features = batch.features
+        if features is None:
+            forward = rows * flops.of_function(self, lambda m, x: m.tower(x), one(batch.pixels))
+            found.append(Work("tower", forward, "", 0))
+            features = nnx.eval_shape(lambda m, x: m.tower(x), self, one(batch.pixels))
+        project = lambda m, x: m.context(x)  # noqa: E731
+        forward = rows * flops.of_function(self, project, one(features))
+        found.append(Work("projector", forward, "projector"))
+        context = nnx.eval_shape(project, self, one(features))
+        side = cfg.sample_side
+        x = jax.ShapeDtypeStruct((1, side, side, cfg.sample_channels), jnp.float32)
+        t = jax.ShapeDtypeStruct((1,), jnp.int32)
+        forward = rows * flops.of_function(self, lambda m, *a: m.denoise(*a), x, t, context)
+        again = forward if getattr(cfg.denoiser, "remat", False) else 0.0
+        found.append(Work("denoiser", forward, "denoiser", 1, again))
+        return tuple(found)
 
 
 def _valid(batch: DecoderBatch):
@@ -323,11 +346,11 @@ class Config:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class Data:
     """Input of the decoder stage: all pictures of some LLaVA files.
 
     Attributes:
-        sources, seed, batch_size, feature_cache, max_images, max_frames, index_dir: as in
+        sources, seed, feature_cache, max_images, max_frames, index_dir: as in
             `data.pipeline.DataConfig`.
         predicted, predicted_share: file of visual tokens that a language model predicted (see
             `data.predicted`), and the share of pictures it is used for; "" for none.
@@ -336,7 +359,6 @@ class DataConfig:
     """
 
     sources: tuple[SourceConfig, ...]
-    batch_size: int = 1
     seed: int = 42
     feature_cache: str = ""
     predicted: str = ""
@@ -418,61 +440,47 @@ def _same(ours, folder, read, part: str) -> None:
         raise ConfigError(f"config.model.decoder.{part}: " + "; ".join(wrong))
 
 
-def prepare(model: DecoderRecipe, batches: list[DecoderBatch]) -> None:
+def initialize(model: DecoderRecipe, batches: list[DecoderBatch]) -> None:
     """Measures the standardisation of features and pictures before the first step."""
     features = np.concatenate([np.asarray(model.features(b)) for b in batches])
     model.set_statistics(features, np.concatenate([np.asarray(b.image) for b in batches]))
 
 
-def fill_caches(data_cfg, cfg: Config) -> None:
-    """Computes the features that `make_data` will want and the cache lacks."""
-    from metamorph_jax.data import cache
-
-    data_cfg, vision, refs = _open_pictures(data_cfg, cfg)
-    if data_cfg.feature_cache:
-        compute, spec = feature_function(cfg.vision), vision.feature_spec
-        cache.build(data_cfg.feature_cache, spec, refs, vision.preprocess, compute, 32)
-
-
-def make_data(data_cfg, cfg: Config, *, process_index=0, process_count=1, workdir=None):
-    """An iterator of `DecoderBatch`; `data_cfg` is a table of `DataConfig`'s fields. A feature
-    cache is filled first (where there are several hosts, `fill_caches` was called by one)."""
-    del workdir
-    from metamorph_jax.data import cache, pictures
+def open_data(data: "Data", cfg: Config, shard: Shard):
+    """An iterator of `DecoderBatch`; a feature cache is filled first with what is missing in it."""
+    from metamorph_jax.data import cache, images
     from metamorph_jax.data.decoder_pairs import DecoderPairs
     from metamorph_jax.data.predicted import Predicted
 
-    if process_index == 0 and jax.process_count() == 1:
-        fill_caches(data_cfg, cfg)
-    data_cfg, vision, refs = _open_pictures(data_cfg, cfg)
+    vision, refs = _open_images(data, cfg)
     features = None
-    if data_cfg.feature_cache:
+    if data.feature_cache:
         spec = vision.feature_spec
-        features = cache.ArrayCache(spec.folder(data_cfg.feature_cache), spec)
+        cache.build(
+            data.feature_cache, spec, refs, vision.preprocess, feature_function(cfg.vision), 32
+        )
+        features = cache.ArrayCache(spec.folder(data.feature_cache), spec)
     side = cfg.decoder.image_side
     pairs = DecoderPairs(
         refs,
-        pictures.Preprocess(side, "crop", side, "bilinear"),
-        data_cfg.batch_size,
-        data_cfg.seed,
+        images.Preprocess(side, "crop", side, "bilinear"),
+        shard.rows,
+        data.seed,
         features,
         vision.preprocess if features is None else None,
-        process_index,
-        process_count,
-        int(data_cfg.memory_gib * 2**30),
-        data_cfg.threads,
-        predicted=Predicted(data_cfg.predicted) if data_cfg.predicted else None,
-        predicted_share=data_cfg.predicted_share,
+        shard.index,
+        shard.count,
+        int(data.memory_gib * 2**30),
+        data.threads,
+        predicted=Predicted(data.predicted) if data.predicted else None,
+        predicted_share=data.predicted_share,
     )
-    pairs.sources, pairs.skipped = [s.name for s in data_cfg.sources], pairs.counts
+    pairs.sources, pairs.skipped = [s.name for s in data.sources], pairs.counts
     return pairs
 
 
-def input_spec(data_cfg: dict, cfg: Config, rows: int) -> DecoderBatch:
-    """Shapes of a batch of so many pictures, from the config alone; `data_cfg` is a table."""
-    from metamorph_jax import config
-
-    data = config.build(DataConfig, data_cfg, "config.data")
+def batch_spec(data: "Data", cfg: Config, rows: int) -> DecoderBatch:
+    """Shapes of a batch of so many images, from the configs alone."""
     tower, reduce = metamorph.tower_config(cfg.vision), metamorph.reduce_config(cfg.vision)
     side, cached = cfg.decoder.image_side, bool(data.feature_cache)
     features, pixels = (reduce.tokens_out, reduce.width_out), (tower.size, tower.size, 3)
@@ -484,32 +492,34 @@ def input_spec(data_cfg: dict, cfg: Config, rows: int) -> DecoderBatch:
     )
 
 
-def _open_pictures(data_cfg, cfg: Config):
-    """(the data config, that of the pictures for the tower, the pictures)."""
-    from metamorph_jax import config
+def generator(model, cfg, data, **options):
+    """None: it draws what other recipes' generators predict."""
+    return None
+
+
+def _open_images(data, cfg: Config):
+    """(the data config of the images for the tower, the images)."""
     from metamorph_jax.data import pipeline
 
-    if not isinstance(data_cfg, DataConfig):
-        data_cfg = config.build(DataConfig, data_cfg, "config.data")
-    if not (cfg.with_tower or data_cfg.feature_cache):
+    if not (cfg.with_tower or data.feature_cache):
         raise ConfigError("without config.model.with_tower, config.data.feature_cache must be set")
     vision = metamorph.complete_data_config(
         pipeline.DataConfig(
-            sources=data_cfg.sources,
-            feature_cache=data_cfg.feature_cache,
-            max_images=data_cfg.max_images,
-            max_frames=data_cfg.max_frames,
-            index_dir=data_cfg.index_dir,
+            sources=data.sources,
+            feature_cache=data.feature_cache,
+            max_images=data.max_images,
+            max_frames=data.max_frames,
+            index_dir=data.index_dir,
         ),
         cfg.vision,
     )
-    refs = list(dict.fromkeys(_pictures(pipeline.open_sources(vision), data_cfg.seed)))
-    return data_cfg, vision, refs
+    refs = list(dict.fromkeys(_pictures(pipeline.open_sources(vision), data.seed)))
+    return vision, refs
 
 
 def _pictures(sources, seed: int):
     """Every picture of every readable sample."""
-    from metamorph_jax.data.sources.base import BadSample
+    from metamorph_jax.errors import BadSample
 
     for number, source in enumerate(sources):
         for k in range(len(source)):

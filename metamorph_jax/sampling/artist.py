@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from metamorph_jax.cli import UserError
+from metamorph_jax.errors import UserError
 from metamorph_jax.sampling import diffusion
 from metamorph_jax.sampling.trained import load_trained
 

@@ -21,8 +21,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from metamorph_jax.cli import UserError
-from metamorph_jax.data.sources.base import BadSample
+from metamorph_jax.errors import BadSample, UserError
 from metamorph_jax.sampling import WEIGHTS
 from metamorph_jax.sampling.requests import Request, read_requests
 

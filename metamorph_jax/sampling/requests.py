@@ -5,8 +5,8 @@ import json
 import pathlib
 import sys
 
-from metamorph_jax.cli import UserError
 from metamorph_jax.data.sources.base import IMAGE, ImageRef
+from metamorph_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 from PIL import Image
 
-from metamorph_jax.cli import UserError
+from metamorph_jax.errors import UserError
 from metamorph_jax.sampling.requests import Request
 from metamorph_jax.sampling.segments import Text
 

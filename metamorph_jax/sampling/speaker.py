@@ -8,17 +8,17 @@ import numpy as np
 from flax import nnx
 
 from metamorph_jax import config
-from metamorph_jax.cli import UserError
-from metamorph_jax.data import pictures
+from metamorph_jax import recipe as recipes
+from metamorph_jax.data import images
 from metamorph_jax.data.chat import Chat
 from metamorph_jax.data.interleave import build_row
 from metamorph_jax.data.pipeline import DataConfig
 from metamorph_jax.data.sources.templates import THINK_HUMAN
+from metamorph_jax.errors import UserError
 from metamorph_jax.models.interleave import place_visual
 from metamorph_jax.sampling.interleaved import Options, prepare
 from metamorph_jax.sampling.requests import Request, picture_refs, place_pictures
 from metamorph_jax.sampling.trained import load_trained
-from metamorph_jax.train.workdir import find_recipe
 
 
 class Speaker:
@@ -75,7 +75,7 @@ class Speaker:
         embeds = self.model.embed_text(jnp.asarray(row.tokens))[None]
         if refs:
             preprocess = self.data.preprocess
-            pixels = np.stack([preprocess(p) for p in pictures.load(refs, self.data.max_pixels)])
+            pixels = np.stack([preprocess(p) for p in images.load(refs, self.data.max_pixels)])
             visual = self.model.project(jnp.asarray(self.see(pixels)))
             visual = visual.reshape(1, -1, visual.shape[-1])
             embeds = place_visual(embeds, visual, jnp.asarray(row.image_slots)[None])
@@ -93,7 +93,7 @@ def load_speaker(
         recipe, cfg, model, values = load_trained(workdir)
     else:
         values = config.load_config(config_spec, overrides).to_dict()
-        recipe = find_recipe(values["recipe"])
+        recipe = recipes.find(values["recipe"])
         cfg = config.build(recipe.Config, values["model"], "config.model")
         cfg = dataclasses.replace(cfg, weights=checkpoint, tokenizer=cfg.tokenizer or checkpoint)
         model = recipe.create(cfg, nnx.Rngs(0))

@@ -6,9 +6,9 @@ import pathlib
 from flax import nnx
 
 from metamorph_jax import config
-from metamorph_jax.cli import UserError
+from metamorph_jax import recipe as recipes
+from metamorph_jax.errors import CheckpointError, UserError
 from metamorph_jax.train import checkpoint
-from metamorph_jax.train.workdir import find_recipe
 
 
 def load_trained(workdir: str):
@@ -17,11 +17,11 @@ def load_trained(workdir: str):
     if not saved.is_file():
         raise UserError(f"{workdir} is no workdir of a training run (it has no config.json)")
     values = json.loads(saved.read_text())
-    recipe = find_recipe(values["recipe"])
+    recipe = recipes.find(values["recipe"])
     cfg = config.build(recipe.Config, values["model"], "config.model")
     model = recipe.create(cfg, nnx.Rngs(0))
     try:
         checkpoint.load_params(model, workdir)
-    except checkpoint.CheckpointError as error:
+    except CheckpointError as error:
         raise UserError(error) from error
     return recipe, cfg, model, values

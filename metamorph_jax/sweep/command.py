@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 
-from metamorph_jax.config import ConfigError
+from metamorph_jax.errors import ConfigError
 
 PREEMPTED = 143  # a run that was stopped by SIGTERM; the machine goes away, so does the sweep
 
@@ -90,7 +90,7 @@ def plan(spec: str, overrides: dict, workdir: pathlib.Path) -> list[Run]:
     """
     from metamorph_jax import config as configs
     from metamorph_jax.sweep import grid
-    from metamorph_jax.train.loop import resolve
+    from metamorph_jax.train.config import resolve
 
     path = spec.partition(":")[0]
     module = configs.load_module(path)

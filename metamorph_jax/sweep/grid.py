@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from metamorph_jax import config as configs
-from metamorph_jax.config import ConfigError
+from metamorph_jax.errors import ConfigError
 
 Values = dict[str, Any]  # dotted key -> value
 

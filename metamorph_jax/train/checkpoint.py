@@ -1,7 +1,7 @@
 """Checkpoints of a run, and the export that a later stage loads. The only user of Orbax.
 
     workdir/checkpoints/<step>/   state (parameters, moments, average, key) and, in its metadata,
-                                  where each lane of the data stands and a checksum of every leaf;
+                                  the position of each data shard and a checksum of every leaf;
                                   newest N are kept
     workdir/damaged/<step>/       one that couldn't be read, set aside when asked to fall back
     workdir/final/                what the stage trained (its moving average if it keeps one)
@@ -25,8 +25,8 @@ import numpy as np
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
-from metamorph_jax.config import ConfigError
 from metamorph_jax.distributed import gather
+from metamorph_jax.errors import CheckpointError, ConfigError
 from metamorph_jax.models import lora
 from metamorph_jax.nn import quantized
 from metamorph_jax.train.optim import Params
@@ -34,9 +34,6 @@ from metamorph_jax.train.state import Parts, TrainState
 
 _training = ocp.training
 
-
-class CheckpointError(RuntimeError):
-    """A checkpoint is missing, damaged, could not be written, or is not of this run."""
 
 
 class Checkpoints:
@@ -79,8 +76,8 @@ class Checkpoints:
         return self.steps[-1] if self.steps else None
 
     @property
-    def lanes(self) -> int | None:
-        """Over how many lanes the data of this run are spread, if it has a readable checkpoint."""
+    def data_shards(self) -> int | None:
+        """Number of data shards of this run, if it has a readable checkpoint."""
         for step in reversed(self.steps):
             try:
                 return len(self._describe(step)[1]["data"])
@@ -95,7 +92,7 @@ class Checkpoints:
             step: number of the checkpoint.
             state: copied before this returns.
             fixed: frozen leaves that no weight file has.
-            data: lane -> where it stands, of the lanes that this process reads.
+            data: data shard -> its state, of the data shards that this process reads.
 
         Raises:
             CheckpointError: if it can't be written.
@@ -152,7 +149,7 @@ class Checkpoints:
     def restore(
         self, state: TrainState, fixed: Params, fall_back: bool = False
     ) -> tuple[TrainState, Params, list[dict], list[str]]:
-        """(state, fixed, state of every lane of the data, what was said on the way) of the newest.
+        """(state, fixed, state of every data shard, messages) of the newest.
 
         Args:
             state, fixed: arrays (or shapes with shardings) that say what is expected and where.
@@ -338,21 +335,21 @@ def _abstract(tree):
 
 
 def from_all_processes(states: dict[int, dict]) -> list[dict]:
-    """The states of all lanes in order, known to each process.
+    """The states of all data shards in order, known to each process.
 
     Raises:
-        CheckpointError: if processes that read the same lane stand at different places.
+        CheckpointError: if processes that read the same data shard stand at different places.
     """
     found: dict[int, tuple[int, dict]] = {}
-    for process, lanes in enumerate(gather(sorted(states.items()))):
-        for lane, state in lanes:
-            first, same = found.setdefault(lane, (process, state))
+    for process, data_shards in enumerate(gather(sorted(states.items()))):
+        for data_shard, state in data_shards:
+            first, same = found.setdefault(data_shard, (process, state))
             if same != state:
                 raise CheckpointError(
-                    f"hosts {first} and {process} both read lane {lane} of the data, and no longer "
+                    f"hosts {first} and {process} both read data shard {data_shard}, and no longer "
                     f"see the same: {same} and {state}. Can one of them not read some files?"
                 )
-    return [found[lane][1] for lane in range(len(found))]
+    return [found[data_shard][1] for data_shard in range(len(found))]
 
 
 # ---- the export
@@ -392,7 +389,7 @@ def load_params(model: nnx.Module, workdir: str | pathlib.Path) -> set[str]:
         CheckpointError: if the stage isn't finished, or its parameters don't fit the model.
     """
     from metamorph_jax import config
-    from metamorph_jax.train.workdir import find_recipe
+    from metamorph_jax import recipe as recipes
 
     workdir = pathlib.Path(workdir).absolute()
     folder, saved = workdir / "final", workdir / "config.json"
@@ -401,7 +398,7 @@ def load_params(model: nnx.Module, workdir: str | pathlib.Path) -> set[str]:
     if not folder.is_dir():
         raise ConfigError(f"the stage in {workdir} isn't finished: it has no final/")
     before = json.loads(saved.read_text())
-    recipe = find_recipe(before["recipe"])
+    recipe = recipes.find(before["recipe"])
     earlier = config.build(recipe.Config, before["model"], "config.model")
     with quantized.unpacked(model):
         return _load_trained(model, folder, recipe, earlier)

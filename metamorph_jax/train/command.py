@@ -9,8 +9,7 @@ import argparse
 import sys
 import traceback
 
-PREEMPTED = 143  # as a shell says "ended by SIGTERM"
-BAD_STEP = 3
+from metamorph_jax.errors import BadStep, JoinError, Preempted, UserError
 
 
 def add_arguments(parser) -> None:
@@ -54,35 +53,23 @@ def add_arguments(parser) -> None:
 
 def run(args) -> int:
     from metamorph_jax import distributed
-    from metamorph_jax.cli import UserError
-    from metamorph_jax.config import ConfigError, load_config
+    from metamorph_jax.config import load_config
     from metamorph_jax.train import profile
 
     config = load_config(args.config, args.overrides)
     span = profile.parse(args.profile) if args.profile else None
-    try:
-        place = _join(args, config)
-    except distributed.JoinError as error:
-        raise UserError(error) from error
-    from metamorph_jax.data.packing import TooManyBadSamples
-    from metamorph_jax.train.checkpoint import CheckpointError
+    place = _join(args, config)
     from metamorph_jax.train.loop import train
-    from metamorph_jax.train.trouble import BadStep, Preempted
 
     try:
         train(config, args.workdir, span)
-    # These two come on all hosts at the same step.
-    except Preempted as stop:
-        print(stop, file=sys.stderr)
-        return PREEMPTED
-    except BadStep as error:
-        print(f"metamorph train: {error}", file=sys.stderr)
-        return BAD_STEP
-    except (CheckpointError, TooManyBadSamples, ConfigError) as error:
-        if place is not None:
-            print(f"metamorph train: process {place.process}: {error}", file=sys.stderr)
-            distributed.leave(UserError.code)
-        raise error if isinstance(error, ConfigError) else UserError(error) from error
+    except (Preempted, BadStep):
+        raise  # these come on all hosts at the same step
+    except UserError as error:
+        if place is None:
+            raise
+        print(f"metamorph train: process {place.process}: {error}", file=sys.stderr)
+        distributed.leave(error.code)
     except Exception as error:
         if place is None:
             raise
@@ -106,7 +93,7 @@ def _join(args, config):
     if place is not None:
         distributed.join(place, args.hint_after, args.join_timeout, args.heartbeat)
     elif args.distributed:
-        raise distributed.JoinError(
+        raise JoinError(
             "--distributed: nothing says where the other hosts are; give --coordinator=HOST:PORT, "
             "--processes=N and --process=K"
         )

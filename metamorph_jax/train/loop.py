@@ -6,109 +6,24 @@ number of the step. So an interrupted run ends with the same parameters as one t
 """
 
 import contextlib
-import dataclasses
 import os
 import pathlib
 import time
-from typing import Any
 
 import jax
 import numpy as np
 
-from metamorph_jax import config as configs
 from metamorph_jax import sharding
-from metamorph_jax.config import ConfigError
-from metamorph_jax.train import checkpoint, feed, optim, tiers
+from metamorph_jax.errors import BadStep, CheckpointError, ConfigError, Preempted
+from metamorph_jax.train import checkpoint, local_checkpoints, optim, shards
 from metamorph_jax.train import state as states
 from metamorph_jax.train import workdir as workdirs
+from metamorph_jax.train.config import Run, resolve
+from metamorph_jax.train.failures import BadSteps, Pending, Sigterm
 from metamorph_jax.train.goodput import Goodput
-from metamorph_jax.train.metrics import Logger, flops_per_step, measure
-from metamorph_jax.train.optim import OptimConfig
+from metamorph_jax.train.metrics import Logger, flops_per_step
 from metamorph_jax.train.profile import Trace
-from metamorph_jax.train.step import Guard, make_step
-from metamorph_jax.train.trouble import BadStep, BadSteps, Pending, Preempted, Sigterm
-
-PRECISIONS = ("default", "bfloat16", "tensorfloat32", "float32", "highest")
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """A run.
-
-    Attributes:
-        recipe: module in `metamorph_jax.recipes`, or a dotted module name.
-        stage: what the recipe trains.
-        steps: optimizer steps of the whole run.
-        batch_size: rows per step, over all processes and micro-batches.
-        model, data: tables that the recipe turns into its dataclasses.
-        optim: optimizer and schedule.
-        accumulate: micro-batches per step.
-        seed: of new weights and of what is random in the loss.
-        prepare_batches: batches that the recipe's `prepare` measures before the first step.
-        mesh: axis -> size (`sharding.make_mesh`); -1 is "the rest".
-        lanes: streams that the batch is packed from (`feed`); each is read by one host if there are
-            at least as many as hosts. 0: as many as hosts when the run begins.
-        guard: what happens at bad steps.
-        log_every, checkpoint_every, keep: steps between lines and checkpoints; checkpoints kept.
-        local_checkpoints: more of them, on each host's own disk (`tiers`).
-        damaged_checkpoint: "stop", or "previous": go on from the newest that is whole.
-        tensorboard: write TensorBoard files.
-        matmul_precision: of products of float32, a name that `jax.default_matmul_precision` takes.
-            "default" is one pass in bfloat16 on a TPU, and float32 on a CPU; with "bfloat16" linear
-            layers do as a TPU on a CPU that has matrix units, too.
-        compilation_cache: folder of compiled programs, unless $JAX_COMPILATION_CACHE_DIR names one;
-            "" for none.
-    """
-
-    recipe: str
-    stage: str
-    steps: int
-    batch_size: int
-    model: dict
-    data: dict
-    optim: OptimConfig
-    accumulate: int = 1
-    seed: int = 0
-    prepare_batches: int = 0
-    mesh: dict[str, int] = dataclasses.field(default_factory=lambda: {"fsdp": -1})
-    lanes: int = 0
-    guard: Guard = Guard()
-    log_every: int = 10
-    checkpoint_every: int = 500
-    keep: int = 2
-    local_checkpoints: tiers.LocalConfig = tiers.LocalConfig()
-    damaged_checkpoint: str = "stop"
-    tensorboard: bool = True
-    matmul_precision: str = "default"
-    compilation_cache: str = "~/.cache/metamorph_jax/compiled"
-
-    def __post_init__(self):
-        for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.batch_size % self.accumulate:
-            raise ValueError(f"batch_size {self.batch_size} isn't a multiple of accumulate "
-                             f"{self.accumulate}")  # fmt: skip
-        if self.damaged_checkpoint not in ("stop", "previous"):
-            raise ValueError(f"damaged_checkpoint {self.damaged_checkpoint!r} is none of stop, "
-                             "previous")  # fmt: skip
-        if self.matmul_precision not in PRECISIONS:
-            raise ValueError(f"matmul_precision {self.matmul_precision!r} is none of "
-                             f"{', '.join(PRECISIONS)}")  # fmt: skip
-
-
-def resolve(config) -> tuple[TrainConfig, Any, Any, dict]:
-    """(run, recipe module, its config, all options as one table) of a ConfigDict or nested dict.
-
-    Raises:
-        ConfigError: an option does not exist or has a wrong value.
-    """
-    table = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    cfg = configs.build(TrainConfig, table)
-    recipe = workdirs.find_recipe(cfg.recipe)
-    model_cfg = configs.build(recipe.Config, cfg.model, "config.model")
-    resolved = dataclasses.asdict(cfg) | {"model": dataclasses.asdict(model_cfg)}
-    return cfg, recipe, model_cfg, resolved
+from metamorph_jax.train.step import make_step
 
 
 def train(
@@ -131,13 +46,14 @@ def train(
         Preempted: see there.
     """
     began = time.time()
-    what = resolve(config)
-    name = what[0].matmul_precision
+    run = resolve(config)
+    name = run.cfg.matmul_precision
     with jax.default_matmul_precision(name) if name != "default" else contextlib.nullcontext():
-        return _train(began, *what, pathlib.Path(workdir).expanduser(), profile)
+        return _train(began, run, pathlib.Path(workdir).expanduser(), profile)
 
 
-def _train(began, cfg: TrainConfig, recipe, model_cfg, resolved, workdir, profile):
+def _train(began, run: Run, workdir, profile):
+    cfg, recipe, model_cfg = run.cfg, run.recipe, run.model
     # ---- devices
     if cfg.compilation_cache and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         folder = pathlib.Path(cfg.compilation_cache).expanduser()
@@ -153,28 +69,27 @@ def _train(began, cfg: TrainConfig, recipe, model_cfg, resolved, workdir, profil
             f"config.batch_size {cfg.batch_size} in {cfg.accumulate} micro-batches doesn't divide "
             f"over {shards} groups of devices"
         )
-    changes = workdirs.prepare(workdir, resolved, write=host0)
+    changes = workdirs.prepare(workdir, run.table, write=host0)
     checkpoints = checkpoint.Checkpoints(workdir, cfg.keep)
-    local = tiers.local_checkpoints(cfg.local_checkpoints, workdir, mesh, checkpoints.latest)
+    local = local_checkpoints.open_local(cfg.local_checkpoints, workdir, mesh, checkpoints.latest)
     resuming = checkpoints.latest is not None or local.step is not None
 
     # ---- data
-    mine = feed.my_rows(mesh, cfg.batch_size)
-    data = _make_feed(cfg, recipe, model_cfg, workdir, mine, local.lanes or checkpoints.lanes)
-    if hasattr(model_cfg, "sources") and not model_cfg.sources:
-        model_cfg = dataclasses.replace(model_cfg, sources=tuple(data.sources))
+    mine = shards.my_rows(mesh, cfg.batch_size)
+    saved_shards = local.data_shards or checkpoints.data_shards
+    data = _open_shards(run, mine, saved_shards)
 
     # ---- model and state
     clock = time.perf_counter()
-    batches = [] if resuming else feed.peek(data, cfg.prepare_batches, mesh, cfg.batch_size)
+    batches = [] if resuming else shards.peek(data, cfg.initial_batches, mesh, cfg.batch_size)
 
     def fill(model):
         recipe.load_pretrained(model, model_cfg)
         if batches:
-            recipe.prepare(model, batches)
+            recipe.initialize(model, batches)
 
     parts, params, frozen = states.create(
-        lambda rngs: recipe.create(model_cfg, rngs), cfg.stage, mesh, cfg.seed, fill
+        lambda rngs: recipe.create(model_cfg, rngs), run.pattern, mesh, cfg.seed, fill
     )
     optim.check_multipliers(cfg.optim, set(parts.part_of.values()))
     has_ema, has_usual = cfg.optim.ema_decay is not None, bool(cfg.guard.spike)
@@ -254,11 +169,11 @@ def _train(began, cfg: TrainConfig, recipe, model_cfg, resolved, workdir, profil
                     ended = True
                     break
                 wait = time.perf_counter() - clock
-                batch_there = feed.to_devices(batch, mesh, cfg.batch_size)
-                if step == first and cfg.recipe in workdirs.RECIPES:
+                batch_there = shards.to_devices(batch, mesh, cfg.batch_size)
+                if step == first:
                     model = parts.merge(*jax.eval_shape(lambda *x: x, state.params, frozen))
                     logger.flops_per_step = flops_per_step(
-                        model, model_cfg, batch, cfg.batch_size, parts.names, mesh
+                        model, batch, cfg.batch_size, parts.names, mesh
                     )
                 with trace.step(step + 1):
                     state, report = step_fn(state, frozen, batch_there)
@@ -267,8 +182,8 @@ def _train(began, cfg: TrainConfig, recipe, model_cfg, resolved, workdir, profil
                 if pending is not None and not read(pending):
                     pending, ended = None, True
                     break
-                counted = {k: n * cfg.batch_size // len(mine) for k, n in measure(batch).items()}
-                pending = Pending(step, report, batch, data.samples(), counted, wait)
+                counted = {k: n * cfg.batch_size // len(mine) for k, n in batch.counted().items()}
+                pending = Pending(step, report, batch, data.sample_names(), counted, wait)
                 if step == first + 1:
                     jax.block_until_ready(report)
                     logger.say(f"first step, compilation included: "
@@ -317,7 +232,7 @@ def _train(began, cfg: TrainConfig, recipe, model_cfg, resolved, workdir, profil
         together = jax.process_count() == 1 or isinstance(error, BadStep | Preempted)
         for tier in (local, checkpoints):
             if together or not tier.waits_for_others:
-                with contextlib.suppress(checkpoint.CheckpointError):
+                with contextlib.suppress(CheckpointError):
                     tier.close()
         raise
     else:
@@ -330,28 +245,27 @@ def _train(began, cfg: TrainConfig, recipe, model_cfg, resolved, workdir, profil
     return logger.last
 
 
-def _make_feed(cfg: TrainConfig, recipe, model_cfg, workdir, mine, lanes: int | None) -> feed.Feed:
-    """The batches; `lanes` as the run's checkpoints say, if there are any."""
-    if lanes and cfg.lanes and lanes != cfg.lanes:
-        raise ConfigError(f"config.lanes is {cfg.lanes}, this run has {lanes}")
-    lanes = lanes or cfg.lanes or cfg.batch_size // len(mine)
-    here = max(lanes * len(mine) // cfg.batch_size, 1)
-    table = dict(cfg.data)
-    if table.get("workers"):  # processes on this host, over all lanes
-        table["workers"] = max(table["workers"] // here, 1)
+def _open_shards(run: Run, mine: np.ndarray, saved: int | None) -> shards.DataShards:
+    """The batches of this process; over `saved` data shards, if the run has checkpoints."""
+    cfg = run.cfg
+    if saved and cfg.data_shards and saved != cfg.data_shards:
+        raise ConfigError(f"config.data_shards is {cfg.data_shards}, this run has {saved}")
+    count = saved or cfg.data_shards or cfg.batch_size // len(mine)
 
-    def make(lane: int, lanes: int, rows: int):
-        where = {"process_index": lane, "process_count": lanes, "workdir": workdir}
-        return recipe.make_data(table | {"batch_size": rows}, model_cfg, **where)
+    def open_shard(shard):
+        return run.recipe.open_data(run.data, run.model, shard)
 
-    if jax.process_count() == 1 or not hasattr(recipe, "fill_caches"):
-        return feed.Feed(make, lanes, cfg.batch_size, mine)
+    def open_all():
+        return shards.DataShards(open_shard, count, cfg.batch_size, mine)
+
+    if jax.process_count() == 1:
+        return open_all()
     from jax.experimental import multihost_utils
 
-    if jax.process_index() == 0:
-        recipe.fill_caches(table | {"batch_size": cfg.batch_size // lanes}, model_cfg)
-    multihost_utils.sync_global_devices("caches are filled")
-    return feed.Feed(make, lanes, cfg.batch_size, mine)
+    # The first process fills feature caches; the others wait and find them full.
+    data = open_all() if jax.process_index() == 0 else None
+    multihost_utils.sync_global_devices("the first process has opened its data")
+    return data or open_all()
 
 
 def _banner(cfg, parts, state, frozen, mesh, changes, first):

@@ -15,45 +15,23 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from metamorph_jax import chips
+from metamorph_jax import chips, flops
 from metamorph_jax.train.goodput import Goodput
 
 
-def measure(batch) -> dict[str, int]:
-    """How many positions and pictures of a batch (numpy) are no padding."""
-    if hasattr(batch, "segments"):
-        pictures = int(np.sum(batch.image_valid))
-        return {"positions": int(np.sum(np.asarray(batch.segments) > 0)), "pictures": pictures}
-    rows = batch.image.shape[0] if batch.valid is None else int(np.sum(batch.valid))
-    return {"positions": 0, "pictures": rows}
-
-
-def flops_per_step(model, model_cfg, batch, rows: int, trained, mesh) -> float:
+def flops_per_step(model, batch, rows: int, trained, mesh) -> float:
     """Model FLOPs of one training step over all devices, counted as `metamorph plan` counts them.
 
     Args:
-        model: its leaves may be ShapeDtypeStructs.
-        model_cfg: the recipe's.
+        model: a `recipe.Model`; its leaves may be ShapeDtypeStructs.
         batch: of any number of rows; padding counts.
         rows: of the whole batch.
         trained: names of the trained leaves.
         mesh: of the run.
-
-    Returns:
-        0.0 for models that aren't counted.
     """
-    from types import SimpleNamespace
-
-    from metamorph_jax.plan import flops
-
     whole = lambda x: jax.ShapeDtypeStruct((rows, *np.shape(x)[1:]), x.dtype)  # noqa: E731
-    batch = jax.tree.map(whole, batch)
-    tokens = getattr(batch, "tokens", None)
-    program = SimpleNamespace(
-        model=model, model_cfg=model_cfg, batch=batch, mesh=mesh, training=True,
-        trained_names=frozenset(trained), positions=0 if tokens is None else tokens.size, rows=rows,
-    )  # fmt: skip
-    return flops.count(program).model
+    with jax.set_mesh(mesh):
+        return flops.total(model.work(jax.tree.map(whole, batch)), trained).model
 
 
 def memory_peak() -> float | None:
@@ -128,7 +106,7 @@ class Logger:
 
     def _clear(self) -> None:
         self._sums: dict[str, np.ndarray] = {}
-        self._counts = {"positions": 0, "pictures": 0, "steps": 0}
+        self._counts = {"positions": 0, "images": 0, "steps": 0}
         self._wait = self._saving = 0.0
         self._untimed = 0  # steps of this window that were done before its clock began
         self._since = time.perf_counter()
@@ -206,7 +184,7 @@ class Logger:
         timed = max(steps - self._untimed, 1)
         line["seconds_per_step"] = seconds / timed
         line["positions_per_second"] = self._counts["positions"] / steps * timed / seconds
-        line["pictures_per_second"] = self._counts["pictures"] / steps * timed / seconds
+        line["images_per_second"] = self._counts["images"] / steps * timed / seconds
         line["data_wait"] = min(self._wait / seconds, 1.0)
         line["seconds_left"] = (self.steps - step) * seconds / timed
         if self.skipped:
@@ -259,7 +237,7 @@ def format_line(step: int, steps: int, line: Mapping[str, float]) -> str:
     pieces.append(f"{line['seconds_per_step']:.3g} s/step")
     if "positions_per_second_per_chip" in line:
         pieces.append(f"{line['positions_per_second_per_chip']:.4g} tokens/s/chip")
-    pieces.append(f"{line['pictures_per_second']:.3g} pictures/s")
+    pieces.append(f"{line['images_per_second']:.3g} images/s")
     if "mfu" in line:
         pieces.append(f"MFU {line['mfu']:.1%}")
     elif "tflops_per_second_per_chip" in line:

@@ -6,8 +6,8 @@
 The daemon (https://cloud.google.com/kubernetes-engine, "multi-tier checkpointing") numbers the
 hosts, so that each comes back to the shards that it wrote; gives a host without them those of a
 replica, or of the bucket; and copies them there. The run writes through Orbax's
-`ReplicatorCheckpointManager`. As with the local checkpoints of `tiers`, a restart goes on from the
-newest step that all hosts have, there or in the workdir, and checks every array.
+`ReplicatorCheckpointManager`. As with `local_checkpoints`, a restart goes on from the newest step
+that all hosts have, there or in the workdir, and checks every array.
 """
 
 import contextlib
@@ -20,8 +20,8 @@ import jax
 from jax.sharding import Mesh
 
 from metamorph_jax import distributed
+from metamorph_jax.errors import CheckpointError, JoinError
 from metamorph_jax.train import checkpoint
-from metamorph_jax.train.checkpoint import CheckpointError
 from metamorph_jax.train.optim import Params
 from metamorph_jax.train.state import TrainState
 
@@ -46,7 +46,7 @@ def join(folder: str, minutes: int, mesh: dict[str, int], timeout: float) -> dis
              "(XPK: --mtc-enabled --ramdisk-directory)? "
              "config.local_checkpoints.multi_tier=0 does without it")  # fmt: skip
     if not where.is_dir():
-        raise distributed.JoinError(f"config.local_checkpoints.folder: no {folder} here. {check}")
+        raise JoinError(f"config.local_checkpoints.folder: no {folder} here. {check}")
     print(f"waiting up to {timeout:.0f} s for GKE's multi-tier daemon in {folder}", flush=True)
     distributed.prepare_collectives()
     slices = mesh.get("slice", 1)
@@ -60,7 +60,7 @@ def join(folder: str, minutes: int, mesh: dict[str, int], timeout: float) -> dis
         )
     except (OSError, TimeoutError, ValueError, RuntimeError) as error:
         reason = checkpoint.reason(error)
-        raise distributed.JoinError(f"GKE's multi-tier daemon in {folder}: {reason}. {check}") \
+        raise JoinError(f"GKE's multi-tier daemon in {folder}: {reason}. {check}") \
             from error  # fmt: skip
     place = distributed.Place("GKE's daemon", jax.process_count(), jax.process_index())
     if place.process == 0:
@@ -69,10 +69,10 @@ def join(folder: str, minutes: int, mesh: dict[str, int], timeout: float) -> dis
 
 
 class MultiTierCheckpoints:
-    """As `tiers.LocalCheckpoints`; all processes make it at the same time.
+    """As `local_checkpoints.LocalCheckpoints`; all processes make it at the same time.
 
     Args:
-        cfg: `tiers.LocalConfig`.
+        cfg: `config.LocalConfig`.
         run: name of the run; checkpoints of another one don't count.
         layout: name of the hosts and the mesh; Orbax reads what was written on the same ones only.
         mesh: of the state.
@@ -100,7 +100,7 @@ class MultiTierCheckpoints:
         )
         keys.awaitable_signals_contract_prefix = prefix
         self.step: int | None = None
-        self.lanes: int | None = None
+        self.data_shards: int | None = None
         self.said: list[str] = []
         self._agree(newest)
 
@@ -113,7 +113,7 @@ class MultiTierCheckpoints:
         best = max(common, default=-1)
         if best > (-1 if newest is None else newest):
             self.step, self._chosen = best, notes[best]
-            self.lanes = len(self._chosen["data"])
+            self.data_shards = len(self._chosen["data"])
             self.said.append(f"multi-tier checkpoint {best} is newer than the workdir's "
                              f"({'none' if newest is None else newest})")  # fmt: skip
         elif found is not None and found > (-1 if newest is None else newest):
@@ -135,7 +135,7 @@ class MultiTierCheckpoints:
         return step % self._cfg.every == 0
 
     def restore(self, state: TrainState, fixed: Params) -> tuple[TrainState, Params, list[dict]]:
-        """(state, fixed, state of every lane of the data) at `step`.
+        """(state, fixed, state of every data shard of the data) at `step`.
 
         Raises:
             CheckpointError: if it is damaged, or holds something else.

@@ -18,52 +18,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metamorph_jax.config import ConfigError
+from metamorph_jax.errors import ConfigError
+from metamorph_jax.train.config import OptimConfig
 
 Params = dict[str, jax.Array]  # dotted name -> array
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimConfig:
-    """AdamW and its schedule.
-
-    Attributes:
-        learning_rate: peak, at `base_batch` rows if that is given.
-        base_batch: the peak is scaled by sqrt(batch / base_batch); None leaves it as it is.
-        batch: size of a batch for that rule when rows are not the measure (packed rows hold
-            several samples); default: rows of the global batch.
-        schedule: "cosine" (to 0), "constant", "wsd" (warm-up, stable, the last fifth decays
-            linearly to 0), "rsqrt", or the reference's two for its decoder, "finetune" (logarithmic
-            warm-up, linear decay) and "scratch" (linear warm-up).
-        warmup: share of the steps if below 1, else a number of steps.
-        weight_decay: for matrices and tables; biases and norms are not decayed.
-        clip_norm: the gradient is scaled down to this global norm; None: no clipping.
-        multipliers: part -> factor on the learning rate (parts: `param_group` of the recipe).
-        ema_decay: keep an exponential moving average of the trained parameters.
-        momentum_dtype: of the first moment as it is kept; "bfloat16" saves a sixth of the memory of
-            parameters and moments. (The second stays float32: in bfloat16 it would no longer move.)
-    """
-
-    learning_rate: float
-    base_batch: int | None = None
-    batch: float | None = None
-    schedule: str = "cosine"
-    warmup: float = 0.03
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip_norm: float | None = 1.0
-    multipliers: dict[str, float] = dataclasses.field(default_factory=dict)
-    ema_decay: float | None = None
-    momentum_dtype: str = "float32"
-
-    def __post_init__(self):
-        if self.momentum_dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"momentum_dtype {self.momentum_dtype!r} is neither float32 nor "
-                             "bfloat16")  # fmt: skip
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule {self.schedule!r} is none of {', '.join(SCHEDULES)}")
 
 
 def peak_rate(cfg: OptimConfig, rows: int) -> float:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import jax
 
-from metamorph_jax.config import ConfigError
+from metamorph_jax.errors import ConfigError
 
 
 def parse(text: str) -> tuple[int, int]:

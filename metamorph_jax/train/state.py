@@ -6,6 +6,7 @@ and no moments. `Parts` puts the two together to the NNX model again.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from metamorph_jax import sharding
+from metamorph_jax.errors import ConfigError
+from metamorph_jax.models import lora
+from metamorph_jax.nn import quantized
 from metamorph_jax.train import optim
 from metamorph_jax.train.optim import Moments, Params
 
@@ -32,7 +36,7 @@ class TrainState:
         step: int32[] steps done.
         key: key data of the run's random numbers; a step folds its number into it.
         halted: bool[] a step was bad; from then on steps change nothing.
-        usual: float32[3] what losses are usual (`step.Guard`), or None if no one asks.
+        usual: float32[3] what losses are usual (`config.Guard`), or None if no one asks.
     """
 
     params: Params
@@ -54,7 +58,7 @@ class Parts:
         fixed: those frozen leaves that are no parameters (statistics of the data, say). No weight
             file has them, so checkpoints do.
         shardings: name -> where the leaf lies.
-        loss_coefs: weight of each loss of the recipe.
+        loss_weights: of the model.
     """
 
     graph: Any
@@ -65,7 +69,7 @@ class Parts:
     part_of: dict[str, str]
     fixed: tuple[str, ...]
     shardings: dict[str, Any]
-    loss_coefs: dict[str, float]
+    loss_weights: dict[str, float]
 
     def merge(self, params: Params, frozen: Params) -> nnx.Module:
         trained = jax.tree.unflatten(self.tree, [params[n] for n in self.names])
@@ -78,39 +82,54 @@ def _named(state: nnx.State) -> dict[str, nnx.Variable]:
     return {".".join(map(str, path)): v for path, v in nnx.to_flat_state(state)}
 
 
-def split(model: nnx.Module, stage: str, mesh: Mesh) -> tuple[Parts, Params, Params]:
+def trained_filter(pattern: str):
+    """The nnx filter of the parameters and adapters whose dotted name matches; none is packed."""
+    whole = re.compile(pattern)
+
+    def chosen(path, variable) -> bool:
+        packed = isinstance(variable, quantized.Packed)
+        return not packed and whole.fullmatch(".".join(map(str, path))) is not None
+
+    return nnx.All(nnx.Any(nnx.Param, lora.Adapter), chosen)
+
+
+def split(model: nnx.Module, pattern: str, mesh: Mesh) -> tuple[Parts, Params, Params]:
     """(parts, trained, frozen) of a model, whose leaves may be ShapeDtypeStructs.
 
+    Args:
+        model: a `recipe.Model`.
+        pattern: of what is trained, see `Recipe.STAGES`.
+        mesh: where the leaves lie.
+
     Raises:
-        ValueError: if the stage trains nothing.
+        ConfigError: if nothing is trained.
     """
-    graph, trained, rest = nnx.split(model, model.trainable(stage), ...)
-    named, frozen = _named(trained), _named(rest)
+    graph, chosen, rest = nnx.split(model, trained_filter(pattern), ...)
+    named, frozen = _named(chosen), _named(rest)
     if not named:
-        raise ValueError(f"stage {stage!r} trains nothing")
+        raise ConfigError(f"this stage trains nothing: no parameter matches {pattern}")
     shardings = {n: sharding.variable_sharding(v, mesh) for n, v in (named | frozen).items()}
-    group = getattr(model, "param_group", lambda path: path[0])
     parts = Parts(
         graph,
-        jax.tree.structure(trained),
+        jax.tree.structure(chosen),
         jax.tree.structure(rest),
         tuple(named),
         tuple(frozen),
-        {n: group(tuple(n.split("."))) for n in named},
+        {n: model.param_group(tuple(n.split("."))) for n in named},
         tuple(n for n, v in frozen.items() if not isinstance(v, nnx.Param)),
         shardings,
-        dict(model.loss_coefs),
+        dict(model.loss_weights),
     )
     return (
         parts,
-        dict(zip(parts.names, jax.tree.leaves(trained), strict=True)),
+        dict(zip(parts.names, jax.tree.leaves(chosen), strict=True)),
         dict(zip(parts.frozen_names, jax.tree.leaves(rest), strict=True)),
     )
 
 
 def create(
     make_model: Callable[[nnx.Rngs], nnx.Module],
-    stage: str,
+    pattern: str,
     mesh: Mesh,
     seed: int,
     fill: Callable[[nnx.Module], None] | None = None,
@@ -119,7 +138,7 @@ def create(
 
     Args:
         make_model: rngs -> model; runs under `jax.jit`.
-        stage: what it says is trained.
+        pattern: of what is trained, see `Recipe.STAGES`.
         mesh: where the leaves go.
         seed: of the random weights.
         fill: loads pretrained weights into the model.
@@ -128,23 +147,23 @@ def create(
         (parts, trained parameters, frozen leaves).
     """
     abstract = nnx.eval_shape(lambda: make_model(nnx.Rngs(0)))
-    parts, trained, frozen = split(abstract, stage, mesh)
+    parts, _, _ = split(abstract, pattern, mesh)
 
     def init(key):
-        _, trained, rest = nnx.split(make_model(nnx.Rngs(key)), abstract.trainable(stage), ...)
-        return jax.tree.leaves(trained), jax.tree.leaves(rest)
+        _, chosen, rest = nnx.split(make_model(nnx.Rngs(key)), trained_filter(pattern), ...)
+        return jax.tree.leaves(chosen), jax.tree.leaves(rest)
 
     where = [parts.shardings[n] for n in parts.names]
     where_frozen = [parts.shardings[n] for n in parts.frozen_names]
     with jax.set_mesh(mesh):
-        trained, frozen = jax.jit(init, out_shardings=(where, where_frozen))(jax.random.key(seed))
-    params = dict(zip(parts.names, trained, strict=True))
+        chosen, frozen = jax.jit(init, out_shardings=(where, where_frozen))(jax.random.key(seed))
+    params = dict(zip(parts.names, chosen, strict=True))
     rest = dict(zip(parts.frozen_names, frozen, strict=True))
     if fill is not None:
         model = parts.merge(params, rest)
-        del trained, frozen, params, rest  # a loaded weight takes the room of its random one
+        del chosen, frozen, params, rest  # a loaded weight takes the room of its random one
         fill(model)
-        _, params, rest = split(model, stage, mesh)
+        _, params, rest = split(model, pattern, mesh)
         params, rest = place(params, parts), place(rest, parts)
     return parts, params, rest
 

@@ -4,7 +4,6 @@ The loss is   sum_k coef_k * sum_k(all micro-batches, all devices) / count_k(the
 so every supervised position weighs the same, however the batch is cut.
 """
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -14,31 +13,9 @@ from jax.sharding import Mesh
 from metamorph_jax import sharding
 from metamorph_jax.train import optim
 from metamorph_jax.train import state as states
-from metamorph_jax.train.optim import OptimConfig, Params
+from metamorph_jax.train.config import Guard, OptimConfig
+from metamorph_jax.train.optim import Params
 from metamorph_jax.train.state import Parts, TrainState
-
-
-@dataclasses.dataclass(frozen=True)
-class Guard:
-    """What makes a step bad, and what then happens. A bad step changes no parameter.
-
-    Attributes:
-        on_bad: "stop", or "skip": leave the batch out, write down which samples it held, go on.
-        most_in_a_row: bad steps one after another that end the run even so.
-        spike: a loss is bad if it is this many deviations above its running mean; 0: never. (The
-            deviation is the running mean of |loss - mean|, and at least 1 % of the mean.)
-        spike_after: steps before that is asked for the first time.
-    """
-
-    on_bad: str = "stop"
-    most_in_a_row: int = 10
-    spike: float = 0.0
-    spike_after: int = 100
-
-    def __post_init__(self):
-        if self.on_bad not in ("stop", "skip"):
-            raise ValueError(f"on_bad {self.on_bad!r} is none of stop, skip")
-
 
 _FORGET = 0.02  # weight of the newest loss in the running mean
 
@@ -84,7 +61,7 @@ def make_step(
     def total_loss(params, frozen, batch, key, counts):
         model = parts.merge(params, frozen)
         sums, metrics = model.loss_sums(batch, key)
-        total = sum(parts.loss_coefs[k] * s / counts[k] for k, s in sums.items())
+        total = sum(parts.loss_weights[k] * s / counts[k] for k, s in sums.items())
         return total, (sums, metrics)
 
     gradient = jax.grad(total_loss, has_aux=True)
@@ -112,7 +89,7 @@ def make_step(
 
         squares = optim.squared_norms(grads, parts.part_of)
         norm = jnp.sqrt(sum(squares.values()))
-        loss = sum(parts.loss_coefs[k] * s / at_least_one[k] for k, s in sums.items())
+        loss = sum(parts.loss_weights[k] * s / at_least_one[k] for k, s in sums.items())
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         empty = sum(counts.values()) == 0
         spike, usual = jnp.zeros((), bool), state.usual

@@ -4,7 +4,6 @@ Same command and same workdir is a resume. With another model, other data or ano
 the checkpoints there would mean something else, so that is refused.
 """
 
-import importlib
 import importlib.metadata
 import json
 import pathlib
@@ -12,9 +11,7 @@ import subprocess
 import sys
 from typing import Any
 
-from metamorph_jax.config import ConfigError
-
-RECIPES = ("metamorph", "decoder")
+from metamorph_jax.errors import ConfigError
 
 # A change of these starts another run; of all others (log and checkpoint intervals, number of
 # steps, learning rate) it is reported.
@@ -29,19 +26,6 @@ _PACKAGES = (
     "metamorph-jax",
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"),
 )
-
-
-def find_recipe(name: str):
-    """The module of a recipe; `package.module` names one outside of metamorph_jax.recipes."""
-    module = name if "." in name else f"metamorph_jax.recipes.{name}"
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name and not f"{module}.".startswith(f"{error.name}."):
-            raise  # the recipe is there, something that it needs is not
-        raise ConfigError(
-            f"config.recipe {name!r} is none of {', '.join(RECIPES)}, nor an importable module"
-        ) from error
 
 
 def flatten(table: dict, prefix: str = "") -> dict[str, Any]:

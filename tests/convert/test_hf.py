@@ -11,7 +11,8 @@ from huggingface_hub import errors
 from safetensors.numpy import save_file
 
 from metamorph_jax.convert import hf
-from metamorph_jax.convert.hf import HubError, Tensors, WeightError
+from metamorph_jax.convert.hf import Tensors
+from metamorph_jax.errors import HubError, WeightError
 
 A, B = np.arange(6, dtype=np.float32).reshape(2, 3), np.arange(4, dtype=np.float16)
 

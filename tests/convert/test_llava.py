@@ -222,6 +222,6 @@ def test_what_is_not_supported_is_named(fields, words):
 
 def test_a_model_without_head_reads_and_draws_nothing(loaded):
     model = loaded[1]
-    assert model.head is None and model.loss_coefs == {"text": 1.0}
+    assert model.head is None and model.loss_weights == {"text": 1.0}
     with pytest.raises(ValueError, match="predicts none"):
         model.predict_visual(np.zeros((1, 32), np.float32))

@@ -200,8 +200,8 @@ def test_nan_in_the_shard_of_one_process_ends_both(tmp_path):
     from tests.train import forked
 
     cfg = dict(
-        recipe="tests.convert.with_nan", stage="all", steps=1, batch_size=8, lanes=2, model={},
-        data={}, optim={"learning_rate": 0.02}, mesh={"fsdp": 2}, tensorboard=False,
+        recipe="tests.convert.with_nan", stage="all", steps=1, batch_size=8, data_shards=2,
+        model={}, data={}, optim={"learning_rate": 0.02}, mesh={"fsdp": 2}, tensorboard=False,
         compilation_cache="",
     )  # fmt: skip
     runs = forked.together(2, cfg, tmp_path / "w")

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from metamorph_jax.convert import safetensors
-from metamorph_jax.convert.safetensors import WeightError
+from metamorph_jax.errors import WeightError
 
 
 def file_of(path, header, data=b"", length=None):

@@ -3,7 +3,7 @@
 import numpy as np
 
 from metamorph_jax.convert import names
-from tests.train.toy import Config, create, make_data, prepare  # noqa: F401
+from tests.train.toy import *  # noqa: F403
 
 
 def load_pretrained(model, cfg):

@@ -5,13 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metamorph_jax.data.packing import (
-    FirstFit,
-    PackedIterator,
-    PackOptions,
-    TooManyBadSamples,
-    assemble,
-)
+from metamorph_jax.data.packing import FirstFit, PackedIterator, PackOptions, assemble
+from metamorph_jax.errors import TooManyBadSamples
 
 P = 2
 

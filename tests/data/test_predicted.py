@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metamorph_jax.data import cache, pictures
+from metamorph_jax.data import cache, images
 from metamorph_jax.data.decoder_pairs import DecoderPairs
 from metamorph_jax.data.predicted import Predicted, save
 from metamorph_jax.data.sources.base import ImageRef
@@ -15,7 +15,7 @@ def made(tmp_path):
     for k in range(6):
         Image.new("RGB", (8, 8), (40 * k, 0, 0)).save(tmp_path / f"{k}.png")
         refs.append(ImageRef(str(tmp_path / f"{k}.png")))
-    preprocess = pictures.Preprocess(8)
+    preprocess = images.Preprocess(8)
     spec = cache.feature_spec(preprocess, "test", 2, 3)
     compute = lambda pixels: np.zeros((len(pixels), 2, 3), np.float32)  # noqa: E731
     features, _ = cache.build(str(tmp_path / "cache"), spec, refs, preprocess, compute, 2)

@@ -5,16 +5,9 @@ import sys
 import numpy as np
 import pytest
 
-from metamorph_jax.data.sources import (
-    BadSample,
-    ImageRef,
-    RecordSource,
-    kinds,
-    open_records,
-    templates,
-    video,
-)
+from metamorph_jax.data.sources import ImageRef, RecordSource, kinds, open_records, templates, video
 from metamorph_jax.data.sources import records as records_module
+from metamorph_jax.errors import BadSample
 from tests.data.conftest import conversation, picture, write_jsonl
 
 
@@ -289,9 +282,9 @@ def test_video_kinds(clip):
 
 
 def test_cache_takes_frames_of_a_video(clip, tmp_path):
-    from metamorph_jax.data import cache, pictures
+    from metamorph_jax.data import cache, images
 
-    process = pictures.Preprocess(8)
+    process = images.Preprocess(8)
     refs = [ImageRef(clip, frame=k) for k in (20, 0, 10)]
     made, bad = cache.build(
         str(tmp_path / "c"),
@@ -302,5 +295,5 @@ def test_cache_takes_frames_of_a_video(clip, tmp_path):
         progress=False,
     )
     assert not bad and len(made) == 3
-    for ref, want in zip(refs, pictures.load(refs), strict=True):
+    for ref, want in zip(refs, images.load(refs), strict=True):
         np.testing.assert_array_equal(made.rows[made.lookup(ref)], process(want))

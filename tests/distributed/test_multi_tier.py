@@ -11,8 +11,9 @@ import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
-from metamorph_jax import distributed  # noqa: E402
-from metamorph_jax.train import multi_tier, tiers  # noqa: E402
+from metamorph_jax.errors import JoinError  # noqa: E402
+from metamorph_jax.train import multi_tier  # noqa: E402
+from metamorph_jax.train.config import LocalConfig  # noqa: E402
 from tests.distributed.test_processes import numbers, same_run, start, toy  # noqa: E402
 from tests.train import forked  # noqa: E402
 
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.e2e
 def config(folder, mesh):
     local = {"folder": str(folder), "every": 2, "multi_tier": 30} if folder else {}
     return toy(
-        steps=8, checkpoint_every=4, mesh=mesh, prepare_batches=0,
+        steps=8, checkpoint_every=4, mesh=mesh, initial_batches=0,
         data={"pause": 0.3 if folder else 0.0}, local_checkpoints=local,
         optim={"learning_rate": 0.02, "ema_decay": 0.9, "momentum_dtype": "bfloat16"},
     )  # fmt: skip
@@ -120,12 +121,12 @@ def test_two_hosts_and_a_lost_disk(tmp_path):
 
 
 def test_no_daemon(tmp_path):
-    with pytest.raises(distributed.JoinError, match="config.local_checkpoints.folder: no .*mtc"):
+    with pytest.raises(JoinError, match="config.local_checkpoints.folder: no .*mtc"):
         multi_tier.join(str(tmp_path / "none"), 30, {}, 1)
 
 
 def test_wrong_options():
     with pytest.raises(ValueError, match="needs a folder"):
-        tiers.LocalConfig(multi_tier=30)
+        LocalConfig(multi_tier=30)
     with pytest.raises(ValueError, match="number of minutes"):
-        tiers.LocalConfig(folder="x", multi_tier=-1)
+        LocalConfig(folder="x", multi_tier=-1)

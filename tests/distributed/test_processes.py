@@ -23,8 +23,8 @@ pytestmark = pytest.mark.e2e
 
 def toy(**changes):
     base = dict(
-        recipe="tests.train.toy", stage="all", steps=6, batch_size=8, lanes=4,
-        model={"noise": 0.1}, data={}, prepare_batches=2, log_every=1, checkpoint_every=2,
+        recipe="tests.train.toy", stage="all", steps=6, batch_size=8, data_shards=4,
+        model={"noise": 0.1}, data={}, initial_batches=2, log_every=1, checkpoint_every=2,
         optim={"learning_rate": 0.02, "warmup": 2, "schedule": "constant"},
         tensorboard=False,
         compilation_cache="",
@@ -56,8 +56,8 @@ def pictures(path, golden_root, **changes):
              "tokenizer": tokenizer, "llm_options": {"vocab_size": vocab}}  # fmt: skip
     data = {"sources": [{"path": path, "name": "pairs"}], "length": 96, "images_per_row": 3}
     return dict(
-        recipe="tests.distributed.tiny", stage="vpit", steps=3, batch_size=4, lanes=4,
-        model=model, data=data, prepare_batches=1,
+        recipe="tests.distributed.tiny", stage="vpit", steps=3, batch_size=4, data_shards=4,
+        model=model, data=data, initial_batches=1,
         # Without the large epsilon, rounding in gradients near 0 decides steps of full size.
         optim={"learning_rate": 0.01, "warmup": 0, "eps": 1e-3},
         log_every=1, checkpoint_every=100, tensorboard=False, compilation_cache="",
@@ -128,10 +128,10 @@ def test_metamorph_on_two_and_four(tmp_path, golden_root):
     assert len({row["seen_pixels"] for row in numbers(runs[0])}) == 3
     for run in runs[1:]:
         same_run(runs[0], run)
-    # Where each lane stands, and what it skipped, is the same whoever read it.
+    # Where each data_shard stands, and what it skipped, is the same whoever read it.
     states = [Checkpoints(run)._describe(3)[1]["data"] for run in runs]
     assert states[0] == states[1] == states[2]
-    assert sum(sum(lane["counts"].values()) for lane in states[0]) >= 3
+    assert sum(sum(data_shard["counts"].values()) for data_shard in states[0]) >= 3
 
 
 def test_sigterm_on_one_host_stops_all(tmp_path):

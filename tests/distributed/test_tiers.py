@@ -17,7 +17,7 @@ pytestmark = pytest.mark.e2e
 
 def config(folder, mesh, pause=0.0):
     return toy(
-        steps=8, checkpoint_every=4, mesh=mesh, prepare_batches=0, data={"pause": pause},
+        steps=8, checkpoint_every=4, mesh=mesh, initial_batches=0, data={"pause": pause},
         local_checkpoints={"folder": str(folder), "every": 2},
         optim={"learning_rate": 0.02, "ema_decay": 0.9, "momentum_dtype": "bfloat16"},
     )  # fmt: skip

@@ -4,13 +4,7 @@ import jax.numpy as jnp
 
 from metamorph_jax.models.llm.llama import init_added_tokens
 from metamorph_jax.recipes import metamorph
-from metamorph_jax.recipes.metamorph import (  # noqa: F401
-    Config,
-    fill_caches,
-    load_pretrained,
-    make_data,
-    prepare,
-)  # fmt: skip
+from metamorph_jax.recipes.metamorph import *  # noqa: F403
 
 
 class Tiny(metamorph.MetaMorph):
@@ -20,7 +14,7 @@ class Tiny(metamorph.MetaMorph):
         seen = {"tokens": batch.tokens, "slots": batch.image_slots, "segments": batch.segments}
         for name, x in seen.items():  # small enough integers for exact sums
             metrics[f"seen_{name}"] = ((x * weight).sum().astype(jnp.float32), jnp.float32(1))
-        pixels = batch.pixels.astype(jnp.int32).sum((2, 3, 4)) % 997
+        pixels = batch.images.pixels.astype(jnp.int32).sum((2, 3, 4)) % 997
         rows = 1 + jnp.arange(pixels.size).reshape(pixels.shape) % 97
         metrics["seen_pixels"] = ((pixels * rows).sum().astype(jnp.float32), jnp.float32(1))
         return sums, metrics

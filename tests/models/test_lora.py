@@ -12,6 +12,7 @@ from flax import nnx
 from metamorph_jax import cli, sharding
 from metamorph_jax.convert import peft
 from metamorph_jax.convert.llama import export_llama
+from metamorph_jax.errors import Preempted
 from metamorph_jax.models import lora
 from metamorph_jax.models.diffusion.unet import UNet, UNetConfig
 from metamorph_jax.models.llm import llama
@@ -19,6 +20,7 @@ from metamorph_jax.models.vision import vit
 from metamorph_jax.recipes import metamorph as recipe
 from metamorph_jax.train import checkpoint, loop, optim
 from metamorph_jax.train import state as states
+from metamorph_jax.train.state import trained_filter
 
 CFG = lora.LoraConfig(target=r".*_proj", rank=3, alpha=6.0)
 TINY = recipe.Config(llm="tiny", tower="siglip-tiny", image_tokens=4, text_chunk=16)
@@ -166,7 +168,7 @@ def trained_names(cfg, stage="vpit"):
     model = nnx.eval_shape(lambda: recipe.create(cfg, nnx.Rngs(0)))
     return model, {
         ".".join(map(str, p))
-        for p, _ in nnx.to_flat_state(nnx.state(model, model.trainable(stage)))
+        for p, _ in nnx.to_flat_state(nnx.state(model, trained_filter(recipe.STAGES[stage](cfg))))
     }
 
 
@@ -238,7 +240,7 @@ class Fake:
         folder.mkdir()
         values = {"recipe": "metamorph", "model": dataclasses.asdict(cfg)}
         (folder / "config.json").write_text(json.dumps(values))
-        state = nnx.to_flat_state(nnx.state(model, model.trainable("vpit")))
+        state = nnx.to_flat_state(nnx.state(model, trained_filter(recipe.STAGES["vpit"](model.cfg))))
         ocp.save(folder / "final", {".".join(map(str, p)): v[...] for p, v in state})
 
 
@@ -310,7 +312,7 @@ def test_an_interrupted_run_ends_with_the_same_adapters(tmp_path, monkeypatch):
             raise RuntimeError("power cut")
         return put(batch, *where)
 
-    put = loop.feed.to_devices
+    put = loop.shards.to_devices
     with monkeypatch.context() as patch:
         patch.setattr(loop.feed, "to_devices", power_cut)
         with pytest.raises(RuntimeError, match="power cut"):
@@ -318,7 +320,7 @@ def test_an_interrupted_run_ends_with_the_same_adapters(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop = lambda self, step: step == 3 and not self._note()  # noqa: E731
         patch.setattr(loop.Sigterm, "received", stop)
-        with pytest.raises(loop.Preempted, match="after step 3"):
+        with pytest.raises(Preempted, match="after step 3"):
             loop.train(config, tmp_path / "cut")
     assert not (tmp_path / "cut/final").exists()
     loop.train(config, tmp_path / "cut")

@@ -1,14 +1,17 @@
 """MetaMorph's own recipe on made-up rows of text: what the train loop needs to tune adapters."""
 
+import dataclasses
+
 import numpy as np
 
-from metamorph_jax.recipes.metamorph import Config, create, load_pretrained  # noqa: F401
-from metamorph_jax.types import Batch
+from metamorph_jax.recipe import Shard
+from metamorph_jax.recipes.metamorph import *  # noqa: F403
+from metamorph_jax.types import Batch, Images
 
 L, V = 12, 320
 
 
-class Data:
+class Stream:
     """Batches by number, each from a seed of its own."""
 
     sources, skipped = ["made up"], {}
@@ -29,10 +32,10 @@ class Data:
             image_slots=full(-1),
             visual_targets=full(-1),
             sources=full(0),
-            image_valid=np.zeros((self.rows, 0), bool),
+            images=Images(np.zeros((self.rows, 0), bool), np.zeros((self.rows, 0), np.int32)),
         )
 
-    def samples(self):
+    def sample_names(self):
         number = self.next - 1
         return lambda: [[f"batch {number}"] for _ in range(self.rows)]
 
@@ -42,6 +45,14 @@ class Data:
     def set_state(self, state):
         self.next = state["next"]
 
+    def close(self):
+        pass
 
-def make_data(data_cfg, cfg, *, process_index, process_count, workdir):
-    return Data(data_cfg["batch_size"])
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Nothing to choose."""
+
+
+def open_data(data: Data, cfg, shard: Shard) -> Stream:
+    return Stream(shard.rows)

@@ -15,7 +15,7 @@ from metamorph_jax.models.llm import llama
 from metamorph_jax.nn import quantized
 from metamorph_jax.recipes import metamorph as recipe
 from metamorph_jax.train import state as states
-from metamorph_jax.train.optim import OptimConfig
+from metamorph_jax.train.config import OptimConfig
 from metamorph_jax.train.step import make_step
 from tests.recipes.metamorph.tiny import TINY, make_batch
 
@@ -100,8 +100,8 @@ def test_names_shardings_and_what_is_left():
     cfg = dataclasses.replace(TINY, frozen_weights="int8", lora=adapters)
     model = nnx.eval_shape(lambda: recipe.create(cfg, nnx.Rngs(0)))
     assert not quantized.is_packed(model.llm.layers.mlp.up_proj)
-    with pytest.raises(ValueError, match="set lora, too"):
-        nnx.eval_shape(lambda: make("int8", rank=0)[1]).trainable("vpit")
+    with pytest.raises(ValueError, match="set config.model.lora, too"):
+        recipe.STAGES["vpit"](dataclasses.replace(TINY, frozen_weights="int8"))
 
 
 def test_stacked_layers_with_adapters():

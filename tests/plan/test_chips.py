@@ -3,6 +3,7 @@ import sys
 
 import pytest
 
+from metamorph_jax.errors import TopologyError
 from metamorph_jax.plan import chips
 
 
@@ -38,15 +39,15 @@ def test_slices():
     ],
 )
 def test_wrong_names(text, message):
-    with pytest.raises(chips.TopologyError, match=message):
+    with pytest.raises(TopologyError, match=message):
         chips.parse(text)
 
 
 def test_a_missing_compiler_is_named(monkeypatch):
     monkeypatch.setattr(chips, "_installed", lambda package: False)
-    with pytest.raises(chips.TopologyError, match=r"pip install 'metamorph-jax\[plan\]'"):
+    with pytest.raises(TopologyError, match=r"pip install 'metamorph-jax\[plan\]'"):
         chips.devices(chips.parse("v5e:2x2"))
-    with pytest.raises(chips.TopologyError, match=r"pip install 'metamorph-jax\[cuda12\]'"):
+    with pytest.raises(TopologyError, match=r"pip install 'metamorph-jax\[cuda12\]'"):
         chips.devices(chips.parse("h100:8"))
 
 

@@ -104,7 +104,7 @@ def test_command_killed_twice_gives_the_same_numbers(whole, tmp_path):
 
 
 def test_another_seed_in_the_same_workdir_is_refused(whole):
-    from metamorph_jax.cli import UserError
+    from metamorph_jax.errors import UserError
 
     with pytest.raises(UserError, match="choose another --workdir"):
         quickstart.Road(whole[0], "smoke", seed=1)

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from metamorph_jax.cli import UserError
+from metamorph_jax.errors import UserError
 from metamorph_jax.recipes import decoder as dec
 from metamorph_jax.sampling.artist import Artist
 from metamorph_jax.sampling.requests import Request

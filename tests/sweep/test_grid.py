@@ -2,7 +2,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from metamorph_jax import config as configs
-from metamorph_jax.config import ConfigError
+from metamorph_jax.errors import ConfigError
 from metamorph_jax.sweep import grid
 
 FILE = """

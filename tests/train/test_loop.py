@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from metamorph_jax.config import ConfigError
-from metamorph_jax.train import feed, loop
+from metamorph_jax.errors import ConfigError, Preempted
+from metamorph_jax.train import loop, shards
 from metamorph_jax.train.checkpoint import read_export
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -21,7 +21,7 @@ def config(**changes):
     optim = {"learning_rate": 0.02, "warmup": 2, "weight_decay": 0.01} | changes.pop("optim", {})
     base = dict(
         recipe="tests.train.toy", stage="all", steps=6, batch_size=8, model={"noise": 0.1},
-        data={}, optim=optim, prepare_batches=2, log_every=1, checkpoint_every=2,
+        data={}, optim=optim, initial_batches=2, log_every=1, checkpoint_every=2,
         tensorboard=False, compilation_cache="",
     )  # fmt: skip
     return base | changes
@@ -57,7 +57,7 @@ def test_learns_and_reports(whole):
     wanted = {
         "loss", "text_loss", "visual_loss", "text_loss/good", "text_loss/bad", "grad_norm",
         "grad_norm/llm", "grad_norm/head", "learning_rate", "data_wait", "positions_per_second",
-        "pictures_per_second", "seconds_per_step", "seconds_left",
+        "images_per_second", "seconds_per_step", "seconds_left",
     }  # fmt: skip
     assert wanted <= rows[0].keys()
     assert rows[0]["grad_norm"] == pytest.approx(
@@ -71,11 +71,11 @@ def test_learns_and_reports(whole):
 def test_resume_is_bit_for_bit(whole, tmp_path, monkeypatch):
     """Stopped after step 3, state and next batches of the rest equal the uninterrupted run."""
     seen = []
-    real = feed.to_devices
-    monkeypatch.setattr(feed, "to_devices", lambda b, *a: (seen.append(b.tokens), real(b, *a))[1])
+    real = shards.to_devices
+    monkeypatch.setattr(shards, "to_devices", lambda b, *a: (seen.append(b.tokens), real(b, *a))[1])
     stop = lambda self, step: step == 3 and not self._note()  # noqa: E731
     monkeypatch.setattr(loop.Sigterm, "received", stop)
-    with pytest.raises(loop.Preempted):
+    with pytest.raises(Preempted):
         loop.train(config(), tmp_path / "w")
     monkeypatch.setattr(loop.Sigterm, "received", lambda self, step: False)
     first = lines(tmp_path / "w")
@@ -102,7 +102,7 @@ def test_data_that_ends(tmp_path):
 def test_next_stage_starts_from_the_last(whole, tmp_path):
     """The head comes from the run before; the frozen llm, too, though only that run trained it."""
     cfg = config(
-        stage="head", steps=1, model={"weights": f"workdir:{whole}"}, prepare_batches=0,
+        stage="head", steps=1, model={"weights": f"workdir:{whole}"}, initial_batches=0,
         optim={"learning_rate": 0.0},
     )  # fmt: skip
     loop.train(cfg, tmp_path / "w")

@@ -11,7 +11,7 @@ from metamorph_jax.recipes import metamorph
 from metamorph_jax.sharding import make_mesh
 from metamorph_jax.train import metrics
 from metamorph_jax.train.metrics import Logger
-from metamorph_jax.types import Batch
+from metamorph_jax.types import Batch, Images
 
 
 def report(loss=1.0):
@@ -33,7 +33,7 @@ def steps(logger, clock, numbers, seconds=2.0, wait=0.5):
     line = None
     for step in numbers:
         clock.now += seconds
-        line = logger.step(step, report(step), {"positions": 1000, "pictures": 10}, wait)
+        line = logger.step(step, report(step), {"positions": 1000, "images": 10}, wait)
     return line
 
 
@@ -41,13 +41,13 @@ def test_speed_leaves_out_start_saving_and_pauses(tmp_path, clock):
     logger = Logger(tmp_path, 8, every=4, tensorboard=False, devices=2)
     clock.now += 60  # compilation, with the first step
     logger.restart_clock()
-    logger.step(1, report(1), {"positions": 1000, "pictures": 10}, 50.0)
+    logger.step(1, report(1), {"positions": 1000, "images": 10}, 50.0)
     line = steps(logger, clock, (2, 3, 4))
     assert line["loss"] == 2.5 and line["text_loss"] == 2.0 and line["right"] == 0.25
     assert line["grad_norm/llm"] == 3.0 and line["grad_norm/head"] == 4.0
     assert line["seconds_per_step"] == 2.0 and line["data_wait"] == 0.25
     assert line["positions_per_second"] == 500 and line["positions_per_second_per_chip"] == 250
-    assert line["pictures_per_second"] == 5 and line["seconds_left"] == 8
+    assert line["images_per_second"] == 5 and line["seconds_left"] == 8
     clock.now += 30
     logger.saved(4, 30)
     clock.now += 7
@@ -107,11 +107,12 @@ def test_flops_are_those_of_a_plan():
     zeros = np.zeros((2, L), np.int32)
     batch = Batch(
         tokens=zeros, positions=zeros, segments=zeros, text_targets=zeros, image_slots=zeros,
-        visual_targets=zeros, sources=zeros, image_valid=np.zeros((2, 0), bool),
+        visual_targets=zeros, sources=zeros,
+        images=Images(np.zeros((2, 0), bool), np.zeros((2, 0), np.int32)),
     )  # fmt: skip
     names = [".".join(map(str, p)) for p, _ in nnx.to_flat_state(nnx.state(model))]
     mesh = make_mesh(devices=jax.devices()[:1])
-    found = metrics.flops_per_step(model, cfg, batch, rows, names, mesh)
+    found = metrics.flops_per_step(model, batch, rows, names, mesh)
     weights = sum(
         np.prod(v.shape) for p, v in nnx.to_flat_state(nnx.state(model.llm))
         if len(v.shape) > 1 and "embed_tokens" not in p and "norm" not in str(p)

@@ -4,9 +4,9 @@ import numpy as np
 import optax
 import pytest
 
-from metamorph_jax.config import ConfigError
+from metamorph_jax.errors import ConfigError
 from metamorph_jax.train import optim
-from metamorph_jax.train.optim import OptimConfig
+from metamorph_jax.train.config import OptimConfig
 
 SHAPES = {
     "llm.layers.q.kernel": (3, 8, 8),

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from metamorph_jax.config import ConfigError
+from metamorph_jax.errors import ConfigError
 from metamorph_jax.train.profile import Trace, parse
 
 

@@ -10,7 +10,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from metamorph_jax import sharding  # noqa: E402
 from metamorph_jax.train import optim, state  # noqa: E402
-from metamorph_jax.train.optim import OptimConfig  # noqa: E402
+from metamorph_jax.train.config import OptimConfig  # noqa: E402
 from metamorph_jax.train.step import cut, make_step  # noqa: E402
 from tests.train import toy  # noqa: E402
 

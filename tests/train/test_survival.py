@@ -16,10 +16,14 @@ import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
-from metamorph_jax.config import ConfigError  # noqa: E402
+from metamorph_jax.errors import (  # noqa: E402
+    CheckpointError,  # noqa: E402
+    ConfigError,  # noqa: E402
+    LossSpike,
+    NonFiniteError,
+)
 from metamorph_jax.train import loop  # noqa: E402
-from metamorph_jax.train.checkpoint import CheckpointError, Checkpoints  # noqa: E402
-from metamorph_jax.train.trouble import LossSpike, NonFiniteError  # noqa: E402
+from metamorph_jax.train.checkpoint import Checkpoints  # noqa: E402
 from tests.train import forked  # noqa: E402
 from tests.train.test_loop import config, final, lines, same  # noqa: E402
 
@@ -55,7 +59,7 @@ def kill_and_go_on(tmp_path, kills: int, steps: int):
     from random numbers that depend on the step.
     """
     cfg = config(
-        steps=steps, prepare_batches=0, checkpoint_every=1,
+        steps=steps, initial_batches=0, checkpoint_every=1,
         data={"pause": 0.02, "log": str(tmp_path / "log")},
         compilation_cache=str(tmp_path / "compiled"), model={"noise": 0.1, "width": 512},
         optim={"learning_rate": 0.02, "schedule": "constant"},

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from metamorph_jax.types import Batch
+from metamorph_jax.flops import Work
+from metamorph_jax.types import Batch, Images
 
 V, D, L = 32, 16, 8
 
@@ -19,7 +20,6 @@ V, D, L = 32, 16, 8
 @dataclasses.dataclass(frozen=True)
 class Config:
     width: int = D
-    sources: tuple[str, ...] = ()
     weights: str = ""
     noise: float = 0.0
 
@@ -29,7 +29,7 @@ class Statistics(nnx.Variable):
 
 
 class Toy(nnx.Module):
-    loss_coefs = {"text": 1.0, "visual": 0.5}
+    loss_weights = {"text": 1.0, "visual": 0.5}
 
     def __init__(self, cfg, rngs):
         self.cfg = cfg
@@ -62,18 +62,21 @@ class Toy(nnx.Module):
         metrics = {"text_loss": (each.sum(), has.sum())}
         place = 1 + jnp.arange(batch.tokens.size).reshape(batch.tokens.shape)
         metrics["seen"] = ((batch.tokens * place).sum(), 1)  # which batch it was
-        for i, name in enumerate(self.cfg.sources):
+        for i, name in enumerate(batch.source_names):
             here = has & (batch.sources == i)
             metrics[f"text_loss/{name}"] = (jnp.where(here, each, 0).sum(), here.sum())
         near = jnp.square(h).mean(-1) * (batch.visual_targets >= 0)
         return {"text": each.sum(), "visual": near.sum()}, metrics
 
-    def trainable(self, stage):
-        parts = {"head": ("head",), "all": ("llm", "head")}[stage]
-        return nnx.All(nnx.Param, lambda path, _: path[0] in parts)
-
     def param_group(self, path):
         return path[0]
+
+    def work(self, batch):
+        return (Work("llm", 2.0 * self.cfg.width**2 * batch.tokens.size, "llm"),)
+
+
+STAGES = {"head": lambda cfg: r"head\..*", "all": lambda cfg: r"(llm|head)\..*"}
+FAMILIES = ()
 
 
 def create(cfg, rngs):
@@ -87,7 +90,7 @@ def load_pretrained(model, cfg):
         load_params(model, cfg.weights.removeprefix("workdir:"))
 
 
-def prepare(model, batches):
+def initialize(model, batches):
     model.mean[...] = jnp.float32(np.mean([b.tokens.mean() for b in batches]) / V)
 
 
@@ -108,51 +111,67 @@ def batch(seed, rows=8, poison=False):
         image_slots=np.full((rows, L), -1, np.int32),
         visual_targets=np.where(seen & ~supervised, 0, -1).astype(np.int32),
         sources=sources,
-        image_valid=np.zeros((rows, 1), bool),
+        images=Images(np.zeros((rows, 1), bool), np.zeros((rows, 1), np.int32)),
+        source_names=("good", "bad"),
     )
 
 
+@dataclasses.dataclass(frozen=True)
 class Data:
-    """Batches by number. Options: `end`, `pause`, `seed`; numbers of batches that are bad:
-    `poison`, `poison_from`, `spike`, `masked`; `log`: a file that gets "| 0 1 2 | 2 3", what each
-    life gave; `limit` [n, bytes]: from batch n on no file grows beyond; `fill` [n, folder, bytes]:
+    """Numbers of batches that are bad: `poison`, `poison_from`, `spike`, `masked`; `end`: how many
+    there are; `pause`: seconds before each; `log`: a file that gets "| 0 1 2 | 2 3", what each life
+    gave; `limit` [n, bytes]: from batch n on no file grows beyond; `fill` [n, folder, bytes]:
     before batch n the disk is filled until so much is left."""
+
+    seed: int = 0
+    end: int = -1
+    pause: float = 0.0
+    log: str = ""
+    poison: int = -1
+    poison_from: int = 2**31
+    spike: int = -1
+    masked: int = -1
+    limit: tuple = (-1, 0)
+    fill: tuple = (-1, "", 0)
+
+
+class Stream:
+    """Batches by number."""
 
     sources, skipped = ["good", "bad"], {}
 
-    def __init__(self, cfg, process_index, process_count):
-        self.cfg, self.next = cfg, 0
-        n = cfg["batch_size"]
-        self.rows, self.mine = n * process_count, slice(n * process_index, n * (process_index + 1))
+    def __init__(self, data, shard):
+        self.data, self.next = data, 0
+        n = shard.rows
+        self.rows, self.mine = n * shard.count, slice(n * shard.index, n * (shard.index + 1))
         self.log("|")
 
     def log(self, text):
-        if self.cfg.get("log"):
-            with open(self.cfg["log"], "a") as file:
+        if self.data.log:
+            with open(self.data.log, "a") as file:
                 file.write(f" {text}")
 
     def __next__(self):
-        cfg, k = self.cfg, self.next
-        if k == cfg.get("end", -1):
+        data, k = self.data, self.next
+        if k == data.end:
             raise StopIteration
-        time.sleep(cfg.get("pause", 0.0))
+        time.sleep(data.pause)
         self.log(k)
-        if k == cfg.get("limit", [-1])[0]:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (cfg["limit"][1], cfg["limit"][1]))
-        if k == cfg.get("fill", [-1])[0]:
-            _, folder, left = cfg["fill"]
+        if k == data.limit[0]:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (data.limit[1], data.limit[1]))
+        if k == data.fill[0]:
+            _, folder, left = data.fill
             with open(os.path.join(folder, "filler"), "wb") as file:
                 file.write(bytes(shutil.disk_usage(folder).free - left))
-        poison = k == cfg.get("poison", -1) or k >= cfg.get("poison_from", 2**31)
-        whole = batch([cfg.get("seed", 0), k], self.rows, poison)
-        if k == cfg.get("spike", -1):  # what source 1 says of token 30 is taken a hundredfold
+        whole = batch([data.seed, k], self.rows, k == data.poison or k >= data.poison_from)
+        if k == data.spike:  # what source 1 says of token 30 is taken a hundredfold
             whole.tokens[:], whole.sources[:] = V - 2, 1
-        if k == cfg.get("masked", -1):
+        if k == data.masked:
             whole.text_targets[:] = whole.visual_targets[:] = -1
         self.next += 1
         return jax.tree.map(lambda x: x[self.mine], whole)
 
-    def samples(self):
+    def sample_names(self):
         number, rows = self.next - 1, range(self.mine.start, self.mine.stop)
         return lambda: [[f"batch {number} row {row}"] for row in rows]
 
@@ -162,6 +181,17 @@ class Data:
     def set_state(self, state):
         self.next = state["next"]
 
+    def close(self):
+        pass
 
-def make_data(data_cfg, cfg, *, process_index, process_count, workdir):
-    return Data(data_cfg, process_index, process_count)
+
+def open_data(data, cfg, shard):
+    return Stream(data, shard)
+
+
+def batch_spec(data, cfg, rows):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch(0, rows))
+
+
+def generator(model, cfg, data, **options):
+    return None

@@ -1,6 +1,7 @@
 """Where samples come from: records in files, and the kinds of conversation built from them."""
 
-from metamorph_jax.data.sources.base import BadSample, ImageRef, Sample
+from metamorph_jax.data.sources.base import ImageRef, Sample
 from metamorph_jax.data.sources.records import RecordSource, open_records
+from metamorph_jax.errors import BadSample
 
 __all__ = ["BadSample", "ImageRef", "RecordSource", "Sample", "open_records"]

@@ -4,20 +4,11 @@ import dataclasses
 import os
 import re
 
+from metamorph_jax.errors import BadSample
+
 IMAGE = "<image>"
 Turn = tuple[str, str]  # (role, text); role is "user" or "assistant", text may hold <image> markers
 
-
-class BadSample(Exception):
-    """A sample that can't be used. `reason` is a short word to count by, `detail` is for people."""
-
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
-        self.detail = detail
-
-    def __reduce__(self):  # keeps both parts when it crosses a process border
-        return (BadSample, (self.reason, self.detail))
 
 
 @dataclasses.dataclass(frozen=True)

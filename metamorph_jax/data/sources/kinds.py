@@ -16,7 +16,8 @@ import re
 import numpy as np
 
 from metamorph_jax.data.sources import templates, video
-from metamorph_jax.data.sources.base import IMAGE, BadSample, ImageRef, Sample, Turn, confined
+from metamorph_jax.data.sources.base import IMAGE, ImageRef, Sample, Turn, confined
+from metamorph_jax.errors import BadSample
 
 KINDS = ("text", "image", "images", "video_qa", "frame_prediction", "visual_cot", "vstar")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}

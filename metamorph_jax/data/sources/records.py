@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from metamorph_jax.data.sources import kinds
-from metamorph_jax.data.sources.base import BadSample, Sample
+from metamorph_jax.data.sources.base import Sample
+from metamorph_jax.errors import BadSample
 
 INDEX_VERSION = 1
 

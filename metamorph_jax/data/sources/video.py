@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from metamorph_jax.data.sources.base import BadSample
+from metamorph_jax.errors import BadSample
 
 EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".wmv", ".flv", ".webm")
 

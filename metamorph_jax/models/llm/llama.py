@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from metamorph_jax.flops import Work
 from metamorph_jax.nn import rope
 from metamorph_jax.nn.attention import attend
 from metamorph_jax.nn.linear import gathering_dot_general
@@ -402,6 +403,29 @@ class Llama(nnx.Module):
         else:
             zeros = lambda: jnp.zeros((cfg.layers, *shape), dtype)  # noqa: E731
         return KVCache(zeros(), zeros(), jnp.zeros((), jnp.int32), visible)
+
+
+def work(cfg: LlamaConfig, rows: int, length: int) -> tuple[Work, ...]:
+    """Products of a training step on `rows` rows of `length` positions, text loss included."""
+    positions = rows * length
+    layer = cfg.width * (cfg.heads + 2 * cfg.kv_heads) * cfg.head_dim
+    layer += cfg.heads * cfg.head_dim * cfg.width + 3 * cfg.width * cfg.mlp_width
+    products = 2.0 * layer * cfg.layers * positions
+    pairs = 4.0 * cfg.heads * cfg.head_dim * cfg.layers * positions * length / 2
+    table = 2.0 * cfg.width * cfg.tokens * positions
+    kept = {"none": ("products", "pairs"), "dots": ("products",), "attention": ("pairs",)}
+    kept = kept.get(cfg.remat, ())
+    mesh = jax.sharding.get_abstract_mesh()
+    twice = not mesh.empty and mesh.size > 1  # see `losses.text_loss`
+    return (
+        Work("llm", products, "llm.layers", 1, 0.0 if "products" in kept else products),
+        Work("llm", pairs, "", 2, 0.0 if "pairs" in kept else pairs),
+        Work(
+            "head table", table,
+            "llm.embed_tokens.embedding" if cfg.tied else "llm.lm_head.kernel",
+            1, table if twice else 0.0,
+        ),
+    )  # fmt: skip
 
 
 def unstack(llm: Llama) -> Llama:

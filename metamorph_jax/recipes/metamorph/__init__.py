@@ -16,31 +16,35 @@ only the two new rows of the input table (`connector_tokens = "all"` trains all 
     model.py     the parts put together; losses; what each stage trains
     weights.py   pretrained weights, tokenizer, the start of the connector
     input.py     batches from data files, feature caches
+    decoding.py  how it writes text and visual tokens
 """
 
+from metamorph_jax.data.pipeline import DataConfig as Data
 from metamorph_jax.recipes.metamorph.config import Config, llm_config, reduce_config, tower_config
-from metamorph_jax.recipes.metamorph.input import (
-    complete_data_config,
-    fill_caches,
-    input_spec,
-    make_data,
-)
-from metamorph_jax.recipes.metamorph.model import MetaMorph, create
-from metamorph_jax.recipes.metamorph.weights import load_pretrained, load_tokenizer, prepare
+from metamorph_jax.recipes.metamorph.decoding import generator
+from metamorph_jax.recipes.metamorph.input import batch_spec, complete_data_config, open_data
+from metamorph_jax.recipes.metamorph.model import STAGES, MetaMorph, create
+from metamorph_jax.recipes.metamorph.weights import initialize, load_pretrained, load_tokenizer
 
-# What training, sampling, planning and converters ask a recipe for.
+FAMILIES = ()
+
 __all__ = [
+    # What `recipe.Recipe` asks for.
     "Config",
+    "Data",
+    "FAMILIES",
+    "STAGES",
+    "batch_spec",
+    "create",
+    "generator",
+    "initialize",
+    "load_pretrained",
+    "open_data",
+    # More.
     "MetaMorph",
     "complete_data_config",
-    "create",
-    "fill_caches",
-    "input_spec",
     "llm_config",
-    "load_pretrained",
     "load_tokenizer",
-    "make_data",
-    "prepare",
     "reduce_config",
     "tower_config",
 ]

@@ -44,7 +44,6 @@ class Config:
             adapters and what `lora.train` names. None: no adapters.
         frozen_weights: "none", or how the kernels of the llm's layers are packed ("int8", "nf4",
             "nf4_double", see `nn/quantized.py`). They can't be trained then: use it with `lora`.
-        sources: names of the data sources, for losses per source.
         dtype: of the computation; remat: see `llama.REMAT`.
     """
 
@@ -74,7 +73,6 @@ class Config:
     train_tower: bool = False
     lora: LoraConfig | None = None
     frozen_weights: str = "none"
-    sources: tuple[str, ...] = ()
     dtype: str = "float32"
     remat: str = "none"
 

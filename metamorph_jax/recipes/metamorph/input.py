@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from metamorph_jax.config import ConfigError
+from metamorph_jax.data import pipeline
+from metamorph_jax.errors import ConfigError
 from metamorph_jax.models.vision import vit
 from metamorph_jax.models.vision.reduce import TokenReducer, normalize_features
+from metamorph_jax.recipe import Shard
 from metamorph_jax.recipes.metamorph.config import Config, llm_config, reduce_config, tower_config
 from metamorph_jax.recipes.metamorph.weights import load_tokenizer, load_tower
-from metamorph_jax.types import Batch
+from metamorph_jax.types import Batch, Images
 
 
 def complete_data_config(data_cfg, cfg: Config):
@@ -84,86 +86,66 @@ def fill_feature_cache(data_cfg, cfg: Config, batch_size: int = 32) -> dict[str,
     return dict(bad)
 
 
-def fill_caches(data_cfg, cfg: Config) -> None:
-    """Computes the features that `make_data` will want and the cache lacks."""
-    data_cfg = _data_config(data_cfg, cfg)
-    if data_cfg.feature_cache and cfg.tower != "none":
-        fill_feature_cache(data_cfg, cfg)
-
-
-def _data_config(data_cfg, cfg: Config):
-    from metamorph_jax import config
-    from metamorph_jax.data import pipeline
-
-    if not isinstance(data_cfg, pipeline.DataConfig):
-        data_cfg = config.build(pipeline.DataConfig, data_cfg, "config.data")
-    return complete_data_config(data_cfg, cfg)
-
-
-def make_data(data_cfg, cfg: Config, *, process_index=0, process_count=1, workdir=None):
-    """The input pipeline: an iterator of `Batch`, with `get_state`, `set_state`, `sources`,
-    `skipped`, `samples` and `close`. `data_cfg` is a `DataConfig` or a table of its fields. A
-    feature cache is filled first where pictures are missing in it (where there are several hosts,
-    `fill_caches` was called by one of them)."""
-    del workdir
-    from metamorph_jax.data import pipeline
+def open_data(data: pipeline.DataConfig, cfg: Config, shard: Shard) -> "Data":
+    """The batches of one shard; the feature cache is filled first with what is missing in it."""
     from metamorph_jax.data.chat import Chat
 
-    data_cfg = _data_config(data_cfg, cfg)
-    if process_index == 0 and jax.process_count() == 1:
-        fill_caches(data_cfg, cfg)
+    data = complete_data_config(dataclasses.replace(data, batch_size=shard.rows), cfg)
+    if data.feature_cache and cfg.tower != "none":
+        fill_feature_cache(data, cfg)
     llm, tokenizer = llm_config(cfg), load_tokenizer(cfg)
     if len(tokenizer) > llm.tokens:  # it may know the added tokens
-        raise ValueError(
+        raise ConfigError(
             f"the tokenizer has {len(tokenizer)} ids, the language model {llm.tokens}: set "
             "config.model.tokenizer, or vocab_size in config.model.llm_options"
         )
     start = llm.vocab_size
     chat = Chat(
         tokenizer,
-        data_cfg.template,
-        data_cfg.system,
-        data_cfg.single_bos,
+        data.template,
+        data.system,
+        data.single_bos,
         image_start=start,
         image_end=start + 1,
     )
     batches = pipeline.make_pipeline(
-        data_cfg,
+        data,
         chat.tokenizer,
-        process_index=process_index,
-        process_count=process_count,
+        process_index=shard.index,
+        process_count=shard.count,
         chat=chat,
     )
-    return Data(batches, [s.name for s in batches._stream.sources])
+    return Data(batches)
 
 
-def input_spec(data_cfg: dict, cfg: Config, rows: int) -> Batch:
-    """Shapes of a batch of so many rows, from the config alone; `data_cfg` is a table."""
-    from metamorph_jax import config
-    from metamorph_jax.data import pipeline
-
-    data = config.build(pipeline.DataConfig, data_cfg, "config.data")
+def batch_spec(data: pipeline.DataConfig, cfg: Config, rows: int) -> Batch:
+    """Shapes of a batch of so many rows, from the configs alone."""
     tower, reduce = tower_config(cfg), reduce_config(cfg)
     line = jax.ShapeDtypeStruct((rows, data.length), jnp.int32)
-    pictures = (rows, data.images_per_row)
+    views = (rows, data.images_per_row)
     cached = tower is None or data.feature_cache
     width = (reduce.tokens_out, reduce.width_out)
-    return Batch(
-        *7 * (line,),
-        image_valid=jax.ShapeDtypeStruct(pictures, bool),
+    images = Images(
+        valid=jax.ShapeDtypeStruct(views, bool),
+        start=jax.ShapeDtypeStruct(views, jnp.int32),
         pixels=None
         if cached
-        else jax.ShapeDtypeStruct((*pictures, tower.size, tower.size, 3), jnp.uint8),
-        features=jax.ShapeDtypeStruct((*pictures, *width), jnp.float32) if cached else None,
+        else jax.ShapeDtypeStruct((*views, tower.size, tower.size, 3), jnp.uint8),
+        features=jax.ShapeDtypeStruct((*views, *width), jnp.float32) if cached else None,
+    )
+    return Batch(
+        *7 * (line,),
+        images=images,
         turns=line if data.independent_turns else None,
+        source_names=pipeline.source_names(data),
     )
 
 
 class Data:
     """An iterator of batches as the train loop wants it."""
 
-    def __init__(self, batches, sources: list[str]):
-        self._batches, self.sources = batches, sources
+    def __init__(self, batches):
+        self._batches, self.sources = batches, batches.source_names
 
     def __iter__(self):
         return self
@@ -175,7 +157,7 @@ class Data:
     def skipped(self) -> dict[str, int]:
         return dict(self._batches.counts)
 
-    def samples(self):
+    def sample_names(self):
         """A function that names the samples of the batch that came last, for each of its rows."""
         rows, stream = self._batches.last_rows, self._batches._stream
         return lambda: [[stream.name(n) for n in row] for row in rows]

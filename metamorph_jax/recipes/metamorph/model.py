@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from metamorph_jax import losses
+from metamorph_jax import flops, losses
+from metamorph_jax.errors import ConfigError
+from metamorph_jax.flops import Work
 from metamorph_jax.models import lora
 from metamorph_jax.models.connectors.mlp import Connector
 from metamorph_jax.models.heads.visual_regression import VisualHead
@@ -16,14 +18,34 @@ from metamorph_jax.nn import quantized
 from metamorph_jax.nn.attention import row_mask
 from metamorph_jax.recipes.metamorph.config import (
     Config,
-    check_known,
     llm_config,
     reduce_config,
     tower_config,
 )
 from metamorph_jax.types import Batch
 
-STAGES = ("connector", "vpit")
+
+def _rows(table: str, rows: str) -> list[str]:
+    """Names of a token table's rows that a stage trains, as a pattern."""
+    return {"none": [], "added": [rf"llm\.{table}\.added"], "all": [rf"llm\.{table}\..*"]}[rows]
+
+
+def _connector_stage(cfg: Config) -> str:
+    parts = [r"(connector|reducer)\..*", *_rows("embed_tokens", cfg.connector_tokens)]
+    return lora.restrict("|".join(parts), cfg.lora)
+
+
+def _vpit_stage(cfg: Config) -> str:
+    if cfg.frozen_weights != "none" and cfg.lora is None:
+        raise ConfigError("config.model.frozen_weights leaves nothing of the llm to train: set "
+                          "config.model.lora, too")  # fmt: skip
+    parts = [r"(connector|reducer|head)\..*", r"llm\.(layers|norm)\..*"]
+    parts += _rows("embed_tokens", cfg.vpit_tokens) + _rows("lm_head", cfg.vpit_tokens)
+    parts += [r"tower\..*"] if cfg.train_tower else []
+    return lora.restrict("|".join(parts), cfg.lora)
+
+
+STAGES = {"connector": _connector_stage, "vpit": _vpit_stage}
 
 
 class MetaMorph(nnx.Module):
@@ -87,14 +109,14 @@ class MetaMorph(nnx.Module):
 
     def batch_features(self, batch: Batch) -> jax.Array:
         """float32[B, I * P, C] visual tokens of a batch, from its cached features or pixels."""
-        B, I = batch.image_valid.shape
-        width = self.reducer.cfg.width_out
-        if batch.features is not None:
-            x = batch.features.astype(jnp.float32)
+        images, width = batch.images, self.reducer.cfg.width_out
+        B, I = images.valid.shape
+        if images.features is not None:
+            x = images.features.astype(jnp.float32)
             if x.shape[-1] != width:
                 raise ValueError(f"features are {x.shape[-1]} wide, the model takes {width}")
-        elif batch.pixels is not None and I:
-            x = self.visual_features(batch.pixels.reshape(B * I, *batch.pixels.shape[2:]))
+        elif images.pixels is not None and I:
+            x = self.visual_features(images.pixels.reshape(B * I, *images.pixels.shape[2:]))
         else:
             x = jnp.zeros((B, 0, width), jnp.float32)
         return x.reshape(B, -1, width)
@@ -121,7 +143,7 @@ class MetaMorph(nnx.Module):
     # ---- training
 
     @property
-    def loss_coefs(self) -> dict[str, float]:
+    def loss_weights(self) -> dict[str, float]:
         if self.head is None:
             return {"text": 1.0}
         return {"text": 1.0, "visual": self.cfg.visual_coef if self.cfg.use_vision_ar else 0.0}
@@ -150,12 +172,14 @@ class MetaMorph(nnx.Module):
         metrics = {
             "text_loss": (text, has_text.sum()),
             "text_accuracy": (right.sum().astype(jnp.float32), has_text.sum()),
-            **losses.by_source(each, has_text, batch.sources, cfg.sources, "text_loss"),
+            **losses.by_source(
+                each, has_text, batch.sources, batch.source_names, "text_loss"
+            ),
         }
 
         if self.head is None:
             return {"text": text}, jax.tree.map(jax.lax.stop_gradient, metrics)
-        if not self.loss_coefs["visual"]:
+        if not self.loss_weights["visual"]:
             hidden = jax.lax.stop_gradient(hidden)
         at, target, valid, where = losses.take_targets(
             hidden, visual, batch.visual_targets, cfg.max_visual_targets
@@ -165,46 +189,21 @@ class MetaMorph(nnx.Module):
         wanted = jnp.sum(batch.visual_targets >= 0)
         # Targets that were not evaluated must not go unnoticed.
         total = jnp.where(wanted > valid.sum(), jnp.nan, each.sum())
-        if not self.loss_coefs["visual"]:
+        if not self.loss_weights["visual"]:
             total = jax.lax.stop_gradient(total)
         n = valid.sum().astype(jnp.float32)
         metrics["visual_loss"] = (total, n)
         if cfg.loss_kind != "cosine":
             metrics["visual_cosine"] = (jnp.sum(losses.cosine(predicted, target) * valid), n)
         metrics["visual_cosine_floor"] = (losses.constant_cosine(target, valid) * n, n)
-        if cfg.sources:
+        if batch.source_names:
             sources = jnp.take_along_axis(batch.sources, where, axis=1)
             count = valid.astype(jnp.float32)
-            metrics |= losses.by_source(each, count, sources, cfg.sources, "visual_loss")
+            metrics |= losses.by_source(
+                each, count, sources, batch.source_names, "visual_loss"
+            )
         metrics = jax.tree.map(jax.lax.stop_gradient, metrics)
         return {"text": text, "visual": total}, metrics
-
-    def trainable(self, stage: str):
-        """The nnx filter of what a stage trains."""
-        check_known("stage", stage, STAGES)
-        cfg = self.cfg
-        if stage == "vpit" and cfg.frozen_weights != "none" and cfg.lora is None:
-            raise ValueError("frozen_weights leaves nothing of the llm to train: set lora, too")
-        rows = cfg.connector_tokens if stage == "connector" else cfg.vpit_tokens
-
-        def of_stage(path) -> bool:
-            if path[0] == "tower":
-                return stage == "vpit" and cfg.train_tower
-            if path[0] in ("connector", "reducer"):
-                return True
-            if path[:2] == ("llm", "embed_tokens"):
-                return _row_trained(path, rows)
-            if path[:2] == ("llm", "lm_head"):
-                return stage == "vpit" and _row_trained(path, rows)
-            return stage == "vpit"  # the rest of the llm, and the head
-
-        def chosen(path, variable) -> bool:
-            path = tuple(map(str, path))
-            if not of_stage(path) or isinstance(variable, quantized.Packed):
-                return False
-            return cfg.lora is None or lora.trains(cfg.lora, path)
-
-        return nnx.All(nnx.Any(nnx.Param, lora.Adapter), chosen)
 
     def param_group(self, path: tuple[str, ...]) -> str:
         """Part of a parameter: tower, connector, llm, tokens (new rows), head or lora."""
@@ -215,6 +214,36 @@ class MetaMorph(nnx.Module):
             return "tokens"
         return "connector" if path[0] == "reducer" else path[0]
 
+    def work(self, batch: Batch) -> tuple[Work, ...]:
+        """The matrix products of a training step on a batch (shapes are enough)."""
+        rows, length = batch.tokens.shape
+        return llama.work(self.llm.cfg, rows, length) + self._image_work(batch)
+
+    def _image_work(self, batch: Batch) -> tuple[Work, ...]:
+        """Those of tower, connector and head."""
+        images = batch.images
+        count = images.valid.shape[0] * images.valid.shape[1]
+        if not count:
+            return ()
+        found = []
+        if images.pixels is not None:
+            one = jax.ShapeDtypeStruct((1, *images.pixels.shape[2:]), jnp.uint8)
+            forward = count * flops.of_function(self, lambda m, x: m.visual_features(x), one)
+            trained = self.cfg.train_tower
+            again = forward if trained and self.tower.cfg.remat else 0.0
+            found.append(Work("tower", forward, "tower", int(trained), again))
+        one = jax.ShapeDtypeStruct((1, *self.feature_shape), jnp.float32)
+        forward = count * flops.of_function(self, lambda m, x: m.project(x), one)
+        found.append(Work("connector", forward, "connector"))
+        if self.head is not None:
+            rows, length = batch.tokens.shape
+            one = jax.ShapeDtypeStruct((1, 1, self.llm.cfg.width), jnp.float32)
+            predicting = rows * (self.cfg.max_visual_targets or length)
+            forward = predicting * flops.of_function(self, lambda m, x: m.predict_visual(x), one)
+            counts = bool(self.loss_weights["visual"])
+            found.append(Work("visual head", forward, "head" if counts else "", int(counts)))
+        return tuple(found)
+
 
 def hidden_tokens(key: jax.Array, batch: Batch, tokens: int, share: float) -> jax.Array:
     """bool[B, I * P]: visual tokens of answer pictures that the input hides.
@@ -222,7 +251,7 @@ def hidden_tokens(key: jax.Array, batch: Batch, tokens: int, share: float) -> ja
     A picture takes part with probability `share`. Half of those are hidden whole, the tokens of the
     others with a probability that is drawn from 0 to 1 for the picture.
     """
-    B, I = batch.image_valid.shape
+    B, I = batch.images.valid.shape
     rows = jnp.arange(B)[:, None]
     # Targets of -1 go to a place behind the last token, which is cut off.
     where = jnp.where(batch.visual_targets < 0, I * tokens, batch.visual_targets)
@@ -233,10 +262,6 @@ def hidden_tokens(key: jax.Array, batch: Batch, tokens: int, share: float) -> ja
     )
     drop = (taking_part < share) & (draw < 2 * rate)
     return answers & drop.reshape(B, -1)
-
-
-def _row_trained(path, rows: str) -> bool:
-    return rows == "all" or (rows == "added" and path[-1] == "added")
 
 
 def create(cfg: Config, rngs: nnx.Rngs) -> MetaMorph:

@@ -98,15 +98,15 @@ def calibrate_connector(model: MetaMorph, features: np.ndarray) -> None:
     last.bias[...] = (last.bias[...] - out.mean(0)) * scale
 
 
-def prepare(model: MetaMorph, batches: Sequence[Batch]) -> None:
+def initialize(model: MetaMorph, batches: Sequence[Batch]) -> None:
     """Before the first step: fits the connector's start to the pictures of these batches."""
     graph, weights = nnx.split(model)
     compute = jax.jit(lambda weights, batch: nnx.merge(graph, weights).batch_features(batch))
     found = []
     for batch in batches:
         x = np.asarray(compute(weights, batch))
-        x = x.reshape(*batch.image_valid.shape, -1, x.shape[-1])
-        found.append(x[np.asarray(batch.image_valid)].reshape(-1, x.shape[-1]))
+        x = x.reshape(*batch.images.valid.shape, -1, x.shape[-1])
+        found.append(x[np.asarray(batch.images.valid)].reshape(-1, x.shape[-1]))
     features = np.concatenate(found)
     if len(features):
         calibrate_connector(model, features)

@@ -21,15 +21,16 @@ from safetensors.numpy import load_file
 from metamorph_jax.convert.metamorph import export_metamorph, load_metamorph, sequential
 from metamorph_jax.convert.names import load_torch_dict
 from metamorph_jax.convert.vit import load_vit
+from metamorph_jax.data.images import Preprocess
 from metamorph_jax.data.interleave import build_row
-from metamorph_jax.data.pictures import Preprocess
 from metamorph_jax.models.connectors.mlp import Connector
 from metamorph_jax.models.llm.llama import Llama, init_added_tokens
 from metamorph_jax.models.vision import vit
 from metamorph_jax.models.vision.reduce import ReduceConfig, TokenReducer, normalize_features
 from metamorph_jax.nn.rope import RopeScaling
 from metamorph_jax.recipes import metamorph as recipe
-from metamorph_jax.types import Batch
+from metamorph_jax.train.state import trained_filter
+from metamorph_jax.types import Batch, Images
 
 pytestmark = pytest.mark.golden
 
@@ -142,8 +143,8 @@ class Golden:
             valid[b, : len(row.kept)] = True
             places[b, : len(row.kept)] = pictures[stacks[b][row.kept]]
         visual = {"features" if images is None else "pixels": places}
-        return Batch(**out, segments=segments, sources=np.zeros((B, L), np.int32),
-                     image_valid=valid, **visual)  # fmt: skip
+        found = Images(valid, np.zeros((B, I), np.int32), **visual)
+        return Batch(**out, segments=segments, sources=np.zeros((B, L), np.int32), images=found)
 
 
 def tower_options(v: dict) -> dict:
@@ -217,7 +218,7 @@ def loss_and_grads(model, batch, stage_filter):
         sums, metrics = model.loss_sums(batch, None)
         counts = model.loss_counts(batch)
         means = {k: s / jnp.maximum(counts[k], 1) for k, s in sums.items()}
-        return sum(model.loss_coefs[k] * m for k, m in means.items()), means
+        return sum(model.loss_weights[k] * m for k, m in means.items()), means
 
     step = fast(jax.value_and_grad(total, has_aux=True))
     (loss, means), grads = step(trained, rest, batch)
@@ -250,7 +251,7 @@ def test_loss(golden, loss_case):
         text_chunk=7,
     )
     batch = golden.batch(packing, source, max_length, features=get.pop("image_embeds", None))
-    found, grads = loss_and_grads(model, batch, model.trainable("vpit"))
+    found, grads = loss_and_grads(model, batch, trained_filter(recipe.STAGES["vpit"](model.cfg)))
     for ours, theirs in (("text", "loss_text"), ("visual", "loss_vision"), ("total", "loss_total")):
         expected = get.pop(theirs)
         if np.isnan(expected):  # the reference's mean over nothing: here the loss is 0
@@ -297,7 +298,7 @@ def test_trainable_parameters(golden):
     assert set(listed) - {"note"} == set(stages)
     for key, (stage, options) in stages.items():
         model = golden.model(**options)
-        graph, trained, rest = nnx.split(model, model.trainable(stage), ...)
+        graph, trained, rest = nnx.split(model, trained_filter(recipe.STAGES[stage](model.cfg)), ...)
         marked = nnx.merge(
             graph, jax.tree.map(jnp.ones_like, trained), jax.tree.map(jnp.zeros_like, rest)
         )
@@ -331,7 +332,7 @@ def test_training_steps(golden, stage):
     clip = float(re.search(r"clipping to global norm ([\d.]*\d)", desc)[1])
     first = stage == "stage1"
     model = golden.model(connector_tokens="all", use_vision_ar=not first)
-    filter_ = model.trainable("connector" if first else "vpit")
+    filter_ = trained_filter(recipe.STAGES["connector" if first else "vpit"](model.cfg))
     graph, params, rest = nnx.split(model, filter_, ...)
     rates = jnp.asarray(get.pop("lr"))
     optimizer = optax.chain(
@@ -348,7 +349,7 @@ def test_training_steps(golden, stage):
             sums, _ = model.loss_sums(batch, None)
             counts = model.loss_counts(batch)
             means = {k: s / jnp.maximum(counts[k], 1) for k, s in sums.items()}
-            return sum(model.loss_coefs[k] * m for k, m in means.items()), means
+            return sum(model.loss_weights[k] * m for k, m in means.items()), means
 
         (loss, means), grads = jax.value_and_grad(total, has_aux=True)(params)
         updates, state = optimizer.update(grads, state, params)

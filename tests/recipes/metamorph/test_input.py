@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from metamorph_jax import config as configs
 from metamorph_jax.convert.vit import export_vit
+from metamorph_jax.data.pipeline import SourceConfig
+from metamorph_jax.errors import ConfigError
+from metamorph_jax.recipe import Shard
 from metamorph_jax.recipes import metamorph as recipe
 from tests.recipes.metamorph.tiny import TINY, make, sums_of
 
@@ -30,11 +32,15 @@ def write_data(folder, n=6):
     return path
 
 
+def data_config(tmp_path, count=6, **options):
+    source = SourceConfig(str(write_data(tmp_path, count)), "pairs")
+    return recipe.Data((source,), **options)
+
+
 @pytest.mark.golden  # takes the small tokenizer from there
 def test_data_with_and_without_a_feature_cache(tmp_path, golden_root):
     tokenizer = str(golden_root / "metamorph" / "tokenizer.json")
-    data = dict(sources=[dict(path=str(write_data(tmp_path)), name="pairs")], batch_size=2,
-                length=64, images_per_row=2, template="llama3")  # fmt: skip
+    data = data_config(tmp_path, length=64, images_per_row=2)
     vocab = recipe.load_tokenizer(dataclasses.replace(TINY, tokenizer=tokenizer))
     options = {"vocab_size": len(vocab)}
     cfg = dataclasses.replace(TINY, tokenizer=tokenizer, llm_options=options)
@@ -43,13 +49,15 @@ def test_data_with_and_without_a_feature_cache(tmp_path, golden_root):
     folder.mkdir()
     save_file(dict(export_vit(model.tower)), folder / "model.safetensors")
     cfg = dataclasses.replace(cfg, tower_weights=str(folder))
-    plain = recipe.make_data(data, cfg)
-    cached = recipe.make_data(data | {"feature_cache": str(tmp_path / "cache")}, cfg)
-    assert plain.sources == ["pairs"] and plain.skipped == {}
+    plain = recipe.open_data(data, cfg, Shard(2))
+    with_cache = dataclasses.replace(data, feature_cache=str(tmp_path / "cache"))
+    cached = recipe.open_data(with_cache, cfg, Shard(2))
+    assert list(plain.sources) == ["pairs"] and plain.skipped == {}
     state = plain.get_state()
     a, b = next(plain), next(cached)
-    assert a.pixels is not None and a.features is None
-    assert b.pixels is None and b.features.shape == (2, 2, 4, 32)
+    assert a.images.pixels is not None and a.images.features is None
+    assert b.images.pixels is None and b.images.features.shape == (2, 2, 4, 32)
+    assert (np.take_along_axis(a.image_slots, a.images.start, 1)[a.images.valid] % 4 == 0).all()
     assert (a.tokens >= model.image_start).any() and (a.visual_targets >= 0).any()
     np.testing.assert_array_equal(a.tokens, b.tokens)
     found = [sums_of(model, x)[0] for x in (a, b)]
@@ -64,25 +72,25 @@ def test_data_with_and_without_a_feature_cache(tmp_path, golden_root):
 @pytest.mark.golden  # takes the small tokenizer from there
 def test_a_tokenizer_larger_than_the_vocabulary_is_an_error(tmp_path, golden_root):
     tokenizer = str(golden_root / "metamorph" / "tokenizer.json")
-    data = dict(sources=[dict(path=str(write_data(tmp_path)), name="pairs")])
+    data = data_config(tmp_path)
     cfg = dataclasses.replace(TINY, tokenizer=tokenizer, llm_options={"vocab_size": 425})
     with pytest.raises(ValueError, match="the tokenizer has 428 ids, the language model 427"):
-        recipe.make_data(data, cfg)
+        recipe.open_data(data, cfg, Shard(1))
 
 
 @pytest.mark.golden  # takes the small tokenizer from there
 def test_no_row_has_more_visual_targets_than_the_head_takes(tmp_path, golden_root):
     tokenizer = str(golden_root / "metamorph" / "tokenizer.json")
-    data = dict(sources=[dict(path=str(write_data(tmp_path, 12)), name="pairs")], batch_size=2,
-                length=256, images_per_row=8, template="llama3", epochs=1)  # fmt: skip
+    data = data_config(tmp_path, 12, length=256, images_per_row=8, epochs=1)
     vocab = len(recipe.load_tokenizer(dataclasses.replace(TINY, tokenizer=tokenizer)))
     cfg = dataclasses.replace(TINY, tokenizer=tokenizer, llm_options={"vocab_size": vocab})
 
     def targets(limit):
-        batches = recipe.make_data(data, dataclasses.replace(cfg, max_visual_targets=limit))
+        limited = dataclasses.replace(cfg, max_visual_targets=limit)
+        batches = recipe.open_data(data, limited, Shard(2))
         return [n for b in batches for n in (b.visual_targets >= 0).sum(1).tolist()]
 
     assert max(targets(0)) > 5 and sum(targets(0)) == 6 * 4
     assert max(targets(5)) == 4 and sum(targets(5)) == 6 * 4
-    with pytest.raises(configs.ConfigError, match="max_visual_targets is 3, but a picture has 4"):
+    with pytest.raises(ConfigError, match="max_visual_targets is 3, but a picture has 4"):
         targets(3)

@@ -13,6 +13,7 @@ from metamorph_jax.convert.metamorph import export_metamorph
 from metamorph_jax.convert.vit import export_vit
 from metamorph_jax.recipes import metamorph as recipe
 from metamorph_jax.recipes.metamorph.weights import calibrate_connector
+from metamorph_jax.types import Images
 from tests.recipes.metamorph.tiny import TINY, make, make_batch
 
 
@@ -30,13 +31,18 @@ def test_calibrated_connector_speaks_at_the_scale_of_text():
     assert abs(np.mean(unit[::2] * unit[1::2]) * out.shape[-1]) < 0.1  # no common direction
 
 
-def test_prepare_measures_valid_pictures_only():
+def test_initialize_measures_valid_pictures_only():
     a, b = make(), make()
     batch = make_batch()
-    recipe.prepare(a, [batch])
-    extra = np.concatenate([batch.pixels, 255 * np.ones_like(batch.pixels)], axis=1)
-    valid = np.concatenate([batch.image_valid, ~batch.image_valid], axis=1)
-    recipe.prepare(b, [dataclasses.replace(batch, pixels=extra, image_valid=valid)])
+    recipe.initialize(a, [batch])
+    twice = lambda x, y: np.concatenate([x, y], axis=1)  # noqa: E731
+    old = batch.images
+    images = Images(
+        valid=twice(old.valid, ~old.valid),
+        start=twice(old.start, old.start),
+        pixels=twice(old.pixels, 255 * np.ones_like(old.pixels)),
+    )
+    recipe.initialize(b, [dataclasses.replace(batch, images=images)])
     for x, y in zip(a.connector.linears, b.connector.linears, strict=True):
         np.testing.assert_allclose(x.kernel[...], y.kernel[...], rtol=1e-3, atol=1e-4)
 

@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 from metamorph_jax.recipes import metamorph as recipe
-from metamorph_jax.types import Batch
+from metamorph_jax.types import Batch, Images
 
 TINY = recipe.Config(llm="tiny", tower="siglip-tiny", image_tokens=4, text_chunk=16)
 L, I, P = 14, 2, 4
@@ -50,8 +50,12 @@ def make_batch(cfg=TINY, answers=True, text=True, seed=0) -> Batch:
         image_slots=slots,
         visual_targets=visual_targets,
         sources=np.array([[0], [1]], np.int32).repeat(L, 1),
-        image_valid=np.ones((2, I), bool),
-        pixels=r.integers(0, 256, (2, I, 32, 32, 3)).astype(np.uint8),
+        images=Images(
+            valid=np.ones((2, I), bool),
+            start=np.tile(np.int32([2, 8]), (2, 1)),
+            pixels=r.integers(0, 256, (2, I, 32, 32, 3)).astype(np.uint8),
+        ),
+        source_names=("a", "b"),
     )
 
 
@@ -62,7 +66,7 @@ def grads(model, batch, filter_=nnx.Param):
         model = nnx.merge(graph, trained, rest)
         sums, metrics = model.loss_sums(batch, jax.random.key(0))
         counts = model.loss_counts(batch)
-        loss = sum(model.loss_coefs[k] * s / jnp.maximum(counts[k], 1) for k, s in sums.items())
+        loss = sum(model.loss_weights[k] * s / jnp.maximum(counts[k], 1) for k, s in sums.items())
         return loss, metrics
 
     (loss, metrics), found = fast(jax.value_and_grad(total, has_aux=True))(trained)

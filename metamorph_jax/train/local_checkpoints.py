@@ -22,7 +22,6 @@ beside a checkpoint (where the data stand, checksums) can't be read back.
 
 import concurrent.futures
 import contextlib
-import dataclasses
 import functools
 import json
 import os
@@ -40,9 +39,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from metamorph_jax import distributed
-from metamorph_jax.config import ConfigError
+from metamorph_jax.errors import CheckpointError, ConfigError
 from metamorph_jax.train import checkpoint
-from metamorph_jax.train.checkpoint import CheckpointError
+from metamorph_jax.train.config import LocalConfig
 from metamorph_jax.train.optim import Params
 from metamorph_jax.train.state import TrainState
 
@@ -51,36 +50,7 @@ _END = struct.Struct("<QI8s")  # bytes of the description, checksum of all befor
 _MAGIC = b"mmjshard"
 
 
-@dataclasses.dataclass(frozen=True)
-class LocalConfig:
-    """Options of local checkpoints.
-
-    Attributes:
-        folder: on each host's own disk, the same path everywhere; "" for none. It takes
-            (keep + 1) times the host's share of the state.
-        every: steps between them.
-        keep: how many of the newest stay. With 1 a host that dies while others have just finished a
-            save leaves no step that all have.
-        multi_tier: minutes between copies to the bucket by GKE's multi-tier daemon, whose volume
-            `folder` then is; 0: no daemon.
-    """
-
-    folder: str = ""
-    every: int = 50
-    keep: int = 2
-    multi_tier: int = 0
-
-    def __post_init__(self):
-        for name in ("every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.multi_tier < 0:
-            raise ValueError(f"multi_tier must be a number of minutes, not {self.multi_tier}")
-        if self.multi_tier and not self.folder:
-            raise ValueError("multi_tier needs a folder: where the volume of the daemon is mounted")
-
-
-def local_checkpoints(cfg: LocalConfig, workdir: pathlib.Path, mesh: Mesh, newest: int | None):
+def open_local(cfg: LocalConfig, workdir: pathlib.Path, mesh: Mesh, newest: int | None):
     """The local checkpoints of a run: those of this module, or of GKE's daemon."""
     if not cfg.multi_tier:
         return LocalCheckpoints(cfg, workdir, mesh, newest)
@@ -102,7 +72,7 @@ class LocalCheckpoints:
 
     Attributes:
         step: the step to go on from, or None: the workdir's, if there is one.
-        lanes: over how many lanes the data are spread at that step.
+        data_shards: number of data shards at that step.
         said: what is to be logged about the choice.
 
     Raises:
@@ -113,7 +83,7 @@ class LocalCheckpoints:
 
     def __init__(self, cfg: LocalConfig, workdir: pathlib.Path, mesh: Mesh, newest: int | None):
         self.step: int | None = None
-        self.lanes: int | None = None
+        self.data_shards: int | None = None
         self.said: list[str] = []
         self._cfg, self._saving, self._newest = cfg, None, newest
         if not cfg.folder:
@@ -203,7 +173,7 @@ class LocalCheckpoints:
             shapes = {name: leaf["shape"] for name, leaf in self._about["leaves"].items()}
             shared = self._about["notes"] | {"shapes": shapes}
         self._notes = distributed.gather(shared)[first]
-        self.lanes = len(self._notes["data"])
+        self.data_shards = len(self._notes["data"])
 
     def _file(self, step: int) -> pathlib.Path:
         return self._mine / f"{step}.shards"
@@ -211,7 +181,7 @@ class LocalCheckpoints:
     # ---- reading
 
     def restore(self, state: TrainState, fixed: Params) -> tuple[TrainState, Params, list[dict]]:
-        """(state, fixed, state of every lane of the data) at `step`.
+        """(state, fixed, state of every data shard of the data) at `step`.
 
         Args:
             state, fixed: arrays that say what is expected and where.

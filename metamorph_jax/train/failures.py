@@ -12,21 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-
-class BadStep(RuntimeError):
-    """A step whose numbers are bad; the state is that of the step before."""
-
-
-class NonFiniteError(BadStep):
-    """A loss or gradient was not finite."""
-
-
-class LossSpike(BadStep):
-    """The loss was far above what is usual."""
-
-
-class Preempted(RuntimeError):
-    """SIGTERM came; a checkpoint was saved and the same command goes on from it."""
+from metamorph_jax.errors import LossSpike, NonFiniteError
 
 
 @dataclasses.dataclass
@@ -37,8 +23,8 @@ class Pending:
         step: its number, from 1.
         report: of the step, on the devices.
         batch: this process's rows (numpy).
-        samples: names the samples of each row, see `Feed.samples`.
-        counted: `metrics.measure` of the batch, over all processes.
+        samples: names the samples of each row, see `DataShards.sample_names`.
+        counted: `counted()` of the batch, over all processes.
         wait: seconds that were spent waiting for its data.
     """
 
@@ -87,13 +73,10 @@ class BadSteps:
     def _explain(self, pending: Pending, report) -> tuple[type, str]:
         file = self.workdir / f"bad_step_{pending.step}_process_{jax.process_index()}.npz"
         batch, sources = pending.batch, self.sources
-        arrays = {k: v for k, v in vars(batch).items() if v is not None and k != "pixels"}
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, **_small_arrays(batch))
         named = [k for k, (n, _) in report["metrics"].items() if "/" in k and not np.isfinite(n)]
         blamed = sorted({s for s in sources for k in named if s in k.split("/")[1:]})
-        if not blamed and hasattr(batch, "sources"):
-            there = np.unique(np.asarray(batch.sources)[np.asarray(batch.segments) > 0])
-            blamed = [sources[i] for i in there if i < len(sources)]
+        blamed = blamed or pending.batch.sources_present()
         wrong = [k for k, v in report["sums"].items() if not np.isfinite(v)]
         if report["finite"]:
             mean, deviation = report["usual"][:2]
@@ -112,6 +95,13 @@ class BadSteps:
         note = {"step": pending.step, "what": what, "samples": pending.samples()}
         file.with_suffix(".json").write_text(json.dumps(note, indent=1) + "\n")
         return kind, said
+
+
+def _small_arrays(batch) -> dict[str, np.ndarray]:
+    """Dotted name -> leaf of a batch, without its images."""
+    leaves = jax.tree_util.tree_leaves_with_path(batch)
+    named = {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
+    return {name: x for name, x in named.items() if np.ndim(x) < 5}
 
 
 class Sigterm:

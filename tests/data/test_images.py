@@ -9,9 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from metamorph_jax.data import pictures
-from metamorph_jax.data.sources import BadSample, ImageRef
+from metamorph_jax.data import images
+from metamorph_jax.data.sources import ImageRef
 from metamorph_jax.data.sources.base import confined
+from metamorph_jax.errors import BadSample
 from tests.data.conftest import picture
 
 
@@ -26,13 +27,13 @@ def test_siglip_pixels_golden(golden_root):
         want = z["pixel_values"]
         names = sorted(k for k in z.files if k.startswith("image") and k.endswith("_uint8"))
         assert len(names) == len(want)
-        process = pictures.Preprocess(want.shape[-1])
+        process = images.Preprocess(want.shape[-1])
         got = np.stack([process.normalise(process(Image.fromarray(z[k]))) for k in names])
     np.testing.assert_allclose(got.transpose(0, 3, 1, 2), want, atol=1e-6)
 
 
 def test_pad_to_square():
-    out = pictures.Preprocess(4, "pad")(Image.new("RGB", (2, 4), (255, 0, 0)))
+    out = images.Preprocess(4, "pad")(Image.new("RGB", (2, 4), (255, 0, 0)))
     assert (out[:, 0] == 127).all() and (out[:, 3] == 127).all() and (out[:, 1, 0] == 255).all()
 
 
@@ -40,7 +41,7 @@ def test_modes_become_rgb(tmp_path):
     for mode in ("L", "RGBA", "P", "1", "CMYK", "I;16"):
         image = Image.new(mode, (5, 4))
         name = "a.tiff" if mode in ("CMYK", "I;16") else "a.png"
-        out = pictures.load([save(tmp_path / name, image)])[0]
+        out = images.load([save(tmp_path / name, image)])[0]
         assert (out.mode, out.size) == ("RGB", (5, 4))
 
 
@@ -58,26 +59,26 @@ def test_bad_files(tmp_path):
         if data is not None:
             path.write_bytes(data)
         with pytest.raises(BadSample) as e:
-            pictures.load([ImageRef(str(path))])
+            images.load([ImageRef(str(path))])
         assert e.value.reason == reason
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff" + bytes(50))
     with pytest.raises(BadSample, match="broken_picture"):
-        pictures.load([ImageRef(str(tmp_path / "broken.jpg"))])
+        images.load([ImageRef(str(tmp_path / "broken.jpg"))])
     with pytest.raises(BadSample, match="oversized"):
-        pictures.load([save(tmp_path / "big.png", picture(1, 50, 50))], max_pixels=2000)
+        images.load([save(tmp_path / "big.png", picture(1, 50, 50))], max_pixels=2000)
 
 
 def test_misnamed_is_counted_and_used(tmp_path):
     counts = collections.Counter()
     ref = ImageRef(str(tmp_path / "a.jpg"))
     picture(1).save(ref.path, format="GIF")
-    assert pictures.load([ref], counts=counts)[0].size == (24, 16)
+    assert images.load([ref], counts=counts)[0].size == (24, 16)
     assert counts == {"misnamed": 1}
 
 
 def test_box_and_marks(tmp_path):
     ref = save(tmp_path / "a.png", Image.new("RGB", (100, 80)))
-    cropped, marked = pictures.load([
+    cropped, marked = images.load([
         ImageRef(ref.path, box=(10, 20, 400, 60)),
         ImageRef(ref.path, marks=(("cup", (20, 40, 30, 20)),)),
     ])  # fmt: skip
@@ -87,7 +88,7 @@ def test_box_and_marks(tmp_path):
     assert marked[46, 30].tolist() == [0, 0, 0]  # the outline is 5 px wide
     assert marked[20:32, 20:50, 0].any() and not marked[:18].any()  # the name starts 20 px above
     with pytest.raises(BadSample, match="bad_crop"):
-        pictures.load([ImageRef(ref.path, box=(200, 20, 300, 60))])
+        images.load([ImageRef(ref.path, box=(200, 20, 300, 60))])
 
 
 @pytest.mark.parametrize("path", ["../x", "a/../../x", "/etc/x", "", "a\0b", "..", None])
@@ -105,16 +106,16 @@ def test_paths_inside_the_root(tmp_path):
 
 # ---- against the published processors
 
-MEAN, STD = pictures.CLIP_336.mean, pictures.CLIP_336.std
+MEAN, STD = images.CLIP_336.mean, images.CLIP_336.std
 KINDS = {
-    "siglip": pictures.Preprocess(40),
-    "clip": pictures.Preprocess(32, "crop", mean=MEAN, std=STD),
-    "dinov2": pictures.Preprocess(
-        28, "crop", 32, mean=pictures.DINOV2_224.mean, std=pictures.DINOV2_224.std
+    "siglip": images.Preprocess(40),
+    "clip": images.Preprocess(32, "crop", mean=MEAN, std=STD),
+    "dinov2": images.Preprocess(
+        28, "crop", 32, mean=images.DINOV2_224.mean, std=images.DINOV2_224.std
     ),
-    "crop larger than the short side": pictures.Preprocess(32, "crop", 24, mean=MEAN, std=STD),
-    "bilinear": pictures.Preprocess(24, "crop", 30, "bilinear"),
-    "llava": pictures.Preprocess(36, "pad", mean=MEAN, std=STD),
+    "crop larger than the short side": images.Preprocess(32, "crop", 24, mean=MEAN, std=STD),
+    "bilinear": images.Preprocess(24, "crop", 30, "bilinear"),
+    "llava": images.Preprocess(36, "pad", mean=MEAN, std=STD),
 }
 
 
@@ -122,7 +123,7 @@ def peer(process):
     """The published processor that our exported preprocessor_config.json makes."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("torch", reason="pip install 'metamorph_jax[oracle]'")
-    fields = pictures.preprocess_to_hf(process)
+    fields = images.preprocess_to_hf(process)
     return getattr(transformers, fields.pop("image_processor_type") + "Pil")(**fields)
 
 
@@ -168,7 +169,7 @@ def test_alpha_is_dropped(tmp_path):
     image = picture(1, 9, 8)
     clear = image.copy()
     clear.putalpha(0)
-    (loaded,) = pictures.load([save(tmp_path / "a.png", clear)])
+    (loaded,) = images.load([save(tmp_path / "a.png", clear)])
     assert np.array_equal(np.asarray(loaded), np.asarray(image))
 
 
@@ -178,7 +179,7 @@ def test_exif_rotation_is_not_applied(tmp_path):
     exif = Image.Exif()
     exif[274] = 6  # "turn right by 90 degrees to look at it"
     ref = save(tmp_path / "a.png", image, exif=exif)
-    (loaded,) = pictures.load([ref])
+    (loaded,) = images.load([ref])
     assert Image.open(ref.path).getexif()[274] == 6
     assert loaded.size == (30, 20) and np.array_equal(np.asarray(loaded), np.asarray(image))
     compare(KINDS["clip"], peer(KINDS["clip"]), Image.open(ref.path))
@@ -189,7 +190,7 @@ def test_exif_rotation_is_not_applied(tmp_path):
 def test_very_long_lines_stay_small(size, mode):
     """The published steps would make a picture of 1.5 to 2.7 gigabytes of it."""
     tracemalloc.start()
-    out = pictures.Preprocess(224, mode)(Image.new("RGB", size, (255, 0, 0)))
+    out = images.Preprocess(224, mode)(Image.new("RGB", size, (255, 0, 0)))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert out.shape == (224, 224, 3) and peak < 50e6
@@ -200,7 +201,7 @@ def test_very_long_lines_stay_small(size, mode):
 @pytest.mark.parametrize("kind", KINDS)
 def test_config_comes_back(kind):
     process = KINDS[kind]
-    again = pictures.preprocess_from_hf(json.loads(json.dumps(pictures.preprocess_to_hf(process))))
+    again = images.preprocess_from_hf(json.loads(json.dumps(images.preprocess_to_hf(process))))
     assert again == process
 
 
@@ -211,20 +212,20 @@ PUBLISHED = {
              image_processor_type="SiglipImageProcessor", image_std=[0.5, 0.5, 0.5], resample=3,
              processor_class="SiglipProcessor", rescale_factor=0.00392156862745098,
              size={"height": 384, "width": 384}),
-        pictures.SIGLIP_384,
+        images.SIGLIP_384,
     ),
     "clip, old style": (
         dict(crop_size=336, do_center_crop=True, do_normalize=True, do_resize=True,
              feature_extractor_type="CLIPFeatureExtractor", image_mean=list(MEAN),
              image_std=list(STD), resample=3, size=336),
-        pictures.CLIP_336,
+        images.CLIP_336,
     ),
     "dinov2": (
         dict(crop_size={"height": 224, "width": 224}, do_center_crop=True, do_convert_rgb=True,
              do_normalize=True, do_rescale=True, do_resize=True, image_mean=[0.485, 0.456, 0.406],
              image_processor_type="BitImageProcessor", image_std=[0.229, 0.224, 0.225], resample=3,
              rescale_factor=0.00392156862745098, size={"shortest_edge": 256}),
-        pictures.DINOV2_224,
+        images.DINOV2_224,
     ),
 }  # fmt: skip
 
@@ -232,7 +233,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configs(name):
     fields, want = PUBLISHED[name]
-    assert pictures.preprocess_from_hf(fields) == want
+    assert images.preprocess_from_hf(fields) == want
 
 
 @pytest.mark.parametrize(
@@ -251,4 +252,4 @@ def test_published_configs(name):
 )  # fmt: skip
 def test_configs_that_we_do_not_compute(fields, word):
     with pytest.raises(ValueError, match=word):
-        pictures.preprocess_from_hf(fields)
+        images.preprocess_from_hf(fields)

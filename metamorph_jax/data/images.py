@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from metamorph_jax.data.sources.base import BadSample, ImageRef
+from metamorph_jax.data.sources.base import ImageRef
 from metamorph_jax.data.sources.video import decode_frames
+from metamorph_jax.errors import BadSample
 
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 256_000_000

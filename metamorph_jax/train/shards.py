@@ -1,20 +1,19 @@
 """Batches that don't depend on the number of hosts.
 
-The rows of a batch come from lanes. Lane k of n is a stream of its own: it reads samples k, k + n,
-k + 2 n, … and packs them into its share of the rows. A process reads the lanes that the rows of its
-devices come from:
+The rows of a batch come from data shards. Data shard k of n is a stream of its own: it reads
+samples k, k + n, k + 2 n, … and packs them into its share of the rows. A process reads the data
+shards that the rows of its devices come from:
 
-    4 lanes, 8 rows     lane 0   lane 1   lane 2   lane 3
-    batch               r0  r1   r2  r3   r4  r5   r6  r7
-    2 processes         |---- process 0 ----|---- process 1 ----|     each sample read by one
-    8 processes         |p0 |p1 |p2 |p3 |p4 |p5 |p6 |p7 |             p0 and p1 both read lane 0
+    4 data shards, 8 rows   shard 0  shard 1  shard 2  shard 3
+    batch                   r0  r1   r2  r3   r4  r5   r6  r7
+    2 processes             |---- process 0 ----|---- process 1 ----|   each sample read by one
+    8 processes             |p0 |p1 |p2 |p3 |p4 |p5 |p6 |p7 |           p0 and p1 both read shard 0
 
-So the same batches come out of any number of processes, and a checkpoint, which holds where each
-lane stands, is read by any number. Processes that share rows (tensor parallel ones) read the same
-lanes; a sample that can't be read is skipped by all that read its lane.
+So the same batches come out of any number of processes, and a checkpoint, which holds the position
+of each data shard, can be read by any number. Processes that share rows (tensor parallel ones) read
+the same data shards; a sample that can't be read is skipped by all that read its data shard.
 """
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -22,11 +21,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from metamorph_jax import sharding
-from metamorph_jax.config import ConfigError
-
-# What these fields of a batch hold where there is nothing; the rest may stay as it is.
-_NOTHING = {"segments": 0, "text_targets": -1, "visual_targets": -1, "image_slots": -1,
-            "image_valid": False, "valid": False}  # fmt: skip
+from metamorph_jax.errors import ConfigError
+from metamorph_jax.recipe import DataStream, Shard
 
 
 def my_rows(mesh: Mesh, rows: int) -> np.ndarray:
@@ -35,29 +31,30 @@ def my_rows(mesh: Mesh, rows: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(rows)[index] for index in where.values()]))
 
 
-class Feed:
+class DataShards:
     """An iterator of this process's rows (numpy) of every batch.
 
     Args:
-        make: (lane, lanes, rows of the lane) -> its data: an iterator of batches with `get_state`,
-            `set_state`, `sources`, and perhaps `samples`, `skipped`, `close`.
-        lanes: how many there are.
+        make: opens the data of a shard.
+        data_shards: how many there are.
         rows: of the whole batch.
         mine: which of them this process wants, ascending.
 
     Attributes:
-        dry: all lanes that this process reads are at their end; what comes is padding.
+        dry: all data shards that this process reads are at their end; what comes is padding.
 
     Raises:
-        ConfigError: if the rows don't divide over the lanes.
+        ConfigError: if the rows don't divide over the data shards.
     """
 
-    def __init__(self, make: Callable, lanes: int, rows: int, mine: np.ndarray):
-        if rows % lanes:
-            raise ConfigError(f"config.batch_size {rows} isn't a multiple of {lanes} lanes")
-        self.lanes, self.each = lanes, rows // lanes
+    def __init__(
+        self, make: Callable[[Shard], DataStream], data_shards: int, rows: int, mine: np.ndarray
+    ):
+        if rows % data_shards:
+            raise ConfigError(f"config.batch_size {rows} isn't a multiple of {data_shards} shards")
+        self.data_shards, self.each = data_shards, rows // data_shards
         self.numbers = sorted({int(row) // self.each for row in mine})
-        self._data = [make(k, lanes, self.each) for k in self.numbers]
+        self._data = [make(Shard(self.each, k, data_shards)) for k in self.numbers]
         starts = {k: i * self.each for i, k in enumerate(self.numbers)}
         self._take = np.array([starts[r // self.each] + r % self.each for r in mine.tolist()])
         self._last = [None] * len(self._data)
@@ -70,10 +67,10 @@ class Feed:
 
     @property
     def skipped(self) -> dict[str, int]:
-        """Bad samples so far of the lanes that this process reads, by reason."""
+        """Bad samples so far of the data shards that this process reads, by reason."""
         total: dict[str, int] = {}
         for data in self._data:
-            for reason, n in getattr(data, "skipped", {}).items():
+            for reason, n in data.skipped.items():
                 total[reason] = total.get(reason, 0) + n
         return total
 
@@ -81,7 +78,7 @@ class Feed:
         return self
 
     def __next__(self):
-        """The rows; after the end of all lanes StopIteration, or, as other processes may have
+        """The rows; after the end of all data shards StopIteration, or, as other processes may have
         samples left, padding where there are several."""
         for i, data in enumerate(self._data):
             if self._ended[i]:
@@ -91,53 +88,43 @@ class Feed:
             except StopIteration:
                 self._ended[i] = True
                 if self._last[i] is not None:
-                    self._last[i] = _nothing(self._last[i])
+                    self._last[i] = self._last[i].blank()
         if self.dry and jax.process_count() == 1:
             raise StopIteration
         if any(last is None for last in self._last):
             found = next((last for last in self._last if last is not None), None)
             if found is None:
                 raise ValueError("the data are too few for one batch on every host")
-            self._last = [_nothing(found) if last is None else last for last in self._last]
+            self._last = [found.blank() if last is None else last for last in self._last]
         if len(self._last) == 1 and len(self._take) == self.each:
             return self._last[0]
         return jax.tree.map(lambda *x: np.concatenate(x)[self._take], *self._last)
 
-    def samples(self) -> Callable[[], list]:
+    def sample_names(self) -> Callable[[], list]:
         """A function that names the samples of the batch that came last, for each of its rows."""
-        rows = [getattr(data, "samples", lambda: lambda: None)() for data in self._data]
+        rows = [data.sample_names() for data in self._data]
         ended, each, take = tuple(self._ended), self.each, self._take
 
         def name():
             named = [[[]] * each if end else one() for one, end in zip(rows, ended, strict=True)]
-            if any(n is None for n in named):
-                return []
             flat = [row for n in named for row in [*n, *[[]] * (each - len(n))]]
             return [flat[i] for i in take]
 
         return name
 
     def get_state(self) -> dict[int, dict]:
-        """Lane -> where it stands, of the lanes that this process reads."""
+        """Data shard -> where it stands, of the data shards that this process reads."""
         return {k: data.get_state() for k, data in zip(self.numbers, self._data, strict=True)}
 
     def set_state(self, states) -> None:
-        """Goes on where the states (of all lanes, or of the lanes read here) stand."""
+        """Goes on where the states (of all data shards, or of the data shards read here) stand."""
         for k, data in zip(self.numbers, self._data, strict=True):
             data.set_state(states[k])
         self._ended = [False] * len(self._data)
 
     def close(self) -> None:
         for data in self._data:
-            getattr(data, "close", lambda: None)()
-
-
-def _nothing(batch):
-    """The same shapes, with nothing in them that counts."""
-    there = {k: v for k, v in _NOTHING.items() if getattr(batch, k, None) is not None}
-    return dataclasses.replace(
-        batch, **{k: np.full_like(getattr(batch, k), v) for k, v in there.items()}
-    )
+            data.close()
 
 
 def to_devices(batch, mesh: Mesh, rows: int):
@@ -151,7 +138,7 @@ def to_devices(batch, mesh: Mesh, rows: int):
     return jax.tree.map(one, batch)
 
 
-def peek(data: Feed, n: int, mesh: Mesh, rows: int) -> list:
+def peek(data: DataShards, n: int, mesh: Mesh, rows: int) -> list:
     """The first n batches, whole on every process, without moving the iterator."""
     if not n:
         return []

@@ -9,9 +9,12 @@ import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
-from metamorph_jax.config import ConfigError  # noqa: E402
-from metamorph_jax.train import loop, tiers  # noqa: E402
-from metamorph_jax.train.checkpoint import CheckpointError, Checkpoints  # noqa: E402
+from metamorph_jax.errors import (
+    CheckpointError,  # noqa: E402
+    ConfigError,  # noqa: E402
+)
+from metamorph_jax.train import local_checkpoints, loop  # noqa: E402
+from metamorph_jax.train.checkpoint import Checkpoints  # noqa: E402
 from tests.train import forked  # noqa: E402
 from tests.train.test_loop import config, final, lines, same  # noqa: E402
 
@@ -138,7 +141,7 @@ def test_failed_write_ends_the_run(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         real(old, new)
 
-    monkeypatch.setattr(tiers.os, "replace", full)
+    monkeypatch.setattr(local_checkpoints.os, "replace", full)
     with pytest.raises(CheckpointError, match=r"2.shards could not be written: .*No space left"):
         loop.train(local(tmp_path), tmp_path / "w")
     assert not [name for _, _, names in os.walk(tmp_path / "disk") for name in names]

@@ -1,0 +1,79 @@
+"""Every error that a user of the program can meet, and the exit code that each one ends with.
+
+Exit codes: 2, the user has to change something; 3, a bad step ended the run; 143, SIGTERM came (a
+checkpoint was saved, start the same command again). 1, with a traceback, is a bug of ours.
+"""
+
+
+class UserError(Exception):
+    """Something that the user can put right; printed as one line, without a traceback."""
+
+    code = 2
+
+
+class ConfigError(UserError, ValueError):
+    """A config names a key that does not exist, or gives a value of the wrong kind."""
+
+
+class WeightError(UserError, ValueError):
+    """A weight file is damaged, or not what its name says."""
+
+
+class GGUFError(WeightError):
+    """The file is not a GGUF file that we can read; the message says why."""
+
+
+class ONNXError(WeightError):
+    """The file is not an ONNX graph that we can read; the message says why."""
+
+
+class HubError(UserError, OSError):
+    """A repository can't be had; the message says why and what to do."""
+
+
+class TopologyError(UserError, ValueError):
+    """No such topology, or no compiler for it."""
+
+
+class JoinError(UserError, RuntimeError):
+    """The hosts could not be joined."""
+
+
+class CheckpointError(UserError, RuntimeError):
+    """A checkpoint is missing, damaged, could not be written, or is not of this run."""
+
+
+class BadSample(Exception):
+    """A sample that can't be used. `reason` is a short word to count by, `detail` is for people."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self):  # keeps both parts when it crosses a process border
+        return (BadSample, (self.reason, self.detail))
+
+
+class TooManyBadSamples(UserError, RuntimeError):
+    """Nothing but bad samples for a long while: the data set is broken, or its root is wrong."""
+
+
+class BadStep(UserError, RuntimeError):
+    """A step whose numbers are bad; the state is that of the step before."""
+
+    code = 3
+
+
+class NonFiniteError(BadStep):
+    """A loss or gradient was not finite."""
+
+
+class LossSpike(BadStep):
+    """The loss was far above its running mean."""
+
+
+class Preempted(UserError, RuntimeError):
+    """SIGTERM came; a checkpoint was saved, and the same command resumes from it."""
+
+    code = 143

@@ -1,0 +1,173 @@
+"""What the rest of the program may ask of a recipe, its model, its data and its generator.
+
+A recipe is a module (a folder in `metamorph_jax/recipes/`, or any importable module that a config
+names) with the names of `Recipe` at its top. Nothing else is ever asked of one: training, planning,
+generation, evaluation and conversion use these protocols only. `docs/recipes.md` walks through
+writing one, and `tests/recipes/toy.py` is the smallest that fulfils all of it.
+"""
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+
+from metamorph_jax.errors import ConfigError
+from metamorph_jax.flops import Work
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One of the streams that the rows of a batch are packed from (`train/shards.py`).
+
+    Attributes:
+        rows: of every batch that come from this stream.
+        index, count: it reads samples index, index + count, index + 2 count, …
+    """
+
+    rows: int
+    index: int = 0
+    count: int = 1
+
+
+@runtime_checkable
+class DataStream(Protocol):
+    """An iterator of batches (numpy), each a pytree that counts itself (`types.Batch`).
+
+    Attributes:
+        sources: names of the data sources.
+        skipped: samples that could not be used so far, "source/reason" -> number.
+    """
+
+    sources: Sequence[str]
+    skipped: Mapping[str, int]
+
+    def __next__(self): ...
+
+    def get_state(self) -> dict:
+        """JSON-able; `set_state` with it makes the next batch the same again, bit for bit."""
+        ...
+
+    def set_state(self, state: dict) -> None:
+        """Raises ValueError if the data changed since the state was taken."""
+        ...
+
+    def sample_names(self) -> Callable[[], list[list[str]]]:
+        """A function that names the samples in each row of the batch that came last."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class Model(Protocol):
+    """An NNX module that trains.
+
+    Attributes:
+        loss_weights: name of a loss -> its weight in the total. The total is the sum over losses of
+            weight * loss_sums / loss_counts, both summed over the whole batch.
+    """
+
+    loss_weights: Mapping[str, float]
+
+    def loss_counts(self, batch) -> dict[str, jax.Array]:
+        """How many terms each loss is a sum of."""
+        ...
+
+    def loss_sums(self, batch, key: jax.Array) -> tuple[dict[str, jax.Array], dict]:
+        """(loss -> sum over its terms, metric -> (numerator, denominator)).
+
+        A metric "NAME/SOURCE" belongs to one data source.
+        """
+        ...
+
+    def param_group(self, path: tuple[str, ...]) -> str:
+        """Part that a parameter belongs to: for gradient norms, sizes and tables."""
+        ...
+
+    def work(self, batch) -> tuple[Work, ...]:
+        """The matrix products of a training step on this batch (shapes are enough)."""
+        ...
+
+
+class Recipe(Protocol):
+    """The names at the top of a recipe's module.
+
+    Attributes:
+        Config: frozen dataclass of `config.model`, with defaults for all fields.
+        Data: frozen dataclass of `config.data`.
+        STAGES: stage -> (Config -> regular expression that the whole dotted name of a parameter
+            must match to be trained). Packed weights (`nn/quantized.py`) are never trained.
+        FAMILIES: the published checkpoints that it reads and writes (`convert/families.py`).
+    """
+
+    Config: type
+    Data: type
+    STAGES: Mapping[str, Callable[[Any], str]]
+    FAMILIES: Sequence[Any]
+
+    def create(self, cfg, rngs) -> Model:
+        """A model with random weights; works under `nnx.eval_shape`."""
+        ...
+
+    def load_pretrained(self, model: Model, cfg) -> None:
+        """Fills the model in place as the weight specs of the config say."""
+        ...
+
+    def initialize(self, model: Model, batches: Sequence) -> None:
+        """Adapts fresh weights to these first batches, in place; may do nothing."""
+        ...
+
+    def open_data(self, data, cfg, shard: Shard) -> DataStream:
+        """The batches of one shard, from `config.data` as a `Data`.
+
+        Feature caches are filled on the way. Where there are several processes, the first one opens
+        its data before the others do.
+        """
+        ...
+
+    def batch_spec(self, data, cfg, rows: int):
+        """Shapes of a batch of so many rows, from the configs alone."""
+        ...
+
+    def generator(self, model: Model, cfg, data, **options):
+        """A `sampling.generator.Generator` over this model, or None if it does not generate."""
+        ...
+
+
+NAMES = (
+    *("Config", "Data", "STAGES", "FAMILIES", "create", "load_pretrained", "initialize"),
+    *("open_data", "batch_spec", "generator"),
+)
+
+
+def installed() -> list[str]:
+    """Names of the recipes in `metamorph_jax.recipes`."""
+    import metamorph_jax.recipes as package
+
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+
+
+def find(name: str) -> Recipe | ModuleType:
+    """The recipe of this name in `metamorph_jax.recipes`, or the module `package.module`.
+
+    Raises:
+        ConfigError: there is none, or the module lacks some of a recipe's names.
+    """
+    module = name if "." in name else f"metamorph_jax.recipes.{name}"
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and not f"{module}.".startswith(f"{error.name}."):
+            raise  # the recipe is there, something that it needs is not
+        raise ConfigError(
+            f"config.recipe {name!r} is none of {', '.join(installed())}, nor an importable module"
+        ) from error
+    missing = [n for n in NAMES if n not in vars(found)]
+    if missing:
+        raise ConfigError(f"config.recipe {name!r}: {module} is not a recipe, it lacks "
+                          f"{', '.join(missing)}")  # fmt: skip
+    return found
