@@ -75,7 +75,7 @@ def ours(llm: str, batch: Batch, precision: str):
     """() -> loss, one step of ours; parameters and state."""
     cfg, mesh = model_config(llm, precision), sharding.make_mesh()
     make = lambda rngs: metamorph.create(cfg, rngs)  # noqa: E731
-    parts, params, frozen = state.create(make, "vpit", mesh, 0)
+    parts, params, frozen = state.create(make, metamorph.STAGES["vpit"](cfg), mesh, 0)
     adam = OptimConfig(RATE, clip_norm=None, schedule="constant", warmup=0)
     step = make_step(parts, adam, optim.make_schedule(adam, 1, 1), mesh=mesh)
     with jax.set_mesh(mesh):

@@ -105,7 +105,7 @@ def plan(spec: str, overrides: dict, workdir: pathlib.Path) -> list[Run]:
     number = max([0, *(int(f.name.split("_")[0]) for f in there.values())])
     for values, config in grid.expand(module.sweep, spec, overrides):
         try:
-            table = json.loads(json.dumps(resolve(config)[3]))
+            table = json.loads(json.dumps(resolve(config).table))
         except ConfigError as error:
             raise ConfigError(f"run {_label(values)} of the sweep: {error}") from error
         folder = there.get(_key(values))

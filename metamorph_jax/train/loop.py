@@ -63,11 +63,11 @@ def _train(began, run: Run, workdir, profile):
     except ValueError as error:
         raise ConfigError(f"config.mesh: {error}") from error
     host0 = jax.process_index() == 0
-    shards = np.prod([mesh.shape[axis] for axis in sharding.BATCH_AXES])
-    if (cfg.batch_size // cfg.accumulate) % shards:
+    groups = np.prod([mesh.shape[axis] for axis in sharding.BATCH_AXES])
+    if (cfg.batch_size // cfg.accumulate) % groups:
         raise ConfigError(
             f"config.batch_size {cfg.batch_size} in {cfg.accumulate} micro-batches doesn't divide "
-            f"over {shards} groups of devices"
+            f"over {groups} groups of devices"
         )
     changes = workdirs.prepare(workdir, run.table, write=host0)
     checkpoints = checkpoint.Checkpoints(workdir, cfg.keep)

@@ -208,7 +208,7 @@ def test_adapters_lie_as_their_kernels():
     cfg = dataclasses.replace(TINY, lora=lora.LoraConfig(rank=4))
     model = nnx.eval_shape(lambda: recipe.create(cfg, nnx.Rngs(0)))
     mesh = sharding.make_mesh({"fsdp": 1})
-    parts, params, _ = states.split(model, "vpit", mesh)
+    parts, params, _ = states.split(model, recipe.STAGES["vpit"](cfg), mesh)
     moments = optim.init({k: jnp.zeros(p.shape) for k, p in params.items()})
     assert set(moments.first) == set(parts.names) == set(params)
 
@@ -240,7 +240,8 @@ class Fake:
         folder.mkdir()
         values = {"recipe": "metamorph", "model": dataclasses.asdict(cfg)}
         (folder / "config.json").write_text(json.dumps(values))
-        state = nnx.to_flat_state(nnx.state(model, trained_filter(recipe.STAGES["vpit"](model.cfg))))
+        chosen = trained_filter(recipe.STAGES["vpit"](model.cfg))
+        state = nnx.to_flat_state(nnx.state(model, chosen))
         ocp.save(folder / "final", {".".join(map(str, p)): v[...] for p, v in state})
 
 
@@ -314,7 +315,7 @@ def test_an_interrupted_run_ends_with_the_same_adapters(tmp_path, monkeypatch):
 
     put = loop.shards.to_devices
     with monkeypatch.context() as patch:
-        patch.setattr(loop.feed, "to_devices", power_cut)
+        patch.setattr(loop.shards, "to_devices", power_cut)
         with pytest.raises(RuntimeError, match="power cut"):
             loop.train(config, tmp_path / "cut")
     with monkeypatch.context() as patch:

@@ -152,7 +152,9 @@ def test_the_model_is_close_and_merges_exactly():
 def test_a_training_step(method):
     cfg, _ = make(method, remat="full")
     mesh = sharding.make_mesh({"fsdp": 1})
-    parts, params, frozen = states.create(lambda r: recipe.create(cfg, r), "vpit", mesh, 0)
+    parts, params, frozen = states.create(
+        lambda r: recipe.create(cfg, r), recipe.STAGES["vpit"](cfg), mesh, 0
+    )
     packed = {k: v for k, v in frozen.items() if "kernel_codes" in k}
     assert len(packed) == 7 and all(v.dtype in (jnp.int8, jnp.uint8) for v in packed.values())
     assert not any("codes" in k or "kernel_scale" in k for k in params)

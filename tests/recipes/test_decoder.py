@@ -288,7 +288,8 @@ def recipe_vision():
 
 
 def names_of(model, stage):
-    chosen = nnx.to_flat_state(nnx.state(model, trained_filter(decoder.STAGES[stage](decoder.Config(lora=model.adapters)))))
+    pattern = decoder.STAGES[stage](decoder.Config(lora=model.adapters))
+    chosen = nnx.to_flat_state(nnx.state(model, trained_filter(pattern)))
     return {".".join(map(str, path)) for path, _ in chosen}
 
 

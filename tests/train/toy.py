@@ -131,8 +131,8 @@ class Data:
     poison_from: int = 2**31
     spike: int = -1
     masked: int = -1
-    limit: tuple = (-1, 0)
-    fill: tuple = (-1, "", 0)
+    limit: list = dataclasses.field(default_factory=lambda: [-1, 0])
+    fill: list = dataclasses.field(default_factory=lambda: [-1, "", 0])
 
 
 class Stream:

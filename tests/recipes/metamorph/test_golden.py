@@ -298,7 +298,8 @@ def test_trainable_parameters(golden):
     assert set(listed) - {"note"} == set(stages)
     for key, (stage, options) in stages.items():
         model = golden.model(**options)
-        graph, trained, rest = nnx.split(model, trained_filter(recipe.STAGES[stage](model.cfg)), ...)
+        chosen = trained_filter(recipe.STAGES[stage](model.cfg))
+        graph, trained, rest = nnx.split(model, chosen, ...)
         marked = nnx.merge(
             graph, jax.tree.map(jnp.ones_like, trained), jax.tree.map(jnp.zeros_like, rest)
         )
