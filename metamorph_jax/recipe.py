@@ -8,6 +8,7 @@ writing one, and `tests/recipes/toy.py` is the smallest that fulfils all of it.
 
 import dataclasses
 import importlib
+import pathlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
@@ -146,9 +147,8 @@ NAMES = (
 
 def installed() -> list[str]:
     """Names of the recipes in `metamorph_jax.recipes`."""
-    import metamorph_jax.recipes as package
-
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    folder = pathlib.Path(__file__).with_name("recipes")
+    return sorted(module.name for module in pkgutil.iter_modules([str(folder)]))
 
 
 def find(name: str) -> Recipe | ModuleType:
