@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from metamorph_jax.models.vision.encoder import VisionConfig
 from metamorph_jax.platforms import has_matrix_units
 from metamorph_jax.recipes import metamorph as recipe
 from metamorph_jax.sampling.interleaved import Options, prepare
@@ -30,7 +31,7 @@ PROMPT, NEW, TOKENS, WIDTH = 200, 200, 64, 1152
 
 def make_decoder(size: str, tokens: int, precision: str):
     """Random weights; the head is small, so that free ids never hit start or end."""
-    cfg = recipe.Config(llm=size, tower="none", feature_width=WIDTH, image_tokens=tokens)
+    cfg = recipe.Config(llm=size, vision=VisionConfig("none", feature_width=WIDTH, tokens=tokens))
     with jax.default_matmul_precision(precision):
         return prepare(recipe.create(cfg, nnx.Rngs(0)))
 

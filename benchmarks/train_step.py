@@ -22,6 +22,7 @@ import numpy as np
 
 from metamorph_jax import sharding
 from metamorph_jax.models.llm import llama
+from metamorph_jax.models.vision.encoder import VisionConfig
 from metamorph_jax.platforms import has_matrix_units
 from metamorph_jax.recipes import metamorph
 from metamorph_jax.train import optim, state
@@ -66,7 +67,7 @@ def make_batch(vocab: int, rows: int, L: int) -> Batch:
 def model_config(llm: str, precision: str) -> metamorph.Config:
     remat = "full" if precision == "bfloat16" else "none"
     return metamorph.Config(
-        llm=llm, tower="none", feature_width=WIDTH, image_tokens=P, max_visual_targets=P,
+        llm=llm, vision=VisionConfig("none", feature_width=WIDTH, tokens=P), max_visual_targets=P,
         llm_options={"tied": False, "added_tokens": 0, "remat": remat},
     )  # fmt: skip
 

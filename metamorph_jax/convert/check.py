@@ -309,8 +309,9 @@ def _maps(ours: dict, theirs: dict, names: Iterable[str]) -> Rows:
 
 def _llava(model, theirs, rng) -> Rows:
     torch, _ = oracle()
-    rows = {f"tower, {k}": v for k, v in _vit(model.tower, theirs.model.vision_tower, rng).items()}
-    side, token = model.tower.cfg.size, theirs.config.image_token_id
+    tower = model.vision.tower
+    rows = {f"tower, {k}": v for k, v in _vit(tower, theirs.model.vision_tower, rng).items()}
+    side, token = tower.cfg.size, theirs.config.image_token_id
     P = model.feature_shape[0]
     pixels = rng.normal(size=(BATCH, side, side, 3)).astype(np.float32)
     ids = rng.integers(0, token, (BATCH, P + LENGTH))
@@ -348,9 +349,9 @@ def _metamorph(model, theirs, rng) -> Rows:
     )
     _fill(llm, {k: v for k, v in tensors.items() if not k.startswith(metamorph.OWN)})
     rows |= {f"llm, {k}": v for k, v in _llama(model.llm, llm.eval(), rng).items()}
-    if model.tower is not None:
-        tower = _metamorph_tower(model.tower, tensors)
-        rows |= {f"tower, {k}": v for k, v in _vit(model.tower, tower, rng).items()}
+    if model.vision.tower is not None:
+        tower = _metamorph_tower(model.vision.tower, tensors)
+        rows |= {f"tower, {k}": v for k, v in _vit(model.vision.tower, tower, rng).items()}
     for name, part, prefix in (
         ("connector", model.connector, metamorph.CONNECTOR),
         ("head", model.head, metamorph.HEAD),

@@ -164,9 +164,9 @@ def write_metamorph(folder, model, dtype, most, *, fields, tokenizer, progress=N
     cfg = model.cfg
     visual = {
         "image_tokens": P,
-        "reduction": cfg.reduction,
-        "normalize_vision": cfg.normalize_vision,
-        "apply_softmax": cfg.apply_softmax,
+        "reduction": cfg.vision.reduction,
+        "normalize_vision": cfg.vision.normalize,
+        "apply_softmax": cfg.vision.softmax,
         "image_start_id": model.image_start,
         "image_end_id": model.image_end,
     }
@@ -179,11 +179,11 @@ def write_metamorph(folder, model, dtype, most, *, fields, tokenizer, progress=N
     for name, prefix, part, what in parts:
         tensors = names.lazy_torch_dict(part, prefix, rename=sequential(part.linears))
         if name == "connector":  # what lies between tower and connector goes with it
-            tensors.update(names.lazy_torch_dict(model.reducer, REDUCER))
+            tensors.update(names.lazy_torch_dict(model.vision.reducer, REDUCER))
         total += write_weights(folder / name, tensors, dtype, most, progress)
         write_json(folder / name / "config.json", {"part": name, **what, **visual})
-    if model.tower is not None:
-        total += write_tower(folder / "tower", model.tower, dtype, most, progress)
+    if model.vision.tower is not None:
+        total += write_tower(folder / "tower", model.vision.tower, dtype, most, progress)
     return total
 
 

@@ -33,6 +33,7 @@ from metamorph_jax.convert.llama import EMBED, HEAD, export_llama, load_llama
 from metamorph_jax.convert.metamorph import options
 from metamorph_jax.models.llm.llama import SIZES as LLM_SIZES
 from metamorph_jax.models.llm.llama import LlamaConfig
+from metamorph_jax.models.vision.encoder import VisionConfig
 from metamorph_jax.models.vision.vit import SIZES as TOWER_SIZES
 from metamorph_jax.models.vision.vit import ViTConfig
 from metamorph_jax.recipes import metamorph
@@ -88,10 +89,13 @@ def make_config(
     return LlavaConfig(
         llm="tiny",  # every field of it is replaced
         llm_options=options(llm),
-        tower=f"{tower.layout}-tiny",
-        tower_options=options(tower),
-        image_tokens=tower.tokens,
-        normalize_vision=False,
+        vision=VisionConfig(
+            f"{tower.layout}-tiny",
+            options(tower),
+            tokens=tower.tokens,
+            normalize=False,
+            dtype=dtype,
+        ),
         connector="mlp2x_gelu",
         head="none",
         use_vision_ar=False,
@@ -150,7 +154,7 @@ def _only(fields: Mapping, name: str, accepted, default=None) -> None:
 
 def config_to_hf(cfg: LlavaConfig) -> dict:
     """A config.json that `LlavaForConditionalGeneration` reads."""
-    tower, llm = metamorph.tower_config(cfg), metamorph.llm_config(cfg)
+    tower, llm = cfg.vision.vit, metamorph.llm_config(cfg)
     if cfg.connector != "mlp2x_gelu":
         raise ValueError(f"connector {cfg.connector!r}: transformers has only mlp2x_gelu")
     if cfg.image_token >= llm.tokens:
@@ -193,11 +197,11 @@ def load_llava(model: metamorph.MetaMorph, tensors: Mapping, tower: Mapping | No
             problems.append(str(error))
 
     if any(key.startswith(naming.tower) for key in tensors):
-        prefix = vit.tower_prefix(model.tower.cfg, tensors, naming.tower)
+        prefix = vit.tower_prefix(model.vision.tower.cfg, tensors, naming.tower)
         inside = names.Mapped(tensors, only=lambda key: key.startswith(naming.tower))
-        attempt(vit.load_vit, model.tower, inside, prefix)
+        attempt(vit.load_vit, model.vision.tower, inside, prefix)
     elif tower is not None:
-        attempt(vit.load_vit, model.tower, tower)
+        attempt(vit.load_vit, model.vision.tower, tower)
     else:
         problems.append(
             f"no {naming.tower}… in this checkpoint: it was saved without its tower, whose weights "
@@ -257,8 +261,8 @@ def export_llava(model: metamorph.MetaMorph, naming: str = "hf") -> names.Lazy:
     connector = names.lazy_torch_dict(
         model.connector, n.connector, rename=lambda key: _connector_name(key, linears)
     )
-    prefix = n.tower + vit.PREFIXES[model.tower.cfg.layout]
-    tower = vit.export_complete(model.tower, prefix)
+    prefix = n.tower + vit.PREFIXES[model.vision.tower.cfg.layout]
+    tower = vit.export_complete(model.vision.tower, prefix)
     for found in (connector, tower):
         for key in found:
             put(key, found, key)
@@ -280,7 +284,7 @@ def published(fields: Mapping) -> list[str]:
     ]
     keys += [f"{n.connector}{i}.{leaf}" for i in n.linears for leaf in ("weight", "bias")]
     return keys + [
-        n.tower + key for key in vit.published(vit.config_to_hf(metamorph.tower_config(cfg)))
+        n.tower + key for key in vit.published(vit.config_to_hf(cfg.vision.vit))
     ]
 
 

@@ -32,6 +32,7 @@ from metamorph_jax.convert.llama import export_llama, load_llama
 from metamorph_jax.convert.vit import export_complete, export_vit, load_vit
 from metamorph_jax.models.diffusion.projector import ProjectorConfig
 from metamorph_jax.models.diffusion.unet import UNet
+from metamorph_jax.models.vision.encoder import VisionConfig
 from metamorph_jax.models.vision.vit import SIZES as TOWER_SIZES
 from metamorph_jax.models.vision.vit import ViTConfig
 from metamorph_jax.recipes import metamorph as recipe
@@ -51,7 +52,7 @@ def sequential(linears) -> Callable[[str], str]:
 
 def _parts(model: nnx.Module):
     """(prefix, module, rename) of what is neither tower nor llm."""
-    parts = [(REDUCER, model.reducer, lambda key: key)]
+    parts = [(REDUCER, model.vision.reducer, lambda key: key)]
     for prefix, part in ((CONNECTOR, model.connector), (HEAD, model.head)):
         if part is not None:
             parts.append((prefix, part, sequential(part.linears)))
@@ -82,9 +83,10 @@ def load_metamorph(model: nnx.Module, tensors: Mapping[str, np.ndarray]) -> None
         except ValueError as error:
             problems.append(str(error))
 
-    if model.tower is not None:
+    tower = model.vision.tower
+    if tower is not None:
         inside = names.Mapped(tensors, only=lambda key: key.startswith(TOWER))
-        attempt(load_vit, model.tower, inside, vit.tower_prefix(model.tower.cfg, inside, TOWER))
+        attempt(load_vit, tower, inside, vit.tower_prefix(tower.cfg, inside, TOWER))
     for prefix, part, rename in _parts(model):
         inside = names.Mapped(
             tensors, only=lambda key, p=prefix: key.startswith(p) and not key.startswith(TOWER)
@@ -99,7 +101,7 @@ def load_metamorph(model: nnx.Module, tensors: Mapping[str, np.ndarray]) -> None
 def export_metamorph(model: nnx.Module, tower=export_vit) -> names.Lazy:
     """Published name -> array of the whole model, fetched when asked for."""
     out = export_llama(model.llm)
-    found = [] if model.tower is None else [tower(model.tower, TOWER)]
+    found = [] if model.vision.tower is None else [tower(model.vision.tower, TOWER)]
     for prefix, part, rename in _parts(model):
         found.append(names.lazy_torch_dict(part, prefix, rename=rename))
     for part in found:
@@ -115,7 +117,7 @@ _ADDED = 2  # start and end of a picture
 
 
 def options(cfg) -> dict:
-    """The fields of a part's config, for `llm_options` and `tower_options`."""
+    """The fields of a part's config, for `llm_options` and `vision.tower_options`."""
     return {k: v for k, v in vars(cfg).items() if k not in ("dtype", "remat")}
 
 
@@ -129,23 +131,27 @@ def config_from_hf(fields: Mapping, dtype: str = "float32") -> recipe.Config:
     llm = llama_names.config_from_hf(dict(fields) | {"model_type": "llama"})
     llm = dataclasses.replace(llm, vocab_size=llm.vocab_size - _ADDED, added_tokens=_ADDED)
     tower = _tower(fields)
-    changes = {} if tower is None else {"tower": f"{tower.layout}-tiny",
-                                        "tower_options": options(tower)}  # fmt: skip
     if tower is None:
-        changes = {"tower": "none", "feature_width": fields["mm_hidden_size"]}
+        made_by = {"tower": "none", "feature_width": fields["mm_hidden_size"]}
+    else:
+        made_by = {"tower": f"{tower.layout}-tiny", "tower_options": options(tower)}
+    vision = VisionConfig(
+        **made_by,
+        tokens=fields.get("num_image_tokens", 64),
+        reduction=fields.get("image_token_reduction", "interpolation"),
+        normalize=fields.get("normalize_vision", True),
+        softmax=fields.get("apply_softmax", False),
+        dtype=dtype,
+    )
     return recipe.Config(
         llm="tiny",  # every field of it is replaced
         llm_options=options(llm),
-        image_tokens=fields.get("num_image_tokens", 64),
-        reduction=fields.get("image_token_reduction", "interpolation"),
-        normalize_vision=fields.get("normalize_vision", True),
-        apply_softmax=fields.get("apply_softmax", False),
+        vision=vision,
         connector=fields.get("mm_projector_type", "mlp2x_gelu"),
         head=fields.get("vision_head_type", "mlp"),
         visual_coef=float(fields.get("vision_coef", 1.0)),
         use_vision_ar=fields.get("use_vision_ar", True),
         dtype=dtype,
-        **changes,
     )
 
 
@@ -164,21 +170,21 @@ def _tower(fields: Mapping) -> ViTConfig | None:
 
 def config_to_hf(cfg: recipe.Config) -> dict:
     """config.json of a checkpoint in the reference's names."""
-    llm, tower, reduce = recipe.llm_config(cfg), recipe.tower_config(cfg), recipe.reduce_config(cfg)
+    llm, vision, tower = recipe.llm_config(cfg), cfg.vision, cfg.vision.vit
     if llm.added_tokens != _ADDED:
         raise ValueError(f"{llm.added_tokens} added tokens; MetaMorph's two were expected")
     fields = llama_names.config_to_hf(llm) | {
         "architectures": ["MetaMorphLlamaForCausalLM"],
         "model_type": "metamorph_llama",
-        "mm_hidden_size": reduce.width_out,
+        "mm_hidden_size": vision.feature_shape[1],
         "mm_projector_type": cfg.connector,
         "mm_use_im_start_end": True,
         "mm_use_im_patch_token": False,
         "vision_head_type": cfg.head,
-        "num_image_tokens": cfg.image_tokens,
-        "image_token_reduction": cfg.reduction,
-        "normalize_vision": cfg.normalize_vision,
-        "apply_softmax": cfg.apply_softmax,
+        "num_image_tokens": vision.tokens,
+        "image_token_reduction": vision.reduction,
+        "normalize_vision": vision.normalize,
+        "apply_softmax": vision.softmax,
         "vision_coef": cfg.visual_coef,
         "use_vision_ar": cfg.use_vision_ar,
     }
@@ -193,14 +199,14 @@ def config_to_hf(cfg: recipe.Config) -> dict:
 def published(fields: Mapping) -> list[str]:
     """Every key of the checkpoint that a config.json belongs to."""
     cfg = config_from_hf(fields)
-    llm, tower = recipe.llm_config(cfg), recipe.tower_config(cfg)
+    llm, tower = recipe.llm_config(cfg), cfg.vision.vit
     keys = llama_names.published(llama_names.config_to_hf(llm))
     kind = cfg.connector
     count = int(kind[3 : kind.index("x_")]) if kind.endswith("x_gelu") else 1
     count = {"identity": 0, "mlpsoftmax": 2}.get(kind, count)
     keys += _sequential_keys(CONNECTOR, count)
     keys += _sequential_keys(HEAD, {"mlp": 2, "mlp2x_gelu": 3}.get(cfg.head, 1))
-    if recipe.reduce_config(cfg).reduces and cfg.reduction == "mlpmixer":
+    if cfg.vision.reduce.reduces and cfg.vision.reduction == "mlpmixer":
         keys += [
             f"{REDUCER}{k}_mixing.{x}" for k in ("token", "channel") for x in ("weight", "bias")
         ]
@@ -313,7 +319,7 @@ FAMILIES = {
     "metamorph": Family(
         "metamorph", config_from_hf, config_to_hf, create, load_metamorph, export,
         {"metamorph-8b": recipe.Config(), "metamorph-tiny": recipe.Config(
-            llm="tiny", tower="siglip-tiny", image_tokens=4)},
+            llm="tiny", vision=VisionConfig("siglip-tiny", tokens=4))},
         published,
     )
 }  # fmt: skip

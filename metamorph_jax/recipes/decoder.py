@@ -29,12 +29,8 @@ from metamorph_jax.models.diffusion.projector import ProjectorConfig, make_proje
 from metamorph_jax.models.diffusion.schedule import Schedule
 from metamorph_jax.models.diffusion.unet import UNet, UNetConfig
 from metamorph_jax.models.diffusion.vae import AutoencoderKL, VAEConfig
-from metamorph_jax.models.vision import vit
-from metamorph_jax.models.vision.reduce import TokenReducer, normalize_features
+from metamorph_jax.models.vision.encoder import VisionConfig, VisionEncoder
 from metamorph_jax.recipe import Shard
-from metamorph_jax.recipes import metamorph
-from metamorph_jax.recipes.metamorph.input import feature_function
-from metamorph_jax.recipes.metamorph.weights import load_tower
 from metamorph_jax.types import DecoderBatch
 
 STAGES = {
@@ -139,8 +135,7 @@ class DecoderRecipe(nnx.Module):
     """Projector, denoiser and (frozen) autoencoder; see the module docstring.
 
     Args:
-        tower: optional frozen module, uint8 pixels [B, h, w, 3] -> features [B, P, C], for batches
-            that bring pixels in place of features.
+        vision: frozen, for batches that have pixels in place of features; or None.
         adapters: a stage then trains, of all that it would train, the adapters and what
             `adapters.train` names.
     """
@@ -151,7 +146,7 @@ class DecoderRecipe(nnx.Module):
         self,
         cfg: DecoderConfig,
         rngs: nnx.Rngs,
-        tower: nnx.Module | None = None,
+        vision: VisionEncoder | None = None,
         adapters: DecoderLora | None = None,
     ):
         self.cfg, self.adapters = cfg, adapters
@@ -160,8 +155,7 @@ class DecoderRecipe(nnx.Module):
         self.denoiser = kind(cfg.denoiser, rngs)
         if cfg.vae:
             self.vae = AutoencoderKL(cfg.vae, rngs)
-        if tower is not None:
-            self.tower = tower
+        self.vision = vision
         # Unit-norm features share a large mean, and pictures may be nearly white: both are
         # standardised with these. As they stand here they change nothing.
         self.feature_mean = Statistics(jnp.zeros((cfg.projector.input_dim,)))
@@ -240,9 +234,9 @@ class DecoderRecipe(nnx.Module):
     def features(self, batch: DecoderBatch):
         if batch.features is not None:
             return batch.features
-        if not hasattr(self, "tower"):
+        if self.vision is None:
             raise ValueError("no features in the batch, and the decoder was built without a tower")
-        return jax.lax.stop_gradient(self.tower(batch.pixels))
+        return jax.lax.stop_gradient(self.vision(batch.pixels))
 
     def loss_counts(self, batch: DecoderBatch) -> dict[str, jax.Array]:
         """Number of pictures."""
@@ -295,9 +289,9 @@ class DecoderRecipe(nnx.Module):
             found.append(Work("autoencoder", forward, "", 0))
         features = batch.features
         if features is None:
-            forward = rows * flops.of_function(self, lambda m, x: m.tower(x), one(batch.pixels))
+            forward = rows * flops.of_function(self, lambda m, x: m.vision(x), one(batch.pixels))
             found.append(Work("tower", forward, "", 0))
-            features = nnx.eval_shape(lambda m, x: m.tower(x), self, one(batch.pixels))
+            features = nnx.eval_shape(lambda m, x: m.vision(x), self, one(batch.pixels))
         project = lambda m, x: m.context(x)  # noqa: E731
         forward = rows * flops.of_function(self, project, one(features))
         found.append(Work("projector", forward, "projector"))
@@ -327,8 +321,7 @@ class Config:
 
     Attributes:
         decoder: structure and loss.
-        vision: what makes the visual tokens: tower, reduction and normalisation of this
-            MetaMorph config. Its other parts play no role.
+        vision: what makes the visual tokens.
         sd_weights: folder or "hf:OWNER/NAME" with unet/ and vae/ of Stable Diffusion, or "random".
         unet_from_scratch: take only the autoencoder from there.
         weights: "workdir:PATH" of an earlier decoder stage, "" for none.
@@ -337,7 +330,7 @@ class Config:
     """
 
     decoder: DecoderConfig = DecoderConfig()
-    vision: metamorph.Config = metamorph.Config()
+    vision: VisionConfig = VisionConfig()
     sd_weights: str = "random"
     unet_from_scratch: bool = False
     weights: str = ""
@@ -370,29 +363,16 @@ class Data:
     index_dir: str = ""
 
 
-class VisualFeatures(nnx.Module):
-    """uint8[B, h, w, 3] -> float32[B, P, C] by tower, reduction and normalisation of a config."""
-
-    def __init__(self, cfg: metamorph.Config, rngs: nnx.Rngs):
-        self.cfg = cfg
-        self.tower = vit.ViT(metamorph.tower_config(cfg), rngs=rngs)
-        self.reducer = TokenReducer(metamorph.reduce_config(cfg), rngs=rngs)
-
-    def __call__(self, pixels: jax.Array) -> jax.Array:
-        x = self.reducer(self.tower(pixels))
-        return normalize_features(x, self.cfg.normalize_vision, self.cfg.apply_softmax)
-
-
 def create(cfg: Config, rngs: nnx.Rngs) -> DecoderRecipe:
     """A model with random weights; works under `nnx.eval_shape`."""
-    width = metamorph.reduce_config(cfg.vision).width_out
+    width = cfg.vision.feature_shape[1]
     if width != cfg.decoder.projector.input_dim:
         raise ConfigError(
             f"config.model.decoder.projector.input_dim is {cfg.decoder.projector.input_dim}, the "
             f"visual tokens of config.model.vision are {width} wide"
         )
-    tower = VisualFeatures(cfg.vision, rngs) if cfg.with_tower else None
-    return DecoderRecipe(cfg.decoder, rngs, tower, cfg.lora)
+    vision = VisionEncoder(cfg.vision, rngs=rngs) if cfg.with_tower else None
+    return DecoderRecipe(cfg.decoder, rngs, vision, cfg.lora)
 
 
 def load_pretrained(model: DecoderRecipe, cfg: Config) -> None:
@@ -405,13 +385,15 @@ def load_pretrained(model: DecoderRecipe, cfg: Config) -> None:
 
 
 def _fill(model: DecoderRecipe, cfg: Config) -> None:
+    from metamorph_jax.convert.vision import load_vision
+
     if cfg.weights.startswith("workdir:"):
         from metamorph_jax.train import checkpoint
 
         checkpoint.load_params(model, cfg.weights.removeprefix("workdir:"))
         return
-    if cfg.with_tower and cfg.vision.tower_weights != "random":
-        load_tower(model.tower.tower, cfg.vision.tower_weights)
+    if cfg.with_tower:
+        load_vision(model.vision, cfg.vision)
     if cfg.sd_weights == "random":
         return
     from metamorph_jax.convert import diffusion, hf
@@ -448,6 +430,7 @@ def initialize(model: DecoderRecipe, batches: list[DecoderBatch]) -> None:
 
 def open_data(data: "Data", cfg: Config, shard: Shard):
     """An iterator of `DecoderBatch`; a feature cache is filled first with what is missing in it."""
+    from metamorph_jax.convert.vision import feature_function
     from metamorph_jax.data import cache, images
     from metamorph_jax.data.decoder_pairs import DecoderPairs
     from metamorph_jax.data.predicted import Predicted
@@ -481,9 +464,9 @@ def open_data(data: "Data", cfg: Config, shard: Shard):
 
 def batch_spec(data: "Data", cfg: Config, rows: int) -> DecoderBatch:
     """Shapes of a batch of so many images, from the configs alone."""
-    tower, reduce = metamorph.tower_config(cfg.vision), metamorph.reduce_config(cfg.vision)
+    tower = cfg.vision.vit
     side, cached = cfg.decoder.image_side, bool(data.feature_cache)
-    features, pixels = (reduce.tokens_out, reduce.width_out), (tower.size, tower.size, 3)
+    features, pixels = cfg.vision.feature_shape, (tower.size, tower.size, 3)
     return DecoderBatch(
         jax.ShapeDtypeStruct((rows, side, side, 3), jnp.uint8),
         jax.ShapeDtypeStruct((rows, *features), jnp.float32) if cached else None,
@@ -503,18 +486,22 @@ def _open_images(data, cfg: Config):
 
     if not (cfg.with_tower or data.feature_cache):
         raise ConfigError("without config.model.with_tower, config.data.feature_cache must be set")
-    vision = metamorph.complete_data_config(
-        pipeline.DataConfig(
-            sources=data.sources,
-            feature_cache=data.feature_cache,
-            max_images=data.max_images,
-            max_frames=data.max_frames,
-            index_dir=data.index_dir,
-        ),
-        cfg.vision,
+    tower, (P, C) = cfg.vision.vit, cfg.vision.feature_shape
+    images = pipeline.DataConfig(
+        sources=data.sources,
+        feature_cache=data.feature_cache,
+        max_images=data.max_images,
+        max_frames=data.max_frames,
+        index_dir=data.index_dir,
+        tokens_per_image=P,
+        feature_width=C,
+        image_size=tower.size,
+        image_mean=tower.mean,
+        image_std=tower.std,
+        tower=cfg.vision.identity,
     )
-    refs = list(dict.fromkeys(_pictures(pipeline.open_sources(vision), data.seed)))
-    return vision, refs
+    refs = list(dict.fromkeys(_pictures(pipeline.open_sources(images), data.seed)))
+    return images, refs
 
 
 def _pictures(sources, seed: int):

@@ -123,9 +123,9 @@ class Decoder:
         self.start, self.end = int(recipe.image_start), int(recipe.image_end)
         self.P, self.C = recipe.feature_shape
         parts = nnx.merge(*nnx.split(recipe))  # the same arrays, another module
-        for name in ("llm", "tower"):
-            if hasattr(parts, name):
-                delattr(parts, name)
+        del parts.llm
+        if parts.vision.tower is not None:
+            del parts.vision.tower
         self._parts, parts_state = nnx.split(parts)
         self.weights = {"llm": layout(recipe.llm, weights), "parts": parts_state}
         self._begin = jax.jit(self._run_prompt, static_argnames=("options", "capacity"))

@@ -67,7 +67,7 @@ class Speaker:
                 f"{max(room, 0)}: "
                 + (f"{fit} pictures fit" if refs else "shorten the prompt or --max-new-tokens")
             )
-        if refs and self.model.tower is None:
+        if refs and self.model.vision.tower is None:
             raise ValueError(
                 "this model was trained on cached features and has no tower for pictures"
             )

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from metamorph_jax import cli
+from metamorph_jax import cli, config
 from metamorph_jax.convert import command, export, families, hf, safetensors, specs
 from metamorph_jax.convert.llama import config_to_hf, export_llama
 from metamorph_jax.models.llm import llama
@@ -40,11 +40,10 @@ def run(tmp_path_factory, golden_root):
     model = {
         "llm": "tiny",
         "llm_options": {"vocab_size": start, "vocab_multiple": 128},
-        "tower": "siglip-tiny",
-        "image_tokens": 4,
+        "vision": {"tower": "siglip-tiny", "tokens": 4},
         "tokenizer": tokenizer,
     }
-    built = filled(lambda: recipe.create(recipe.Config(**model), nnx.Rngs(0)))
+    built = filled(lambda: recipe.create(config.build(recipe.Config, model), nnx.Rngs(0)))
     named = {".".join(map(str, p)): v[...] for p, v in nnx.to_flat_state(nnx.state(built))}
     ocp.save((folder / "final").absolute(), named)
     data = {"sources": [{"name": "cats", "path": "/data/cats.jsonl"}]}
@@ -89,7 +88,7 @@ def test_a_run_becomes_a_folder_for_transformers(run, tmp_path, capsys):
     assert not report["unexpected_keys"]
     assert all("head." in k or "post_layernorm" in k for k in report["missing_keys"])
     processor = json.loads((out / "tower" / "preprocessor_config.json").read_text())
-    assert processor["size"]["height"] == model.tower.cfg.size
+    assert processor["size"]["height"] == model.vision.tower.cfg.size
     connector = hf.Tensors(out / "connector")
     kernel = model.connector.linears[0].kernel[...]
     np.testing.assert_array_equal(connector["model.mm_projector.0.weight"].T, kernel)

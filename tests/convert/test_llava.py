@@ -10,7 +10,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from metamorph_jax.convert import check, hf, llava, vit
-from metamorph_jax.recipes.metamorph import llm_config, tower_config
+from metamorph_jax.recipes.metamorph import llm_config
 from tests.convert.conftest import ORACLE
 
 # config.json of llava-hf/llava-1.5-7b-hf, and of the original liuhaotian/llava-v1.5-7b.
@@ -68,7 +68,7 @@ def test_full_size_has_exactly_the_published_tensors(fields):
     assert sorted(out) == sorted(llava.published(fields))
     table = "lm_head.weight" if fields is ORIGINAL else "language_model.lm_head.weight"
     assert out.shape_of(table) == (32000 if fields is ORIGINAL else 32064, 4096)
-    tower = tower_config(cfg)
+    tower = cfg.vision.vit
     assert tower.tokens == 576 and tower.depth == 23 and tower.held == 24
 
 
@@ -140,7 +140,7 @@ def test_an_original_checkpoint_gets_a_row_for_the_picture_token(loaded):
     cfg, _, tensors = loaded
     renamed = named(tensors, "original") | {"model.image_newline": np.zeros(32, np.float32)}
     llm = dataclasses.replace(llm_config(cfg), added_tokens=1)
-    cfg = llava.make_config(tower_config(cfg), llm, 72)
+    cfg = llava.make_config(cfg.vision.vit, llm, 72)
     model = abstract(cfg)
     llava.load_llava(model, renamed)
     out = llava.export_llava(model)
@@ -156,7 +156,7 @@ def test_an_original_checkpoint_gets_a_row_for_the_picture_token(loaded):
 
 def test_a_checkpoint_without_its_tower(loaded):
     cfg, first, tensors = loaded
-    tower = vit.export_vit(first.tower)
+    tower = vit.export_vit(first.vision.tower)
     rest = {k: v for k, v in tensors.items() if not k.startswith("vision_tower.")}
     with pytest.raises(ValueError, match="saved without its tower"):
         llava.load_llava(abstract(cfg), rest)
@@ -185,7 +185,7 @@ def test_transformers_loads_what_we_write(whole, loaded, tmp_path, capsys):
     transformers = pytest.importorskip("transformers", reason=ORACLE)
     cfg, _, tensors = loaded
     if not whole:
-        tower = dataclasses.replace(tower_config(cfg), whole=False)
+        tower = dataclasses.replace(cfg.vision.vit, whole=False)
         cfg = llava.make_config(tower, llm_config(cfg), cfg.image_token)
     model = abstract(cfg)
     llava.load_llava(model, tensors)

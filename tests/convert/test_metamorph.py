@@ -1,6 +1,5 @@
 """MetaMorph checkpoints and the decoder's three files, in the reference's names."""
 
-import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -17,9 +16,10 @@ from metamorph_jax.models.vision.vit import ViTConfig
 from metamorph_jax.recipes import decoder
 from metamorph_jax.recipes import metamorph as recipe
 from tests.convert.conftest import ORACLE
+from tests.recipes.metamorph.tiny import change
 
 TINY = metamorph.FAMILIES["metamorph"].sizes["metamorph-tiny"]
-WHOLE = dataclasses.replace(TINY, tower_options={"whole": True})
+WHOLE = change(TINY, dict(tower_options={"whole": True}))
 
 
 def abstract(cfg):
@@ -43,7 +43,7 @@ def folder_of(model, cfg, path):
 
 def test_full_size_has_exactly_the_reference_s_tensors():
     """Also from the reference's own fields, which only name the tower."""
-    cfg = dataclasses.replace(recipe.Config(), tower_options={"whole": True})
+    cfg = change(recipe.Config(), dict(tower_options={"whole": True}))
     out = metamorph.export_metamorph(abstract(cfg))
     fields = metamorph.config_to_hf(cfg)
     assert sorted(out) == sorted(metamorph.published(fields))
@@ -51,20 +51,20 @@ def test_full_size_has_exactly_the_reference_s_tensors():
     assert out.shape_of("lm_head.weight") == (128258, 4096)
     assert out.shape_of("vision_head.2.weight") == (1152, 4096)
     del fields["vision_config"]
-    assert recipe.tower_config(metamorph.config_from_hf(fields)) == recipe.tower_config(cfg)
+    assert metamorph.config_from_hf(fields).vision.vit == cfg.vision.vit
     assert sorted(out) == sorted(metamorph.published(fields))
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"tower_options": {"select_layer": -2}},
+    [{}, {"vision": {"tower_options": {"select_layer": -2}}},
      {"head": "mlp2x_gelu", "connector": "mlp3x_gelu"},
-     {"head": "single", "connector": "linear"}, {"reduction": "mlpmixer"},
-     {"tower": "none", "feature_width": 32, "tower_options": {}}],
+     {"head": "single", "connector": "linear"}, {"vision": {"reduction": "mlpmixer"}},
+     {"vision": {"tower": "none", "feature_width": 32, "tower_options": {}}}],
     ids=["default", "not whole", "deep", "single", "mlpmixer", "no tower"],
 )  # fmt: skip
 def test_all_kinds_survive_both_ways(changes):
-    cfg = dataclasses.replace(WHOLE, **changes)
+    cfg = change(WHOLE, **changes)
     first = metamorph.create(cfg, rngs=nnx.Rngs(1))
     out = dict(metamorph.export(first))
     fields = json.loads(json.dumps(metamorph.config_to_hf(cfg)))
@@ -205,6 +205,6 @@ def test_wrong_decoder_folders(tmp_path):
 
 def test_reference_tower_is_so400m_at_its_layer():
     fields = metamorph.config_to_hf(recipe.Config()) | {"vision_config": None}
-    tower = recipe.tower_config(metamorph.config_from_hf(fields | {"mm_vision_select_layer": -1}))
+    tower = metamorph.config_from_hf(fields | {"mm_vision_select_layer": -1}).vision.vit
     assert isinstance(tower, ViTConfig) and tower.depth == 27
     assert tower.width == TOWER_SIZES["siglip-so400m-384"].width

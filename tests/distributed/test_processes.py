@@ -52,7 +52,7 @@ def write_pictures(folder):
 def pictures(path, golden_root, **changes):
     tokenizer = str(golden_root / "metamorph" / "tokenizer.json")
     vocab = len(specs.tokenizer(tokenizer))
-    model = {"llm": "tiny", "tower": "siglip-tiny", "image_tokens": 4, "text_chunk": 16,
+    model = {"llm": "tiny", "vision": {"tower": "siglip-tiny", "tokens": 4}, "text_chunk": 16,
              "tokenizer": tokenizer, "llm_options": {"vocab_size": vocab}}  # fmt: skip
     data = {"sources": [{"path": path, "name": "pairs"}], "length": 96, "images_per_row": 3}
     return dict(

@@ -17,13 +17,14 @@ from metamorph_jax.models import lora
 from metamorph_jax.models.diffusion.unet import UNet, UNetConfig
 from metamorph_jax.models.llm import llama
 from metamorph_jax.models.vision import vit
+from metamorph_jax.models.vision.encoder import VisionConfig
 from metamorph_jax.recipes import metamorph as recipe
 from metamorph_jax.train import checkpoint, loop, optim
 from metamorph_jax.train import state as states
 from metamorph_jax.train.state import trained_filter
 
 CFG = lora.LoraConfig(target=r".*_proj", rank=3, alpha=6.0)
-TINY = recipe.Config(llm="tiny", tower="siglip-tiny", image_tokens=4, text_chunk=16)
+TINY = recipe.Config(llm="tiny", vision=VisionConfig("siglip-tiny", tokens=4), text_chunk=16)
 
 
 # Compiling is what these tests spend their time on.
@@ -194,13 +195,13 @@ def test_what_is_trained():
 
 
 def test_adapters_of_the_tower_need_a_trained_tower():
-    adapters = lora.LoraConfig(target=r"tower\..*q_proj", rank=2)
+    adapters = lora.LoraConfig(target=r"vision\.tower\..*q_proj", rank=2)
     cfg = dataclasses.replace(TINY, lora=adapters)
     with pytest.raises(ValueError, match="set train_tower"):
         trained_names(cfg)
     names = trained_names(dataclasses.replace(cfg, train_tower=True))[1]
-    assert {n for n in names if n.startswith("tower")} == {
-        f"tower.layers.self_attn.q_proj.{leaf}" for leaf in lora.LEAVES
+    assert {n for n in names if n.startswith("vision.tower")} == {
+        f"vision.tower.layers.self_attn.q_proj.{leaf}" for leaf in lora.LEAVES
     }
 
 
@@ -296,7 +297,8 @@ def test_an_interrupted_run_ends_with_the_same_adapters(tmp_path, monkeypatch):
     """Cut off in step 4 with a checkpoint of step 2, then told to stop after step 3: to the bit as
     if nothing had been, with dropout, and with packed frozen weights that no checkpoint holds."""
     model = dict(
-        llm="tiny", tower="none", feature_width=8, image_tokens=4, head="none", text_chunk=16,
+        llm="tiny", vision=VisionConfig("none", feature_width=8, tokens=4), head="none",
+        text_chunk=16,
         frozen_weights="int8",
         lora=dict(target=r"llm\.layers\..*(q|up)_proj", rank=2, dropout=0.3, train=""),
     )  # fmt: skip

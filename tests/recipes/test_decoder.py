@@ -19,6 +19,7 @@ from metamorph_jax.models.diffusion.projector import ProjectorConfig
 from metamorph_jax.models.diffusion.schedule import PREDICTIONS, Schedule
 from metamorph_jax.models.diffusion.unet import UNetConfig
 from metamorph_jax.models.diffusion.vae import VAEConfig
+from metamorph_jax.models.vision.encoder import VisionConfig
 from metamorph_jax.recipes import decoder
 from metamorph_jax.recipes.decoder import DecoderConfig, DecoderRecipe
 from metamorph_jax.sampling.diffusion import DDIM, draw
@@ -230,7 +231,7 @@ def sd_config(folder, **kw):
     projector = dict(input_dim=32, hidden_dim=16, output_dim=32)
     table = dict(
         decoder=dict(projector=projector, context_length=7, **parts),
-        vision=dict(llm="tiny", tower="siglip-tiny", image_tokens=4),
+        vision=dict(tower="siglip-tiny", tokens=4),
         sd_weights=str(folder),
     )
     return configs.build(decoder.Config, table | kw, "config.model")
@@ -284,7 +285,7 @@ def lora_config(**kw):
 
 
 def recipe_vision():
-    return decoder.metamorph.Config(tower="none", feature_width=6, image_tokens=4)
+    return VisionConfig("none", feature_width=6, tokens=4)
 
 
 def names_of(model, stage):

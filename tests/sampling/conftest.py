@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
+from metamorph_jax import config
 from metamorph_jax.recipes import metamorph as recipe
 from metamorph_jax.sampling.speaker import load_speaker
 
@@ -24,11 +25,10 @@ def workdir(tmp_path_factory, golden_root):
     model = {
         "llm": "tiny",
         "llm_options": {"vocab_size": size},
-        "tower": "siglip-tiny",
-        "image_tokens": 4,
+        "vision": {"tower": "siglip-tiny", "tokens": 4},
         "tokenizer": tokenizer,
     }
-    cfg = recipe.Config(**model)
+    cfg = config.build(recipe.Config, model)
     built = recipe.create(cfg, nnx.Rngs(0))
     named = {".".join(map(str, p)): v[...] for p, v in nnx.to_flat_state(nnx.state(built))}
     ocp.save((folder / "final").absolute(), named)

@@ -13,6 +13,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from metamorph_jax.convert.metamorph import load_metamorph
+from metamorph_jax.models.vision.encoder import VisionConfig
 from metamorph_jax.nn.rope import RopeScaling
 from metamorph_jax.platforms import has_matrix_units
 from metamorph_jax.recipes import metamorph as recipe
@@ -46,8 +47,8 @@ def _golden_model(root: pathlib.Path, meta: dict):
         rope_theta=c["theta"], rope_scaling=scaling, tied=False,
     )  # fmt: skip
     cfg = recipe.Config(
-        llm="tiny", llm_options=llm, tower="none", feature_width=c["v"]["hidden"],
-        image_tokens=c["ntok"], head=c["head"],
+        llm="tiny", llm_options=llm, head=c["head"],
+        vision=VisionConfig("none", feature_width=c["v"]["hidden"], tokens=c["ntok"]),
     )  # fmt: skip
     tensors = load_file(root / "model.safetensors")
     return cfg, {k: v for k, v in tensors.items() if "vision_tower" not in k}
@@ -134,7 +135,8 @@ def test_quirks_are_fixed_by_default(golden):
 @pytest.fixture(scope="module")
 def model():
     cfg = recipe.Config(
-        llm="tiny", llm_options={"qkv_bias": True}, tower="none", feature_width=12, image_tokens=4
+        llm="tiny", llm_options={"qkv_bias": True},
+        vision=VisionConfig("none", feature_width=12, tokens=4),
     )
     model = recipe.create(cfg, nnx.Rngs(1))
     scale = lambda x: x * 8  # noqa: E731  (random weights of the usual size say one thing only)

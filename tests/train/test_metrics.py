@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from metamorph_jax import chips
+from metamorph_jax.models.vision.encoder import VisionConfig
 from metamorph_jax.recipes import metamorph
 from metamorph_jax.sharding import make_mesh
 from metamorph_jax.train import metrics
@@ -100,7 +101,7 @@ def test_memory_peak_is_of_the_fullest_device(monkeypatch):
 
 def test_flops_are_those_of_a_plan():
     """6 per weight and position, and half of all pairs of the attention."""
-    cfg = metamorph.Config(llm="tiny", tower="none", feature_width=32)
+    cfg = metamorph.Config(llm="tiny", vision=VisionConfig("none", feature_width=32))
     model = nnx.eval_shape(lambda: metamorph.create(cfg, nnx.Rngs(0)))
     llm = model.llm.cfg
     L, rows = 64, 6  # two rows are here, the whole batch has six

@@ -1,7 +1,7 @@
 """MetaMorph (Tong et al. 2024, arXiv 2412.14164): a language model that reads and predicts
 visual tokens (VPiT, visual-predictive instruction tuning).
 
-    picture ─ tower ─ P tokens ─ L2 norm ─┬─ connector ─┐
+    image ─── vision encoder ─ P tokens ──┬─ connector ─┐
                                           │             ├─ llm ─ hidden ─┬─ output table: text loss
     text ─ embedding table ───────────────│─────────────┘                └─ head: next visual token,
                                           └────────── detached target ──────── minus cosine
@@ -12,7 +12,7 @@ Where we differ from the public code (each is an option or a fix): no NaN for ba
 targets, shapes that don't fit raise, every head gives the feature width, the connector stage trains
 only the two new rows of the input table (`connector_tokens = "all"` trains all of it).
 
-    config.py    the options, and the sizes of tower, tokens and language model that follow
+    config.py    the options
     model.py     the parts put together; losses; what each stage trains
     weights.py   pretrained weights, tokenizer, the start of the connector
     input.py     batches from data files, feature caches
@@ -20,7 +20,7 @@ only the two new rows of the input table (`connector_tokens = "all"` trains all 
 """
 
 from metamorph_jax.data.pipeline import DataConfig as Data
-from metamorph_jax.recipes.metamorph.config import Config, llm_config, reduce_config, tower_config
+from metamorph_jax.recipes.metamorph.config import Config, llm_config
 from metamorph_jax.recipes.metamorph.decoding import generator
 from metamorph_jax.recipes.metamorph.input import batch_spec, complete_data_config, open_data
 from metamorph_jax.recipes.metamorph.model import STAGES, MetaMorph, create
@@ -45,6 +45,4 @@ __all__ = [
     "complete_data_config",
     "llm_config",
     "load_tokenizer",
-    "reduce_config",
-    "tower_config",
 ]

@@ -5,8 +5,7 @@ import dataclasses
 from metamorph_jax import losses
 from metamorph_jax.models.llm import llama
 from metamorph_jax.models.lora import LoraConfig
-from metamorph_jax.models.vision import vit
-from metamorph_jax.models.vision.reduce import ReduceConfig
+from metamorph_jax.models.vision.encoder import VisionConfig
 from metamorph_jax.nn import quantized
 
 
@@ -16,15 +15,13 @@ class Config:
 
     Attributes:
         llm: a name in `llama.SIZES`, or "auto": as the config beside `llm_weights` says.
-        llm_options, tower_options: fields of LlamaConfig / ViTConfig to change.
-        llm_weights, tower_weights: "random", "pkg:NAME", "hf:OWNER/NAME", or a folder.
+        llm_options: fields of LlamaConfig to change.
+        llm_weights: "random", "pkg:NAME", "hf:OWNER/NAME", or a folder.
+        vision: how images become visual tokens.
         weights: the whole model from a MetaMorph checkpoint ("hf:…" or a folder) or from an earlier
-            stage ("workdir:PATH"); "" for none. Takes the place of the two above.
+            stage ("workdir:PATH"); "" for none. Takes the place of `llm_weights` and
+            `vision.weights`.
         tokenizer: "" is the one that belongs to `llm_weights`.
-        tower: a name in `vit.SIZES`, or "none": features come from a cache.
-        feature_width: width of the features where there is no tower.
-        image_tokens: P; 0 and -1 as in `ReduceConfig`.
-        reduction, normalize_vision, apply_softmax: see `vision/reduce.py`.
         connector, head: kinds of `connectors/mlp.py` and `heads/visual_regression.py`; head "none"
             for a model that reads pictures only (LLaVA).
         visual_loss: "auto" (cosine; L1 if features aren't normalised; softmax cross-entropy if
@@ -44,22 +41,16 @@ class Config:
             adapters and what `lora.train` names. None: no adapters.
         frozen_weights: "none", or how the kernels of the llm's layers are packed ("int8", "nf4",
             "nf4_double", see `nn/quantized.py`). They can't be trained then: use it with `lora`.
-        dtype: of the computation; remat: see `llama.REMAT`.
+        dtype: the language model, connector and head compute in it.
+        remat: of the language model, see `llama.REMAT`.
     """
 
     llm: str = "llama3.1-8b"
     llm_options: dict = dataclasses.field(default_factory=dict)
     llm_weights: str = "random"
-    tower: str = "siglip-so400m-384"
-    tower_options: dict = dataclasses.field(default_factory=dict)
-    tower_weights: str = "random"
+    vision: VisionConfig = VisionConfig()
     weights: str = ""
     tokenizer: str = ""
-    feature_width: int = 0
-    image_tokens: int = 64
-    reduction: str = "interpolation"
-    normalize_vision: bool = True
-    apply_softmax: bool = False
     connector: str = "mlp2x_gelu"
     head: str = "mlp"
     visual_loss: str = "auto"
@@ -78,21 +69,18 @@ class Config:
 
     def __post_init__(self):
         check_known("llm", self.llm, ("auto", *llama.SIZES))
-        check_known("tower", self.tower, ("none", *vit.SIZES))
         check_known("visual_loss", self.visual_loss, ("auto", *losses.VISUAL_LOSSES))
         check_known("connector_tokens", self.connector_tokens, ("none", "added", "all"))
         check_known("vpit_tokens", self.vpit_tokens, ("none", "added", "all"))
         check_known("frozen_weights", self.frozen_weights, ("none", *quantized.METHODS))
-        if self.tower == "none" and not self.feature_width:
-            raise ValueError("without a tower, feature_width must say how wide features are")
 
     @property
     def loss_kind(self) -> str:
         if self.visual_loss != "auto":
             return self.visual_loss
-        if self.apply_softmax:
+        if self.vision.softmax:
             return "softmax_ce"
-        return "cosine" if self.normalize_vision else "l1"
+        return "cosine" if self.vision.normalize else "l1"
 
 
 def check_known(name: str, value: str, known) -> None:
@@ -109,18 +97,3 @@ def llm_config(cfg: Config) -> llama.LlamaConfig:
 
         return config_from_hf(specs.llm_fields(cfg.llm_weights), **changes)
     return dataclasses.replace(llama.SIZES[cfg.llm], **changes)
-
-
-def tower_config(cfg: Config) -> vit.ViTConfig | None:
-    if cfg.tower == "none":
-        return None
-    changes = {"dtype": cfg.dtype, "remat": cfg.remat != "none", **cfg.tower_options}
-    return dataclasses.replace(vit.SIZES[cfg.tower], **changes)
-
-
-def reduce_config(cfg: Config) -> ReduceConfig:
-    tower = tower_config(cfg)
-    if tower is None:  # cached features are reduced already
-        kind = "interpolation" if cfg.reduction == "mlpmixer" else cfg.reduction
-        return ReduceConfig(cfg.image_tokens, kind, cfg.image_tokens, cfg.feature_width)
-    return ReduceConfig(cfg.image_tokens, cfg.reduction, tower.tokens, tower.width)

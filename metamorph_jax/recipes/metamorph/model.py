@@ -12,16 +12,10 @@ from metamorph_jax.models.connectors.mlp import Connector
 from metamorph_jax.models.heads.visual_regression import VisualHead
 from metamorph_jax.models.interleave import place_visual
 from metamorph_jax.models.llm import llama
-from metamorph_jax.models.vision import vit
-from metamorph_jax.models.vision.reduce import TokenReducer, normalize_features
+from metamorph_jax.models.vision.encoder import VisionEncoder
 from metamorph_jax.nn import quantized
 from metamorph_jax.nn.attention import row_mask
-from metamorph_jax.recipes.metamorph.config import (
-    Config,
-    llm_config,
-    reduce_config,
-    tower_config,
-)
+from metamorph_jax.recipes.metamorph.config import Config, llm_config
 from metamorph_jax.types import Batch
 
 
@@ -31,7 +25,7 @@ def _rows(table: str, rows: str) -> list[str]:
 
 
 def _connector_stage(cfg: Config) -> str:
-    parts = [r"(connector|reducer)\..*", *_rows("embed_tokens", cfg.connector_tokens)]
+    parts = [r"(connector|vision\.reducer)\..*", *_rows("embed_tokens", cfg.connector_tokens)]
     return lora.restrict("|".join(parts), cfg.lora)
 
 
@@ -39,9 +33,9 @@ def _vpit_stage(cfg: Config) -> str:
     if cfg.frozen_weights != "none" and cfg.lora is None:
         raise ConfigError("config.model.frozen_weights leaves nothing of the llm to train: set "
                           "config.model.lora, too")  # fmt: skip
-    parts = [r"(connector|reducer|head)\..*", r"llm\.(layers|norm)\..*"]
+    parts = [r"(connector|vision\.reducer|head)\..*", r"llm\.(layers|norm)\..*"]
     parts += _rows("embed_tokens", cfg.vpit_tokens) + _rows("lm_head", cfg.vpit_tokens)
-    parts += [r"tower\..*"] if cfg.train_tower else []
+    parts += [r"vision\.tower\..*"] if cfg.train_tower else []
     return lora.restrict("|".join(parts), cfg.lora)
 
 
@@ -51,11 +45,9 @@ STAGES = {"connector": _connector_stage, "vpit": _vpit_stage}
 class MetaMorph(nnx.Module):
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
         self.cfg = cfg
-        tower, reduce = tower_config(cfg), reduce_config(cfg)
-        width = reduce.width_out
         llm = llm_config(cfg)
-        self.tower = None if tower is None else vit.ViT(tower, rngs=rngs)
-        self.reducer = TokenReducer(reduce, rngs=rngs)
+        self.vision = VisionEncoder(cfg.vision, rngs=rngs)
+        width = self.vision.feature_shape[1]
         self.connector = Connector(cfg.connector, width, llm.width, cfg.dtype, rngs=rngs)
         self.llm = llama.Llama(llm, rngs=rngs)
         has_head = cfg.head != "none"
@@ -73,23 +65,14 @@ class MetaMorph(nnx.Module):
 
     @property
     def feature_shape(self) -> tuple[int, int]:
-        """(P, C) of one picture."""
-        return self.reducer.cfg.tokens_out, self.reducer.cfg.width_out
+        """(P, C) of one image."""
+        return self.vision.feature_shape
 
     # ---- pieces that training and sampling share
 
     def visual_features(self, pixels: jax.Array, side: int | None = None) -> jax.Array:
-        """float32[N, P, C] visual tokens of uint8[N, h, w, 3]; no gradient if the tower is frozen.
-
-        `side` is only for image_tokens = 0.
-        """
-        if self.tower is None:
-            raise ValueError("this model has no tower: give it features in place of pixels")
-        x = self.tower(pixels)
-        if not self.cfg.train_tower:
-            x = jax.lax.stop_gradient(x)
-        x = self.reducer(x, side)
-        return normalize_features(x, self.cfg.normalize_vision, self.cfg.apply_softmax)
+        """float32[N, P, C] visual tokens of uint8[N, h, w, 3], see `VisionEncoder`."""
+        return self.vision(pixels, side, train_tower=self.cfg.train_tower)
 
     def project(self, visual: jax.Array) -> jax.Array:
         """float[..., D] embeddings of visual tokens float[..., C]."""
@@ -99,9 +82,7 @@ class MetaMorph(nnx.Module):
         """float32[..., C] next visual token from hidden states float[..., D], normalised."""
         if self.head is None:
             raise ValueError('head "none": this model reads pictures and predicts none')
-        return normalize_features(
-            self.head(hidden), self.cfg.normalize_vision, self.cfg.apply_softmax
-        )
+        return self.vision.normalize(self.head(hidden))
 
     def embed_text(self, tokens: jax.Array) -> jax.Array:
         """float[..., D] of ids."""
@@ -109,7 +90,7 @@ class MetaMorph(nnx.Module):
 
     def batch_features(self, batch: Batch) -> jax.Array:
         """float32[B, I * P, C] visual tokens of a batch, from its cached features or pixels."""
-        images, width = batch.images, self.reducer.cfg.width_out
+        images, width = batch.images, self.feature_shape[1]
         B, I = images.valid.shape
         if images.features is not None:
             x = images.features.astype(jnp.float32)
@@ -212,7 +193,9 @@ class MetaMorph(nnx.Module):
             return "lora"
         if path[-1] == "added":
             return "tokens"
-        return "connector" if path[0] == "reducer" else path[0]
+        if path[0] == "vision":
+            return "tower" if path[1] == "tower" else "connector"
+        return path[0]
 
     def work(self, batch: Batch) -> tuple[Work, ...]:
         """The matrix products of a training step on a batch (shapes are enough)."""
@@ -230,7 +213,7 @@ class MetaMorph(nnx.Module):
             one = jax.ShapeDtypeStruct((1, *images.pixels.shape[2:]), jnp.uint8)
             forward = count * flops.of_function(self, lambda m, x: m.visual_features(x), one)
             trained = self.cfg.train_tower
-            again = forward if trained and self.tower.cfg.remat else 0.0
+            again = forward if trained and self.vision.tower.cfg.remat else 0.0
             found.append(Work("tower", forward, "tower", int(trained), again))
         one = jax.ShapeDtypeStruct((1, *self.feature_shape), jnp.float32)
         forward = count * flops.of_function(self, lambda m, x: m.project(x), one)
@@ -273,6 +256,6 @@ def create(cfg: Config, rngs: nnx.Rngs) -> MetaMorph:
         quantized.quantize(model, cfg.frozen_weights, r"llm\.layers\..*", leave=full)
     if cfg.lora is not None:
         names = lora.add(model, cfg.lora, rngs=rngs)
-        if not cfg.train_tower and any(n.startswith("tower.") for n in names):
+        if not cfg.train_tower and any(n.startswith("vision.tower.") for n in names):
             raise ValueError("lora.target names linears of the tower: set train_tower, too")
     return model

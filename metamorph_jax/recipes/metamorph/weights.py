@@ -8,7 +8,6 @@ import numpy as np
 from flax import nnx
 
 from metamorph_jax.models.llm import llama
-from metamorph_jax.models.vision import vit
 from metamorph_jax.nn import quantized
 from metamorph_jax.recipes.metamorph.config import Config
 from metamorph_jax.recipes.metamorph.model import MetaMorph
@@ -28,12 +27,15 @@ def load_pretrained(model: MetaMorph, cfg: Config) -> None:
 
 
 def _fill(model: MetaMorph, cfg: Config) -> None:
+    from metamorph_jax.convert.vision import load_vision
+
     if cfg.weights.startswith("workdir:"):
         from metamorph_jax.train import checkpoint
 
         trained = checkpoint.load_params(model, cfg.weights.removeprefix("workdir:"))
-        if not any(name.startswith("tower.") for name in trained):
-            _load_tower(model, cfg)  # the earlier stage may have had none, features were cached
+        if not any(name.startswith("vision.tower.") for name in trained):
+            # The earlier stage may have had no tower, with its features cached.
+            load_vision(model.vision, cfg.vision)
         return
     if cfg.weights:
         from metamorph_jax.convert import hf
@@ -47,20 +49,7 @@ def _fill(model: MetaMorph, cfg: Config) -> None:
 
         load_llama(model.llm, specs.llm_tensors(cfg.llm_weights))
         llama.init_added_tokens(model.llm)
-    _load_tower(model, cfg)
-
-
-def _load_tower(model: MetaMorph, cfg: Config) -> None:
-    if cfg.tower_weights != "random" and model.tower is not None:
-        load_tower(model.tower, cfg.tower_weights)
-
-
-def load_tower(tower: vit.ViT, spec: str) -> None:
-    """Fills a tower in place from a weight spec."""
-    from metamorph_jax.convert import specs
-    from metamorph_jax.convert.vit import load_vit
-
-    load_vit(tower, specs.tower_tensors(spec))
+    load_vision(model.vision, cfg.vision)
 
 
 def load_tokenizer(cfg: Config):

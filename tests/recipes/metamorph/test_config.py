@@ -11,11 +11,11 @@ from tests.recipes.metamorph.tiny import TINY, make
 
 
 def test_wrong_options_are_errors():
-    for key, value in dict(llm="gpt", tower="vit", visual_loss="l2", vpit_tokens="some").items():
+    for key, value in dict(llm="gpt", visual_loss="l2", vpit_tokens="some").items():
         with pytest.raises(ConfigError, match="none of"):
             configs.build(recipe.Config, {key: value})
     with pytest.raises(ConfigError, match="feature_width"):
-        configs.build(recipe.Config, {"tower": "none"})
+        configs.build(recipe.Config, {"vision": {"tower": "none"}})
     with pytest.raises(ConfigError, match="did you mean"):
         configs.build(recipe.Config, {"tokens_per_img": 3, "image_token": 4})
     with pytest.raises(ValueError, match="connector"):

@@ -26,11 +26,13 @@ from metamorph_jax.data.interleave import build_row
 from metamorph_jax.models.connectors.mlp import Connector
 from metamorph_jax.models.llm.llama import Llama, init_added_tokens
 from metamorph_jax.models.vision import vit
+from metamorph_jax.models.vision.encoder import VisionConfig
 from metamorph_jax.models.vision.reduce import ReduceConfig, TokenReducer, normalize_features
 from metamorph_jax.nn.rope import RopeScaling
 from metamorph_jax.recipes import metamorph as recipe
 from metamorph_jax.train.state import trained_filter
 from metamorph_jax.types import Batch, Images
+from tests.recipes.metamorph.tiny import change
 
 pytestmark = pytest.mark.golden
 
@@ -88,13 +90,11 @@ class Golden:
         values = dict(
             llm="tiny",
             llm_options=llm,
-            tower="siglip-tiny",
-            tower_options=tower_options(v),
-            image_tokens=c["ntok"],
+            vision=VisionConfig("siglip-tiny", tower_options(v), tokens=c["ntok"]),
             head=HEADS.get(c["head"], "single"),
             visual_coef=c["coef"],
         )
-        return recipe.Config(**{**values, **changes})
+        return change(recipe.Config(**values), **changes)
 
     def model(self, tensors=None, **changes) -> recipe.MetaMorph:
         cfg = self.config(**changes)
@@ -245,8 +245,7 @@ def test_loss(golden, loss_case):
         head=HEADS.get(info["vision_head"], "single"),
         visual_coef=info["vision_coef"],
         use_vision_ar=info["use_vision_ar"],
-        normalize_vision=info["normalize_vision"],
-        apply_softmax=info["apply_softmax"],
+        vision=dict(normalize=info["normalize_vision"], softmax=info["apply_softmax"]),
         train_tower=trains_tower,
         text_chunk=7,
     )

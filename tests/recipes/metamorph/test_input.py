@@ -12,7 +12,7 @@ from metamorph_jax.data.pipeline import SourceConfig
 from metamorph_jax.errors import ConfigError
 from metamorph_jax.recipe import Shard
 from metamorph_jax.recipes import metamorph as recipe
-from tests.recipes.metamorph.tiny import TINY, make, sums_of
+from tests.recipes.metamorph.tiny import TINY, change, make, sums_of
 
 
 def write_data(folder, n=6):
@@ -47,8 +47,8 @@ def test_data_with_and_without_a_feature_cache(tmp_path, golden_root):
     model = make(cfg)
     folder = tmp_path / "tower"
     folder.mkdir()
-    save_file(dict(export_vit(model.tower)), folder / "model.safetensors")
-    cfg = dataclasses.replace(cfg, tower_weights=str(folder))
+    save_file(dict(export_vit(model.vision.tower)), folder / "model.safetensors")
+    cfg = change(cfg, dict(weights=str(folder)))
     plain = recipe.open_data(data, cfg, Shard(2))
     with_cache = dataclasses.replace(data, feature_cache=str(tmp_path / "cache"))
     cached = recipe.open_data(with_cache, cfg, Shard(2))
@@ -92,5 +92,5 @@ def test_no_row_has_more_visual_targets_than_the_head_takes(tmp_path, golden_roo
 
     assert max(targets(0)) > 5 and sum(targets(0)) == 6 * 4
     assert max(targets(5)) == 4 and sum(targets(5)) == 6 * 4
-    with pytest.raises(ConfigError, match="max_visual_targets is 3, but a picture has 4"):
+    with pytest.raises(ConfigError, match="max_visual_targets is 3, but an image has 4"):
         targets(3)

@@ -12,7 +12,18 @@ from metamorph_jax.recipes import metamorph as recipe
 from metamorph_jax.recipes.metamorph.model import hidden_tokens
 from metamorph_jax.train.state import trained_filter
 from metamorph_jax.types import Images
-from tests.recipes.metamorph.tiny import TINY, I, L, P, fast, grads, make, make_batch, sums_of
+from tests.recipes.metamorph.tiny import (
+    TINY,
+    I,
+    L,
+    P,
+    change,
+    fast,
+    grads,
+    make,
+    make_batch,
+    sums_of,
+)
 
 
 def test_metrics_and_sources():
@@ -70,9 +81,9 @@ def test_features_give_the_numbers_of_pixels():
     cached = with_features(np.asarray(features).reshape(2, I, P, -1))
     a, b = grads(model, batch), grads(model, cached)
     np.testing.assert_allclose(a[0], b[0], rtol=1e-6)
-    towerless = dataclasses.replace(TINY, tower="none", feature_width=32)
+    towerless = change(TINY, dict(tower="none", feature_width=32))
     other = make(towerless)
-    nnx.update(other, nnx.state(model, lambda path, _: path[0] != "tower"))
+    nnx.update(other, nnx.state(model, lambda path, _: path[0] != "vision"))
     np.testing.assert_allclose(grads(other, cached)[0], a[0], rtol=1e-6)
     with pytest.raises(ValueError, match="no tower"):
         other.loss_sums(batch)
@@ -85,7 +96,7 @@ def test_gradients_reach_the_tower_only_when_it_is_trained():
     for train in (False, True):
         model = make(dataclasses.replace(TINY, train_tower=train))
         _, _, found = grads(model, make_batch())
-        assert any(g.any() for k, g in found.items() if k.startswith("tower")) == train
+        assert any(g.any() for k, g in found.items() if k.startswith("vision.tower")) == train
 
 
 def test_no_gradient_through_targets():
@@ -116,7 +127,7 @@ def test_stages():
     connector = {n for n in everything if n.startswith("connector.")}
     embed = {n for n in everything if n.startswith("llm.embed_tokens")}
     added, head_added = "llm.embed_tokens.added", "llm.lm_head.added"
-    tower = {n for n in everything if n.startswith("tower.")}
+    tower = {n for n in everything if n.startswith("vision.tower.")}
     assert tower and connector and len(embed) == 2
 
     def stage(name, **options):
@@ -133,7 +144,7 @@ def test_stages():
 
 
 def test_param_groups():
-    model = make(dataclasses.replace(TINY, reduction="mlpmixer"))
+    model = make(change(TINY, dict(reduction="mlpmixer")))
     groups = {model.param_group(p) for p, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     assert groups == {"tower", "connector", "llm", "tokens", "head"}
 
@@ -143,24 +154,28 @@ def test_param_groups():
     [
         dict(head="linear"),
         dict(head="mlp2x_gelu"),
-        dict(reduction="concat_interpolation", image_tokens=4),
-        dict(reduction="mlpmixer", image_tokens=5),
-        dict(reduction="area"),
+        dict(vision=dict(reduction="concat_interpolation")),
+        dict(vision=dict(reduction="mlpmixer", tokens=5)),
+        dict(vision=dict(reduction="area")),
         dict(connector="linear"),
         dict(connector="mlpsoftmax"),
         dict(connector="mlp3x_gelu"),
         dict(connector="identity", llm_options={"width": 32}),
-        dict(normalize_vision=False),
-        dict(apply_softmax=True),
+        dict(vision=dict(normalize=False)),
+        dict(vision=dict(softmax=True)),
         dict(visual_loss="smooth_l1"),
         dict(visual_loss="infonce"),
-        dict(tower="clip-tiny"),
-        dict(tower="dinov2-tiny", dtype="bfloat16", remat="full"),
-        dict(image_tokens=-1),
+        dict(vision=dict(tower="clip-tiny")),
+        dict(
+            vision=dict(tower="dinov2-tiny", dtype="bfloat16", remat=True),
+            dtype="bfloat16",
+            remat="full",
+        ),
+        dict(vision=dict(tokens=-1)),
     ],
 )
 def test_every_option_trains(options):
-    cfg = dataclasses.replace(TINY, **options)
+    cfg = change(TINY, **options)
     model = make(cfg)
     tokens = model.feature_shape[0]
     batch = make_batch()
@@ -172,7 +187,7 @@ def test_every_option_trains(options):
     loss, metrics, found = grads(model, batch, trained_filter(recipe.STAGES["vpit"](model.cfg)))
     assert np.isfinite(loss)
     silent = {n for n, g in found.items() if not g.any()}
-    if cfg.image_tokens != -1:
+    if cfg.vision.tokens != -1:
         assert not {n for n in silent if n.startswith(("connector", "head"))}, silent
     hidden = jnp.ones((1, 3, model.llm.cfg.width))
     assert model.predict_visual(hidden).shape == (1, 3, model.feature_shape[1])

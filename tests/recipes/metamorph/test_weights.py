@@ -14,7 +14,7 @@ from metamorph_jax.convert.vit import export_vit
 from metamorph_jax.recipes import metamorph as recipe
 from metamorph_jax.recipes.metamorph.weights import calibrate_connector
 from metamorph_jax.types import Images
-from tests.recipes.metamorph.tiny import TINY, make, make_batch
+from tests.recipes.metamorph.tiny import TINY, change, make, make_batch
 
 
 def test_calibrated_connector_speaks_at_the_scale_of_text():
@@ -75,13 +75,13 @@ def test_weights_from_folders(tmp_path):
     for k in range(2):  # in shards
         save_file({n: tensors[n] for n in keys[k::2]}, llm / f"model-{k}.safetensors")
     (llm / "config.json").write_text(json.dumps(llama_fields(model.llm.cfg)))
-    save_file(dict(export_vit(model.tower)), tower / "model.safetensors")
+    save_file(dict(export_vit(model.vision.tower)), tower / "model.safetensors")
     save_file(dict(export_metamorph(model)), whole / "model.safetensors")
 
-    cfg = dataclasses.replace(TINY, llm="auto", llm_weights=str(llm), tower_weights=str(tower))
+    cfg = change(TINY, dict(weights=str(tower)), llm="auto", llm_weights=str(llm))
     other = make(cfg)
     recipe.load_pretrained(other, cfg)
-    same(model, other, ("tower",))
+    same(model, other, ("vision",))
     same(model, other, ("llm", "layers"))
     mean = tensors["model.embed_tokens.weight"].mean(0)
     np.testing.assert_allclose(other.llm.embed_tokens.added[...], [mean, mean], atol=1e-6)

@@ -1,14 +1,17 @@
 """A MetaMorph model that compiles in a second, and a batch for it."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from metamorph_jax.models.vision.encoder import VisionConfig
 from metamorph_jax.recipes import metamorph as recipe
 from metamorph_jax.types import Batch, Images
 
-TINY = recipe.Config(llm="tiny", tower="siglip-tiny", image_tokens=4, text_chunk=16)
+TINY = recipe.Config(llm="tiny", vision=VisionConfig("siglip-tiny", tokens=4), text_chunk=16)
 L, I, P = 14, 2, 4
 # Compiling is what these tests spend their time on.
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -16,6 +19,12 @@ FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes"
 
 def fast(f):
     return jax.jit(f, compiler_options=FAST)
+
+
+def change(cfg, vision=None, **changes):
+    """The config with other values; `vision` has those of its VisionConfig."""
+    changed = dataclasses.replace(cfg.vision, **(vision or {}))
+    return dataclasses.replace(cfg, vision=changed, **changes)
 
 
 def make(cfg=TINY, seed=0):

@@ -1,0 +1,128 @@
+"""From images to the visual tokens that a language model reads.
+
+    uint8 image ─ tower ─ T tokens ─ TokenReducer ─ P tokens ─ normalise ─ float32[P, C]
+
+Training, feature caches, the decoder stage and generation all use this one module, so that the
+features they see are the same numbers.
+"""
+
+import dataclasses
+import json
+
+import jax
+from flax import nnx
+
+from metamorph_jax.models.vision import vit
+from metamorph_jax.models.vision.reduce import ReduceConfig, TokenReducer, normalize_features
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """How images become visual tokens.
+
+    Attributes:
+        tower: a name in `vit.SIZES`, or "none": features come from a cache.
+        tower_options: fields of `ViTConfig` to change.
+        weights: of the tower: "random", "pkg:NAME", "hf:OWNER/NAME", or a folder.
+        feature_width: C before the reduction, where there is no tower to tell it.
+        tokens: P, visual tokens per image; 0 and -1 as in `ReduceConfig`.
+        reduction: how the tower's tokens become P, one of `reduce.KINDS`.
+        normalize: scale every visual token to unit length.
+        softmax: after that, softmax(x / 0.07) over the channels (parity option).
+        dtype: the tower computes in it; visual tokens are float32.
+        remat: recompute the tower's layers in the backward pass, where the tower is trained.
+
+    Raises:
+        ValueError: for an unknown tower, or none and no feature_width.
+    """
+
+    tower: str = "siglip-so400m-384"
+    tower_options: dict = dataclasses.field(default_factory=dict)
+    weights: str = "random"
+    feature_width: int = 0
+    tokens: int = 64
+    reduction: str = "interpolation"
+    normalize: bool = True
+    softmax: bool = False
+    dtype: str = "float32"
+    remat: bool = False
+
+    def __post_init__(self):
+        known = ("none", *vit.SIZES)
+        if self.tower not in known:
+            raise ValueError(f"tower {self.tower!r} is none of {', '.join(known)}")
+        if self.tower == "none" and not self.feature_width:
+            raise ValueError("without a tower, feature_width must say how wide features are")
+
+    @property
+    def vit(self) -> vit.ViTConfig | None:
+        """The tower's own config."""
+        if self.tower == "none":
+            return None
+        changes = {"dtype": self.dtype, "remat": self.remat, **self.tower_options}
+        return dataclasses.replace(vit.SIZES[self.tower], **changes)
+
+    @property
+    def reduce(self) -> ReduceConfig:
+        tower = self.vit
+        if tower is None:  # cached features are reduced already
+            kind = "interpolation" if self.reduction == "mlpmixer" else self.reduction
+            return ReduceConfig(self.tokens, kind, self.tokens, self.feature_width)
+        return ReduceConfig(self.tokens, self.reduction, tower.tokens, tower.width)
+
+    @property
+    def feature_shape(self) -> tuple[int, int]:
+        """(P, C) of one image; P is 0 where `tokens` is."""
+        reduce = self.reduce
+        return reduce.tokens_out, reduce.width_out
+
+    @property
+    def identity(self) -> str:
+        """Text that differs whenever features differ: it names a feature cache.
+
+        The preprocessing of images is not part of it, see `data.cache.feature_spec`.
+        """
+        tower = self.vit
+        made_by = {} if tower is None else dataclasses.asdict(tower)
+        made_by |= dataclasses.asdict(self.reduce)
+        made_by |= {"weights": self.weights, "normalize": self.normalize, "softmax": self.softmax}
+        made_by.pop("remat", None)  # changes no feature
+        return json.dumps(made_by, sort_keys=True)
+
+
+class VisionEncoder(nnx.Module):
+    """Tower (None where features are cached), reduction and normalisation."""
+
+    def __init__(self, cfg: VisionConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        tower = cfg.vit
+        self.tower = None if tower is None else vit.ViT(tower, rngs=rngs)
+        self.reducer = TokenReducer(cfg.reduce, rngs=rngs)
+
+    @property
+    def feature_shape(self) -> tuple[int, int]:
+        """(P, C) of one image."""
+        return self.cfg.feature_shape
+
+    def __call__(
+        self, pixels: jax.Array, side: int | None = None, *, train_tower: bool = False
+    ) -> jax.Array:
+        """float32[N, P, C] visual tokens of pixels: uint8[N, h, w, 3].
+
+        Args:
+            side: only where `tokens` is 0: the visual tokens form a grid of this side.
+            train_tower: let gradients through to the tower; the reducer always has them.
+
+        Raises:
+            ValueError: there is no tower.
+        """
+        if self.tower is None:
+            raise ValueError("this model has no tower: give it features in place of pixels")
+        x = self.tower(pixels)
+        if not train_tower:
+            x = jax.lax.stop_gradient(x)
+        return self.normalize(self.reducer(x, side))
+
+    def normalize(self, features: jax.Array) -> jax.Array:
+        """float32[..., C], normalised as visual tokens are, of float[..., C]."""
+        return normalize_features(features, self.cfg.normalize, self.cfg.softmax)
