@@ -171,7 +171,7 @@ class Road:
             for source in table.data.sources.values():
                 source.path = str(self.files.root / pathlib.Path(source.path).name)
                 source.root = str(self.files.images)
-            table.data.feature_cache = str(self.workdir / "features")
+            table.data.cache.features = str(self.workdir / "features")
         if _bfloat16_is_faster():
             table.matmul_precision = "bfloat16"
             if stage != "decoder":

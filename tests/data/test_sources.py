@@ -288,7 +288,7 @@ def test_cache_takes_frames_of_a_video(clip, tmp_path):
     refs = [ImageRef(clip, frame=k) for k in (20, 0, 10)]
     made, bad = cache.build(
         str(tmp_path / "c"),
-        cache.picture_spec(process),
+        cache.image_spec(process),
         refs,
         process,
         batch_size=2,
