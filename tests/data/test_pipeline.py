@@ -32,7 +32,7 @@ from metamorph_jax.data.stream import Mixture, permute
 from metamorph_jax.data.views import Single
 from metamorph_jax.errors import ConfigError
 from metamorph_jax.recipe import Shard
-from tests.data.conftest import Letters, conversation, picture, write_jsonl
+from tests.data.conftest import Letters, conversation, make_image, write_jsonl
 
 BAD = {"missing": 1, "zero_byte": 1, "truncated": 1, "marker_mismatch": 1, "fully_masked": 1}
 
@@ -108,7 +108,7 @@ def test_one_epoch(dataset, letters):
 
 def test_samples_of_too_many_visual_targets_are_skipped(tmp_path, letters):
     for i in range(3):
-        picture(i).save(tmp_path / f"{i}.png")
+        make_image(i).save(tmp_path / f"{i}.png")
     names = ["0.png", "1.png", "2.png"]
     write_jsonl(tmp_path / "d.jsonl", [
         {"id": str(n), "image": names[:n], "conversations": conversation("Draw", "<image>" * n)}
@@ -264,7 +264,7 @@ def test_cache_goes_on_after_an_interruption(dataset, letters, tmp_path):
     # A second build has nothing to do; a changed file is not served from the cache.
     caches.build(root, spec, refs, process, lambda x: pytest.fail("again"), progress=False)
     ref = next(r for r in refs if r.path.endswith("p2_1.png"))
-    picture(99, 30, 30).save(ref.path)
+    make_image(99, 30, 30).save(ref.path)
     assert cache.lookup(ref) is None
     cache, _ = caches.build(root, spec, refs, process, features_of, batch_size=4, progress=False)
     assert cache.lookup(ref) == len(whole)
@@ -278,7 +278,7 @@ def test_text_only_needs_no_pictures(tmp_path, letters):
 
 
 def test_independent_turns_in_a_batch(tmp_path, letters):
-    picture(1).save(tmp_path / "a.png")
+    make_image(1).save(tmp_path / "a.png")
     write_jsonl(tmp_path / "a.jsonl", [
         {"id": "a", "image": "a.png", "conversations": conversation("<image>\nQ", "A", "R", "B")}
     ])  # fmt: skip
@@ -308,7 +308,7 @@ def test_check_finds_everything(dataset, letters, capsys):
     path, folder = dataset
     with open(path, "a") as f:
         f.write("{broken\n")
-    picture(5, 60, 60).save(folder / "p29_0.png")
+    make_image(5, 60, 60).save(folder / "p29_0.png")
     c = config(path, images={"max_pixels": 3000})
     report = check.check(c, letters, 4)
     want = {**BAD, "bad_json": 1, "oversized": 1, "misnamed": 1}
