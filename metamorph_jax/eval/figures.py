@@ -13,7 +13,7 @@ from metamorph_jax.errors import UserError
 
 COLORS = ("#2f6fb5", "#c9772b", "#3d8f63", "#8a5bb0", "#9a8b2f")
 INK, DIM, GRID = "#1d1f21", "#5c6166", "#e2e3e1"
-WIDTH = 4.8  # inches; narrow, so that text stays readable when a phone shrinks it
+WIDTH = 4.4  # inches; narrow, so that text stays readable when a phone shrinks it
 POINTS = 300  # of one line
 
 STYLE = {
@@ -32,7 +32,7 @@ STYLE = {
     "ytick.color": DIM,
     "lines.linewidth": 1.7,
     "legend.frameon": False,
-    "legend.fontsize": 9,
+    "legend.fontsize": 9.5,
     "svg.hashsalt": "metamorph_jax",  # the same file for the same data
 }
 
@@ -58,7 +58,7 @@ def style():
     return import_matplotlib().rc_context(STYLE)
 
 
-def subplots(columns: int = 1, width: float = WIDTH, height: float = 2.7):
+def subplots(columns: int = 1, width: float = WIDTH, height: float = 2.6):
     """(figure, list of axes side by side); sizes in inches. Inside `style()`."""
     from matplotlib.figure import Figure  # unlike pyplot, it keeps no global state
 
