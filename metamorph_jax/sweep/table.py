@@ -9,8 +9,14 @@ import io
 import json
 import math
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
+
+from metamorph_jax.errors import UserError
+from metamorph_jax.eval import figures
 
 # A longer training writes more lines; this share of them counts.
 SHARE = 0.1
@@ -104,66 +110,48 @@ def as_csv(rows: Sequence[dict]) -> str:
 
 
 def plot(rows: Sequence[dict], metric: str):
-    """A picture with one panel per key that has several values, or None where there is no point.
+    """A matplotlib figure with one panel per key that has several values; None if there is none.
 
     Numbers lie on an axis (a logarithmic one where they span more than a factor of 8), other values
-    side by side. A dot is a run; the line goes through the means of equal values.
+    side by side. A dot is a run; the line goes through the means of equal values. Call it, and save
+    the figure, inside `figures.style()`.
     """
-    from PIL import Image, ImageDraw, ImageFont
-
     rows = [r for r in rows if math.isfinite(r["metrics"].get(metric, math.nan))]
     keys = list(dict.fromkeys(k for row in rows for k in row["values"]))
     keys = [k for k in keys if len({show(r["values"].get(k)) for r in rows}) > 1]
     if not keys:
         return None
-    width, height, left, top, right, bottom = 420, 300, 70, 34, 20, 44
-    ink, soft, accent = (40, 40, 40), (205, 205, 205), (31, 104, 180)
-    picture = Image.new("RGB", (width * len(keys), height), "white")
-    draw = ImageDraw.Draw(picture)
-    font = ImageFont.load_default(13)
-    ys = [r["metrics"][metric] for r in rows]
-    low, high = min(ys), max(ys)
-    pad = (high - low) * 0.08 or abs(high) * 0.05 or 1.0
-    low, high = low - pad, high + pad
-    for panel, key in enumerate(keys):
-        x0, x1 = panel * width + left, (panel + 1) * width - right
-        y0, y1 = height - bottom, top
-        place, ticks = _axis([r["values"].get(key) for r in rows])
-        xs = [x0 + place(r["values"].get(key)) * (x1 - x0) for r in rows]
-        at = [(x, y0 - (y - low) / (high - low) * (y0 - y1)) for x, y in zip(xs, ys, strict=True)]
-        for i in range(5):
-            y = y0 + (y1 - y0) * i / 4
-            draw.line([(x0, y), (x1, y)], fill=soft)
-            draw.text((x0 - 6, y), show(low + (high - low) * i / 4), ink, font, anchor="rm")
-        for value in ticks:
-            x = x0 + place(value) * (x1 - x0)
-            draw.line([(x, y0), (x, y0 + 4)], fill=ink)
-            draw.text((x, y0 + 7), show(value), ink, font, anchor="mt")
-        means: dict[float, list[float]] = {}
-        for x, y in at:
-            means.setdefault(x, []).append(y)
-        draw.line([(x, sum(v) / len(v)) for x, v in sorted(means.items())], fill=accent, width=2)
-        for x, y in at:
-            draw.ellipse([x - 4, y - 4, x + 4, y + 4], outline=accent, fill="white", width=2)
-        draw.text(((x0 + x1) / 2, height - 6), key, ink, font, anchor="mb")
-        draw.text((x0, y1 - 8), metric, ink, font, anchor="lb")
-    return picture
+    figure, panels = figures.subplots(len(keys), 4.2 * len(keys), 3.0)
+    for axes, key in zip(panels, keys, strict=True):
+        _panel(axes, [r["values"].get(key) for r in rows], [r["metrics"][metric] for r in rows])
+        axes.set_xlabel(key)
+    panels[0].set_ylabel(metric)
+    return figure
 
 
-def _axis(values: Sequence[Any]):
-    """(value -> place between 0 and 1, values that get a mark)."""
+def _panel(axes, values: Sequence[Any], heights: Sequence[float]) -> None:
+    """Draws one key's values against the metric."""
     numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
-    if not numbers:
-        kinds = list(dict.fromkeys(map(show, values)))
-        return (lambda v: (kinds.index(show(v)) + 0.5) / len(kinds)), kinds
-    low, high = min(values), max(values)
-    scale = math.log if low > 0 and high / low > 8 else float
-    a, b = scale(low), scale(high)
-    place = lambda v: 0.06 + 0.88 * (scale(v) - a) / (b - a)  # noqa: E731
-    marks = sorted(set(values))
-    if len(marks) > 6:
-        marks = marks[:: math.ceil(len(marks) / 6)]
-    return place, marks
+    if numbers:
+        places = values
+        ticks = sorted(set(values))
+        ticks = ticks[:: math.ceil(len(ticks) / 6)]
+        labels = list(map(show, ticks))
+        if min(values) > 0 and max(values) / min(values) > 8:
+            axes.set_xscale("log")
+    else:
+        labels = list(dict.fromkeys(map(show, values)))
+        places, ticks = [labels.index(show(v)) for v in values], range(len(labels))
+    means: dict[float, list[float]] = {}
+    for x, y in zip(places, heights, strict=True):
+        means.setdefault(x, []).append(y)
+    color = figures.COLORS[0]
+    places_once = sorted(means)
+    axes.plot(places_once, [np.mean(means[x]) for x in places_once], color=color)
+    axes.scatter(places, heights, 36, "white", edgecolors=color, linewidths=1.7, zorder=3)
+    axes.set_xticks(ticks, labels)
+    axes.minorticks_off()
+    axes.margins(0.08)
 
 
 def write(folder: pathlib.Path, rows: Sequence[dict], metric: str) -> list[pathlib.Path]:
@@ -171,8 +159,12 @@ def write(folder: pathlib.Path, rows: Sequence[dict], metric: str) -> list[pathl
     files = [folder / "sweep.csv", folder / "sweep.md"]
     files[0].write_text(as_csv(rows))
     files[1].write_text(markdown(rows, metric))
-    picture = plot(rows, metric)
-    if picture is not None:
-        files.append(folder / "sweep.png")
-        picture.save(files[-1])
+    try:
+        with figures.style():
+            figure = plot(rows, metric)
+            if figure is not None:
+                files.append(folder / "sweep.png")
+                figure.savefig(files[-1], dpi=150)
+    except UserError as error:  # a sweep of days should not end here
+        print(f"sweep.png is not written: {error}", file=sys.stderr)
     return files
