@@ -1,7 +1,7 @@
-"""What came out of a sweep: one row per run as CSV and Markdown, and a plot against each key.
+"""Results of a sweep: one row per run as CSV and Markdown, and a plot against each key.
 
-A number of a run is the mean over the last tenth of the lines of its metrics.jsonl: a single line
-is noise, and the tables of two runs compare the same share of their training.
+A metric of a run is its mean over the last tenth of the lines of metrics.jsonl: single lines are
+noisy, and the same share of the training is compared for all runs.
 """
 
 import csv
@@ -12,12 +12,11 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-# A longer training writes more lines; this share of them counts.
-SHARE = 0.1
+SHARE = 0.1  # of the lines
 
 
 def read_metrics(file: pathlib.Path) -> tuple[int, dict[str, float]]:
-    """(last step, metric -> mean over the last tenth of the lines); (0, {}) where there is none."""
+    """(last step, metric -> mean over the last tenth of the lines); (0, {}) without a file."""
     if not file.is_file():
         return 0, {}
     lines = []
@@ -26,20 +25,20 @@ def read_metrics(file: pathlib.Path) -> tuple[int, dict[str, float]]:
             line = json.loads(text)
             lines.append((int(line.pop("step")), line))
         except (ValueError, KeyError, AttributeError):
-            continue  # half a line of a killed run
+            continue  # an incomplete line of a run that was killed
     if not lines:
         return 0, {}
     last = [line for _, line in lines[-max(1, math.ceil(len(lines) * SHARE)) :]]
     names = {name: None for line in last for name in line}
     found = {}
     for name in names:
-        values = [float(line[name]) for line in last if name in line]  # "nan" is written as text
+        values = [float(line[name]) for line in last if name in line]  # "nan" is a string there
         found[name] = sum(values) / len(values)
     return lines[-1][0], found
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Dotted key -> its last part, or as much of its end as tells it from the others."""
+    """Dotted key -> the shortest end of it that no other key has."""
     names = {}
     for key in keys:
         parts = key.split(".")
@@ -62,7 +61,7 @@ def lower_is_better(metric: str) -> bool:
 
 
 def best_first(rows: Sequence[dict], metric: str) -> list[dict]:
-    """Rows by their metric, those without a finite one last."""
+    """Rows in the order of their metric; those without a finite value come last."""
 
     def order(row):
         value = row["metrics"].get(metric, math.nan)
@@ -90,7 +89,7 @@ def markdown(rows: Sequence[dict], metric: str) -> str:
 
 
 def as_csv(rows: Sequence[dict]) -> str:
-    """All runs in their order with all their metrics."""
+    """All runs in their order, with all of their metrics."""
     keys = list(dict.fromkeys(k for row in rows for k in row["values"]))
     metrics = sorted({m for row in rows for m in row["metrics"]})
     out = io.StringIO()
@@ -104,10 +103,10 @@ def as_csv(rows: Sequence[dict]) -> str:
 
 
 def plot(rows: Sequence[dict], metric: str):
-    """A picture with one panel per key that has several values, or None where there is no point.
+    """A figure with one panel for each key that has several values; None if no key has any.
 
-    Numbers lie on an axis (a logarithmic one where they span more than a factor of 8), other values
-    side by side. A dot is a run; the line goes through the means of equal values.
+    The axis of numbers is logarithmic if they span more than a factor of 8; other values stand side
+    by side. A dot is a run; the line connects the means of runs with equal values.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -151,7 +150,7 @@ def plot(rows: Sequence[dict], metric: str):
 
 
 def _axis(values: Sequence[Any]):
-    """(value -> place between 0 and 1, values that get a mark)."""
+    """(function from a value to its position between 0 and 1, values with a tick)."""
     numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
     if not numbers:
         kinds = list(dict.fromkeys(map(show, values)))
@@ -167,7 +166,7 @@ def _axis(values: Sequence[Any]):
 
 
 def write(folder: pathlib.Path, rows: Sequence[dict], metric: str) -> list[pathlib.Path]:
-    """Writes sweep.csv, sweep.md and, where there is something to plot, sweep.png."""
+    """Writes sweep.csv, sweep.md and, if there is something to plot, sweep.png; returns them."""
     files = [folder / "sweep.csv", folder / "sweep.md"]
     files[0].write_text(as_csv(rows))
     files[1].write_text(markdown(rows, metric))
