@@ -1,7 +1,7 @@
-"""What came out of a sweep: one row per run as CSV and Markdown, and a plot against each key.
+"""Results of a sweep: one row per run as CSV and Markdown, and a plot against each key.
 
-A number of a run is the mean over the last tenth of the lines of its metrics.jsonl: a single line
-is noise, and the tables of two runs compare the same share of their training.
+A metric of a run is its mean over the last tenth of the lines of metrics.jsonl: single lines are
+noisy, and the same share of the training is compared for all runs.
 """
 
 import csv
@@ -23,7 +23,7 @@ SHARE = 0.1
 
 
 def read_metrics(file: pathlib.Path) -> tuple[int, dict[str, float]]:
-    """(last step, metric -> mean over the last tenth of the lines); (0, {}) where there is none."""
+    """(last step, metric -> mean over the last tenth of the lines); (0, {}) without a file."""
     if not file.is_file():
         return 0, {}
     lines = []
@@ -32,20 +32,20 @@ def read_metrics(file: pathlib.Path) -> tuple[int, dict[str, float]]:
             line = json.loads(text)
             lines.append((int(line.pop("step")), line))
         except (ValueError, KeyError, AttributeError):
-            continue  # half a line of a killed run
+            continue  # an incomplete line of a run that was killed
     if not lines:
         return 0, {}
     last = [line for _, line in lines[-max(1, math.ceil(len(lines) * SHARE)) :]]
     names = {name: None for line in last for name in line}
     found = {}
     for name in names:
-        values = [float(line[name]) for line in last if name in line]  # "nan" is written as text
+        values = [float(line[name]) for line in last if name in line]  # "nan" is a string there
         found[name] = sum(values) / len(values)
     return lines[-1][0], found
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Dotted key -> its last part, or as much of its end as tells it from the others."""
+    """Dotted key -> the shortest end of it that no other key has."""
     names = {}
     for key in keys:
         parts = key.split(".")
@@ -68,7 +68,7 @@ def lower_is_better(metric: str) -> bool:
 
 
 def best_first(rows: Sequence[dict], metric: str) -> list[dict]:
-    """Rows by their metric, those without a finite one last."""
+    """Rows in the order of their metric; those without a finite value come last."""
 
     def order(row):
         value = row["metrics"].get(metric, math.nan)
@@ -96,7 +96,7 @@ def markdown(rows: Sequence[dict], metric: str) -> str:
 
 
 def as_csv(rows: Sequence[dict]) -> str:
-    """All runs in their order with all their metrics."""
+    """All runs in their order, with all of their metrics."""
     keys = list(dict.fromkeys(k for row in rows for k in row["values"]))
     metrics = sorted({m for row in rows for m in row["metrics"]})
     out = io.StringIO()
@@ -155,7 +155,7 @@ def _panel(axes, values: Sequence[Any], heights: Sequence[float]) -> None:
 
 
 def write(folder: pathlib.Path, rows: Sequence[dict], metric: str) -> list[pathlib.Path]:
-    """Writes sweep.csv, sweep.md and, where there is something to plot, sweep.png."""
+    """Writes sweep.csv, sweep.md and, if there is something to plot, sweep.png; returns them."""
     files = [folder / "sweep.csv", folder / "sweep.md"]
     files[0].write_text(as_csv(rows))
     files[1].write_text(markdown(rows, metric))
