@@ -55,23 +55,26 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"; did you mean {near[0]}?" if near else ""
         print(f"metamorph: no command {name!r}{hint}\n\n{_usage()}", end="", file=sys.stderr)
         return 2
-    try:
-        module = importlib.import_module(COMMANDS[name][0])
-    except ModuleNotFoundError as error:
-        if error.name != COMMANDS[name][0]:
-            raise
-        print(f"metamorph {name} is not part of this version", file=sys.stderr)
-        return 2
+    module, args = parse(argv)
+    return _run(module.run, args)
+
+
+def parse(argv: list[str]):
+    """(module of the command, its arguments with `overrides` of the config) of a command line.
+
+    Exits with 2, after a message, on arguments that the command doesn't have.
+    """
+    name, *rest = argv
+    module = importlib.import_module(COMMANDS[name][0])
     parser = argparse.ArgumentParser(f"metamorph {name}", description=COMMANDS[name][1])
     module.add_arguments(parser)
-    args, rest = parser.parse_known_args(argv[1:])
-    overrides = {}
-    if hasattr(args, "config"):
-        overrides, rest = _take_overrides(rest)
+    args, rest = parser.parse_known_args(rest)
+    args.overrides = {}
+    if "config" in vars(args):
+        args.overrides, rest = _take_overrides(rest)
     if rest:
         parser.error(f"unknown arguments: {' '.join(rest)}")
-    args.overrides = overrides
-    return _run(module.run, args)
+    return module, args
 
 
 def _run(run, args) -> int:
