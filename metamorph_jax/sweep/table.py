@@ -128,11 +128,8 @@ def plot(rows: Sequence[dict], metric: str):
     return figure
 
 
-    """A matplotlib figure with one panel per key that has several values; None if no key has any.
-
-    The axis of numbers is logarithmic if they span more than a factor of 8; other values stand side
-    by side. A dot is a run; the line connects the means of runs with equal values. Call it, and
-    save the figure, inside `figures.style()`.
+def _panel(axes, values: Sequence[Any], heights: Sequence[float]) -> None:
+    """Draws one key's values against the metric."""
     numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
     if numbers:
         places = values
