@@ -24,8 +24,10 @@ T = TypeVar("T")
 
 def narrowed(cls: type[T], **types_: type) -> type[T]:
     """The dataclass `cls`, with these dataclasses as the types of some of its fields."""
-    default = dataclasses.field(default_factory=dict, kw_only=True)
-    made = [(name, type_, default) for name, type_ in types_.items()]
+    made = [
+        (name, type_, dataclasses.field(default_factory=dict, kw_only=True))
+        for name, type_ in types_.items()
+    ]
     return dataclasses.make_dataclass(cls.__name__, made, bases=(cls,), frozen=True)
 
 
@@ -45,6 +47,19 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
             wrong type, or is refused by the dataclass.
     """
     return _make(cls, options.complete(cls, values, where), where)
+
+
+def replaced(instance: T, changes: Mapping[str, Any], where: str) -> T:
+    """The dataclass `instance` with what a table with any keys of a config changes in it.
+
+    Raises:
+        ValueError: a key is not a field, or a value is of the wrong type.
+    """
+    values = {name: getattr(instance, name) for name in options.fields(type(instance))}
+    try:
+        return build(type(instance), values | dict(changes), where)
+    except ConfigError as error:  # the dataclass that has the table knows where it is
+        raise ValueError(str(error)) from error
 
 
 def _make(hint, value, where: str):

@@ -72,13 +72,33 @@ def test_narrowed():
 
         size: int
         part: dict
+        other: dict
         more: Source = Source("x")
 
-    cls = config.narrowed(Whole, part=Source)
-    assert config.build(cls, {"size": 3, "part": {"path": "p"}}).part == Source("p")
+    cls = config.narrowed(Whole, part=Source, other=Thing)
+    assert config.build(cls, {"size": 3, "part": {"path": "p"}, "other": {"width": 2}}) == cls(
+        3, part=Source("p"), other=Thing(2)
+    )
+    with pytest.raises(ConfigError, match="config.other lacks width"):
+        config.build(cls, {"size": 3, "part": {"path": "p"}})
     with pytest.raises(ConfigError, match=r"config.part.weight must be float, not 'x'"):
         config.build(cls, {"size": 3, "part": {"path": "p", "weight": "x"}})
-    assert [f.name for f in dataclasses.fields(cls)] == ["size", "part", "more"]
+    assert [f.name for f in dataclasses.fields(cls)] == ["size", "part", "other", "more"]
+
+
+def test_replaced():
+    thing = Thing(3, inner=Source("q"))
+    assert config.replaced(thing, {"rate": 2, "inner": {"path": "r"}}, "o") == Thing(
+        3, 2.0, inner=Source("r")
+    )
+    for changes, message in (
+        ({"widht": 3}, "o.widht is not an option; did you mean o.width?"),
+        ({"width": "x"}, "o.width must be int, not 'x'"),
+        ({"width": 0}, "o: width must be positive"),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            config.replaced(thing, changes, "o")
+        assert not isinstance(caught.value, ConfigError)
 
 
 # ---- files

@@ -1,37 +1,31 @@
-"""Every config of every size builds, and its model has the shapes it should."""
+"""Every config of every size builds, has the shapes it should, and can be changed everywhere."""
 
-import importlib.util
+import ast
+import dataclasses
 import pathlib
+import re
+import typing
 
 import jax
 import pytest
 from flax import nnx
 
+from metamorph_jax import cli, options, sharding
 from metamorph_jax import config as configs
-from metamorph_jax import sharding
 from metamorph_jax.errors import ConfigError
 from metamorph_jax.recipe import find
 from metamorph_jax.train import optim, state
-from metamorph_jax.train.config import TrainConfig
+from metamorph_jax.train.config import resolve
 
 ROOT = pathlib.Path(__file__).parents[1] / "configs"
-FILES = sorted(ROOT.glob("*/*.py"))
-
-
-def sizes(file):
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.SIZES
-
-
+MODULES = {file: configs.load_module(file) for file in sorted(ROOT.glob("*/*.py"))}
+FILES = [file for file, module in MODULES.items() if "get_config" in vars(module)]
 # decoder.py:1b is 8b (tested below) and takes ten seconds.
-CASES = [(f, s) for f in FILES for s in sizes(f) if (f.stem, s) != ("decoder", "1b")]
+CASES = [(f, s) for f in FILES for s in MODULES[f].SIZES if (f.stem, s) != ("decoder", "1b")]
 
 
-def load(file, size):
-    table = configs.load_config(f"{file}:{size}").to_dict()
-    return configs.build(TrainConfig, table)
+def named(cases):
+    return dict(argvalues=cases, ids=[f"{file.stem}-{size}" for file, size in cases])
 
 
 def test_there_are_three_stages():
@@ -52,19 +46,17 @@ def test_an_unknown_recipe_is_named(name):
         find(name)
 
 
-@pytest.mark.parametrize(("file", "size"), CASES, ids=lambda v: getattr(v, "stem", v))
+@pytest.mark.parametrize(("file", "size"), **named(CASES))
 def test_config_builds(file, size):
-    cfg = load(file, size)
-    recipe = find(cfg.recipe)
-    model_cfg = configs.build(recipe.Config, cfg.model, "config.model")
-    data = configs.build(recipe.Data, cfg.data, "config.data")
-    assert recipe.batch_spec(data, model_cfg, 2).counted
-    optim.make_schedule(cfg.optim, cfg.batch_size, cfg.steps)
+    run = resolve(configs.load_config(f"{file}:{size}"))
+    recipe, model_cfg = run.recipe, run.model
+    assert recipe.batch_spec(run.data, model_cfg, 2).counted
+    optim.make_schedule(run.cfg.optim, run.cfg.batch_size, run.cfg.steps)
 
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     model = nnx.eval_shape(lambda: recipe.create(model_cfg, nnx.Rngs(0)))
-    parts, trained, frozen = state.split(model, recipe.STAGES[cfg.stage](model_cfg), mesh)
-    optim.check_multipliers(cfg.optim, set(parts.part_of.values()))
+    parts, trained, frozen = state.split(model, run.pattern, mesh)
+    optim.check_multipliers(run.cfg.optim, set(parts.part_of.values()))
     count = {True: 0, False: 0}
     for name, x in (trained | frozen).items():
         count[name in trained] += x.size
@@ -93,19 +85,19 @@ MILLIONS = {
 
 def test_doc_strings_say_how():
     for file in FILES:
-        text = file.read_text()
+        text = ast.get_docstring(ast.parse(file.read_text()))
         where = file.relative_to(ROOT.parent)
         assert f"metamorph train --config={where}:SIZE --workdir=" in text, where
-        for size in sizes(file):
-            assert size in text.split('"""')[1]
+        for size in MODULES[file].SIZES:
+            assert size in text
 
 
-@pytest.mark.parametrize(("file", "size"), CASES, ids=lambda v: getattr(v, "stem", v))
+@pytest.mark.parametrize(("file", "size"), **named(CASES))
 def test_sweeps(file, size, tmp_path):
     """Every run of every sweep would start."""
     from metamorph_jax.sweep.command import plan
 
-    if not hasattr(configs.load_module(file), "sweep"):
+    if "sweep" not in vars(MODULES[file]):
         assert file.stem != "vpit", "the one that others are modelled on"
         return
     runs = plan(f"{file}:{size}", {}, tmp_path)
@@ -113,5 +105,200 @@ def test_sweeps(file, size, tmp_path):
 
 
 def test_unknown_size():
-    with pytest.raises(ValueError, match="size '9b' is none of smoke, quickstart, 1b, 8b"):
-        configs.load_config(f"{FILES[0]}:9b")
+    for file in FILES:
+        with pytest.raises(ConfigError, match="size '9b' is none of smoke, quickstart, 1b, 8b"):
+            configs.load_config(f"{file}:9b")
+
+
+# ---- every option can be changed on the command line
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A field of a dataclass that a config can reach, or a new key of a table with any keys.
+
+    Attributes:
+        owner: the dataclass that has it, at `table`.
+        needed: other options that have to be given with it.
+    """
+
+    path: str
+    hint: typing.Any
+    value: typing.Any
+    owner: type
+    table: str
+    needed: dict = dataclasses.field(default_factory=dict)
+
+
+def settings(hint, value, where: str, owner=None, table=""):
+    """Every `Setting` below, found by the dataclasses and their values alone.
+
+    Dataclasses that are not in use are visited, too: of options that are None, and of entries that
+    are still to be made (called "new").
+    """
+    members = [m for m in typing.get_args(hint) if m is not type(None)] or [hint]
+    classes = [m for m in members if dataclasses.is_dataclass(m)]
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    entry = args[{tuple: 0, dict: 1}[origin]] if origin in (tuple, dict) and args else None
+    if dataclasses.is_dataclass(entry):
+        entries = value if origin is tuple else tuple(value.values())
+        for each in entries:
+            yield from settings(entry, each, f"{where}.{each.name}")
+        alike = dataclasses.asdict(entries[0]) | {"name": "new"} if entries else {}
+        for each in settings(entry, None, f"{where}.new"):
+            needed = {f"{where}.new.{k}": v for k, v in alike.items()} | each.needed
+            yield dataclasses.replace(each, needed=needed)
+    elif hint is dict or origin is dict:
+        yield Setting(f"{where}.new", entry or typing.Any, None, owner, table)
+    elif classes:
+        cls = type(value) if value is not None else classes[0]
+        VISITED.add(cls)
+        hints = typing.get_type_hints(cls)
+        needed = {}
+        if value is None:  # what has no default must be given with it
+            needed = {f"{where}.{f.name}": other(hints[f.name], None) for f in _required(cls)}
+        for field in dataclasses.fields(cls):
+            now = _default(field) if value is None else getattr(value, field.name)
+            for each in settings(hints[field.name], now, f"{where}.{field.name}", cls, where):
+                yield dataclasses.replace(each, needed=needed | each.needed)
+    else:
+        yield Setting(where, hint, value, owner, table)
+
+
+VISITED: set[type] = set()
+
+
+def _required(cls):
+    """Fields without a default; the `name` of an entry is its key."""
+    found = dataclasses.fields(cls)
+    return [f for f in found if f.name != "name" and _default(f) is dataclasses.MISSING]
+
+
+def _default(field):
+    made = field.default_factory is not dataclasses.MISSING
+    return field.default_factory() if made else field.default
+
+
+def other(hint, value):
+    """A value of this type that differs from `value`."""
+    members = [m for m in typing.get_args(hint) if m is not type(None)]
+    if typing.get_origin(hint) is tuple:
+        values = (None,) if value in (None, ()) else value
+        return tuple(other(members[0], v) for v in values)
+    kind = members[0] if members else hint
+    if typing.get_origin(kind) is tuple:
+        return other(kind, value)
+    old = 1 if value in (None, dataclasses.MISSING) else value
+    return {
+        bool: lambda: not old,
+        int: lambda: old * 2 or 1,
+        float: lambda: old / 2 or 0.25,
+        str: lambda: "other" if value in (None, dataclasses.MISSING) else f"{old}x",
+        typing.Any: lambda: 3,
+    }[kind]()
+
+
+def reached(run, path: str, value):
+    """What a built dataclass has at this path, where `value` should be."""
+    *parts, last = path.split(".")[1:]
+    for part in [*parts, last]:
+        if isinstance(run, tuple):
+            (run,) = [each for each in run if each.name == (value if last == "name" else part)]
+        else:
+            run = run[part] if isinstance(run, dict) else getattr(run, part)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("file", "size"), **named([c for c in CASES if c[1] in ("smoke", "quickstart", "8b")])
+)
+def test_every_option_can_be_changed(file, size):
+    """The new value arrives in its dataclass, or the dataclass refuses it and names the field."""
+    config = configs.load_config(f"{file}:{size}")
+    cls, values = configs.declared(config), config.to_dict()
+    found = list(settings(cls, configs.build(cls, values), "config"))
+    assert len(found) > 60
+    for each in found:
+        new = other(each.hint, each.value)
+        given = {**each.needed, each.path: new}
+        words = [f"--{k}={v if isinstance(v, str) else repr(v)}" for k, v in given.items()]
+        overrides, rest = cli._take_overrides(words)
+        assert not rest
+        table = options.change(cls, values, overrides)
+        try:
+            assert reached(configs.build(cls, table), each.path, new) == new, words
+        except ConfigError:  # it does not fit other options, or is never allowed
+            for part in each.table.split(".")[1:]:
+                table = table[part]
+            inside = each.path.removeprefix(each.table)
+            try:
+                assert reached(configs.build(each.owner, table), inside, new) == new, words
+            except ConfigError as refused:
+                name = each.path.rpartition(".")[2]
+                assert re.search(rf"\b{name}\b", str(refused)), (words, refused)
+
+
+def test_every_dataclass_was_visited():
+    """Every one that a config can reach, in some file and size."""
+    VISITED.clear()
+    reachable = set()
+    for file, size in CASES:
+        config = configs.load_config(f"{file}:{size}")
+        cls = configs.declared(config)
+        for _ in settings(cls, configs.build(cls, config.to_dict()), "config"):
+            pass
+        reachable |= set(_reachable(cls))
+    names = {cls.__qualname__ for cls in VISITED}
+    assert {cls.__qualname__ for cls in reachable} == names
+
+
+def _reachable(hint):
+    if dataclasses.is_dataclass(hint):
+        yield hint
+        for each in typing.get_type_hints(hint).values():
+            yield from _reachable(each)
+    for each in typing.get_args(hint):
+        yield from _reachable(each)
+
+
+@pytest.mark.parametrize(("file", "size"), **named(CASES))
+def test_dataclasses_have_defaults(file, size):
+    """All but what names a run, a source or a group."""
+    cls = configs.declared(configs.load_config(f"{file}:{size}"))
+    required = {(c.__name__, f.name) for c in _reachable(cls) for f in _required(c)}
+    assert required <= {
+        ("TrainConfig", "recipe"), ("TrainConfig", "stage"), ("TrainConfig", "steps"),
+        ("TrainConfig", "batch_size"), ("SourceConfig", "path"), ("Group", "match"),
+    }  # fmt: skip
+
+
+# What was refused before every option could be changed -> its name now, and a value.
+REFUSED = {
+    "model.reduction": ("model.vision.reduction", "area"),
+    "model.train_tower": ("model.train_tower", "true"),
+    "model.max_visual_targets": ("model.max_visual_targets", "8"),
+    "model.visual_loss": ("model.visual_loss", "l1"),
+    "model.connector_tokens": ("model.connector_tokens", "all"),
+    "optim.ema_decay": ("optim.ema_decay", "0.9"),
+    "optim.b1": ("optim.b1", "0.5"),
+    "optim.eps": ("optim.eps", "1e-6"),
+    "data.packing": ("data.row.packing", "pad"),
+    "data.max_images": ("data.images.max_images", "3"),
+    "data.epochs": ("data.order.epochs", "2"),
+}
+
+
+@pytest.mark.parametrize("old", REFUSED)
+def test_options_that_were_refused(old):
+    new, value = REFUSED[old]
+    spec = f"{ROOT}/metamorph/vpit.py:smoke"
+    run = resolve(configs.load_config(spec, {new: value}))
+    table, *keys = new.split(".")
+    found = {"model": run.model, "data": run.data, "optim": run.cfg.optim}[table]
+    for key in keys:
+        found = getattr(found, key)
+    assert str(found).lower() == str(options._parse(type(found), value, "", None)).lower()
+    if new != old:
+        near = re.escape(f"config.{old} is not an option; did you mean config.{new}?")
+        with pytest.raises(ConfigError, match=near):
+            configs.load_config(spec, {old: value})

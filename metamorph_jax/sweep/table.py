@@ -18,8 +18,7 @@ import numpy as np
 from metamorph_jax.errors import UserError
 from metamorph_jax.eval import figures
 
-# A longer training writes more lines; this share of them counts.
-SHARE = 0.1
+SHARE = 0.1  # of the lines
 
 
 def read_metrics(file: pathlib.Path) -> tuple[int, dict[str, float]]:
@@ -110,11 +109,11 @@ def as_csv(rows: Sequence[dict]) -> str:
 
 
 def plot(rows: Sequence[dict], metric: str):
-    """A matplotlib figure with one panel per key that has several values; None if there is none.
+    """A matplotlib figure with one panel per key that has several values; None if no key has any.
 
-    Numbers lie on an axis (a logarithmic one where they span more than a factor of 8), other values
-    side by side. A dot is a run; the line goes through the means of equal values. Call it, and save
-    the figure, inside `figures.style()`.
+    The axis of numbers is logarithmic if they span more than a factor of 8; other values stand side
+    by side. A dot is a run; the line connects the means of runs with equal values. Call it, and
+    save the figure, inside `figures.style()`.
     """
     rows = [r for r in rows if math.isfinite(r["metrics"].get(metric, math.nan))]
     keys = list(dict.fromkeys(k for row in rows for k in row["values"]))

@@ -49,13 +49,16 @@ class DiTConfig:
 
     def __post_init__(self):
         if self.sample_size % self.patch:
-            raise ValueError(f"DiT: side {self.sample_size} is no multiple of patch {self.patch}")
+            raise ValueError(f"DiT: sample_size {self.sample_size} is not a multiple of patch "
+                             f"{self.patch}")  # fmt: skip
         if self.grid_context:
             side, context = self.sample_size // self.patch, math.isqrt(self.num_context)
             if context**2 != self.num_context or side % context:
-                raise ValueError(f"DiT: {self.num_context} context tokens don't tile side {side}")
+                raise ValueError(f"DiT: num_context {self.num_context} is not a square whose side "
+                                 f"divides the {side} patches of a side")  # fmt: skip
         if self.width % self.num_heads or self.width % 4:
-            raise ValueError(f"DiT: width {self.width} won't split into {self.num_heads} heads, 4")
+            raise ValueError(f"DiT: width {self.width} is not a multiple of 4 and of num_heads "
+                             f"{self.num_heads}")  # fmt: skip
 
     @classmethod
     def tiny(cls, **kw):

@@ -12,8 +12,11 @@ import json
 import jax
 from flax import nnx
 
+from metamorph_jax.config import replaced
 from metamorph_jax.models.vision import vit
 from metamorph_jax.models.vision.reduce import ReduceConfig, TokenReducer, normalize_features
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +36,7 @@ class VisionConfig:
         remat: recompute the tower's layers in the backward pass, where the tower is trained.
 
     Raises:
-        ValueError: for an unknown tower, or none and no feature_width.
+        ValueError: options don't exist or don't fit together.
     """
 
     tower: str = "siglip-so400m-384"
@@ -53,6 +56,9 @@ class VisionConfig:
             raise ValueError(f"tower {self.tower!r} is none of {', '.join(known)}")
         if self.tower == "none" and not self.feature_width:
             raise ValueError("without a tower, feature_width must say how wide features are")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
+        self.reduce  # noqa: B018  checks tower_options, reduction and tokens
 
     @property
     def vit(self) -> vit.ViTConfig | None:
@@ -60,7 +66,7 @@ class VisionConfig:
         if self.tower == "none":
             return None
         changes = {"dtype": self.dtype, "remat": self.remat, **self.tower_options}
-        return dataclasses.replace(vit.SIZES[self.tower], **changes)
+        return replaced(vit.SIZES[self.tower], changes, "tower_options")
 
     @property
     def reduce(self) -> ReduceConfig:

