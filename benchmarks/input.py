@@ -27,9 +27,20 @@ import numpy as np
 from PIL import Image
 
 from metamorph_jax.data import cache as caches
-from metamorph_jax.data import check, images
+from metamorph_jax.data import images
+from metamorph_jax.data.chat import Chat
+from metamorph_jax.data.config import (
+    CacheConfig,
+    DataConfig,
+    InputSpec,
+    ReadingConfig,
+    RowConfig,
+    SourceConfig,
+)
 from metamorph_jax.data.packing import FirstFit
-from metamorph_jax.data.pipeline import DataConfig, SourceConfig, make_pipeline
+from metamorph_jax.data.pipeline import all_refs, make_pipeline
+from metamorph_jax.data.views import Single
+from metamorph_jax.recipe import Shard
 
 SPECIAL = (
     "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
@@ -83,8 +94,8 @@ def make_data(folder: pathlib.Path, count: int, seed: int = 0):
 class Ours:
     """Draws `count` samples a call from an endless pipeline."""
 
-    def __init__(self, config: DataConfig, tokenizer, count: int):
-        self.pipeline, self.count = make_pipeline(config, tokenizer), count
+    def __init__(self, config: DataConfig, spec: InputSpec, chat: Chat, count: int):
+        self.pipeline, self.count = make_pipeline(config, spec, chat, Shard(1)), count
         self.positions = self.useful = 0
 
     def __call__(self):
@@ -212,7 +223,7 @@ def lengths(n: int, seed: int = 0, limit: int = 4096):
 
 def useful_positions(n: int) -> common.Case:
     size, count = lengths(n)
-    packer = FirstFit(4096, DataConfig.images_per_row, DataConfig.open_rows)
+    packer = FirstFit(4096, RowConfig.images, RowConfig.open_rows)
     rows = []
     for positions, held in zip(size.tolist(), count.tolist(), strict=True):
         rows += packer.add(positions, positions, held)
@@ -232,36 +243,40 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         tokenizer = make_data(folder, count)
+        spec = InputSpec(Single(64, images.Preprocess(size)), TOWER_WIDTH, "random")
+        chat = Chat(tokenizer)
         base = DataConfig(
-            sources=(SourceConfig(str(folder / "data.jsonl")),), image_size=size, read_threads=0,
-            images_per_row=32, length=4096 if not args.smoke else 1024,
-        )  # fmt: skip
-        refs = list(check.all_refs(base, tokenizer))
-        root = str(folder / "cache")
-        process = base.preprocess
-        features = dataclasses.replace(
-            base, feature_cache=root, feature_width=TOWER_WIDTH, tower="random"
+            sources=(SourceConfig(str(folder / "data.jsonl")),),
+            row=RowConfig(images=32, length=4096 if not args.smoke else 1024),
         )
-        caches.build(root, caches.picture_spec(process), refs, process, progress=False)
+        refs = list(all_refs(base))
+        root, process = str(folder / "cache"), spec.views.preprocess
+        caches.build(root, caches.image_spec(process), refs, process, progress=False)
         rng = np.random.default_rng(0)
         random = lambda x: rng.random((len(x), 64, TOWER_WIDTH), np.float32)  # noqa: E731
-        caches.build(root, features.feature_spec, refs, process, random, progress=False)
+        feature_spec = caches.feature_spec(process, spec)
+        caches.build(root, feature_spec, refs, process, random, progress=False)
+
+        def read(cache=None, **reading):
+            return dataclasses.replace(
+                base,
+                cache=CacheConfig(**{cache: root}) if cache else CacheConfig(),
+                reading=ReadingConfig(**{"threads": 0, **reading}),
+            )
 
         limit = decode_limit(folder, size)
-        shown = dataclasses.replace
-        cached = shown(base, picture_cache=root)
         ours = {
-            "jpeg_0_workers": (base, 0),
-            "jpeg_2_threads": (shown(base, read_threads=2), 2),
-            "jpeg_2_workers": (shown(base, workers=2, read_ahead=8), 2),
-            "cached_pictures_0_workers": (cached, 0),
-            "cached_pictures_2_threads": (shown(cached, read_threads=2), 2),
-            "cached_features_0_workers": (features, 0),
-            "cached_features_2_threads": (shown(features, read_threads=2), 2),
+            "jpeg_0_workers": (read(), 0),
+            "jpeg_2_threads": (read(threads=2), 2),
+            "jpeg_2_workers": (read(workers=2, ahead=8), 2),
+            "cached_pictures_0_workers": (read("images"), 0),
+            "cached_pictures_2_threads": (read("images", threads=2), 2),
+            "cached_features_0_workers": (read("features"), 0),
+            "cached_features_2_threads": (read("features", threads=2), 2),
         }
         if not args.smoke:
-            ours["cached_features_2_workers"] = (shown(features, workers=2), 2)
-        runs = {key: Ours(config, tokenizer, count) for key, (config, _) in ours.items()}
+            ours["cached_features_2_workers"] = (read("features", workers=2), 2)
+        runs = {key: Ours(config, spec, chat, count) for key, (config, _) in ours.items()}
         if peers:
             for workers in (0, 2):
                 runs[f"peer{workers}"] = Peer(folder, tokenizer, count, size, workers)

@@ -54,6 +54,7 @@ class Data:
 
 STAGES = {"all": lambda cfg: ".*"}
 FAMILIES = ()
+KINDS = {}
 create = Text
 
 

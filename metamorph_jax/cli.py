@@ -1,7 +1,7 @@
 """The command line: `metamorph COMMAND …`, also `python -m metamorph_jax COMMAND …`.
 
-Each command lives in a module of its own with `add_arguments(parser)` and `run(args)`, which is
-imported only when it is asked for: `metamorph --help` loads no model code and starts no device.
+Each command is a module with `add_arguments(parser)` and `run(args)`, which is imported only when
+the command is called: `metamorph --help` loads no model code and starts no device.
 """
 
 import argparse
@@ -14,27 +14,30 @@ from metamorph_jax import platforms
 from metamorph_jax.errors import UserError
 
 COMMANDS = {
-    "train": ("metamorph_jax.train.command", "train a stage, or go on where it stopped"),
+    "train": ("metamorph_jax.train.command", "train a stage, or resume its training"),
+    "config": ("metamorph_jax.train.show_config", "list every option of a config"),
     "generate": ("metamorph_jax.sampling.generate", "answer, draw, edit, think visually"),
-    "sweep": ("metamorph_jax.sweep.command", "train the runs that a config lists, compare them"),
-    "plan": ("metamorph_jax.plan.command", "compile a step for chips that aren't here"),
-    "convert": ("metamorph_jax.convert.command", "published weights in and out, and their parity"),
+    "sweep": ("metamorph_jax.sweep.command", "train the runs that a config lists and compare them"),
+    "plan": ("metamorph_jax.plan.command", "memory and speed of a step on chips you don't have"),
+    "convert": ("metamorph_jax.convert.command", "read, write and check published weights"),
     "data": ("metamorph_jax.data.check", "find what is wrong with a data set"),
-    "quickstart": ("metamorph_jax.quickstart.run", "the whole road, at small size"),
+    "quickstart": (
+        "metamorph_jax.quickstart.run",
+        "run every stage end to end at small scale and write a report",
+    ),
 }
-
 
 
 def _usage() -> str:
     width = max(map(len, COMMANDS))
     listed = "\n".join(f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items())
-    more = "metamorph COMMAND --help says more."
+    more = "metamorph COMMAND --help shows the options of a command."
     return f"usage: metamorph COMMAND [options]\n\n{listed}\n\n{more}\n"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
-    # transformers is used for its tokenizers: that torch is missing is no news.
+    # transformers is used for its tokenizers only, so it need not warn that torch is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     platforms.prepare()
     argv = sys.argv[1:] if argv is None else argv
@@ -52,23 +55,26 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"; did you mean {near[0]}?" if near else ""
         print(f"metamorph: no command {name!r}{hint}\n\n{_usage()}", end="", file=sys.stderr)
         return 2
-    try:
-        module = importlib.import_module(COMMANDS[name][0])
-    except ModuleNotFoundError as error:
-        if error.name != COMMANDS[name][0]:
-            raise
-        print(f"metamorph {name} is not part of this version", file=sys.stderr)
-        return 2
+    module, args = parse(argv)
+    return _run(module.run, args)
+
+
+def parse(argv: list[str]):
+    """(module of the command, its arguments with `overrides` of the config) of a command line.
+
+    Exits with 2, after a message, on arguments that the command doesn't have.
+    """
+    name, *rest = argv
+    module = importlib.import_module(COMMANDS[name][0])
     parser = argparse.ArgumentParser(f"metamorph {name}", description=COMMANDS[name][1])
     module.add_arguments(parser)
-    args, rest = parser.parse_known_args(argv[1:])
-    overrides = {}
-    if hasattr(args, "config"):
-        overrides, rest = _take_overrides(rest)
+    args, rest = parser.parse_known_args(rest)
+    args.overrides = {}
+    if "config" in vars(args):
+        args.overrides, rest = _take_overrides(rest)
     if rest:
-        parser.error(f"unknown: {' '.join(rest)}")
-    args.overrides = overrides
-    return _run(module.run, args)
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    return module, args
 
 
 def _run(run, args) -> int:
@@ -79,18 +85,23 @@ def _run(run, args) -> int:
         return error.code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # the reader, `head` or `less`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _take_overrides(rest: list[str]) -> tuple[dict[str, str], list[str]]:
-    """`--config.a.b=value` and `--config.a.b value` out of the arguments that are left."""
+    """(key -> text, other arguments) of `--config.a.b=value`, `--config.a.b value` and the switch
+    `--config.a.b`, which is short for `--config.a.b=true`."""
     overrides, others = {}, []
-    words = iter(rest)
-    for word in words:
+    words = list(reversed(rest))
+    while words:
+        word = words.pop()
         if not word.startswith("--config."):
             others.append(word)
             continue
         key, equals, value = word.removeprefix("--config.").partition("=")
         if not equals:
-            value = next(words, "true")
+            value = words.pop() if words and not words[-1].startswith("--") else "true"
         overrides[key] = value
     return overrides, others

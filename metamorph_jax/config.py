@@ -1,155 +1,163 @@
-"""From ml_collections configs to frozen dataclasses: an unknown or misspelt key is an error."""
+"""From config files to ConfigDicts, and from those to frozen dataclasses.
+
+A config file returns a ConfigDict with every option of a run (`table`), the command line changes
+some of them (`load_config`), and `build` makes the dataclasses. What an option may be follows from
+the type that its dataclass declares, see `options`.
+"""
 
 import dataclasses
-import difflib
 import importlib.util
 import pathlib
+import traceback
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from ml_collections import ConfigDict
+
+from metamorph_jax import options
 from metamorph_jax.errors import ConfigError
 
 T = TypeVar("T")
 
 
+def narrowed(cls: type[T], **types_: type) -> type[T]:
+    """The dataclass `cls`, with these dataclasses as the types of some of its fields."""
+    default = dataclasses.field(default_factory=dict, kw_only=True)
+    made = [(name, type_, default) for name, type_ in types_.items()]
+    return dataclasses.make_dataclass(cls.__name__, made, bases=(cls,), frozen=True)
+
 
 def build(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
-    """Makes the frozen dataclass `cls` from a (nested) mapping.
+    """Makes the frozen dataclass `cls` from nested tables.
 
     Args:
-        cls: a dataclass; fields that are dataclasses themselves take nested mappings, a field
-            `tuple[X, ...]` of dataclasses takes a list of mappings or a mapping name -> mapping.
-        values: ConfigDict or dict. `None` values stay `None`.
+        cls: a dataclass; `options` explains the types of its fields.
+        values: ConfigDict or dict.
         where: dotted path, for messages.
 
     Returns:
         An instance of `cls`.
 
     Raises:
-        ConfigError: on unknown keys (with the nearest right one), missing keys or wrong types.
+        ConfigError: an option does not exist (the nearest one is suggested), is missing, is of the
+            wrong type, or is refused by the dataclass.
     """
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for key in values:
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            hint = f"; did you mean {where}.{near[0]}?" if near else f"; known: {', '.join(fields)}"
-            raise ConfigError(f"{where}.{key} is not an option{hint}")
-    made = {k: _convert(hints[k], values[k], f"{where}.{k}") for k in values}
-    missing = [
-        name
-        for name, f in fields.items()
-        if name not in made
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
-    ]
+    return _make(cls, options.complete(cls, values, where), where)
+
+
+def _make(hint, value, where: str):
+    """The dataclass, or tuple or dict of dataclasses, of complete tables."""
+    if value is None:
+        return None
+    entries = options.entries_of(hint)
+    if classes := options.classes_of(hint):
+        cls = options.choose(classes, value, where)
+        return _make_one(cls, value, where)
+    if entries is None or not options.classes_of(entries):
+        return value
+    if isinstance(value, tuple):
+        return tuple(_make(entries, each, f"{where}[{i}]") for i, each in enumerate(value))
+    made = {key: _make(entries, each, f"{where}.{key}") for key, each in value.items()}
+    return made if typing.get_origin(options.members(hint)[0]) is dict else tuple(made.values())
+
+
+def _make_one(cls: type[T], table: Mapping[str, Any], where: str) -> T:
+    hints = options.fields(cls)
+    missing = [name for name in hints if name not in table]  # required ones
     if missing:
         raise ConfigError(f"{where} lacks {', '.join(missing)}")
+    made = {name: _make(hints[name], each, f"{where}.{name}") for name, each in table.items()}
     try:
         return cls(**made)
     except ConfigError:
         raise
-    except ValueError as error:  # a dataclass that checks itself
+    except ValueError as error:  # from the dataclass, which checks itself
         raise ConfigError(f"{where}: {error}") from error
 
 
-def _convert(hint, value, where: str):
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        kinds = [a for a in args if a is not type(None)]
-        errors = []
-        for kind in kinds:
-            try:
-                return _convert(kind, value, where)
-            except ConfigError as error:
-                errors.append(error)
-        raise errors[0]
-    if dataclasses.is_dataclass(hint):
-        if dataclasses.is_dataclass(value):
-            return value
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{where} must be a table of options, not {value!r}")
-        return build(hint, value, where)
-    if origin is tuple:
-        if isinstance(value, Mapping):
-            value = [{"name": k, **v} for k, v in value.items()]
-        if isinstance(value, str) or not hasattr(value, "__iter__"):
-            raise ConfigError(f"{where} must be a list, not {value!r}")
-        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
-        return tuple(
-            _convert(k, v, f"{where}[{i}]")
-            for i, (k, v) in enumerate(zip(kinds, value))  # noqa: B905
-        )
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if origin is dict or hint is dict:
-        return dict(value)
-    if isinstance(hint, type) and hint is not object:
-        if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-            raise ConfigError(f"{where} must be {hint.__name__}, not {value!r}")
-    return value
+# ---- config files
 
 
-def load_config(spec: str, overrides: Mapping[str, Any] | None = None):
+def table(cls: type, values: Mapping[str, Any]) -> ConfigDict:
+    """A ConfigDict with every option of the dataclass `cls`: `values`, and defaults elsewhere.
+
+    It remembers `cls`, so that `load_config` knows the declared types.
+
+    Raises:
+        ConfigError: as `options.complete`.
+    """
+    return _config_dict(options.complete(cls, values), cls)
+
+
+def _config_dict(values: Mapping[str, Any], cls: type = dict) -> ConfigDict:
+    made = ConfigDict(sort_keys=False)  # the order of sources and of groups has a meaning
+    for key, value in values.items():
+        made[key] = _config_dict(value) if isinstance(value, Mapping) else value
+    object.__setattr__(made, "_declared", cls)
+    return made
+
+
+def declared(config: ConfigDict) -> type:
+    """The dataclass of `table`; `dict` for other ConfigDicts, in which any key may be set."""
+    return vars(config).get("_declared", dict)
+
+
+def load_config(spec: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
     """Loads `path/to/config.py[:arg]` as its `get_config(arg)` returns it, with overrides applied.
 
     Args:
-        spec: file path, with what stands behind the first colon given to `get_config`.
-        overrides: dotted key -> value; strings are parsed to the type of the value they replace.
+        spec: file; what follows the first colon is given to `get_config`.
+        overrides: dotted key -> value, see `options.change`.
 
     Returns:
-        A locked ml_collections ConfigDict.
+        A locked ConfigDict.
+
+    Raises:
+        ConfigError: the file is not a config or fails (the message names file and line), an option
+            does not exist, or a value is of the wrong type.
     """
     path, _, arg = str(spec).partition(":")
     module = load_module(path)
-    if not hasattr(module, "get_config"):
+    if not callable(vars(module).get("get_config")):
         raise ConfigError(f"{path} has no get_config(arg)")
-    config = module.get_config(arg) if arg else module.get_config()
-    config.lock()
-    for key, value in (overrides or {}).items():
-        set_dotted(config, key, value)
-    return config
+    config = _run(path, module.get_config, *[arg] if arg else [])
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"{path}: get_config returned {type(config).__name__}, not a ConfigDict")
+    cls = declared(config)
+    values = _run(path, options.complete, cls, config)
+    return _config_dict(options.change(cls, values, overrides or {}), cls).lock()
 
 
-def load_module(path: str | pathlib.Path):
-    """The config file as a Python module."""
+def load_module(path: str | pathlib.Path) -> types.ModuleType:
+    """A Python file as a module.
+
+    Raises:
+        ConfigError: there is no such file, or running it fails.
+    """
     file = pathlib.Path(path)
+    spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
     if not file.is_file():
         raise ConfigError(f"no config file {path}")
-    module_spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    if spec is None:
+        raise ConfigError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    _run(path, spec.loader.exec_module, module)
     return module
 
 
-def set_dotted(config, key: str, value) -> None:
-    """Sets `config.a.b = value`; text is parsed to the kind of the value that stands there."""
-    import ast
-
-    parts = key.split(".")
-    node = config
-    for i, part in enumerate(parts):
-        if part not in node:
-            near = difflib.get_close_matches(part, list(node), n=1)
-            hint = f"; did you mean {'.'.join([*parts[:i], near[0]])}?" if near else ""
-            raise ConfigError(f"--config.{key}: no option {part!r}{hint}")
-        if i < len(parts) - 1:
-            node = node[part]
-    old = node[parts[-1]]
-    if isinstance(value, str) and not isinstance(old, str):
-        try:
-            value = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
-        except (ValueError, SyntaxError):
-            if old is not None:
-                kind = type(old).__name__
-                raise ConfigError(f"--config.{key} must be {kind}, not {value!r}") from None
-    if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+def _run(path: str | pathlib.Path, function, *args):
+    """Calls something of a config file; any error becomes one line that names the file."""
     try:
-        node[parts[-1]] = value
-    except TypeError as error:
-        raise ConfigError(f"--config.{key}: {error}") from error
+        return function(*args)
+    except ConfigError as error:
+        known = str(path) in str(error)
+        raise error if known else ConfigError(f"{path}: {error}") from error
+    except Exception as error:
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__)
+                 if pathlib.Path(f.filename) == pathlib.Path(path).absolute()]  # fmt: skip
+        if isinstance(error, SyntaxError):
+            lines = [error.lineno]
+        at = f"{path}, line {lines[-1]}" if lines else path
+        raise ConfigError(f"{at}: {type(error).__name__}: {error}") from error

@@ -1,13 +1,13 @@
 """Losses over packed rows: sums over positions, not means.
 
-A train step adds sums and counts over all micro-batches and devices and divides once, so that
-accumulation and data parallelism weigh every position alike.
+A train step adds up sums and counts over all micro-batches and devices and divides once, so every
+position has the same weight, whatever the accumulation and the data parallelism.
 
-`text_loss` never makes float[B, L, V]. Supervised positions are moved to the front and the output
-table is multiplied with one chunk of them after another, as many chunks as hold any. Where a
-gradient will be asked for, a chunk's own gradient is made while its logits are there (they are
-`softmax - onehot`), so that the backward pass has nothing to recompute. Exact for every V. That is
-how it goes on one device; over a mesh the table is what counts, see `nn.cross_entropy`.
+`text_loss` never makes float[B, L, V]. On one device, supervised positions are moved to the front
+and the output table is multiplied with one chunk of them at a time, skipping chunks without any.
+Where a gradient will be needed, a chunk's share of it is computed while its logits exist (their
+gradient is `softmax - onehot`), so the backward pass recomputes nothing. Exact for every V. On a
+mesh, the cost of moving the table decides: see `nn.cross_entropy`.
 """
 
 from functools import partial
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metamorph_jax.models.interleave import gather_rows
-from metamorph_jax.nn.cross_entropy import cross_entropy
+from metamorph_jax.nn.cross_entropy import cross_entropy, product, softmax_minus_target
 from metamorph_jax.nn.norms import l2_normalize
 
 VISUAL_LOSSES = ("cosine", "l1", "smooth_l1", "softmax_ce", "infonce")
@@ -73,7 +73,7 @@ _cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _with_gradients(chunk, hidden, table, added, targets, wants):
-    """Loss and, as `wants` says, the gradients of its sum in (hidden, table, added)."""
+    """The loss and, as `wants` says, the gradients of its sum in (hidden, table, added)."""
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.size > 1:
         return cross_entropy(hidden, table, added, targets, wants)
@@ -87,85 +87,100 @@ def _with_gradients(chunk, hidden, table, added, targets, wants):
 
 
 def _chunked(chunk, hidden, table, added, targets, wants):
-    """The loop over chunks. hidden: float[T, D]; targets: int32[T]."""
+    """The loss on one device, chunk by chunk. hidden: float[T, D]; targets: int32[T]."""
     T, D = hidden.shape
-    V, n = table.shape[1], added.shape[0]
     size = min(chunk, T)
-    steps = -(-T // size)
+    whole = -(-T // size) * size
     # Supervised positions first, in order; filled up to whole chunks.
-    order = jnp.argsort(targets < 0, stable=True)
-    order = jnp.pad(order, (0, steps * size - T))
+    order = jnp.pad(jnp.argsort(targets < 0, stable=True), (0, whole - T))
     count = jnp.sum(targets >= 0)
-    used = -(-count // size)
     head = table.astype(hidden.dtype)  # cast once, not in every chunk
     extra = added.astype(hidden.dtype)
-    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
-    def body(i, carry):
+    def step(i, carry):
         losses, right, grads = carry
-        at = i * size
-        index = jax.lax.dynamic_slice_in_dim(order, at, size)
-        valid = (at + jnp.arange(size)) < count
-        h = hidden[index]
-        t = jnp.where(valid, targets[index], -1)
-        logits = product("tD,DV->tV", h, head)
-        top = jnp.max(logits, axis=-1)
-        mine = jnp.take_along_axis(logits, jnp.clip(t, 0, V - 1)[..., None], axis=-1)[..., 0]
-        if n:
-            new = product("tD,nD->tn", h, extra)
-            top = jnp.maximum(top, jnp.max(new, axis=-1))
-            one = jnp.take_along_axis(new, jnp.clip(t - V, 0, n - 1)[..., None], axis=-1)
-            mine = jnp.where(t >= V, one[..., 0], mine)
-        mass = jnp.sum(jnp.exp(logits - top[..., None]), axis=-1)
-        if n:
-            mass += jnp.sum(jnp.exp(new - top[..., None]), axis=-1)
-        lse = top + jnp.log(mass)
-        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=at, axis=0)
+        index = jax.lax.dynamic_slice_in_dim(order, i * size, size)
+        valid = (i * size + jnp.arange(size)) < count
+        h, t = hidden[index], jnp.where(valid, targets[index], -1)
+        logits = _logits(h, head, extra)
+        lse, top, mine = _softmax(logits, t)
+        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * size, axis=0)
         losses = put(losses, jnp.where(valid, lse - mine, 0.0))
         right = put(right, valid & (mine >= top))
         if any(wants):
-            d_hidden, d_table, d_added = grads
-            d = _softmax_minus_target(logits, lse, t, valid, 0).astype(h.dtype)
-            d_new = _softmax_minus_target(new, lse, t, valid, V).astype(h.dtype) if n else None
-            if wants[0]:
-                dh = product("tV,DV->tD", d, head)
-                if n:
-                    dh += product("tn,nD->tD", d_new, extra)
-                d_hidden = put(d_hidden, dh.astype(hidden.dtype))
-            if wants[1]:
-                d_table = d_table + product("tD,tV->DV", h, d)
-            if wants[2] and n:
-                d_added = d_added + product("tn,tD->nD", d_new, h)
-            grads = (d_hidden, d_table, d_added)
+            d = _logit_gradients(logits, lse, t, valid, h.dtype)
+            grads = _add_gradients(grads, d, h, head, extra, wants, put)
         return losses, right, grads
 
-    blank = lambda want, shape, dtype: jnp.zeros(shape, dtype) if want else None  # noqa: E731
-    start = (
-        jnp.zeros(steps * size, jnp.float32),
-        jnp.zeros(steps * size, bool),
-        (
-            blank(wants[0], (steps * size, D), hidden.dtype),
-            blank(wants[1], (D, V), jnp.float32),
-            blank(wants[2], (n, D), jnp.float32),
-        ),
+    zeros = (jnp.zeros(whole, jnp.float32), jnp.zeros(whole, bool))
+    sizes = ((whole, D), head.shape, extra.shape)
+    dtypes = (hidden.dtype, jnp.float32, jnp.float32)
+    zero_grads = tuple(
+        jnp.zeros(shape, dtype) if want else None
+        for shape, dtype, want in zip(sizes, dtypes, wants, strict=True)
     )
-    losses, right, (d_hidden, d_table, d_added) = jax.lax.fori_loop(0, used, body, start)
-    # Back to the order of the rows: position order[j] was worked on as number j.
-    back = jnp.argsort(order[:T])
-    if wants[0]:
-        d_hidden = d_hidden[back]
-    if wants[1]:
-        d_table = d_table.astype(table.dtype)
-    if wants[2]:
-        d_added = d_added.astype(added.dtype)
+    used = -(-count // size)
+    losses, right, grads = jax.lax.fori_loop(0, used, step, (*zeros, zero_grads))
+    back = jnp.argsort(order[:T])  # position order[j] was computed as number j
+    d_hidden = grads[0][back] if wants[0] else None
+    d_table = grads[1].astype(table.dtype) if wants[1] else None
+    d_added = grads[2].astype(added.dtype) if wants[2] else None
     return (jnp.sum(losses), losses[back], right[back]), (d_hidden, d_table, d_added)
 
 
-def _softmax_minus_target(logits, lse, targets, valid, first):
-    """Gradient of the loss in the logits of ids `first`, `first + 1`, …; 0 at invalid rows."""
-    ids = first + jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    d = jnp.exp(logits - lse[..., None]) - (ids == targets[..., None])
-    return jnp.where(valid[..., None], d, 0.0)
+def _logits(h, head, extra):
+    """(float32[t, V], float32[t, n] of the added ids, or None where there are none)."""
+    new = product("tD,nD->tn", h, extra) if len(extra) else None
+    return product("tD,DV->tV", h, head), new
+
+
+def _softmax(logits, targets):
+    """(log-sum-exp, highest logit, the target's logit), float32[t] each."""
+    logits, new = logits
+    V = logits.shape[-1]
+    top = jnp.max(logits, axis=-1)
+    mine = _pick(logits, targets)
+    if new is not None:
+        top = jnp.maximum(top, jnp.max(new, axis=-1))
+        mine = jnp.where(targets >= V, _pick(new, targets - V), mine)
+    mass = jnp.sum(jnp.exp(logits - top[..., None]), axis=-1)
+    if new is not None:
+        mass += jnp.sum(jnp.exp(new - top[..., None]), axis=-1)
+    return top + jnp.log(mass), top, mine
+
+
+def _pick(logits, index):
+    """float32[t]: of each row of float32[t, n] the entry int32[t], or the nearest there is."""
+    index = jnp.clip(index, 0, logits.shape[-1] - 1)
+    return jnp.take_along_axis(logits, index[..., None], axis=-1)[..., 0]
+
+
+def _logit_gradients(logits, lse, targets, valid, dtype):
+    """Gradients in the two parts of the logits, see `_logits`."""
+    logits, new = logits
+    V = logits.shape[-1]
+    ids = jnp.arange(V)[None]
+    d = softmax_minus_target(logits, ids, lse, targets, valid).astype(dtype)
+    if new is None:
+        return d, None
+    ids = V + jnp.arange(new.shape[-1])[None]
+    return d, softmax_minus_target(new, ids, lse, targets, valid).astype(dtype)
+
+
+def _add_gradients(grads, d, h, head, extra, wants, put):
+    """The gradients in (hidden, table, added) with those of one chunk: `put` writes its rows."""
+    d_hidden, d_table, d_added = grads
+    d, d_new = d
+    if wants[0]:
+        dh = product("tV,DV->tD", d, head)
+        if d_new is not None:
+            dh += product("tn,nD->tD", d_new, extra)
+        d_hidden = put(d_hidden, dh.astype(d_hidden.dtype))
+    if wants[1]:
+        d_table = d_table + product("tD,tV->DV", h, d)
+    if wants[2] and d_new is not None:
+        d_added = d_added + product("tn,tD->nD", d_new, h)
+    return d_hidden, d_table, d_added
 
 
 def take_targets(
@@ -189,7 +204,7 @@ def take_targets(
         index = jnp.argsort(targets < 0, axis=1, stable=True)[:, :limit]
         hidden = gather_rows(hidden, index)
         targets = jnp.take_along_axis(targets, index, axis=1)
-    if visual.shape[1] == 0:  # a batch without pictures
+    if visual.shape[1] == 0:  # a batch without images
         blank = jnp.zeros((*targets.shape, visual.shape[-1]), visual.dtype)
         return hidden, blank, jnp.zeros(targets.shape, bool), index
     return hidden, gather_rows(visual, targets), targets >= 0, index

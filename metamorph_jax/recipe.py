@@ -103,12 +103,15 @@ class Recipe(Protocol):
         STAGES: stage -> (Config -> regular expression that the whole dotted name of a parameter
             must match to be trained). Packed weights (`nn/quantized.py`) are never trained.
         FAMILIES: the published checkpoints that it reads and writes (`convert/families.py`).
+        KINDS: kinds of records that it brings, besides those of `data/sources/kinds.py`: name ->
+            `Kind`.
     """
 
     Config: type
     Data: type
     STAGES: Mapping[str, Callable[[Any], str]]
     FAMILIES: Sequence[Any]
+    KINDS: Mapping[str, Any]
 
     def create(self, cfg, rngs) -> Model:
         """A model with random weights; works under `nnx.eval_shape`."""
@@ -140,7 +143,7 @@ class Recipe(Protocol):
 
 
 NAMES = (
-    *("Config", "Data", "STAGES", "FAMILIES", "create", "load_pretrained", "initialize"),
+    *("Config", "Data", "STAGES", "FAMILIES", "KINDS", "create", "load_pretrained", "initialize"),
     *("open_data", "batch_spec", "generator"),
 )
 

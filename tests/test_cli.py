@@ -42,8 +42,8 @@ def test_python_dash_m():
     ("args", "message"),
     [
         (["--config=no.py"], "no config file no.py"),
-        (["--config.optim.learning_rat=1"], "did you mean optim.learning_rate?"),
-        (["--config.steps=many"], "--config.steps must be int, not 'many'"),
+        (["--config.optim.learning_rat=1"], "did you mean config.optim.learning_rate?"),
+        (["--config.steps=many"], "config.steps must be int, not 'many'"),
         (["--config.mesh.fsdp=7"], "config.mesh"),
     ],
 )
@@ -62,5 +62,25 @@ def test_unknown_option(tmp_path, capsys):
 
 
 def test_overrides():
-    found, others = cli._take_overrides(["--config.a.b=1", "x", "--config.c", "d=e", "-y"])
-    assert found == {"a.b": "1", "c": "d=e"} and others == ["x", "-y"]
+    found, others = cli._take_overrides(
+        ["--config.a.b=1", "x", "--config.c", "d=e", "-y", "--config.f", "-1", "--config.on", "--z"]
+    )
+    assert found == {"a.b": "1", "c": "d=e", "f": "-1", "on": "true"}
+    assert others == ["x", "-y", "--z"]
+
+
+def test_config_lists_every_option(capsys):
+    config = ROOT / "configs/metamorph/vpit.py"
+    args = ["config", f"--config={config}:smoke", "--config.optim.b2=0.5", "--config.log_every=7"]
+    assert cli.main(args) == 0
+    listed = capsys.readouterr().out
+    for line in (
+        "--config.log_every=7   (int)",
+        "--config.optim.clip_norm=1.0   (float or None)",
+        "# --config.model.lora.rank=16   (int)",
+        "    optimizer steps of the whole run.",
+    ):
+        assert f"{line}\n" in listed, line
+    assert cli.main([*args, "weight_decay"]) == 0
+    assert len(listed) > 20 * len(capsys.readouterr().out)
+    assert cli.main([*args, "--config.batch_size=0"]) == 2

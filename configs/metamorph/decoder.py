@@ -144,12 +144,12 @@ def _stable_diffusion():
 def _data(root, cache, name="pictures"):
     return dict(
         sources={name: dict(path=f"{root}/draw_train.jsonl", root=f"{root}/images")},
-        feature_cache=cache,
+        cache=dict(features=cache),
         # Visual tokens of the tuned language model for its training requests; the quick start
         # makes this file after the VPiT stage.
         predicted="",
         predicted_share=0.7,
-        seed=42,
+        order=dict(seed=42),
     )
 
 

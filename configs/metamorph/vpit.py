@@ -182,26 +182,25 @@ def _quickstart_data(root="quickstart/data", cache="quickstart/features", length
             vqa=dict(path=f"{root}/vqa_train.jsonl", root=f"{root}/images", weight=0.3),
             draw=dict(path=f"{root}/draw_train.jsonl", root=f"{root}/images", weight=0.7),
         ),
-        template="chatml",  # no system turn: every position counts here
-        length=length,
-        images_per_row=16,
-        independent_turns=True,  # a question must not read answers of the ones before it
-        feature_cache=cache,
-        seed=42,
-        workers=0,
+        row=dict(
+            template="chatml",  # no system turn: every position counts here
+            length=length,
+            images=16,
+            independent_turns=True,  # a question must not read answers of the ones before it
+        ),
+        order=dict(seed=42),
+        reading=dict(workers=0),
+        cache=dict(features=cache),
     )
 
 
 def _large_data():
     return dict(
         sources=dict(main=dict(path="data/train.jsonl", root="data", weight=1.0)),
-        template="llama3",
-        length=4096,
-        images_per_row=24,
-        independent_turns=False,
-        feature_cache="",
-        seed=42,
-        workers=16,
+        row=dict(template="llama3", length=4096, images=24, independent_turns=False),
+        order=dict(seed=42),
+        reading=dict(workers=16),
+        cache=dict(features=""),
     )
 
 

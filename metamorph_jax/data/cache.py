@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from metamorph_jax.data import images
+from metamorph_jax.data.config import InputSpec
 from metamorph_jax.data.sources.base import ImageRef
 from metamorph_jax.errors import BadSample
 
@@ -52,15 +53,18 @@ class CacheSpec:
         return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
 
 
-def picture_spec(preprocess: images.Preprocess) -> CacheSpec:
+def image_spec(preprocess: images.Preprocess) -> CacheSpec:
+    """A cache of resized images. Its folder keeps the name that it has always had."""
     side = preprocess.size
     return CacheSpec("pictures", preprocess.fingerprint(), (side, side, 3), "uint8")
 
 
-def feature_spec(preprocess: images.Preprocess, tower: str, tokens: int, width: int) -> CacheSpec:
-    """`tower` must name weights, layer, reduction and normalisation: all that decides a feature."""
-    fingerprint = f"{preprocess.fingerprint()} {preprocess.mean} {preprocess.std} | {tower}"
-    return CacheSpec("features", fingerprint, (tokens, width), "float32")
+def feature_spec(preprocess: images.Preprocess, spec: InputSpec) -> CacheSpec:
+    """A cache of features; `spec.tower` must name weights, layer, reduction and normalisation."""
+    if not (spec.feature_width and spec.tower):
+        raise ValueError("a feature cache needs InputSpec.feature_width and InputSpec.tower")
+    fingerprint = f"{preprocess.fingerprint()} {preprocess.mean} {preprocess.std} | {spec.tower}"
+    return CacheSpec("features", fingerprint, spec.feature_shape, "float32")
 
 
 def stamp(path: str) -> tuple[int, int]:
@@ -78,15 +82,20 @@ class ArrayCache:
     Args:
         folder: `CacheSpec.folder(root)`.
         spec: what it must hold, or None to take what is there.
+        shape: that its rows must have, where there is no `spec`.
     """
 
-    def __init__(self, folder: str, spec: CacheSpec | None = None):
+    def __init__(
+        self, folder: str, spec: CacheSpec | None = None, shape: tuple[int, ...] | None = None
+    ):
         self.folder = folder
         meta = _read_meta(folder)
         if meta is None:
             raise FileNotFoundError(f"no cache in {folder}; build it first")
         if spec is not None and meta != spec:
             raise ValueError(f"{folder} holds {meta}, not {spec}")
+        if shape is not None and meta.shape != shape:
+            raise ValueError(f"{folder} holds rows of shape {meta.shape}, expected {shape}")
         self.spec = meta
         good, _ = _good_lines(folder, meta)
         self._index = {e["key"]: (e["row"], e.get("bad"), e["size"], e["time"]) for e in good}
@@ -133,7 +142,7 @@ def build(
 
     Args:
         root: folder of all caches.
-        spec: see `picture_spec`, `feature_spec`.
+        spec: see `image_spec`, `feature_spec`.
         refs: pictures; repeated ones are taken once.
         preprocess: makes pixels of a picture.
         compute: pixels uint8[n, h, w, 3] -> rows [n, *spec.shape]; None stores the pixels. It

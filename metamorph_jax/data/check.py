@@ -11,14 +11,22 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+from metamorph_jax import recipe as recipes
 from metamorph_jax.config import build, load_config
 from metamorph_jax.data import images
 from metamorph_jax.data.chat import Chat
-from metamorph_jax.data.pipeline import DataConfig, SourceConfig, make_stream, open_sources
-from metamorph_jax.data.sources.base import ImageRef
+from metamorph_jax.data.config import (
+    DataConfig,
+    ImageConfig,
+    InputConfig,
+    InputSpec,
+    RowConfig,
+    SourceConfig,
+)
+from metamorph_jax.data.pipeline import make_stream, open_sources
+from metamorph_jax.data.views import Single
 from metamorph_jax.errors import BadSample, ConfigError
 
 EXAMPLES = 5
@@ -42,6 +50,7 @@ class _Characters:
 def check(
     config: DataConfig,
     tokenizer=None,
+    tokens: int = 64,
     sources=None,
     threads: int = 2,
     examples: int = EXAMPLES,
@@ -53,6 +62,7 @@ def check(
         config: as for training; `epochs`, order and caches don't matter.
         tokenizer: as for training. Without one, lengths in tokens are unknown, so nothing is cut;
             all other problems are found.
+        tokens: visual tokens of an image.
         sources: see `make_pipeline`.
         threads: decoding threads.
         examples: how many details are kept of each problem.
@@ -62,7 +72,7 @@ def check(
         {"sources": [{source, samples, good}], "problems": [{source, reason, used, count,
         examples}]}; `used` marks problems that training lives with.
     """
-    stream = _stream(config, tokenizer, sources)
+    stream = _stream(config, tokenizer, tokens, sources)
     total = len(stream)
     counts: collections.Counter = collections.Counter()
     details: dict = collections.defaultdict(list)
@@ -100,22 +110,22 @@ def check(
     }
 
 
-def _stream(config, tokenizer, sources):
-    config = dataclasses.replace(
-        config,
-        sources=tuple(dataclasses.replace(s, weight=0.0) for s in config.sources),
-        epochs=1,
-        shuffle=False,
-        picture_cache="",
-        feature_cache="",
-        length=config.length if tokenizer is not None else 2**31 - 1,
-        images_per_row=config.images_per_row if tokenizer is not None else config.max_images,
-        visual_targets_per_row=config.visual_targets_per_row if tokenizer is not None else 0,
-    )
-    chat = None
+def _stream(config: InputConfig, tokenizer, tokens: int = 64, sources=None):
+    row = RowConfig()
+    if isinstance(config, DataConfig):
+        row = config.row
     if tokenizer is None:
-        chat = Chat(_Characters(), config.template, config.system, config.single_bos)
-    return make_stream(config, tokenizer, sources, chat=chat)
+        row = dataclasses.replace(row, length=2**31 - 1, images=config.images.max_images)
+    config = DataConfig(
+        sources=tuple(dataclasses.replace(s, weight=0.0) for s in config.sources),
+        order=dataclasses.replace(config.order, epochs=1, shuffle=False),
+        reading=config.reading,
+        images=config.images,
+        row=row,
+    )
+    spec = InputSpec(Single(tokens))
+    chat = Chat(tokenizer or _Characters(), row.template, row.system, row.single_bos)
+    return make_stream(config, spec, chat, sources)
 
 
 def _one(stream, n: int) -> tuple[int, str, str, list[str]]:
@@ -127,7 +137,7 @@ def _one(stream, n: int) -> tuple[int, str, str, list[str]]:
         refs = stream.sample(n).images
         misnamed = [r.path for r in refs if r.frame is None and _is_misnamed(r.path)]
         cut = refs[len(item["cache"]) :] if not reason else ()
-        images.load(cut, stream.options.max_pixels)  # nobody has decoded these yet
+        images.load(cut, stream.config.images.max_pixels)  # nobody has decoded these yet
     except BadSample as e:
         reason, detail = reason or e.reason, detail or e.detail
     except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
@@ -141,19 +151,6 @@ def _is_misnamed(path: str) -> bool:
             return images.misnamed(path, f.read(16))
     except OSError:
         return False
-
-
-def all_refs(config: DataConfig, tokenizer=None, sources=None) -> Iterator[ImageRef]:
-    """Every picture that a run with fixed choices can ask for: what a cache has to hold.
-
-    Bad samples are passed over; the run will skip them too.
-    """
-    stream = _stream(config, tokenizer, sources)
-    for n in range(len(stream)):
-        try:
-            yield from stream.sample(n).images
-        except (BadSample, OSError, ValueError, KeyError, TypeError, IndexError):
-            continue
 
 
 def table(report: dict) -> str:
@@ -199,23 +196,23 @@ def run(args: argparse.Namespace) -> int:
     if bool(args.paths) == bool(args.config):
         raise ConfigError("data check needs either files or --config")
     if args.config:
-        values = load_config(args.config, args.overrides).data.to_dict()
-        config = build(DataConfig, values, "config.data")
+        values = load_config(args.config, args.overrides).to_dict()
+        config = build(recipes.find(values["recipe"]).Data, values["data"], "config.data")
     else:
         config = DataConfig(
             sources=tuple(SourceConfig(p, root=args.root, kind=args.kind) for p in args.paths),
-            template=args.template,
-            length=args.length,
-            tokens_per_image=args.tokens_per_image,
-            images_per_row=args.images_per_row,
-            max_pixels=args.max_pixels,
+            row=RowConfig(args.template, length=args.length, images=args.images_per_row),
+            images=ImageConfig(max_pixels=args.max_pixels),
         )
     try:
         tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
         sources = open_sources(config)
     except (FileNotFoundError, ValueError) as e:
         raise ConfigError(str(e)) from e
-    report = check(config, tokenizer, sources, args.threads, args.examples, progress=not args.json)
+    report = check(
+        config, tokenizer, args.tokens_per_image, sources, args.threads, args.examples,
+        progress=not args.json,
+    )  # fmt: skip
     print(json.dumps(report, indent=2) if args.json else table(report))
     return 0 if all(s["good"] == s["samples"] for s in report["sources"]) else 1
 

@@ -2,7 +2,7 @@
 
 A sample is never split, so neither is a picture. A few rows stay open; a sample goes into the first
 one that has room for its positions, pictures and visual targets. When none has, the fullest row is
-closed and a new one opened. `mode="pad"` puts one sample into each row, as the references do.
+closed and a new one opened. `packing = "pad"` puts one sample into each row, as the references do.
 
 Grain's own first-fit packing bounds every feature on its own as well, but closes all rows at once
 and would need the visual tokens as a feature to be cut; here a picture must come whole, with its
@@ -10,53 +10,14 @@ slots renumbered, so the rows are kept by hand.
 """
 
 import collections
-import dataclasses
 from collections.abc import Callable, Iterator
 
 import grain
 import numpy as np
 
+from metamorph_jax.data.config import DataConfig, InputSpec
 from metamorph_jax.errors import TooManyBadSamples
 from metamorph_jax.types import Batch, Images
-
-
-@dataclasses.dataclass(frozen=True)
-class PackOptions:
-    """Shapes of the batches.
-
-    Attributes:
-        batch_size, length, images_per_row, tokens_per_image: B, L, I, P.
-        mode: "first_fit" or "pad".
-        open_rows: rows kept open.
-        pixel_shape: (h, w, 3), or None for no pixels.
-        feature_width: C, or None for no features.
-        turns: whether batches carry `turns`.
-        side: "right" or "left", where the padding goes.
-        padding_batches: after the last sample of a finite stream, go on with empty batches (hosts
-            must make the same number of steps).
-        max_bad_in_a_row: bad samples one after another before it is an error.
-        visual_targets_per_row: most positions of a row that predict visual tokens; 0 for no limit.
-    """
-
-    batch_size: int
-    length: int
-    images_per_row: int
-    tokens_per_image: int
-    mode: str = "first_fit"
-    open_rows: int = 16
-    pixel_shape: tuple[int, int, int] | None = None
-    feature_width: int | None = None
-    turns: bool = False
-    side: str = "right"
-    padding_batches: bool = False
-    max_bad_in_a_row: int = 100
-    visual_targets_per_row: int = 0
-
-    def __post_init__(self):
-        if self.mode not in ("first_fit", "pad"):
-            raise ValueError(f"packing mode {self.mode!r}: expected first_fit or pad")
-        if self.side not in ("left", "right"):
-            raise ValueError(f"padding side {self.side!r}: expected left or right")
 
 
 class FirstFit:
@@ -130,28 +91,32 @@ def _sizes(item: dict) -> tuple[int, int, int]:
 
 def assemble(
     rows: list[list[dict]],
-    o: PackOptions,
+    batch_rows: int,
+    config: DataConfig,
+    spec: InputSpec,
     cache_rows: np.ndarray | None = None,
     source_names: tuple[str, ...] = (),
 ) -> Batch:
-    """The batch of at most B rows of items (see `SampleStream`); missing rows are padding.
+    """The batch of at most `batch_rows` rows of items (see `SampleStream`); the rest is padding.
 
-    `cache_rows` are the rows of the feature cache, or of the picture cache, that items point to.
+    `cache_rows` are the rows of the feature cache, or of the image cache, that items point to.
     """
-    B, L, I, P = o.batch_size, o.length, o.images_per_row, o.tokens_per_image
+    B, L, I, P = batch_rows, config.row.length, config.row.images, spec.views.tokens
+    turns = config.row.independent_turns
     ints = {n: np.zeros((B, L), np.int32) for n in ("tokens", "positions", "segments", "sources")}
     for name in ("text_targets", "image_slots", "visual_targets"):
         ints[name] = np.full((B, L), -1, np.int32)
-    if o.turns:
+    if turns:
         ints["turns"] = np.zeros((B, L), np.int32)
     valid, start = np.zeros((B, I), bool), np.zeros((B, I), np.int32)
-    pixels = None if o.pixel_shape is None else np.zeros((B, I, *o.pixel_shape), np.uint8)
-    features = None
-    if o.feature_width is not None:
-        features = np.zeros((B, I, P, o.feature_width), np.float32)
+    pixels = features = None
+    if config.cache.features:
+        features = np.zeros((B, I, P, spec.feature_width), np.float32)
+    else:
+        side = config.images.change(spec.views.preprocess).size
+        pixels = np.zeros((B, I, side, side, 3), np.uint8)
     for b, row in enumerate(rows):
-        at = L - sum(len(item["tokens"]) for item in row) if o.side == "left" else 0
-        picture = 0
+        at = image = 0
         for segment, item in enumerate(row, 1):
             n = len(item["tokens"])
             here = (b, slice(at, at + n))
@@ -161,22 +126,22 @@ def assemble(
             ints["sources"][here] = item["source"]
             ints["text_targets"][here] = item["text_targets"]
             for name in ("image_slots", "visual_targets"):
-                ints[name][here] = np.where(item[name] >= 0, item[name] + picture * P, -1)
-            if o.turns and "turns" in item:
+                ints[name][here] = np.where(item[name] >= 0, item[name] + image * P, -1)
+            if turns and "turns" in item:
                 ints["turns"][here] = item["turns"]
             fresh = 0
             slots = item["image_slots"]
             for k, cached in enumerate(item["cache"].tolist()):
-                valid[b, picture] = True
-                start[b, picture] = at + int(np.argmax(slots == k * P))
+                valid[b, image] = True
+                start[b, image] = at + int(np.argmax(slots == k * P))
                 if features is not None:
-                    features[b, picture] = cache_rows[cached]
-                elif pixels is not None and cached >= 0:
-                    pixels[b, picture] = cache_rows[cached]
-                elif pixels is not None:
-                    pixels[b, picture] = item["pixels"][fresh]
+                    features[b, image] = cache_rows[cached]
+                elif cached >= 0:
+                    pixels[b, image] = cache_rows[cached]
+                else:
+                    pixels[b, image] = item["pixels"][fresh]
                     fresh += 1
-                picture += 1
+                image += 1
             at += n
     images = Images(valid, start, pixels, features)
     return Batch(**ints, images=images, source_names=source_names)
@@ -191,7 +156,8 @@ class PackedIterator(grain.DatasetIterator):
     Args:
         stream: random access by number, see `SampleStream`.
         start: n -> iterator over `stream[n:]`, reading ahead as it likes.
-        options: shapes.
+        config, spec: options, and what the model decides.
+        rows: of a batch.
         cache_rows: see `assemble`.
         layout: text that must be the same when a state is restored.
 
@@ -204,24 +170,27 @@ class PackedIterator(grain.DatasetIterator):
         self,
         stream,
         start: Callable[[int], Iterator[dict]],
-        options: PackOptions,
+        config: DataConfig,
+        spec: InputSpec,
+        rows: int,
         cache_rows: np.ndarray | None = None,
         layout: str = "",
     ):
         super().__init__()
-        self._stream, self._start, self._o = stream, start, options
+        self._stream, self._start = stream, start
+        self._config, self._spec, self._rows = config, spec, rows
         self._cache_rows, self._layout = cache_rows, layout
         self._names = [s.name for s in stream.sources]
         self._reset(0)
 
     def _reset(self, n: int) -> None:
-        o = self._o
+        o = self._config.row
         if getattr(self, "_items", None) is not None:
             getattr(self._items, "close", lambda: None)()
         self._items: Iterator[dict] | None = None
         self._next, self._bad_in_a_row = n, 0
-        kind = FirstFit if o.mode == "first_fit" else _OneEach
-        self._packer = kind(o.length, o.images_per_row, o.open_rows, o.visual_targets_per_row)
+        kind = FirstFit if o.packing == "first_fit" else _OneEach
+        self._packer = kind(o.length, o.images, o.open_rows, self._spec.visual_targets)
         self._ready: list[list[dict]] = []
         self.counts: collections.Counter[str] = collections.Counter()
 
@@ -237,29 +206,29 @@ class PackedIterator(grain.DatasetIterator):
 
     def __next__(self) -> Batch:
         self._assert_not_closed()
-        o = self._o
         if self._items is None:
             self._items = self._start(self._next)
-        while len(self._ready) < o.batch_size:
+        while len(self._ready) < self._rows:
             try:
                 item = next(self._items)
             except StopIteration:
                 self._ready += self._packer.flush()
-                if not self._ready and not o.padding_batches:
+                if not self._ready and not self._config.order.padding_batches:
                     raise
                 break
             self._next += 1
             self._ready += self._take(item)
-        rows, self._ready = self._ready[: o.batch_size], self._ready[o.batch_size :]
+        rows, self._ready = self._ready[: self._rows], self._ready[self._rows :]
         self.last_rows = [[int(item["index"]) for item in row] for row in rows]
-        return assemble(rows, o, self._cache_rows, tuple(self._names))
+        names = tuple(self._names)
+        return assemble(rows, self._rows, self._config, self._spec, self._cache_rows, names)
 
     def _take(self, item: dict) -> list[list[dict]]:
         name = self._names[item["source"]]
         if "bad" in item:
             self.counts[f"{name}/{item['bad']}"] += 1
             self._bad_in_a_row += 1
-            if self._bad_in_a_row >= self._o.max_bad_in_a_row:
+            if self._bad_in_a_row >= self._config.reading.max_bad_in_a_row:
                 table = ", ".join(f"{k}: {v}" for k, v in self.counts.most_common())
                 raise TooManyBadSamples(
                     f"{self._bad_in_a_row} bad samples in a row; the last is number "

@@ -6,7 +6,6 @@ worker processes, and every host knows its own share without talking to the othe
 """
 
 import collections
-import dataclasses
 import functools
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy as np
 from metamorph_jax.data import images
 from metamorph_jax.data.cache import ArrayCache
 from metamorph_jax.data.chat import Chat
+from metamorph_jax.data.config import DataConfig, InputSpec
 from metamorph_jax.data.interleave import build_row
 from metamorph_jax.errors import BadSample
 
@@ -45,6 +45,11 @@ def permute(i: int, n: int, key: int) -> int:
 @functools.lru_cache(maxsize=4096)
 def key_of(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
+
+
+def choices(seed: int, source: int, epoch: int, record: int) -> np.random.Generator:
+    """The source of all random choices in a sample: wording, video frames."""
+    return np.random.default_rng((seed, 4, source, epoch, record))
 
 
 class Mixture:
@@ -104,26 +109,11 @@ class Mixture:
         return source, epoch, k
 
 
-@dataclasses.dataclass(frozen=True)
-class RowOptions:
-    """How a sample becomes a row; see `DataConfig` for the fields of the same names."""
-
-    length: int
-    images_per_row: int
-    tokens_per_image: int
-    preprocess: images.Preprocess
-    independent_turns: bool = False
-    mask_dangling_start: bool = False
-    fixed_choices: bool = False
-    max_pixels: int = images.MAX_PIXELS
-    visual_targets_per_row: int = 0
-
-
 class SampleStream:
     """Random access to rows: `stream[n]` is a dict of arrays, or says why the sample is bad.
 
-    A good item holds `index`, `source`, the arrays of `Row`, and for its k kept pictures `cache`
-    int64[k] (row in the cache, -1 if the picture is in `pixels`) and `pixels` uint8[j, h, w, 3]. A
+    A good item holds `index`, `source`, the arrays of `Row`, and for its k kept images `cache`
+    int64[k] (row in the cache, -1 if the image is in `pixels`) and `pixels` uint8[j, h, w, 3]. A
     bad item holds `index`, `source`, `bad` (the reason) and `detail`.
     """
 
@@ -131,20 +121,19 @@ class SampleStream:
         self,
         sources,
         chat: Chat,
-        options: RowOptions,
+        config: DataConfig,
+        spec: InputSpec,
         mixture: Mixture,
-        epochs: int = 0,
         process: tuple[int, int] = (0, 1),
-        picture_cache: ArrayCache | None = None,
-        feature_cache: ArrayCache | None = None,
+        cache: ArrayCache | None = None,
     ):
-        self.sources, self.chat, self.options, self.mixture = sources, chat, options, mixture
-        self.process = process
-        self.picture_cache, self.feature_cache = picture_cache, feature_cache
+        self.sources, self.chat, self.mixture, self.process = sources, chat, mixture, process
+        self.config, self.spec, self.cache = config, spec, cache
+        self.preprocess = config.images.change(spec.views.preprocess)
+        self.fixed_choices = config.order.fixed_choices or bool(config.cache.features)
         index, count = process
-        self.length = (
-            max(epochs * mixture.total - index + count - 1, 0) // count if epochs else ENDLESS
-        )
+        total = config.order.epochs * mixture.total
+        self.length = max(total - index + count - 1, 0) // count if total else ENDLESS
 
     def __len__(self) -> int:
         return self.length
@@ -159,9 +148,9 @@ class SampleStream:
 
     def sample(self, n: int):
         source, epoch, k = self.locate(n)
-        if self.options.fixed_choices:
+        if self.fixed_choices:
             epoch = 0
-        rng = np.random.default_rng((self.mixture.seed, 4, source, epoch, k))
+        rng = choices(self.mixture.seed, source, epoch, k)
         return self.sources[source].sample(k, rng)
 
     def __getitem__(self, n: int) -> dict:
@@ -177,27 +166,24 @@ class SampleStream:
         return {"index": n, "source": source, "bad": reason, "detail": detail}
 
     def _row(self, sample) -> dict:
-        o = self.options
+        o, most = self.config.row, self.spec.visual_targets
         encoded = self.chat.conversation(sample.turns, o.independent_turns)
         row = build_row(
             encoded.ids,
             encoded.labels,
-            o.tokens_per_image,
+            self.spec.views.tokens,
             o.length,
             self.chat.image_start,
             encoded.turns,
             o.mask_dangling_start,
         )
-        if len(row.kept) > o.images_per_row:
-            raise BadSample(
-                "too_many_images", f"{len(row.kept)} pictures, a row holds {o.images_per_row}"
-            )
+        if len(row.kept) > o.images:
+            raise BadSample("too_many_images", f"{len(row.kept)} images, a row holds {o.images}")
         targets = int((row.visual_targets >= 0).sum())
-        if 0 < o.visual_targets_per_row < targets:
+        if 0 < most < targets:
             raise BadSample(
                 "too_many_visual_targets",
-                f"{targets} visual tokens to predict, max_visual_targets of the model is "
-                f"{o.visual_targets_per_row}",
+                f"{targets} visual tokens to predict, max_visual_targets of the model is {most}",
             )
         if not ((row.text_targets >= 0).any() or targets):
             raise BadSample("fully_masked", sample.id)
@@ -208,23 +194,22 @@ class SampleStream:
         if o.independent_turns:
             item["turns"] = np.zeros(len(row), np.int32) if row.turns is None else row.turns
         notes: collections.Counter = collections.Counter()
-        item.update(self._pictures([sample.images[k] for k in row.kept], notes))
+        item.update(self._images([sample.images[k] for k in row.kept], notes))
         item["misnamed"] = notes["misnamed"]
         return item
 
-    def _pictures(self, refs, notes) -> dict:
+    def _images(self, refs, notes) -> dict:
         where = np.full(len(refs), -1, np.int64)
-        cache = self.feature_cache or self.picture_cache
-        if cache is not None:
+        if self.cache is not None:
             for i, ref in enumerate(refs):
-                found = cache.lookup(ref)
+                found = self.cache.lookup(ref)
                 if found is not None:
                     where[i] = found
-                elif self.feature_cache is not None:
+                elif self.config.cache.features:
                     raise BadSample("not_in_feature_cache", ref.key())
         left = [ref for ref, row in zip(refs, where, strict=True) if row < 0]
         item = {"cache": where}
         if left:
-            loaded = images.load(left, self.options.max_pixels, notes)
-            item["pixels"] = np.stack([self.options.preprocess(p) for p in loaded])
+            loaded = images.load(left, self.config.images.max_pixels, notes)
+            item["pixels"] = np.stack([self.preprocess(image) for image in loaded])
         return item

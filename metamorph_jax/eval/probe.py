@@ -1,7 +1,9 @@
-"""Judges of what was generated: a linear probe for visual tokens, a small classifier for pictures.
+"""Judges of what was generated: a linear probe for visual tokens, a small classifier for images.
 
 Both are trained here on real training data and report their own accuracy on real held-out data,
 so that a reader of the report knows what a verdict is worth. Neither is used to train the model.
+scikit-learn's Ridge solves the same equations, but its penalty is absolute, not relative to the
+scale of the features, and nothing else here needs scikit-learn.
 """
 
 import dataclasses
@@ -59,7 +61,7 @@ def fit_probe(features: np.ndarray, labels: list[np.ndarray], ridge: float = 1e-
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierConfig:
-    """A convolutional net that reads the properties of a small picture."""
+    """A convolutional net that reads the properties of a small image."""
 
     widths: tuple[int, ...] = (16, 32, 64, 96)  # each a 3x3 convolution of stride 2
     hidden: int = 128
@@ -70,8 +72,8 @@ class ClassifierConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class PictureClassifier:
-    """Trained weights; `predict` takes uint8 pictures."""
+class ImageClassifier:
+    """Trained weights; `predict` takes uint8 images."""
 
     params: dict
     sizes: tuple[int, ...]
@@ -89,11 +91,11 @@ class PictureClassifier:
 
 
 def train_classifier(pixels: np.ndarray, labels: list[np.ndarray], seed: int = 0,
-                     cfg: ClassifierConfig | None = None) -> PictureClassifier:  # fmt: skip
+                     cfg: ClassifierConfig | None = None) -> ImageClassifier:  # fmt: skip
     """A classifier trained with Adam for `cfg.steps` steps. pixels: uint8[N, h, w, 3]
 
-    Training pictures are mirrored, moved by up to four pixels and given mild noise, so that the
-    verdict on a drawing doesn't hang on its exact place or on a little grain."""
+    Training images are mirrored, moved by up to four pixels and given mild noise, so that the
+    verdict on a drawing doesn't depend on its exact place or on a little grain."""
     cfg = cfg or ClassifierConfig()
     sizes = tuple(int(np.max(label)) + 1 for label in labels)
     targets = np.stack(labels, 1).astype(np.int32)
@@ -121,12 +123,12 @@ def train_classifier(pixels: np.ndarray, labels: list[np.ndarray], seed: int = 0
         take = rng.integers(0, len(images), cfg.batch)
         key_i = jax.random.fold_in(key, i)
         params, state, _ = step(params, state, images[take], targets[take], key_i)
-    return PictureClassifier(jax.device_get(params), sizes)
+    return ImageClassifier(jax.device_get(params), sizes)
 
 
 def agreement(predicted: list[np.ndarray], labels: list[np.ndarray],
               names=("color", "shape")) -> dict:  # fmt: skip
-    """Share of right answers per property, and "both": of samples right in every property."""
+    """Share of right answers per property; "both" is the share that is right in every property."""
     right = [np.asarray(p) == np.asarray(y) for p, y in zip(predicted, labels, strict=True)]
     out = {name: float(r.mean()) for name, r in zip(names, right, strict=True)}
     return out | {"both": float(np.logical_and.reduce(right).mean())}
@@ -150,7 +152,7 @@ def _init(key, cfg: ClassifierConfig, shape, classes: int) -> dict:
 
 def _logits(params: dict, x: jax.Array) -> jax.Array:
     """x: float[N, h, w, 3] in [0, 1]"""
-    x = (x - 0.9) / 0.2  # nearly white pictures
+    x = (x - 0.9) / 0.2  # the images are nearly white
     for i in range(sum(name.startswith("conv") for name in params)):
         x = jax.lax.conv_general_dilated(
             x, params[f"conv{i}"], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -164,7 +166,7 @@ _logits_jit = jax.jit(_logits)
 
 
 def _augment(key, x: jax.Array, noise: float) -> jax.Array:
-    """Mirrored, shifted (the edge repeats) and noisy pictures. x: float[N, h, w, 3] in [0, 1]"""
+    """Mirrored, shifted (the edge repeats) and noisy images. x: float[N, h, w, 3] in [0, 1]"""
     N, h, w, _ = x.shape
     mirror, place, level, grain = jax.random.split(key, 4)
     x = jnp.where(jax.random.bernoulli(mirror, 0.5, (N, 1, 1, 1)), x[:, :, ::-1], x)

@@ -1,7 +1,7 @@
-"""Accuracy of short answers, per question type, beside what guessing would reach.
+"""Accuracy of short answers per question type, next to what guessing would reach.
 
 A type's own floor is the share of its most frequent answer; the always-"yes" floor is the share of
-"yes". An accuracy near either says that the picture was not looked at.
+"yes". An accuracy near either of them means that the model did not look at the image.
 """
 
 import collections
@@ -22,9 +22,13 @@ class TypeScore:
     yes_floor: float  # always "yes"
 
     @property
-    def above_floor(self) -> float:
-        """Share of the way from the floor to 1 that was covered."""
-        return (self.accuracy - self.floor) / max(1 - self.floor, 1e-9)
+    def interval(self) -> tuple[float, float]:
+        """95 % confidence interval of the accuracy (Wilson's score interval)."""
+        from scipy.stats import binomtest
+
+        test = binomtest(round(self.accuracy * self.count), self.count)
+        low, high = test.proportion_ci(method="wilson")
+        return float(low), float(high)
 
 
 def normalise(answer: str) -> str:
@@ -48,12 +52,10 @@ def score_by_type(rows: list[dict], types=None) -> list[TypeScore]:
     return scores + [_score("all", rows)] if rows else []
 
 
-def majority_by_type(rows: list[dict]) -> float:
-    """Accuracy of always giving each type's most frequent answer: the floor of a blind model."""
-    counts: dict[str, collections.Counter] = {}
-    for row in rows:
-        counts.setdefault(row["type"], collections.Counter())[normalise(row["answer"])] += 1
-    return sum(max(c.values()) for c in counts.values()) / max(len(rows), 1)
+def blind_accuracy(scores: list[TypeScore]) -> float:
+    """Accuracy of always giving each type's most frequent answer, over all types together."""
+    typed = [s for s in scores if s.type != "all"]
+    return sum(s.floor * s.count for s in typed) / max(sum(s.count for s in typed), 1)
 
 
 def _score(name: str, rows: list[dict]) -> TypeScore:

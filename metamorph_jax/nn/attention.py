@@ -47,7 +47,7 @@ def row_mask(segments: jax.Array, turns: jax.Array | None = None) -> jax.Array |
     if turns is not None:
         logging.getLogger(__name__).warning(
             "rows with independent turns: attention holds all scores of a row (no TPU kernel); "
-            "config.data.independent_turns=False takes the kernel"
+            "config.data.row.independent_turns=False takes the kernel"
         )
         return packed_mask(segments, turns)
     return Segments(segments)

@@ -1,40 +1,46 @@
-"""Cross-entropy of a large vocabulary on a mesh, said device by device.
+"""Cross-entropy over a large vocabulary on a mesh, written as what each device computes.
 
 Every device has its own positions and a piece of the output table. The table is gathered once, in
-the dtype of the computation, and gone through twice in tiles of columns: for the log-sum-exp, then
-for the gradients `softmax - onehot`. A tile's gradient is summed over the devices once, in the same
-dtype, and only a device's own piece of it is kept. So memory is that of one tile and the traffic
-that of no tiling at all; the price is a second product with the table.
+the dtype of the computation, and read twice in tiles of columns: once for the log-sum-exp, once for
+the gradients `softmax - onehot`. A tile's gradient is summed over the devices once, in the same
+dtype, and a device keeps only its own piece of it. So the memory needed is that of one tile, while
+the communication is that of an untiled loss; the price is a second product with the table.
 
-Positions without a target are moved behind the others, and chunks without any target are skipped.
+Positions without a target are moved to the end, and chunks without any target are skipped.
 """
 
+import dataclasses
 import math
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.lax import dynamic_slice_in_dim, dynamic_update_slice_in_dim
 from jax.sharding import PartitionSpec as P
 
 from metamorph_jax.sharding import fit, spec
 
-TILE = 8192  # columns of the table at a time, about
-CHUNK = 2048  # positions at a time
-_NOTHING = -1e30
+TILE = 8192  # columns of the table in one tile, approximately
+CHUNK = 2048  # positions in one chunk
+_NO_LOGIT = -1e30
+
+product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def cross_entropy(hidden, table, added, targets, wants):
-    """Loss and gradients, over the mesh that is set.
+    """Loss and gradients, on the mesh that is set.
 
     Args:
         hidden: float[B, L, D].
-        table: float[D, V]; added: float[n, D] tokens behind it.
-        targets: int32[B, L], -1 for none.
+        table: float[D, V].
+        added: float[n, D] rows of the ids V, V + 1, …
+        targets: int32[B, L] ids, -1 for none.
         wants: which of (hidden, table, added) need gradients.
 
     Returns:
         ((sum float32[], losses float32[B, L], bool[B, L] target has the highest logit),
-        gradients of the sum in (hidden, table, added) or None each).
+        gradients of the sum in (hidden, table, added), None where not wanted).
     """
     mesh = jax.sharding.get_abstract_mesh()
     in_rows = fit(spec("act_batch", "act_len", None), hidden.shape, mesh)
@@ -43,16 +49,14 @@ def cross_entropy(hidden, table, added, targets, wants):
     rows, everywhere = P(*in_rows[:2]), P()
     grads = (in_rows, in_table, in_added)
     grads = tuple(where if want else everywhere for where, want in zip(grads, wants, strict=True))
-    body = partial(
-        _local,
-        wants=wants,
-        over=_axes(in_rows[0]) + _axes(in_rows[1]),
-        width=_axes(in_table[0]),
-        vocabulary=_axes(in_table[1]),
-        added_width=_axes(in_added[1]),
+    axes = _Axes(
+        rows=_split(in_rows[0], mesh) + _split(in_rows[1], mesh),
+        width=_split(in_table[0], mesh),
+        vocabulary=_split(in_table[1], mesh),
+        added_width=_split(in_added[1], mesh),
     )
     run = jax.shard_map(
-        body,
+        partial(_on_device, wants=wants, axes=axes),
         in_specs=(in_rows, in_table, in_added, rows),
         out_specs=((everywhere, rows, rows), grads),
         check_vma=False,
@@ -60,147 +64,283 @@ def cross_entropy(hidden, table, added, targets, wants):
     return run(hidden, table, added, targets)
 
 
-def _axes(entry) -> tuple[str, ...]:
+class _Axes(NamedTuple):
+    """Mesh axes over which things are split; () for none.
+
+    Attributes:
+        rows: the positions.
+        width, vocabulary: the rows and the columns of the table.
+        added_width: the columns of the added rows.
+    """
+
+    rows: tuple[str, ...]
+    width: tuple[str, ...]
+    vocabulary: tuple[str, ...]
+    added_width: tuple[str, ...]
+
+
+def _split(entry, mesh) -> tuple[str, ...]:
     """Mesh axes of one entry of a PartitionSpec that have more than one device."""
-    mesh = jax.sharding.get_abstract_mesh()
     names = (entry,) if isinstance(entry, str) else entry or ()
     return tuple(a for a in names if mesh.shape[a] > 1)
 
 
-def _local(hidden, table, added, targets, *, wants, over, width, vocabulary, added_width):
-    """What one device does.
+def _on_device(hidden, table, added, targets, *, wants, axes: _Axes):
+    """`cross_entropy` of one device's pieces."""
+    dtype = hidden.dtype
+    positions = _supervised_first(hidden, targets)
+    head = _gather_head(table, dtype, axes)
+    extra = _gather(added.astype(dtype), axes.added_width, 1)
 
-    Args:
-        hidden, table, added, targets, wants: this device's pieces.
-        over: axes over which positions are spread; width, vocabulary: over which the rows and the
-            columns of the table are; added_width: over which the columns of `added` are.
+    softmax = _add_up(_read(positions, head), axes.vocabulary)
+    if len(extra):
+        new = product("tD,nD->tn", positions.hidden, extra)
+        new_ids = head.vocabulary + jnp.arange(len(extra))
+        softmax = softmax.include(new, new_ids, positions.targets)
+    valid, lse = positions.valid, softmax.log_sum_exp(positions.valid)
+    losses = jnp.where(valid, lse - softmax.target, 0.0)
+    right = valid & (softmax.target >= softmax.top)
+    total = _sum(jnp.sum(losses), axes.rows)
+    result = total, positions.restore(losses), positions.restore(right)
+    if not any(wants):
+        return result, (None, None, None)
+
+    d_hidden = d_table = d_added = None
+    if wants[0] or wants[1]:
+        d_hidden, d_table = _gradients(positions, head, lse, wants, axes)
+    if len(extra) and (wants[0] or wants[2]):
+        d_new = softmax_minus_target(new, new_ids, lse, positions.targets, valid).astype(dtype)
+        if wants[0]:
+            d_hidden += product("tn,nD->tD", d_new, extra)
+        if wants[2]:
+            d_added = product("tn,tD->nD", d_new, positions.hidden).astype(dtype)
+            d_added = _sum_and_keep(d_added, axes.rows, axes.added_width, 1)
+    if wants[0]:
+        d_hidden = positions.restore(d_hidden).astype(dtype)
+    if wants[1]:
+        d_table = d_table.astype(table.dtype)
+    if wants[2]:
+        d_added = d_added.astype(added.dtype) if len(extra) else jnp.zeros_like(added)
+    return result, (d_hidden, d_table, d_added)
+
+
+# ---- positions
+
+
+@dataclasses.dataclass(frozen=True)
+class _Positions:
+    """This device's positions, those with a target first, filled up to whole chunks.
+
+    Attributes:
+        hidden: float[T, D]; targets: int32[T], -1 for none.
+        chunk: positions in a chunk.
+        used: int32[] number of chunks that hold a target.
+        back: int32[t] where each of the given positions is now.
+        shape: (B, L) that was given.
     """
-    shape, dtype = hidden.shape, hidden.dtype
-    D, V, n = shape[-1], table.shape[1], added.shape[0]
-    hidden, targets = hidden.reshape(-1, D), targets.reshape(-1)
-    T = len(hidden)
-    chunk = min(CHUNK, T)
-    order, count = _supervised_first(targets, chunk)
-    hidden = hidden[order]
-    targets = jnp.where(jnp.arange(len(order)) < count, targets[order], -1)
-    used = -(-count // chunk)
 
+    hidden: jax.Array
+    targets: jax.Array
+    chunk: int
+    used: jax.Array
+    back: jax.Array
+    shape: tuple[int, ...]
+
+    @property
+    def valid(self) -> jax.Array:
+        return self.targets >= 0
+
+    def part(self, x: jax.Array, i) -> jax.Array:
+        """Chunk i of x: [T, ...]."""
+        return dynamic_slice_in_dim(x, i * self.chunk, self.chunk)
+
+    def put(self, x: jax.Array, new: jax.Array, i) -> jax.Array:
+        """x with chunk i replaced."""
+        return dynamic_update_slice_in_dim(x, new, i * self.chunk, 0)
+
+    def restore(self, x: jax.Array) -> jax.Array:
+        """[B, L, ...] in the order that was given, of x: [T, ...]."""
+        return x[self.back].reshape(*self.shape, *x.shape[1:])
+
+
+def _supervised_first(hidden, targets) -> _Positions:
+    """Sorts hidden: float[B, L, D] and targets: int32[B, L]."""
+    shape, flat = targets.shape, targets.reshape(-1)
+    T = len(flat)
+    chunk = min(CHUNK, T)
+    order = jnp.argsort(flat < 0, stable=True)
+    order = jnp.pad(order, (0, -T % chunk))
+    count = jnp.sum(flat >= 0)
+    return _Positions(
+        hidden=hidden.reshape(T, -1)[order],
+        targets=jnp.where(jnp.arange(len(order)) < count, flat[order], -1),
+        chunk=chunk,
+        used=-(-count // chunk),
+        back=jnp.argsort(order[:T]),
+        shape=shape,
+    )
+
+
+# ---- the table
+
+
+@dataclasses.dataclass(frozen=True)
+class _Head:
+    """The columns of the table that this device multiplies with, in tiles of equal size.
+
+    Attributes:
+        padded: float[D, tiles * columns].
+        size: columns that are not padding.
+        first: id of the first column.
+        vocabulary: columns of the table on all devices together.
+    """
+
+    padded: jax.Array
+    tiles: int
+    columns: int
+    size: int
+    first: jax.Array | int
+    vocabulary: int
+
+    def tile(self, j) -> jax.Array:
+        """float[D, columns]"""
+        return dynamic_slice_in_dim(self.padded, j * self.columns, self.columns, axis=1)
+
+    def logits(self, hidden, tile, j) -> tuple[jax.Array, jax.Array]:
+        """(float32[t, columns], their ids int32[1, columns], -2 in the padding)."""
+        column = j * self.columns + jax.lax.broadcasted_iota(jnp.int32, (1, self.columns), 1)
+        logits = jnp.where(column < self.size, product("tD,DV->tV", hidden, tile), _NO_LOGIT)
+        return logits, jnp.where(column < self.size, self.first + column, -2)
+
+
+def _gather_head(table, dtype, axes: _Axes) -> _Head:
+    """Pads table: [D piece, V] to whole tiles and gathers its rows."""
+    V = table.shape[1]
     tiles = math.ceil(V / TILE)
     columns = math.ceil(V / tiles / 128) * 128 if tiles > 1 else V
     padded = jnp.pad(table.astype(dtype), ((0, 0), (0, tiles * columns - V)))
-    head = _gather(padded, width, 0)
-    extra = _gather(added.astype(dtype), added_width, 1)
-    first = jax.lax.axis_index(vocabulary) * V if vocabulary else 0
-    whole = V * (jax.lax.axis_size(vocabulary) if vocabulary else 1)
-    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    index, devices = 0, 1
+    if axes.vocabulary:
+        index, devices = jax.lax.axis_index(axes.vocabulary), jax.lax.axis_size(axes.vocabulary)
+    return _Head(_gather(padded, axes.width, 0), tiles, columns, V, index * V, V * devices)
 
-    def tile_of(j):
-        return jax.lax.dynamic_slice_in_dim(head, j * columns, columns, axis=1)
 
-    def logits_of(i, j, tile):
-        """(float32[chunk, columns] logits, their ids or -2, states, targets)."""
-        h = jax.lax.dynamic_slice_in_dim(hidden, i * chunk, chunk)
-        t = jax.lax.dynamic_slice_in_dim(targets, i * chunk, chunk)
-        ids = j * columns + jax.lax.broadcasted_iota(jnp.int32, (1, columns), 1)
-        logits = jnp.where(ids < V, product("tD,DV->tV", h, tile), _NOTHING)
-        return logits, jnp.where(ids < V, first + ids, -2), h, t
+# ---- first reading: softmax
 
-    # ---- once over the table: log-sum-exp, the target's logit, the highest one
-    def look(j, carry):
-        tile = tile_of(j)
 
-        def body(i, carry):
-            at = lambda x: jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk)  # noqa: E731
-            top, mass, mine = map(at, carry)
-            logits, ids, _, t = logits_of(i, j, tile)
-            new_top = jnp.maximum(top, logits.max(axis=1))
-            mass = mass * jnp.exp(top - new_top) + jnp.exp(logits - new_top[:, None]).sum(axis=1)
-            mine += jnp.sum(jnp.where(ids == t[:, None], logits, 0.0), axis=1)
-            put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * chunk, axis=0)
-            return tuple(map(put, carry, (new_top, mass, mine)))
+class _Softmax(NamedTuple):
+    """The softmax of each position over the logits included so far.
 
-        return jax.lax.fori_loop(0, used, body, carry)
+    Attributes:
+        top: float32[t] highest logit.
+        mass: float32[t] sum of exp(logit - top).
+        target: float32[t] logit of the target; 0 if not among them.
+    """
 
-    zeros = jnp.zeros(len(order), jnp.float32)
-    top, mass, mine = jax.lax.fori_loop(0, tiles, look, (zeros + _NOTHING, zeros, zeros))
-    if vocabulary:
-        highest = jax.lax.pmax(top, vocabulary)
-        mass = jax.lax.psum(mass * jnp.exp(top - highest), vocabulary)
-        mine, top = jax.lax.psum(mine, vocabulary), highest
-    if n:
-        new = product("tD,nD->tn", hidden, extra)
-        ids = whole + jnp.arange(n)
-        highest = jnp.maximum(top, new.max(axis=1))
-        mass = mass * jnp.exp(top - highest) + jnp.exp(new - highest[:, None]).sum(axis=1)
-        mine += jnp.sum(jnp.where(ids == targets[:, None], new, 0.0), axis=1)
-        top = highest
-    valid = targets >= 0
-    lse = jnp.where(valid, top + jnp.log(jnp.maximum(mass, 1e-37)), 0.0)
-    each = jnp.where(valid, lse - mine, 0.0)
-    back = jnp.argsort(order[:T])
-    lead = shape[:-1]
-    losses, right = each[back].reshape(lead), (valid & (mine >= top))[back].reshape(lead)
-    total = _sum(jnp.sum(each), over)
-    if not any(wants):
-        return (total, losses, right), (None, None, None)
+    top: jax.Array
+    mass: jax.Array
+    target: jax.Array
 
-    # ---- a second time: gradients
-    def minus_target(logits, ids, i):
-        at = lambda x: jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk)  # noqa: E731
-        d = jnp.exp(logits - at(lse)[:, None]) - (ids == at(targets)[:, None])
-        return jnp.where(at(valid)[:, None], d, 0.0).astype(dtype)
+    def include(self, logits, ids, targets) -> "_Softmax":
+        """With more logits. logits: float32[t, n]; ids: int32 that broadcast to them."""
+        top = jnp.maximum(self.top, logits.max(axis=1))
+        mass = self.mass * jnp.exp(self.top - top) + jnp.exp(logits - top[:, None]).sum(axis=1)
+        mine = jnp.sum(jnp.where(ids == targets[:, None], logits, 0.0), axis=1)
+        return _Softmax(top, mass, self.target + mine)
 
-    def pull(d_hidden, j):
-        tile = tile_of(j)
+    def log_sum_exp(self, valid) -> jax.Array:
+        """float32[t], 0 where not valid."""
+        return jnp.where(valid, self.top + jnp.log(jnp.maximum(self.mass, 1e-37)), 0.0)
 
-        def body(i, carry):
+
+def _read(positions: _Positions, head: _Head) -> _Softmax:
+    """The softmax over this device's columns of the table."""
+
+    def tile_step(j, softmax):
+        tile = head.tile(j)
+
+        def chunk_step(i, softmax):
+            hidden, targets = (positions.part(x, i) for x in (positions.hidden, positions.targets))
+            logits, ids = head.logits(hidden, tile, j)
+            before = _Softmax(*(positions.part(x, i) for x in softmax))
+            after = before.include(logits, ids, targets)
+            return _Softmax(
+                *(positions.put(x, new, i) for x, new in zip(softmax, after, strict=True))
+            )
+
+        return jax.lax.fori_loop(0, positions.used, chunk_step, softmax)
+
+    zeros = jnp.zeros(len(positions.targets), jnp.float32)
+    return jax.lax.fori_loop(0, head.tiles, tile_step, _Softmax(zeros + _NO_LOGIT, zeros, zeros))
+
+
+def _add_up(softmax: _Softmax, vocabulary) -> _Softmax:
+    """The softmax over the columns of all devices."""
+    if not vocabulary:
+        return softmax
+    top = jax.lax.pmax(softmax.top, vocabulary)
+    mass = jax.lax.psum(softmax.mass * jnp.exp(softmax.top - top), vocabulary)
+    return _Softmax(top, mass, jax.lax.psum(softmax.target, vocabulary))
+
+
+# ---- second reading: gradients
+
+
+def softmax_minus_target(logits, ids, lse, targets, valid) -> jax.Array:
+    """Gradient of the summed loss in the logits: float32[t, n], 0 where not valid.
+
+    Args:
+        logits: float32[t, n]; ids: int32 that broadcast to them.
+        lse: float32[t] log-sum-exp over all logits.
+        targets: int32[t]; valid: bool[t].
+    """
+    d = jnp.exp(logits - lse[:, None]) - (ids == targets[:, None])
+    return jnp.where(valid[:, None], d, 0.0)
+
+
+def _gradients(positions: _Positions, head: _Head, lse, wants, axes: _Axes):
+    """(float32[T, D] in the states, float[D piece, V] in the table), None where not wanted."""
+    dtype = positions.hidden.dtype
+
+    def tile_step(d_hidden, j):
+        tile = head.tile(j)
+
+        def chunk_step(i, carry):
             d_hidden, d_tile = carry
-            logits, ids, h, _ = logits_of(i, j, tile)
-            d = minus_target(logits, ids, i)
+            hidden, targets, sums, valid = (
+                positions.part(x, i)
+                for x in (positions.hidden, positions.targets, lse, positions.valid)
+            )
+            logits, ids = head.logits(hidden, tile, j)
+            d = softmax_minus_target(logits, ids, sums, targets, valid).astype(dtype)
             if wants[0]:
-                old = jax.lax.dynamic_slice_in_dim(d_hidden, i * chunk, chunk)
-                new = old + product("tV,DV->tD", d, tile)
-                d_hidden = jax.lax.dynamic_update_slice_in_dim(d_hidden, new, i * chunk, 0)
+                new = positions.part(d_hidden, i) + product("tV,DV->tD", d, tile)
+                d_hidden = positions.put(d_hidden, new, i)
             if wants[1]:
-                d_tile = d_tile + product("tD,tV->DV", h, d)
+                d_tile = d_tile + product("tD,tV->DV", hidden, d)
             return d_hidden, d_tile
 
-        d_tile = jnp.zeros((D, columns), jnp.float32) if wants[1] else None
-        d_hidden, d_tile = jax.lax.fori_loop(0, used, body, (d_hidden, d_tile))
+        d_tile = jnp.zeros(tile.shape, jnp.float32) if wants[1] else None
+        d_hidden, d_tile = jax.lax.fori_loop(0, positions.used, chunk_step, (d_hidden, d_tile))
         if wants[1]:
-            d_tile = _sum_and_keep(d_tile.astype(dtype), over, width, 0)
+            d_tile = _sum_and_keep(d_tile.astype(dtype), axes.rows, axes.width, 0)
         return d_hidden, d_tile
 
-    d_hidden = jnp.zeros(hidden.shape, jnp.float32) if wants[0] else None
-    d_table = d_added = None
-    if wants[0] or wants[1]:
-        d_hidden, d_tiles = jax.lax.scan(pull, d_hidden, jnp.arange(tiles))
-        if wants[0]:
-            d_hidden = _sum(d_hidden, vocabulary)
-        if wants[1]:
-            d_table = d_tiles.swapaxes(0, 1).reshape(len(table), -1)[:, :V].astype(table.dtype)
-    if n and (wants[0] or wants[2]):
-        d = jnp.exp(new - lse[:, None]) - (ids == targets[:, None])
-        d = jnp.where(valid[:, None], d, 0.0).astype(dtype)
-        if wants[0]:
-            d_hidden += product("tn,nD->tD", d, extra)
-        if wants[2]:
-            d_added = product("tn,tD->nD", d, hidden).astype(dtype)
-            d_added = _sum_and_keep(d_added, over, added_width, 1)
-    if wants[2]:
-        d_added = jnp.zeros(added.shape, added.dtype) if not n else d_added.astype(added.dtype)
+    d_hidden = jnp.zeros(positions.hidden.shape, jnp.float32) if wants[0] else None
+    d_hidden, d_tiles = jax.lax.scan(tile_step, d_hidden, jnp.arange(head.tiles))
     if wants[0]:
-        d_hidden = d_hidden[back].reshape(shape).astype(dtype)
-    return (total, losses, right), (d_hidden, d_table, d_added)
+        d_hidden = _sum(d_hidden, axes.vocabulary)
+    if wants[1]:
+        d_tiles = d_tiles.swapaxes(0, 1)
+        d_tiles = d_tiles.reshape(len(d_tiles), -1)[:, : head.size]
+    return d_hidden, d_tiles
 
 
-def _supervised_first(targets, chunk):
-    """(int32[whole chunks] positions, those with a target first; int32[] how many these are)."""
-    order = jnp.argsort(targets < 0, stable=True)
-    return jnp.pad(order, (0, -len(order) % chunk)), jnp.sum(targets >= 0)
+# ---- communication
 
 
 def _gather(x, axes, dim):
+    """All pieces of x along a dimension that is split over these axes."""
     return jax.lax.all_gather(x, axes, axis=dim, tiled=True) if axes else x
 
 
@@ -218,4 +358,4 @@ def _sum_and_keep(x, over, cut, dim):
     if not cut:
         return x
     size = x.shape[dim] // jax.lax.axis_size(cut)
-    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(cut) * size, size, axis=dim)
+    return dynamic_slice_in_dim(x, jax.lax.axis_index(cut) * size, size, axis=dim)

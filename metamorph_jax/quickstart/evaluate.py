@@ -132,7 +132,7 @@ def judges(speaker: Speaker, data: qdata.QuickstartData, settings: Settings):
 
 def see_all(speaker: Speaker, pixels: np.ndarray, batch: int = 64) -> np.ndarray:
     """float32[n, P, C] visual tokens of uint8[n, h, w, 3] pictures of any size."""
-    ready = np.stack([speaker.data.preprocess(as_picture(p)) for p in pixels])
+    ready = np.stack([speaker.preprocess(as_picture(p)) for p in pixels])
     fill = -len(ready) % batch
     ready = np.concatenate([ready, ready[:1].repeat(fill, 0)])
     parts = [speaker.see(ready[i : i + batch]) for i in range(0, len(ready), batch)]

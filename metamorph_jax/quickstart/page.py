@@ -1,23 +1,28 @@
-"""The quick start's report: what was measured, laid out by `eval/report.py`."""
+"""The quick start's report: collects what was measured for `eval/report.py`."""
 
 import json
 import pathlib
 
 import numpy as np
 
-from metamorph_jax.eval import report as page
-from metamorph_jax.eval import scorers
+from metamorph_jax.eval import report, scorers
 from metamorph_jax.quickstart import data as qdata
 from metamorph_jax.train.workdir import versions
 
 EXAMPLES = 24
 
 LEAD = (
-    "A small pretrained language model that had never seen a picture was taught, on this machine, "
-    "to answer questions about pictures and to predict the visual tokens of pictures it is asked "
+    "A small pretrained language model that had never seen an image was taught, on this machine, "
+    "to answer questions about images and to predict the visual tokens of images it is asked "
     "for (visual-predictive instruction tuning). A diffusion decoder turns those tokens into "
-    "pixels. Everything below is measured on held-out pictures, questions and wordings."
+    "pixels. Everything below is measured on held-out images, questions and wordings."
 )
+NOTES = [
+    "The probe and the classifier are trained on real training images only; they take no part in "
+    "training the model.",
+    "The dashed line of the visual loss is what always predicting the mean token would score: the "
+    "features of one tower share a large mean.",
+]
 
 
 def make_report(workdir: pathlib.Path, data: qdata.QuickstartData, timings, facts, goals):
@@ -32,24 +37,24 @@ def make_report(workdir: pathlib.Path, data: qdata.QuickstartData, timings, fact
     arrays = np.load(workdir / "evaluation" / "drawings.npz")
     minutes = sum(timings.values()) / 60
     targets = [
-        page.Target("Held-out questions answered right", result["accuracy"], goals["accuracy"]),
-        page.Target(
+        report.Target("Held-out questions answered right", result["accuracy"], goals["accuracy"]),
+        report.Target(
             "Generated visual tokens of the right colour and shape (probe)",
             result["tokens_right"],
             goals["tokens_right"],
             note="24 requests",
         ),
-        page.Target(
+        report.Target(
             "Drawings of the right colour and shape (classifier)",
             result["drawings_right"],
             goals["drawings_right"],
-            note="24 requests x 2 seeds, none picked",
+            note="24 requests × 2 seeds, none picked",
         ),
-        page.Target("Time without downloads", minutes, goals["minutes"], "min", at_most=True),
+        report.Target("Time without downloads", minutes, goals["minutes"], "min", at_most=True),
     ]
-    return page.write_report(
+    return report.write_report(
         workdir / "report.html",
-        page.Report(
+        report.Report(
             title="metamorph_jax quick start",
             lead=LEAD,
             targets=targets,
@@ -60,43 +65,38 @@ def make_report(workdir: pathlib.Path, data: qdata.QuickstartData, timings, fact
             judges=result["judges"],
             timings=timings,
             facts=facts | result["settings"] | versions(),
-            notes=[
-                "The probe and the classifier are trained on real training pictures only; they "
-                "take no part in training the model.",
-                "The dashed line of the visual loss is what predicting the mean token would "
-                "score: features of one tower share a large mean.",
-            ],
+            notes=NOTES,
         ),
     )
 
 
-def curves(workdir: pathlib.Path) -> list[page.Curve]:
+def curves(workdir: pathlib.Path) -> list[report.Curve]:
     """Loss curves of the three stages."""
     out = []
     for stage, title, names in (
-        ("connector", "Connector: loss of answers", ["text_loss"]),
-        ("vpit", "VPiT: loss of text", ["text_loss/vqa", "text_loss/draw"]),
+        ("connector", "Connector: text loss of the answers", ["text_loss"]),
+        ("vpit", "VPiT: text loss", ["text_loss/vqa", "text_loss/draw"]),
         ("vpit", "VPiT: visual loss (minus cosine)", ["visual_loss", "visual_cosine_floor"]),
         ("decoder", "Decoder: error of the predicted velocity", ["mse"]),
     ):
-        values = page.read_metrics(workdir / stage / "metrics.jsonl")
+        values = report.read_metrics(workdir / stage / "metrics.jsonl")
         lines = {name: values[name] for name in names if name in values}
         marks = {}
         if "visual_cosine_floor" in lines:
             floor = lines.pop("visual_cosine_floor")[1]
-            marks["knows nothing yet"] = -float(np.mean(floor))
+            marks["predicting the mean"] = -float(np.mean(floor))
         if lines:
-            out.append(page.Curve(title, lines, marks))
+            out.append(report.Curve(title, lines, marks))
     return out
 
 
-def examples(data: qdata.QuickstartData, rows: list[dict]) -> list[page.Example]:
-    """Questions evenly taken from all that were asked."""
+def examples(data: qdata.QuickstartData, rows: list[dict]) -> list[report.Example]:
+    """Every n-th of the questions that were asked, `EXAMPLES` of them."""
     from PIL import Image
 
     chosen = rows[:: max(len(rows) // EXAMPLES, 1)][:EXAMPLES]
     return [
-        page.Example(
+        report.Example(
             np.asarray(Image.open(data.images / r["image"]).convert("RGB")),
             r["question"],
             r["answer"],
@@ -107,19 +107,19 @@ def examples(data: qdata.QuickstartData, rows: list[dict]) -> list[page.Example]
     ]
 
 
-def drawings(data: qdata.QuickstartData, requests: list[dict], drawn) -> list[page.Drawing]:
-    """Every request with a real held-out picture of what was asked for."""
+def drawings(data: qdata.QuickstartData, requests: list[dict], drawn) -> list[report.Drawing]:
+    """Every request, with a real held-out image of what was asked for."""
     _, pixels, color, shape = qdata.labelled_pictures(data, "test")
     out = []
-    for request, pictures in zip(requests, drawn, strict=True):
+    for request, images in zip(requests, drawn, strict=True):
         same = (color == qdata.COLORS.index(request["color"])) & (
             shape == qdata.SHAPES.index(request["shape"])
         )
         real = pixels[np.argmax(same)] if same.any() else None
         label = f"{request['color']} {request['shape']}"
         out.append(
-            page.Drawing(
-                request["prompt"], label, list(pictures), request["seen"], request["right"],
+            report.Drawing(
+                request["prompt"], label, list(images), request["seen"], request["right"],
                 real, request["tokens_right"],
             )
         )  # fmt: skip

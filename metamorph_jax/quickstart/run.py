@@ -20,6 +20,8 @@ import platform
 import time
 from collections.abc import Callable
 
+from metamorph_jax.eval import figures
+
 MINUTES = {"data": 1, "connector": 1, "vpit": 12, "predict": 1, "decoder": 6, "evaluate": 3}
 GOALS = {"accuracy": 0.9, "tokens_right": 0.85, "drawings_right": 0.8, "minutes": 25.0}
 
@@ -55,6 +57,7 @@ def quickstart(workdir, size: str = "quickstart", seed: int = 0) -> pathlib.Path
     Raises:
         UserError: the workdir belongs to another size or seed, or a package is missing.
     """
+    figures.import_matplotlib()  # so that its absence is not noticed at the very end
     road = Road(pathlib.Path(workdir), size, seed)
     road.say_plan()
     for name, step in road.steps.items():
@@ -171,7 +174,7 @@ class Road:
             for source in table.data.sources.values():
                 source.path = str(self.files.root / pathlib.Path(source.path).name)
                 source.root = str(self.files.images)
-            table.data.feature_cache = str(self.workdir / "features")
+            table.data.cache.features = str(self.workdir / "features")
         if _bfloat16_is_faster():
             table.matmul_precision = "bfloat16"
             if stage != "decoder":

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from metamorph_jax import flops
-from metamorph_jax.data.pipeline import SourceConfig
+from metamorph_jax.data.config import InputConfig
 from metamorph_jax.errors import ConfigError
 from metamorph_jax.flops import Work
 from metamorph_jax.models import lora
@@ -39,6 +39,7 @@ STAGES = {
     "decoder": lambda cfg: lora.restrict(r"(projector|denoiser)\..*", cfg.lora),
 }
 FAMILIES = ()
+KINDS = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -340,28 +341,19 @@ class Config:
 
 
 @dataclasses.dataclass(frozen=True)
-class Data:
-    """Input of the decoder stage: all pictures of some LLaVA files.
+class Data(InputConfig):
+    """Input of the decoder stage: all images of some LLaVA files, shuffled without end.
 
     Attributes:
-        sources, seed, feature_cache, max_images, max_frames, index_dir: as in
-            `data.pipeline.DataConfig`.
-        predicted, predicted_share: file of visual tokens that a language model predicted (see
-            `data.predicted`), and the share of pictures it is used for; "" for none.
-        threads: for decoding.
-        memory_gib: decoded pictures are kept in memory if they fit into this.
+        predicted: file of visual tokens that a language model predicted (`data/predicted.py`), ""
+            for none.
+        predicted_share: share of the images for which those are used, where there are some.
+        memory_gib: decoded images are kept in memory if they fit into this.
     """
 
-    sources: tuple[SourceConfig, ...]
-    seed: int = 42
-    feature_cache: str = ""
     predicted: str = ""
     predicted_share: float = 0.5
-    threads: int = 2
     memory_gib: float = 2.0
-    max_images: int = 70
-    max_frames: int = 45
-    index_dir: str = ""
 
 
 def create(cfg: Config, rngs: nnx.Rngs) -> DecoderRecipe:
@@ -430,49 +422,47 @@ def initialize(model: DecoderRecipe, batches: list[DecoderBatch]) -> None:
     model.set_statistics(features, np.concatenate([np.asarray(b.image) for b in batches]))
 
 
-def open_data(data: "Data", cfg: Config, shard: Shard):
+def open_data(data: Data, cfg: Config, shard: Shard):
     """An iterator of `DecoderBatch`; a feature cache is filled first with what is missing in it."""
-    from metamorph_jax.convert.vision import feature_function
-    from metamorph_jax.data import cache, images
+    from metamorph_jax.convert.vision import fill_feature_cache, input_spec
+    from metamorph_jax.data import images, pipeline
     from metamorph_jax.data.decoder_pairs import DecoderPairs
     from metamorph_jax.data.predicted import Predicted
 
-    vision, refs = _open_images(data, cfg)
-    features = None
-    if data.feature_cache:
-        spec = vision.feature_spec
-        cache.build(
-            data.feature_cache, spec, refs, vision.preprocess, feature_function(cfg.vision), 32
-        )
-        features = cache.ArrayCache(spec.folder(data.feature_cache), spec)
-    side = cfg.decoder.image_side
+    cached = bool(data.cache.features)
+    if not (cfg.with_tower or cached):
+        raise ConfigError("without config.model.with_tower, config.data.cache.features must be set")
+    if cached:
+        fill_feature_cache(data, cfg.vision)
+    spec, side = input_spec(cfg.vision), cfg.decoder.image_side
     pairs = DecoderPairs(
-        refs,
+        list(dict.fromkeys(pipeline.all_refs(data))),
         images.Preprocess(side, "crop", side, "bilinear"),
         shard.rows,
-        data.seed,
-        features,
-        vision.preprocess if features is None else None,
+        data.order.seed,
+        pipeline.open_cache(data, spec) if cached else None,
+        None if cached else data.images.change(spec.views.preprocess),
         shard.index,
         shard.count,
         int(data.memory_gib * 2**30),
-        data.threads,
+        data.reading.threads,
         predicted=Predicted(data.predicted) if data.predicted else None,
         predicted_share=data.predicted_share,
     )
-    pairs.sources, pairs.skipped = [s.name for s in data.sources], pairs.counts
+    pairs.sources, pairs.skipped = pipeline.source_names(data), pairs.counts
     return pairs
 
 
-def batch_spec(data: "Data", cfg: Config, rows: int) -> DecoderBatch:
+def batch_spec(data: Data, cfg: Config, rows: int) -> DecoderBatch:
     """Shapes of a batch of so many images, from the configs alone."""
-    tower = cfg.vision.vit
-    side, cached = cfg.decoder.image_side, bool(data.feature_cache)
-    features, pixels = cfg.vision.feature_shape, (tower.size, tower.size, 3)
+    from metamorph_jax.convert.vision import input_spec
+
+    spec, cached = input_spec(cfg.vision), bool(data.cache.features)
+    side, seen = cfg.decoder.image_side, data.images.change(spec.views.preprocess).size
     return DecoderBatch(
         jax.ShapeDtypeStruct((rows, side, side, 3), jnp.uint8),
-        jax.ShapeDtypeStruct((rows, *features), jnp.float32) if cached else None,
-        None if cached else jax.ShapeDtypeStruct((rows, *pixels), jnp.uint8),
+        jax.ShapeDtypeStruct((rows, *spec.feature_shape), jnp.float32) if cached else None,
+        None if cached else jax.ShapeDtypeStruct((rows, seen, seen, 3), jnp.uint8),
         jax.ShapeDtypeStruct((rows,), bool),
     )
 
@@ -480,39 +470,3 @@ def batch_spec(data: "Data", cfg: Config, rows: int) -> DecoderBatch:
 def generator(model, cfg, data, **options):
     """None: it draws what other recipes' generators predict."""
     return None
-
-
-def _open_images(data, cfg: Config):
-    """(the data config of the images for the tower, the images)."""
-    from metamorph_jax.data import pipeline
-
-    if not (cfg.with_tower or data.feature_cache):
-        raise ConfigError("without config.model.with_tower, config.data.feature_cache must be set")
-    tower, (P, C) = cfg.vision.vit, cfg.vision.feature_shape
-    images = pipeline.DataConfig(
-        sources=data.sources,
-        feature_cache=data.feature_cache,
-        max_images=data.max_images,
-        max_frames=data.max_frames,
-        index_dir=data.index_dir,
-        tokens_per_image=P,
-        feature_width=C,
-        image_size=tower.size,
-        image_mean=tower.mean,
-        image_std=tower.std,
-        tower=cfg.vision.identity,
-    )
-    refs = list(dict.fromkeys(_pictures(pipeline.open_sources(images), data.seed)))
-    return images, refs
-
-
-def _pictures(sources, seed: int):
-    """Every picture of every readable sample."""
-    from metamorph_jax.errors import BadSample
-
-    for number, source in enumerate(sources):
-        for k in range(len(source)):
-            try:
-                yield from source.sample(k, np.random.default_rng((seed, number, k))).images
-            except (BadSample, OSError, ValueError, KeyError, TypeError, IndexError):
-                continue

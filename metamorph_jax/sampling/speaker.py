@@ -12,7 +12,6 @@ from metamorph_jax import recipe as recipes
 from metamorph_jax.data import images
 from metamorph_jax.data.chat import Chat
 from metamorph_jax.data.interleave import build_row
-from metamorph_jax.data.pipeline import DataConfig
 from metamorph_jax.data.sources.templates import THINK_HUMAN
 from metamorph_jax.errors import UserError
 from metamorph_jax.models.interleave import place_visual
@@ -24,16 +23,17 @@ from metamorph_jax.sampling.trained import load_trained
 class Speaker:
     """A model with all that belongs to talking with it."""
 
-    def __init__(self, model, tokenizer, data, weights: str = "auto"):
+    def __init__(self, model, tokenizer, data, preprocess, weights: str = "auto"):
         self.model, self.tokenizer, self.data = model, tokenizer, data
+        self.preprocess = preprocess
         self.chat = Chat(
-            tokenizer, data.template, data.system, data.single_bos,
+            tokenizer, data.row.template, data.row.system, data.row.single_bos,
             image_start=model.image_start, image_end=model.image_end,
         )  # fmt: skip
         self.decoder = prepare(model, weights)
         ends = {self.chat.close, getattr(tokenizer, "eos_token_id", None)} - {None}
         self.options = Options(eos=tuple(sorted(ends)))
-        self.context = data.length
+        self.context = data.row.length
         graph, self._weights = nnx.split(model)
         self._see = jax.jit(
             lambda weights, pixels: nnx.merge(graph, weights).visual_features(pixels)
@@ -74,8 +74,8 @@ class Speaker:
         row = build_row(ids, None, P, max(need, 1), self.model.image_start)
         embeds = self.model.embed_text(jnp.asarray(row.tokens))[None]
         if refs:
-            preprocess = self.data.preprocess
-            pixels = np.stack([preprocess(p) for p in images.load(refs, self.data.max_pixels)])
+            loaded = images.load(refs, self.data.images.max_pixels)
+            pixels = np.stack([self.preprocess(image) for image in loaded])
             visual = self.model.project(jnp.asarray(self.see(pixels)))
             visual = visual.reshape(1, -1, visual.shape[-1])
             embeds = place_visual(embeds, visual, jnp.asarray(row.image_slots)[None])
@@ -101,7 +101,6 @@ def load_speaker(
     for name in ("project", "predict_visual"):
         if not hasattr(model, name):
             raise UserError(f"the recipe {values['recipe']!r} does not generate text and pictures")
-    data = dict(values["data"])
-    data.setdefault("sources", [{"path": "none"}])
-    data = recipe.complete_data_config(config.build(DataConfig, data, "config.data"), cfg)
-    return Speaker(model, recipe.load_tokenizer(cfg), data, weights)
+    data = config.build(recipe.Data, values["data"], "config.data")
+    preprocess = data.images.change(recipe.input_spec(cfg).views.preprocess)
+    return Speaker(model, recipe.load_tokenizer(cfg), data, preprocess, weights)

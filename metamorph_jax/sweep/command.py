@@ -1,11 +1,11 @@
 """`metamorph sweep`: trains the runs that `sweep(add)` of a config file lists, and compares them.
 
-    workdir/001_learning_rate=0.0001_visual_coef=8.0/   the workdir of one run, and in it
-        sweep.json    the values that make this run; by them, not by its number, it is found again
-        sweep.log     what it printed
+    workdir/001_learning_rate=0.0001_visual_coef=8.0/   the workdir of one run, with
+        sweep.json    its settings, which identify it (its number may change)
+        sweep.log     its output
     workdir/sweep.{csv,md,png}
 
-Every run is a process of its own: one that crashes or runs out of memory takes no other with it.
+Every run is a process of its own, so one that crashes or runs out of memory does not affect others.
 """
 
 import json
@@ -20,31 +20,31 @@ import time
 
 from metamorph_jax.errors import ConfigError
 
-PREEMPTED = 143  # a run that was stopped by SIGTERM; the machine goes away, so does the sweep
+PREEMPTED = 143  # the run was stopped by SIGTERM: the machine goes away, so the sweep stops, too
 
 
 def add_arguments(parser) -> None:
     parser.description = (
         "Runs `metamorph train` for every run that sweep(add) in the config file lists, one after "
         "the other, and writes sweep.csv, sweep.md and sweep.png into the workdir. The same "
-        "command again skips what is finished, goes on with what isn't, and tries failed runs once "
-        "more. Options --config.a.b=value hold for all runs."
+        "command again skips finished runs, resumes unfinished ones and retries failed ones. "
+        "Options --config.a.b=value apply to all runs."
     )
     parser.add_argument("--config", required=True, metavar="FILE[:SIZE]")
-    parser.add_argument("--workdir", required=True, help="a folder in it for each run")
-    parser.add_argument("--list", action="store_true", help="show the runs and do nothing")
-    parser.add_argument("--table", action="store_true", help="write the tables and train nothing")
+    parser.add_argument("--workdir", required=True, help="folder with one folder for each run")
+    parser.add_argument("--list", action="store_true", help="show the runs and their states only")
+    parser.add_argument("--table", action="store_true", help="write the tables only")
     parser.add_argument(
-        "--print", action="store_true", help="print one command per unfinished run, run none"
+        "--print", action="store_true", help="print the command of each unfinished run only"
     )
     parser.add_argument(
-        "--prefix", default="metamorph", metavar="TEXT",
+        "--prefix", default="", metavar="TEXT",
         help='put before each printed command, e.g. "bash launch/tpu.sh run --name=v5e --"',
     )  # fmt: skip
-    parser.add_argument("--metric", default="loss", help="to compare by (default: loss)")
+    parser.add_argument("--metric", default="loss", help="metric to compare by (default: loss)")
     parser.add_argument(
         "--distributed", action="store_true",
-        help="runs join the other hosts; start the sweep on all of them, with a shared workdir",
+        help="train each run on several hosts; start the sweep on all of them in one workdir",
     )  # fmt: skip
 
 
@@ -63,7 +63,7 @@ class Run:
 
     @property
     def state(self) -> str:
-        """finished, failed (why), unfinished, or new."""
+        """"finished", "failed (exit code)", "unfinished" or "new"."""
         from metamorph_jax.train.workdir import compare
 
         if self.failed:
@@ -83,10 +83,10 @@ class Run:
 
 
 def plan(spec: str, overrides: dict, workdir: pathlib.Path) -> list[Run]:
-    """The runs, in their folders of earlier calls or in new ones (not made yet).
+    """The runs, with their folders: those of earlier calls, or new ones (which are not made yet).
 
     Raises:
-        ConfigError: the file has no sweep, or one of its runs would not start.
+        ConfigError: the file has no sweep, or the config of a run is wrong.
     """
     from metamorph_jax import config as configs
     from metamorph_jax.sweep import grid
@@ -96,7 +96,7 @@ def plan(spec: str, overrides: dict, workdir: pathlib.Path) -> list[Run]:
     module = configs.load_module(path)
     if not hasattr(module, "sweep"):
         raise ConfigError(
-            f"{path} has no sweep(add); what it looks like: metamorph_jax/sweep/grid.py"
+            f"{path} has no sweep(add); metamorph_jax/sweep/grid.py shows what it looks like"
         )
     there = {}
     for file in workdir.glob("*/sweep.json"):
@@ -121,7 +121,7 @@ def _key(values: dict) -> str:
 
 
 def _label(values: dict) -> str:
-    """Short keys and values, fit for a folder's name."""
+    """Short keys and values as the name of a folder."""
     from metamorph_jax.sweep.table import short_names
 
     names = short_names(list(values))
@@ -144,7 +144,7 @@ def run(args) -> int:
     if args.print:
         for run in runs:
             if states[run.folder] != "finished":
-                print(f"{args.prefix} train {shlex.join(command(run))}")
+                print(f"{args.prefix} metamorph train {shlex.join(command(run))}".lstrip())
         return 0
     width = max(len(run.folder.name) for run in runs)
     for run in runs:
@@ -166,7 +166,8 @@ def run(args) -> int:
     rows = write()
     known = sorted({name for row in rows for name in row["metrics"]})
     if known and args.metric not in known:
-        print(f"no run has {args.metric!r}; they have {', '.join(known)}", file=sys.stderr)
+        print(f"no run has the metric {args.metric!r}; there are {', '.join(known)}",
+              file=sys.stderr)  # fmt: skip
     print(table.markdown(rows, args.metric), end="")
     failed = [run for run in runs if run.failed]
     if failed:
@@ -175,7 +176,7 @@ def run(args) -> int:
 
 
 def _run_all(runs: list[Run], command, write) -> int:
-    """Trains one after the other; 0, or the exit code with which the sweep has to stop."""
+    """Trains the runs one after the other; returns 0, or the exit code if the sweep must stop."""
     for number, run in enumerate(runs, 1):
         run.folder.mkdir(parents=True, exist_ok=True)
         _save(run.folder / "sweep.json", run.values)
@@ -186,7 +187,7 @@ def _run_all(runs: list[Run], command, write) -> int:
         seconds = time.perf_counter() - clock
         if code in (PREEMPTED, 130):
             write()
-            print("stopped; the same command goes on", file=sys.stderr)
+            print("stopped; the same command resumes the sweep", file=sys.stderr)
             return code
         if code:
             run.failed = f"failed ({code})"
@@ -198,7 +199,7 @@ def _run_all(runs: list[Run], command, write) -> int:
 
 
 def _run_one(command: list[str], log: pathlib.Path) -> int:
-    """Runs a command, its output in a file; SIGTERM and Ctrl-C reach it and stop the sweep."""
+    """Exit code of a command that writes into a log; SIGTERM is forwarded to it."""
     with log.open("ab") as out:
         child = subprocess.Popen(
             command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
@@ -215,7 +216,7 @@ def _run_one(command: list[str], log: pathlib.Path) -> int:
         try:
             code = child.wait()
         except KeyboardInterrupt:
-            child.wait()  # it got the signal, too
+            child.wait()  # the terminal sends Ctrl-C to it, too
             return 130
         finally:
             signal.signal(signal.SIGTERM, before)
@@ -223,7 +224,7 @@ def _run_one(command: list[str], log: pathlib.Path) -> int:
 
 
 def _end_with_parent() -> None:
-    """In the child: `kill -9` of the sweep must not leave a training behind in the workdir."""
+    """Called in the child, so that it does not train on when the sweep is killed (SIGKILL)."""
     import ctypes
 
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

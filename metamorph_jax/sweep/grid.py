@@ -1,4 +1,4 @@
-"""The runs of a sweep, as the function `sweep(add)` beside a config lists them.
+"""The runs of a sweep, as `sweep(add)` in a config file lists them.
 
     def sweep(add):
         add.product({"optim.learning_rate": [1e-4, 3e-4], "model.visual_coef": [1.0, 8.0]})  # 4
@@ -6,8 +6,8 @@
         add.random(8, {"optim.learning_rate": add.log(1e-5, 1e-3), "seed": [0, 1]}, seed=0)  # 8
         add({"optim.schedule": "constant"}, seed=3)                                          # 1
 
-Keys are those of `--config.KEY`. `add.config` is the config itself, with the size and the overrides
-of the command line: `add.config.optim.learning_rate * 2`. A run that was added before is not added
+Keys are those of `--config.KEY`. `add.config` is the config with the size and the overrides of the
+command line: `add.config.optim.learning_rate * 2`. A run that has been added already is not added
 again.
 """
 
@@ -26,7 +26,7 @@ Values = dict[str, Any]  # dotted key -> value
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """What `random` draws from: evenly between two numbers, or evenly in their logarithm."""
+    """What `random` draws from: uniformly between two numbers, or uniformly in their logarithm."""
 
     low: float
     high: float
@@ -34,16 +34,16 @@ class Range:
 
     def __post_init__(self):
         if not self.low < self.high or (self.log and self.low <= 0):
-            raise ConfigError(f"sweep: no range from {self.low} to {self.high}")
+            raise ConfigError(f"sweep: there is no range from {self.low} to {self.high}")
 
     def draw(self, rng: random.Random) -> float:
         low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
         x = rng.uniform(low, high)
-        return float(f"{math.exp(x) if self.log else x:.4g}")  # readable, and the same as text
+        return float(f"{math.exp(x) if self.log else x:.4g}")  # readable, and exact as text
 
 
 class Add:
-    """What a `sweep` function is given; collects runs in `runs`, in order, each one once.
+    """The argument of `sweep`: collects the runs in `runs`, in order and without duplicates.
 
     Args:
         config: the config that the runs change.
@@ -66,24 +66,23 @@ class Add:
             self.runs.append(values)
 
     def product(self, table: Mapping[str, Sequence]) -> None:
-        """Every value of each key with every value of the others; the last key changes fastest."""
+        """Adds a run for each combination of values; the last key changes fastest."""
         for values in itertools.product(*_lists(table)):
             self(dict(zip(table, values, strict=True)))
 
     def zip(self, table: Mapping[str, Sequence]) -> None:
-        """The first values of all keys, the second ones, …"""
+        """Adds a run with the first value of each key, one with the second values, and so on."""
         lists = _lists(table)
         if len({len(x) for x in lists}) > 1:
             sizes = ", ".join(f"{k}: {len(x)}" for k, x in zip(table, lists, strict=True))
-            raise ConfigError(f"sweep: zip wants as many values of every key ({sizes})")
+            raise ConfigError(f"sweep: zip needs equally many values of every key ({sizes})")
         for values in zip(*lists, strict=True):
             self(dict(zip(table, values, strict=True)))
 
     def random(self, n: int, table: Mapping[str, Sequence | Range], seed: int = 0) -> None:
-        """n runs with values drawn from lists and ranges.
+        """Adds n runs with values drawn from lists and ranges.
 
-        Each key has random numbers of its own, so that with a larger n the first runs stay what
-        they were.
+        Each key has its own random numbers, so that the first runs are the same for a larger n.
         """
         rngs = {key: random.Random(f"{seed} {key}") for key in table}
         for _ in range(n):
@@ -96,20 +95,21 @@ class Add:
 def _lists(table: Mapping[str, Sequence]) -> list[list]:
     for key, values in table.items():
         if isinstance(values, str | Range) or not hasattr(values, "__iter__"):
-            raise ConfigError(f"sweep: {key} wants a list of values, not {values!r}")
+            raise ConfigError(f"sweep: {key} needs a list of values, not {values!r}")
     return [list(values) for values in table.values()]
 
 
 def expand(sweep: Callable, spec: str, overrides: Mapping[str, Any]) -> list[tuple[Values, Any]]:
-    """(values, config with them) of every run; each is checked before the first one starts.
+    """(values, config with these values) of every run.
 
     Args:
-        sweep: of the config file.
+        sweep: function of the config file.
         spec: `--config` of the command.
         overrides: `--config.KEY` of the command, for all runs.
 
     Raises:
-        ConfigError: a run names no option, or a wrong value, or sets one that `overrides` sets.
+        ConfigError: a run sets an option that does not exist or that `overrides` sets, or gives a
+            value of the wrong type.
     """
     add = Add(configs.load_config(spec, overrides))
     sweep(add)
@@ -120,13 +120,10 @@ def expand(sweep: Callable, spec: str, overrides: Mapping[str, Any]) -> list[tup
         both = values.keys() & overrides.keys()
         if both:
             raise ConfigError(f"--config.{min(both)} is given, but the sweep changes it")
-        config = configs.load_config(spec, overrides)
         try:
-            for key, value in values.items():
-                configs.set_dotted(config, key, value)
+            made.append((values, configs.load_config(spec, {**overrides, **values})))
         except ConfigError as error:
             raise ConfigError(f"run {number} of the sweep: {error}") from error
-        made.append((values, config))
     return made
 
 

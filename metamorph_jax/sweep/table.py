@@ -1,7 +1,7 @@
-"""What came out of a sweep: one row per run as CSV and Markdown, and a plot against each key.
+"""Results of a sweep: one row per run as CSV and Markdown, and a plot against each key.
 
-A number of a run is the mean over the last tenth of the lines of its metrics.jsonl: a single line
-is noise, and the tables of two runs compare the same share of their training.
+A metric of a run is its mean over the last tenth of the lines of metrics.jsonl: single lines are
+noisy, and the same share of the training is compared for all runs.
 """
 
 import csv
@@ -9,15 +9,21 @@ import io
 import json
 import math
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
+
+from metamorph_jax.errors import UserError
+from metamorph_jax.eval import figures
 
 # A longer training writes more lines; this share of them counts.
 SHARE = 0.1
 
 
 def read_metrics(file: pathlib.Path) -> tuple[int, dict[str, float]]:
-    """(last step, metric -> mean over the last tenth of the lines); (0, {}) where there is none."""
+    """(last step, metric -> mean over the last tenth of the lines); (0, {}) without a file."""
     if not file.is_file():
         return 0, {}
     lines = []
@@ -26,20 +32,20 @@ def read_metrics(file: pathlib.Path) -> tuple[int, dict[str, float]]:
             line = json.loads(text)
             lines.append((int(line.pop("step")), line))
         except (ValueError, KeyError, AttributeError):
-            continue  # half a line of a killed run
+            continue  # an incomplete line of a run that was killed
     if not lines:
         return 0, {}
     last = [line for _, line in lines[-max(1, math.ceil(len(lines) * SHARE)) :]]
     names = {name: None for line in last for name in line}
     found = {}
     for name in names:
-        values = [float(line[name]) for line in last if name in line]  # "nan" is written as text
+        values = [float(line[name]) for line in last if name in line]  # "nan" is a string there
         found[name] = sum(values) / len(values)
     return lines[-1][0], found
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Dotted key -> its last part, or as much of its end as tells it from the others."""
+    """Dotted key -> the shortest end of it that no other key has."""
     names = {}
     for key in keys:
         parts = key.split(".")
@@ -62,7 +68,7 @@ def lower_is_better(metric: str) -> bool:
 
 
 def best_first(rows: Sequence[dict], metric: str) -> list[dict]:
-    """Rows by their metric, those without a finite one last."""
+    """Rows in the order of their metric; those without a finite value come last."""
 
     def order(row):
         value = row["metrics"].get(metric, math.nan)
@@ -90,7 +96,7 @@ def markdown(rows: Sequence[dict], metric: str) -> str:
 
 
 def as_csv(rows: Sequence[dict]) -> str:
-    """All runs in their order with all their metrics."""
+    """All runs in their order, with all of their metrics."""
     keys = list(dict.fromkeys(k for row in rows for k in row["values"]))
     metrics = sorted({m for row in rows for m in row["metrics"]})
     out = io.StringIO()
@@ -104,75 +110,61 @@ def as_csv(rows: Sequence[dict]) -> str:
 
 
 def plot(rows: Sequence[dict], metric: str):
-    """A picture with one panel per key that has several values, or None where there is no point.
+    """A matplotlib figure with one panel per key that has several values; None if there is none.
 
     Numbers lie on an axis (a logarithmic one where they span more than a factor of 8), other values
-    side by side. A dot is a run; the line goes through the means of equal values.
+    side by side. A dot is a run; the line goes through the means of equal values. Call it, and save
+    the figure, inside `figures.style()`.
     """
-    from PIL import Image, ImageDraw, ImageFont
-
     rows = [r for r in rows if math.isfinite(r["metrics"].get(metric, math.nan))]
     keys = list(dict.fromkeys(k for row in rows for k in row["values"]))
     keys = [k for k in keys if len({show(r["values"].get(k)) for r in rows}) > 1]
     if not keys:
         return None
-    width, height, left, top, right, bottom = 420, 300, 70, 34, 20, 44
-    ink, soft, accent = (40, 40, 40), (205, 205, 205), (31, 104, 180)
-    picture = Image.new("RGB", (width * len(keys), height), "white")
-    draw = ImageDraw.Draw(picture)
-    font = ImageFont.load_default(13)
-    ys = [r["metrics"][metric] for r in rows]
-    low, high = min(ys), max(ys)
-    pad = (high - low) * 0.08 or abs(high) * 0.05 or 1.0
-    low, high = low - pad, high + pad
-    for panel, key in enumerate(keys):
-        x0, x1 = panel * width + left, (panel + 1) * width - right
-        y0, y1 = height - bottom, top
-        place, ticks = _axis([r["values"].get(key) for r in rows])
-        xs = [x0 + place(r["values"].get(key)) * (x1 - x0) for r in rows]
-        at = [(x, y0 - (y - low) / (high - low) * (y0 - y1)) for x, y in zip(xs, ys, strict=True)]
-        for i in range(5):
-            y = y0 + (y1 - y0) * i / 4
-            draw.line([(x0, y), (x1, y)], fill=soft)
-            draw.text((x0 - 6, y), show(low + (high - low) * i / 4), ink, font, anchor="rm")
-        for value in ticks:
-            x = x0 + place(value) * (x1 - x0)
-            draw.line([(x, y0), (x, y0 + 4)], fill=ink)
-            draw.text((x, y0 + 7), show(value), ink, font, anchor="mt")
-        means: dict[float, list[float]] = {}
-        for x, y in at:
-            means.setdefault(x, []).append(y)
-        draw.line([(x, sum(v) / len(v)) for x, v in sorted(means.items())], fill=accent, width=2)
-        for x, y in at:
-            draw.ellipse([x - 4, y - 4, x + 4, y + 4], outline=accent, fill="white", width=2)
-        draw.text(((x0 + x1) / 2, height - 6), key, ink, font, anchor="mb")
-        draw.text((x0, y1 - 8), metric, ink, font, anchor="lb")
-    return picture
+    figure, panels = figures.subplots(len(keys), 4.2 * len(keys), 3.0)
+    for axes, key in zip(panels, keys, strict=True):
+        _panel(axes, [r["values"].get(key) for r in rows], [r["metrics"][metric] for r in rows])
+        axes.set_xlabel(key)
+    panels[0].set_ylabel(metric)
+    return figure
 
 
-def _axis(values: Sequence[Any]):
-    """(value -> place between 0 and 1, values that get a mark)."""
+def _panel(axes, values: Sequence[Any], heights: Sequence[float]) -> None:
+    """Draws one key's values against the metric."""
     numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
-    if not numbers:
-        kinds = list(dict.fromkeys(map(show, values)))
-        return (lambda v: (kinds.index(show(v)) + 0.5) / len(kinds)), kinds
-    low, high = min(values), max(values)
-    scale = math.log if low > 0 and high / low > 8 else float
-    a, b = scale(low), scale(high)
-    place = lambda v: 0.06 + 0.88 * (scale(v) - a) / (b - a)  # noqa: E731
-    marks = sorted(set(values))
-    if len(marks) > 6:
-        marks = marks[:: math.ceil(len(marks) / 6)]
-    return place, marks
+    if numbers:
+        places = values
+        ticks = sorted(set(values))
+        ticks = ticks[:: math.ceil(len(ticks) / 6)]
+        labels = list(map(show, ticks))
+        if min(values) > 0 and max(values) / min(values) > 8:
+            axes.set_xscale("log")
+    else:
+        labels = list(dict.fromkeys(map(show, values)))
+        places, ticks = [labels.index(show(v)) for v in values], range(len(labels))
+    means: dict[float, list[float]] = {}
+    for x, y in zip(places, heights, strict=True):
+        means.setdefault(x, []).append(y)
+    color = figures.COLORS[0]
+    places_once = sorted(means)
+    axes.plot(places_once, [np.mean(means[x]) for x in places_once], color=color)
+    axes.scatter(places, heights, 36, "white", edgecolors=color, linewidths=1.7, zorder=3)
+    axes.set_xticks(ticks, labels)
+    axes.minorticks_off()
+    axes.margins(0.08)
 
 
 def write(folder: pathlib.Path, rows: Sequence[dict], metric: str) -> list[pathlib.Path]:
-    """Writes sweep.csv, sweep.md and, where there is something to plot, sweep.png."""
+    """Writes sweep.csv, sweep.md and, if there is something to plot, sweep.png; returns them."""
     files = [folder / "sweep.csv", folder / "sweep.md"]
     files[0].write_text(as_csv(rows))
     files[1].write_text(markdown(rows, metric))
-    picture = plot(rows, metric)
-    if picture is not None:
-        files.append(folder / "sweep.png")
-        picture.save(files[-1])
+    try:
+        with figures.style():
+            figure = plot(rows, metric)
+            if figure is not None:
+                files.append(folder / "sweep.png")
+                figure.savefig(files[-1], dpi=150)
+    except UserError as error:  # a sweep of days should not end here
+        print(f"sweep.png is not written: {error}", file=sys.stderr)
     return files

@@ -6,6 +6,8 @@
 import dataclasses
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from metamorph_jax import config as configs
 from metamorph_jax.errors import ConfigError
 
@@ -194,6 +196,27 @@ class Run:
     def pattern(self) -> str:
         """Of the parameters that are trained, see `Recipe.STAGES`."""
         return self.recipe.STAGES[self.cfg.stage](self.model)
+
+
+def typed(recipe: str) -> type[TrainConfig]:
+    """`TrainConfig` with the recipe's own dataclasses as the types of `model` and `data`."""
+    from metamorph_jax import recipe as recipes
+
+    found = recipes.find(recipe)
+    return configs.narrowed(TrainConfig, model=found.Config, data=found.Data)
+
+
+def run(recipe: str, **differences) -> ConfigDict:
+    """What `get_config` of a config file returns: every option of a run.
+
+    Args:
+        recipe: see `TrainConfig`.
+        differences: options of `TrainConfig` that differ from the defaults, nested as there.
+
+    Raises:
+        ConfigError: an option does not exist, or a value is of the wrong type.
+    """
+    return configs.table(typed(recipe), {"recipe": recipe, **differences})
 
 
 def resolve(config) -> Run:

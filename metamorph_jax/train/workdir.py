@@ -18,7 +18,7 @@ from metamorph_jax.errors import ConfigError
 BINDING = ("recipe", "stage", "seed", "batch_size", "accumulate", "model", "data")
 # Of these it changes nothing in the numbers.
 FREE = (
-    *("data.workers", "data.read_threads", "data.read_ahead", "data.index_dir"),
+    *(f"data.reading.{name}" for name in ("workers", "threads", "ahead", "index_dir")),
     *(f"local_checkpoints.{name}" for name in ("folder", "every", "keep", "multi_tier")),
 )
 

@@ -26,7 +26,7 @@ def letters():
     return Letters()
 
 
-def picture(seed, w=24, h=16):
+def make_image(seed, w=24, h=16):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (h, w, 3), np.uint8))
 
 
@@ -46,7 +46,7 @@ def dataset(tmp_path):
         n = k % 4
         paths = [f"p{k}_{i}.png" for i in range(n)]
         for i, name in enumerate(paths):
-            picture(100 * k + i).save(tmp_path / name)
+            make_image(100 * k + i).save(tmp_path / name)
         marks = "<image>" * max(n - 1, min(n, 1))
         records.append({
             "id": f"r{k}",
@@ -59,7 +59,7 @@ def dataset(tmp_path):
     (tmp_path / "p5_0.png").write_bytes(b"")  # zero byte
     data = (tmp_path / "p9_0.png").read_bytes()
     (tmp_path / "p9_0.png").write_bytes(data[: len(data) // 2])  # truncated
-    picture(7).save(tmp_path / "p13_0.png", format="JPEG")  # misnamed: used
+    make_image(7).save(tmp_path / "p13_0.png", format="JPEG")  # misnamed: used
     records[17]["conversations"][0]["value"] = "no marker"
     records[20]["conversations"][1]["value"] = ""  # nothing to learn
     path = tmp_path / "data.jsonl"

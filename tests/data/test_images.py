@@ -13,7 +13,7 @@ from metamorph_jax.data import images
 from metamorph_jax.data.sources import ImageRef
 from metamorph_jax.data.sources.base import confined
 from metamorph_jax.errors import BadSample
-from tests.data.conftest import picture
+from tests.data.conftest import make_image
 
 
 def save(path, image, **kw):
@@ -47,7 +47,7 @@ def test_modes_become_rgb(tmp_path):
 
 def test_bad_files(tmp_path):
     good = io.BytesIO()
-    picture(1, 200, 200).save(good, "PNG")
+    make_image(1, 200, 200).save(good, "PNG")
     cases = {
         "missing": None,
         "zero_byte": b"",
@@ -65,13 +65,13 @@ def test_bad_files(tmp_path):
     with pytest.raises(BadSample, match="broken_picture"):
         images.load([ImageRef(str(tmp_path / "broken.jpg"))])
     with pytest.raises(BadSample, match="oversized"):
-        images.load([save(tmp_path / "big.png", picture(1, 50, 50))], max_pixels=2000)
+        images.load([save(tmp_path / "big.png", make_image(1, 50, 50))], max_pixels=2000)
 
 
 def test_misnamed_is_counted_and_used(tmp_path):
     counts = collections.Counter()
     ref = ImageRef(str(tmp_path / "a.jpg"))
-    picture(1).save(ref.path, format="GIF")
+    make_image(1).save(ref.path, format="GIF")
     assert images.load([ref], counts=counts)[0].size == (24, 16)
     assert counts == {"misnamed": 1}
 
@@ -152,9 +152,9 @@ def test_equals_the_published_processor(kind):
         seed=st.integers(0, 9),
     )
     def check(size, mode, seed):
-        image = picture(seed, *size)
+        image = make_image(seed, *size)
         if mode in ("RGBA", "LA"):
-            image.putalpha(picture(seed + 1, *size).convert("L"))
+            image.putalpha(make_image(seed + 1, *size).convert("L"))
         if mode == "P":
             image = image.quantize(7)
         image = image.convert(mode)
@@ -166,7 +166,7 @@ def test_equals_the_published_processor(kind):
 
 
 def test_alpha_is_dropped(tmp_path):
-    image = picture(1, 9, 8)
+    image = make_image(1, 9, 8)
     clear = image.copy()
     clear.putalpha(0)
     (loaded,) = images.load([save(tmp_path / "a.png", clear)])
@@ -175,7 +175,7 @@ def test_alpha_is_dropped(tmp_path):
 
 def test_exif_rotation_is_not_applied(tmp_path):
     """As in LLaVA's and MetaMorph's loaders, which open and convert and no more."""
-    image = picture(1, 30, 20)
+    image = make_image(1, 30, 20)
     exif = Image.Exif()
     exif[274] = 6  # "turn right by 90 degrees to look at it"
     ref = save(tmp_path / "a.png", image, exif=exif)

@@ -1,11 +1,23 @@
+import dataclasses
 import types
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metamorph_jax.data.packing import FirstFit, PackedIterator, PackOptions, assemble
+from metamorph_jax.data.config import (
+    CacheConfig,
+    DataConfig,
+    InputSpec,
+    OrderConfig,
+    ReadingConfig,
+    RowConfig,
+)
+from metamorph_jax.data.images import Preprocess
+from metamorph_jax.data.packing import FirstFit, PackedIterator, assemble
+from metamorph_jax.data.views import Single
 from metamorph_jax.errors import TooManyBadSamples
 
 P = 2
@@ -41,13 +53,18 @@ class Stream:
         }  # fmt: skip
 
 
-def options(B=2, L=32, I=4, **kw):
-    return PackOptions(B, L, I, P, pixel_shape=(1, 1, 3), **kw)
+SPEC = InputSpec(Single(P, Preprocess(1)))
 
 
-def iterator(sizes, o):
+def rows_of(length=32, images=4, **kw):
+    return DataConfig(row=RowConfig(length=length, images=images, **kw))
+
+
+def iterator(sizes, config, rows=2, targets=0):
     stream = Stream(sizes)
-    return PackedIterator(stream, lambda n: iter([stream[k] for k in range(n, len(stream))]), o)
+    spec = dataclasses.replace(SPEC, visual_targets=targets)
+    start = lambda n: iter([stream[k] for k in range(n, len(stream))])  # noqa: E731
+    return PackedIterator(stream, start, config, spec, rows)
 
 
 sizes = st.lists(
@@ -57,12 +74,12 @@ sizes = st.lists(
 
 @settings(max_examples=100, deadline=None)
 @given(sizes, st.integers(1, 3), st.integers(1, 5), st.sampled_from(["first_fit", "pad"]),
-       st.sampled_from(["left", "right"]), st.sampled_from([0, 8, 11]))  # fmt: skip
-def test_every_sample_once_and_whole(sizes, B, open_rows, mode, side, limit):
-    o = options(B, open_rows=open_rows, mode=mode, side=side, visual_targets_per_row=limit)
+       st.sampled_from([0, 8, 11]))  # fmt: skip
+def test_every_sample_once_and_whole(sizes, B, open_rows, mode, limit):
+    config = rows_of(open_rows=open_rows, packing=mode)
     seen = []
-    for batch in iterator(sizes, o):
-        assert batch.tokens.shape == (B, 32) and batch.pixels.shape == (B, 4, 1, 1, 3)
+    for batch in iterator(sizes, config, B, limit):
+        assert batch.tokens.shape == (B, 32) and batch.images.pixels.shape == (B, 4, 1, 1, 3)
         for b in range(B):
             segments = batch.segments[b]
             used = 0
@@ -77,44 +94,44 @@ def test_every_sample_once_and_whole(sizes, B, open_rows, mode, side, limit):
                 assert slots.tolist() == [-1] * text + [used * P + i for i in range(k * P)]
                 visual = batch.visual_targets[b, where[text - 1 : -1]]
                 assert visual.tolist() == slots[text:].tolist()
-                assert (batch.pixels[b, used : used + k] == n + 1).all()
-                assert batch.image_valid[b, used : used + k].all()
+                assert (batch.images.pixels[b, used : used + k] == n + 1).all()
+                assert batch.images.valid[b, used : used + k].all()
+                starts = where[text] + P * np.arange(k) if k else []
+                assert batch.images.start[b, used : used + k].tolist() == list(starts)
                 used += k
                 seen.append(n)
-            assert batch.image_valid[b].sum() == used
+            assert batch.images.valid[b].sum() == used
             assert not limit or (batch.visual_targets[b] >= 0).sum() <= limit
             empty = segments == 0
             assert (batch.text_targets[b, empty] == -1).all()
             assert (batch.image_slots[b, empty] == -1).all()
             if mode == "pad":
                 assert segments.max() <= 1
-            if side == "left" and not empty.all():
-                assert segments[-1] > 0
     assert sorted(seen) == [n for n, size in enumerate(sizes) if size is not None]
 
 
 @settings(max_examples=30, deadline=None)
 @given(sizes, st.integers(0, 8))
 def test_resume_is_exact(sizes, steps):
-    o = options(open_rows=3, visual_targets_per_row=9)
-    whole = list(iterator(sizes, o))
-    it = iterator(sizes, o)
+    o, most = rows_of(open_rows=3), 9
+    whole = list(iterator(sizes, o, targets=most))
+    it = iterator(sizes, o, targets=most)
     steps = min(steps, len(whole))
     for _ in range(steps):
         next(it)
     state = it.get_state()
-    other = iterator(sizes, o)
+    other = iterator(sizes, o, targets=most)
     other.set_state(state)
     rest = list(other)
     assert len(rest) == len(whole) - steps
     for a, b in zip(rest, whole[steps:], strict=True):
-        for name in ("tokens", "segments", "image_slots", "pixels"):
-            np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+            np.testing.assert_array_equal(x, y)
     assert other.counts["s/missing"] == sizes.count(None)
 
 
 def test_too_many_bad():
-    it = iterator([(3, 0)] + [None] * 5, options(max_bad_in_a_row=5))
+    it = iterator([(3, 0)] + [None] * 5, DataConfig(reading=ReadingConfig(max_bad_in_a_row=5)))
     with pytest.raises(TooManyBadSamples, match=r"file 5.*s/missing: 5"):
         next(it)
 
@@ -122,34 +139,39 @@ def test_too_many_bad():
 def test_visual_targets_fill_a_row_too():
     """Four samples of one picture: as many of them share a row as its visual targets allow."""
     for limit, expected in ((0, [4]), (3 * P, [3, 1]), (2 * P + 1, [2, 2]), (P, [1, 1, 1, 1])):
-        o = options(1, I=8, visual_targets_per_row=limit)
-        assert [int(b.segments.max()) for b in iterator([(3, 1)] * 4, o)] == expected
+        batches = iterator([(3, 1)] * 4, rows_of(images=8), 1, limit)
+        assert [int(b.segments.max()) for b in batches] == expected
     packer = FirstFit(32, 8, 3, targets=5)
     with pytest.raises(ValueError, match="6 visual targets does not fit into a row of 32, 8 and 5"):
         packer.add("sample", 10, 3, 6)
 
 
 def test_padding_batches():
-    it = iterator([(3, 1)], options(padding_batches=True))
+    it = iterator([(3, 1)], DataConfig(order=OrderConfig(padding_batches=True)))
     assert next(it).segments.max() == 1
     for _ in range(3):
         assert next(it).segments.max() == 0
 
 
 def test_changed_layout_is_refused():
-    a = PackedIterator(Stream([]), lambda n: iter(()), options(), layout="a")
-    b = PackedIterator(Stream([]), lambda n: iter(()), options(), layout="b")
+    a, b = (
+        PackedIterator(Stream([]), lambda n: iter(()), rows_of(), SPEC, 2, layout=text)
+        for text in "ab"
+    )
     with pytest.raises(ValueError, match="layout changed"):
         b.set_state(a.get_state())
 
 
 def test_features_and_turns():
-    o = PackOptions(1, 8, 2, P, feature_width=3, turns=True)
+    config = DataConfig(
+        row=RowConfig(length=8, images=2, independent_turns=True), cache=CacheConfig(features="f")
+    )
+    spec = InputSpec(Single(P), feature_width=3, tower="t")
     item = {**Stream([(2, 1)])[0], "cache": np.array([5]), "turns": np.array([0, 1, 1, 1])}
     rows = np.arange(6 * P * 3, dtype=np.float32).reshape(6, P, 3)
-    batch = assemble([[item]], o, rows)
-    np.testing.assert_array_equal(batch.features[0, 0], rows[5])
-    assert batch.pixels is None and batch.turns[0].tolist() == [0, 1, 1, 1, 0, 0, 0, 0]
+    batch = assemble([[item]], 1, config, spec, rows)
+    np.testing.assert_array_equal(batch.images.features[0, 0], rows[5])
+    assert batch.images.pixels is None and batch.turns[0].tolist() == [0, 1, 1, 1, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("length,images,goal", [(4096, 24, 0.99), (2048, 16, 0.98)])

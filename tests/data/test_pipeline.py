@@ -5,38 +5,72 @@ import multiprocessing
 import os
 import signal
 
+import jax
 import numpy as np
 import pytest
 
 from metamorph_jax.data import cache as caches
 from metamorph_jax.data import check, decoder_pairs
-from metamorph_jax.data.pipeline import (
+from metamorph_jax.data.chat import Chat
+from metamorph_jax.data.config import (
     DataConfig,
+    InputSpec,
+    OrderConfig,
+    ReadingConfig,
+    RowConfig,
     SourceConfig,
+)
+from metamorph_jax.data.images import Preprocess
+from metamorph_jax.data.pipeline import (
     _Restarting,
+    all_refs,
     make_pipeline,
     make_stream,
+    open_sources,
 )
 from metamorph_jax.data.stream import Mixture, permute
-from tests.data.conftest import Letters, conversation, picture, write_jsonl
+from metamorph_jax.data.views import Single
+from metamorph_jax.errors import ConfigError
+from metamorph_jax.recipe import Shard
+from tests.data.conftest import Letters, conversation, make_image, write_jsonl
 
 BAD = {"missing": 1, "zero_byte": 1, "truncated": 1, "marker_mismatch": 1, "fully_masked": 1}
 
 
-def config(path, **kw):
-    base = dict(
-        sources=(SourceConfig(str(path), name="d"),), template="chatml", batch_size=2, length=160,
-        images_per_row=6, tokens_per_image=4, image_size=8, open_rows=3, seed=1, read_ahead=8,
-    )  # fmt: skip
-    return DataConfig(**{**base, **kw})
+SPEC = InputSpec(Single(4, Preprocess(8)))
+FEATURES = InputSpec(Single(4, Preprocess(8)), feature_width=3, tower="toy")
+
+
+def config(path, *sources, **parts):
+    """A config whose parts differ in the given fields from those of most tests."""
+    usual = DataConfig(
+        sources or (SourceConfig(str(path), name="d"),),
+        order=OrderConfig(seed=1),
+        reading=ReadingConfig(ahead=8),
+        row=RowConfig("chatml", length=160, images=6, open_rows=3),
+    )
+    changed = {n: dataclasses.replace(getattr(usual, n), **kw) for n, kw in parts.items()}
+    return dataclasses.replace(usual, **changed)
+
+
+def chat_of(config, tokenizer):
+    row = config.row
+    return Chat(tokenizer, row.template, row.system, row.single_bos)
+
+
+def stream_of(config, tokenizer, spec=SPEC, process=(0, 1)):
+    return make_stream(config, spec, chat_of(config, tokenizer), process=process)
+
+
+def pipeline_of(config, tokenizer, spec=SPEC):
+    return make_pipeline(config, spec, chat_of(config, tokenizer), Shard(2))
 
 
 def equal(a, b):
-    for field in dataclasses.fields(a):
-        x, y = getattr(a, field.name), getattr(b, field.name)
-        assert (x is None) == (y is None), field.name
-        if x is not None:
-            np.testing.assert_array_equal(x, y, err_msg=field.name)
+    a, b = (jax.tree_util.tree_leaves_with_path(x) for x in (a, b))
+    assert [path for path, _ in a] == [path for path, _ in b]
+    for (path, x), (_, y) in zip(a, b, strict=True):
+        np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 16, 17, 1000])
@@ -65,7 +99,7 @@ def test_mixture_by_size_and_by_weight():
 
 def test_one_epoch(dataset, letters):
     path, _ = dataset
-    it = make_pipeline(config(path, epochs=1), letters)
+    it = pipeline_of(config(path, order={"epochs": 1}), letters)
     segments = sum(int(b.segments[r].max()) for b in it for r in range(2))
     assert segments == 35
     assert it.counts == {**{f"d/{k}": v for k, v in BAD.items()}, "d/misnamed": 1}
@@ -74,18 +108,19 @@ def test_one_epoch(dataset, letters):
 
 def test_samples_of_too_many_visual_targets_are_skipped(tmp_path, letters):
     for i in range(3):
-        picture(i).save(tmp_path / f"{i}.png")
+        make_image(i).save(tmp_path / f"{i}.png")
     names = ["0.png", "1.png", "2.png"]
     write_jsonl(tmp_path / "d.jsonl", [
         {"id": str(n), "image": names[:n], "conversations": conversation("Draw", "<image>" * n)}
         for n in (1, 2, 3)
     ])  # fmt: skip
-    cfg = config(tmp_path / "d.jsonl", epochs=1, visual_targets_per_row=10)
-    it = make_pipeline(cfg, letters)
+    cfg = config(tmp_path / "d.jsonl", order={"epochs": 1})
+    limited = dataclasses.replace(SPEC, visual_targets=10)
+    it = pipeline_of(cfg, letters, limited)
     targets = [(b.visual_targets >= 0).sum(1).tolist() for b in it]
     assert sum(map(sum, targets)) == (1 + 2) * 4 and max(map(max, targets)) <= 10
     assert it.counts == {"d/too_many_visual_targets": 1}
-    stream = make_stream(cfg, letters)
+    stream = stream_of(cfg, letters, limited)
     (detail,) = (stream[n]["detail"] for n in range(3) if "bad" in stream[n])
     assert detail == "12 visual tokens to predict, max_visual_targets of the model is 10"
 
@@ -93,9 +128,9 @@ def test_samples_of_too_many_visual_targets_are_skipped(tmp_path, letters):
 def test_batches_hold_the_samples(dataset, letters):
     """Pixels of a row are those of its samples, in order; labels point at the next position."""
     path, _ = dataset
-    stream = make_stream(config(path), letters)
-    batch = next(make_pipeline(config(path), letters))
-    assert batch.pixels.dtype == np.uint8 and batch.tokens.dtype == np.int32
+    stream = stream_of(config(path), letters)
+    batch = next(pipeline_of(config(path), letters))
+    assert batch.images.pixels.dtype == np.uint8 and batch.tokens.dtype == np.int32
     texts = {}
     for n in range(60):
         item = stream[n]
@@ -110,19 +145,19 @@ def test_batches_hold_the_samples(dataset, letters):
             own = np.where(slots >= 0, slots - at * 4, -1).astype(np.int32)
             item = texts[batch.tokens[b, here].tobytes() + own.tobytes()]
             if k:
-                np.testing.assert_array_equal(batch.pixels[b, at : at + k], item["pixels"])
+                np.testing.assert_array_equal(batch.images.pixels[b, at : at + k], item["pixels"])
             at += k
 
 
 def test_resume_and_determinism(dataset, letters):
     path, _ = dataset
-    straight = make_pipeline(config(path), letters)
+    straight = pipeline_of(config(path), letters)
     batches = [next(straight) for _ in range(12)]
-    it = make_pipeline(config(path), letters)
+    it = pipeline_of(config(path), letters)
     for _ in range(5):
         next(it)
     state = json.loads(json.dumps(it.get_state()))
-    other = make_pipeline(config(path, read_threads=0, read_ahead=1), letters)
+    other = pipeline_of(config(path, reading={"threads": 0, "ahead": 1}), letters)
     other.set_state(state)
     for want in batches[5:]:
         equal(next(other), want)
@@ -130,18 +165,18 @@ def test_resume_and_determinism(dataset, letters):
     it.set_state(state)  # also backwards, on an iterator in use
     equal(next(it), batches[5])
     with pytest.raises(ValueError, match="changed"):
-        make_pipeline(config(path, length=161), letters).set_state(state)
+        pipeline_of(config(path, row={"length": 161}), letters).set_state(state)
 
 
 def test_worker_processes_change_nothing(dataset):
     path, _ = dataset
-    one = make_pipeline(config(path), Letters())
-    two = make_pipeline(config(path, workers=2, read_ahead=2), Letters())
+    one = pipeline_of(config(path), Letters())
+    two = pipeline_of(config(path, reading={"workers": 2, "ahead": 2}), Letters())
     for _ in range(4):
         equal(next(one), next(two))
     state = two.get_state()
     two.close()
-    two = make_pipeline(config(path, workers=1), Letters())
+    two = pipeline_of(config(path, reading={"workers": 1}), Letters())
     two.set_state(state)
     equal(next(one), next(two))
     two.close()
@@ -149,8 +184,9 @@ def test_worker_processes_change_nothing(dataset):
 
 def test_processes_share_the_samples(dataset, letters):
     path, _ = dataset
-    whole = make_stream(config(path, epochs=1), letters)
-    parts = [make_stream(config(path, epochs=1), letters, process=(i, 3)) for i in range(3)]
+    once = config(path, order={"epochs": 1})
+    whole = stream_of(once, letters)
+    parts = [stream_of(once, letters, process=(i, 3)) for i in range(3)]
     assert [len(p) for p in parts] == [14, 13, 13]
     got = [p.locate(n) for p in parts for n in range(len(p))]
     assert sorted(got) == sorted(whole.locate(n) for n in range(40))
@@ -160,7 +196,8 @@ def test_wrong_root_is_a_clear_error(dataset, letters, tmp_path):
     path, _ = dataset
     (tmp_path / "empty").mkdir()
     source = SourceConfig(str(path), root=str(tmp_path / "empty"))
-    it = make_pipeline(config(path, sources=(source,), max_bad_in_a_row=5, length=4000), letters)
+    cfg = config(path, source, reading={"max_bad_in_a_row": 5}, row={"length": 4000})
+    it = pipeline_of(cfg, letters)
     with pytest.raises(RuntimeError, match="missing"):
         for _ in range(200):
             next(it)
@@ -172,30 +209,27 @@ def features_of(pixels):
     return x.reshape(len(x), 4, -1, 3).mean(2)
 
 
-def all_refs(path, letters):
-    return list(check.all_refs(config(path), letters))
-
-
 def test_caches_give_the_same_numbers(dataset, letters, tmp_path):
     path, _ = dataset
-    c = config(path)
-    process = c.preprocess
+    process = SPEC.views.preprocess
     root = str(tmp_path / "cache")
-    refs = all_refs(path, letters)
-    spec = caches.picture_spec(process)
+    refs = list(all_refs(config(path)))
+    spec = caches.image_spec(process)
     cache, bad = caches.build(root, spec, refs, process, progress=False)
     assert bad == {"missing": 1, "zero_byte": 1, "truncated": 1} and len(cache) == len(refs) - 3
-    direct, cached = (make_pipeline(x, letters) for x in (c, config(path, picture_cache=root)))
-    spec = caches.feature_spec(process, "toy", 4, 3)
+    direct = pipeline_of(config(path), letters)
+    cached = pipeline_of(config(path, cache={"images": root}), letters)
+    spec = caches.feature_spec(process, FEATURES)
     caches.build(root, spec, refs, process, features_of, batch_size=4, progress=False)
-    given = make_pipeline(config(path, feature_cache=root, feature_width=3, tower="toy"), letters)
+    given = pipeline_of(config(path, cache={"features": root}), letters, FEATURES)
     for _ in range(12):
         a, b, f = next(direct), next(cached), next(given)
         equal(a, b)
         np.testing.assert_array_equal(a.tokens, f.tokens)
-        assert f.pixels is None and f.features.dtype == np.float32
-        want = features_of(a.pixels.reshape(-1, 8, 8, 3)).reshape(f.features.shape)
-        np.testing.assert_array_equal(f.features[a.image_valid], want[a.image_valid])
+        assert f.images.pixels is None and f.images.features.dtype == np.float32
+        want = features_of(a.images.pixels.reshape(-1, 8, 8, 3)).reshape(f.images.features.shape)
+        valid = a.images.valid
+        np.testing.assert_array_equal(f.images.features[valid], want[valid])
     # Bad pictures are counted alike, but for wrong names, which a cache does not remember.
     want = {k: v for k, v in direct.counts.items() if k != "d/misnamed"}
     assert cached.counts == given.counts == want
@@ -203,9 +237,9 @@ def test_caches_give_the_same_numbers(dataset, letters, tmp_path):
 
 def test_cache_goes_on_after_an_interruption(dataset, letters, tmp_path):
     path, folder = dataset
-    process = config(path).preprocess
-    spec = caches.feature_spec(process, "toy", 4, 3)
-    refs = all_refs(path, letters)
+    process = SPEC.views.preprocess
+    spec = caches.feature_spec(process, FEATURES)
+    refs = list(all_refs(config(path)))
     calls = []
 
     def failing(pixels):
@@ -230,7 +264,7 @@ def test_cache_goes_on_after_an_interruption(dataset, letters, tmp_path):
     # A second build has nothing to do; a changed file is not served from the cache.
     caches.build(root, spec, refs, process, lambda x: pytest.fail("again"), progress=False)
     ref = next(r for r in refs if r.path.endswith("p2_1.png"))
-    picture(99, 30, 30).save(ref.path)
+    make_image(99, 30, 30).save(ref.path)
     assert cache.lookup(ref) is None
     cache, _ = caches.build(root, spec, refs, process, features_of, batch_size=4, progress=False)
     assert cache.lookup(ref) == len(whole)
@@ -239,16 +273,17 @@ def test_cache_goes_on_after_an_interruption(dataset, letters, tmp_path):
 def test_text_only_needs_no_pictures(tmp_path, letters):
     path = tmp_path / "t.json"
     path.write_text(json.dumps([{"id": "a", "conversations": conversation("Q", "A")}]))
-    batch = next(make_pipeline(config(path), letters))
-    assert not batch.image_valid.any() and batch.pixels.shape == (2, 6, 8, 8, 3)
+    batch = next(pipeline_of(config(path), letters))
+    assert not batch.images.valid.any() and batch.images.pixels.shape == (2, 6, 8, 8, 3)
 
 
 def test_independent_turns_in_a_batch(tmp_path, letters):
-    picture(1).save(tmp_path / "a.png")
+    make_image(1).save(tmp_path / "a.png")
     write_jsonl(tmp_path / "a.jsonl", [
         {"id": "a", "image": "a.png", "conversations": conversation("<image>\nQ", "A", "R", "B")}
     ])  # fmt: skip
-    batch = next(make_pipeline(config(tmp_path / "a.jsonl", independent_turns=True), letters))
+    cfg = config(tmp_path / "a.jsonl", row={"independent_turns": True})
+    batch = next(pipeline_of(cfg, letters))
     row, n = batch.turns[0], (batch.segments[0] == 1).sum()
     assert sorted(set(row[:n].tolist())) == [0, 1, 2]
     second = np.flatnonzero(row[:n] == 2)
@@ -257,11 +292,13 @@ def test_independent_turns_in_a_batch(tmp_path, letters):
 
 def test_config_errors(tmp_path):
     with pytest.raises(ValueError, match="weights"):
-        config("a", sources=(SourceConfig("a", weight=1.0), SourceConfig("b")))
+        DataConfig((SourceConfig("a", weight=1.0), SourceConfig("b")))
     with pytest.raises(ValueError, match="feature_width"):
-        config("a", feature_cache="x").feature_spec  # noqa: B018
-    with pytest.raises(ValueError, match="empty"):
-        DataConfig(sources=())
+        caches.feature_spec(Preprocess(8), SPEC)
+    with pytest.raises(ValueError, match="row.packing is 'best'"):
+        RowConfig(packing="best")
+    with pytest.raises(ConfigError, match="config.data.sources is empty"):
+        open_sources(DataConfig())
 
 
 # ---- check ---------------------------------------------------------------------------------------
@@ -271,16 +308,16 @@ def test_check_finds_everything(dataset, letters, capsys):
     path, folder = dataset
     with open(path, "a") as f:
         f.write("{broken\n")
-    picture(5, 60, 60).save(folder / "p29_0.png")
-    c = config(path, max_pixels=3000)
-    report = check.check(c, letters)
+    make_image(5, 60, 60).save(folder / "p29_0.png")
+    c = config(path, images={"max_pixels": 3000})
+    report = check.check(c, letters, 4)
     want = {**BAD, "bad_json": 1, "oversized": 1, "misnamed": 1}
     assert {r["reason"]: r["count"] for r in report["problems"]} == want
     assert report["sources"] == [{"source": "d", "samples": 41, "good": 41 - 7}]
     text = check.table(report)
     assert "line 41" in text and "p13_0.png" in text
     # The pipeline skips exactly what the check calls bad.
-    it = make_pipeline(config(path, max_pixels=3000, epochs=1), letters)
+    it = pipeline_of(config(path, images={"max_pixels": 3000}, order={"epochs": 1}), letters)
     collections.deque(it, maxlen=0)
     assert it.counts == {f"d/{k}": v for k, v in want.items()}
 
@@ -298,8 +335,8 @@ def test_check_command(dataset, capsys):
         "import ml_collections\n"
         "def get_config():\n"
         f"    sources = {{'one': {{'path': '{path}'}}}}\n"
-        "    data = {'sources': sources, 'template': 'chatml', 'image_size': 8}\n"
-        "    return ml_collections.ConfigDict({'data': data})\n"
+        "    data = {'sources': sources, 'row': {'template': 'chatml'}}\n"
+        "    return ml_collections.ConfigDict({'recipe': 'metamorph', 'data': data})\n"
     )
     assert cli.main(["data", "check", f"--config={config}"]) == 1
     assert "truncated" in capsys.readouterr().out
@@ -311,10 +348,9 @@ def test_check_command(dataset, capsys):
 
 def test_decoder_pairs(dataset, letters, tmp_path):
     path, _ = dataset
-    c = config(path)
-    root, process = str(tmp_path / "c"), c.preprocess
-    refs = all_refs(path, letters)
-    spec = caches.feature_spec(process, "toy", 4, 3)
+    root, process = str(tmp_path / "c"), SPEC.views.preprocess
+    refs = list(all_refs(config(path)))
+    spec = caches.feature_spec(process, FEATURES)
     cache, _ = caches.build(root, spec, refs, process, features_of, progress=False)
     pairs = decoder_pairs.DecoderPairs(refs, process, batch_size=7, seed=3, features=cache)
     assert len(pairs) == len(cache)
@@ -335,8 +371,8 @@ def test_decoder_pairs(dataset, letters, tmp_path):
 
 def test_decoder_pairs_without_features(dataset, letters):
     path, _ = dataset
-    refs = all_refs(path, letters)
-    process = config(path).preprocess
+    refs = list(all_refs(config(path)))
+    process = SPEC.views.preprocess
     tower = dataclasses.replace(process, size=6)
     a = decoder_pairs.DecoderPairs(refs, process, batch_size=30, tower=tower)
     b = decoder_pairs.DecoderPairs(refs, process, batch_size=30, tower=tower)
@@ -350,8 +386,9 @@ def test_decoder_pairs_without_features(dataset, letters):
 def test_worker_that_dies_is_replaced(dataset, capfd):
     """A killed worker process (out of memory, say) costs a message, no sample and no hang."""
     path, _ = dataset
-    expected = list(make_pipeline(config(path, epochs=1), Letters()))
-    batches = make_pipeline(config(path, epochs=1, workers=1, read_ahead=2), Letters())
+    expected = list(pipeline_of(config(path, order={"epochs": 1}), Letters()))
+    cfg = config(path, order={"epochs": 1}, reading={"workers": 1, "ahead": 2})
+    batches = pipeline_of(cfg, Letters())
     found = [next(batches)]
     for child in multiprocessing.active_children():
         os.kill(child.pid, signal.SIGKILL)
@@ -370,5 +407,5 @@ def test_workers_that_keep_dying_end_the_run():
 
     items = _Restarting(read, 3)
     assert [next(items), next(items)] == [3, 4]
-    with pytest.raises(RuntimeError, match="died 3 times at sample 5 .*fewer data.workers"):
+    with pytest.raises(RuntimeError, match="died 3 times at sample 5 .*fewer data.reading.workers"):
         next(items)

@@ -3,9 +3,11 @@ import pytest
 from PIL import Image
 
 from metamorph_jax.data import cache, images
+from metamorph_jax.data.config import InputSpec
 from metamorph_jax.data.decoder_pairs import DecoderPairs
 from metamorph_jax.data.predicted import Predicted, save
 from metamorph_jax.data.sources.base import ImageRef
+from metamorph_jax.data.views import Single
 
 
 @pytest.fixture
@@ -16,7 +18,7 @@ def made(tmp_path):
         Image.new("RGB", (8, 8), (40 * k, 0, 0)).save(tmp_path / f"{k}.png")
         refs.append(ImageRef(str(tmp_path / f"{k}.png")))
     preprocess = images.Preprocess(8)
-    spec = cache.feature_spec(preprocess, "test", 2, 3)
+    spec = cache.feature_spec(preprocess, InputSpec(Single(2), 3, "test"))
     compute = lambda pixels: np.zeros((len(pixels), 2, 3), np.float32)  # noqa: E731
     features, _ = cache.build(str(tmp_path / "cache"), spec, refs, preprocess, compute, 2)
     path = str(tmp_path / "predicted.npz")

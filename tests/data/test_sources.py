@@ -8,7 +8,7 @@ import pytest
 from metamorph_jax.data.sources import ImageRef, RecordSource, kinds, open_records, templates, video
 from metamorph_jax.data.sources import records as records_module
 from metamorph_jax.errors import BadSample
-from tests.data.conftest import conversation, picture, write_jsonl
+from tests.data.conftest import conversation, make_image, write_jsonl
 
 
 def rng(seed=0):
@@ -80,7 +80,7 @@ def test_tfds(kind, tmp_path, monkeypatch):
     image = {"Text": "0.png", "Sequence": ["0.png", "1.png"], "Image": str(tmp_path / "0.png")}[
         kind
     ]
-    picture(0).save(tmp_path / "0.png")
+    make_image(0).save(tmp_path / "0.png")
     said = conversation("<image>\nWhat?" if kind == "Text" else "<image><image>\nWhat?", "Grey.")
 
     class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -288,7 +288,7 @@ def test_cache_takes_frames_of_a_video(clip, tmp_path):
     refs = [ImageRef(clip, frame=k) for k in (20, 0, 10)]
     made, bad = cache.build(
         str(tmp_path / "c"),
-        cache.picture_spec(process),
+        cache.image_spec(process),
         refs,
         process,
         batch_size=2,

@@ -54,7 +54,7 @@ def pictures(path, golden_root, **changes):
     vocab = len(specs.tokenizer(tokenizer))
     model = {"llm": "tiny", "vision": {"tower": "siglip-tiny", "tokens": 4}, "text_chunk": 16,
              "tokenizer": tokenizer, "llm_options": {"vocab_size": vocab}}  # fmt: skip
-    data = {"sources": [{"path": path, "name": "pairs"}], "length": 96, "images_per_row": 3}
+    data = {"sources": [{"path": path, "name": "pairs"}], "row": {"length": 96, "images": 3}}
     return dict(
         recipe="tests.distributed.tiny", stage="vpit", steps=3, batch_size=4, data_shards=4,
         model=model, data=data, initial_batches=1,

@@ -26,15 +26,23 @@ def test_scores_and_floors():
     assert (color.type, color.count) == ("color", 3)
     assert color.accuracy == pytest.approx(2 / 3) and color.floor == pytest.approx(2 / 3)
     assert color.floor_answer == "red" and color.yes_floor == 0
-    assert color.above_floor == pytest.approx(0)
     assert (yesno.accuracy, yesno.yes_floor, yesno.floor) == (0.5, 0.5, 0.5)
     assert yesno.floor_answer == "no"  # a tie goes by name, so the table doesn't depend on order
     assert (everything.type, everything.count, everything.yes_floor) == ("all", 5, 0.2)
-    assert scorers.majority_by_type(ROWS) == pytest.approx(3 / 5)
+    assert scorers.blind_accuracy([color, yesno, everything]) == pytest.approx(3 / 5)
 
 
 def test_order_of_types_and_empty_input():
     names = [s.type for s in scorers.score_by_type(ROWS, ["yes or no", "absent", "color"])]
     assert names == ["yes or no", "color", "all"]
     assert scorers.score_by_type([]) == []
-    assert scorers.majority_by_type([]) == 0
+    assert scorers.blind_accuracy([]) == 0
+
+
+@pytest.mark.parametrize("right, count", [(0, 5), (5, 5), (1, 2), (967, 1000)])
+def test_interval_is_wilsons(right, count):
+    score = scorers.TypeScore("all", count, right / count, 0.0, "", 0.0)
+    z, p = 1.959964, right / count
+    middle = (p + z * z / 2 / count) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * (p * (1 - p) / count + z * z / 4 / count**2) ** 0.5
+    assert score.interval == pytest.approx((middle - half, middle + half), abs=1e-6)

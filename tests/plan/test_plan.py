@@ -56,7 +56,7 @@ def test_out_of_memory_says_what_to_do():
     needs_compiler()
     done = run(
         "--config=configs/metamorph/vpit.py:smoke", "--topology=v5e-4", "--rows-per-device=16",
-        "--config.data.length=8192", "--config.data.independent_turns=True", "--json=-",
+        "--config.data.row.length=8192", "--config.data.row.independent_turns=True", "--json=-",
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     found = json.loads(done.stdout)

@@ -32,7 +32,7 @@ def workdir(tmp_path_factory, golden_root):
     built = recipe.create(cfg, nnx.Rngs(0))
     named = {".".join(map(str, p)): v[...] for p, v in nnx.to_flat_state(nnx.state(built))}
     ocp.save((folder / "final").absolute(), named)
-    data = {"sources": [{"path": "none.jsonl"}], "length": 160}
+    data = {"row": {"length": 160}}
     values = {"recipe": "metamorph", "model": model, "data": data}
     (folder / "config.json").write_text(json.dumps(values))
     return folder

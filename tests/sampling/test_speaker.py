@@ -26,7 +26,7 @@ def test_prompt_equals_the_training_row(speaker, pictures):
     got = speaker.prompt(Request("0", "What?", (str(path),)), 8)
     ids = speaker.chat.question("What?", 1)
     row = build_row(ids, None, speaker.decoder.P, speaker.context, model.image_start)
-    pixels = speaker.data.preprocess(Image.open(path).convert("RGB"))
+    pixels = speaker.preprocess(Image.open(path).convert("RGB"))
     one = lambda x: np.asarray(x)[None]  # noqa: E731
     batch = Batch(
         one(row.tokens), one(row.positions), one(np.ones_like(row.tokens)), one(row.text_targets),

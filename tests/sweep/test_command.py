@@ -16,13 +16,13 @@ from metamorph_jax import cli
 ROOT = pathlib.Path(__file__).parents[2]
 
 FILE = """
-from ml_collections import ConfigDict
+from metamorph_jax.train.config import run
 def get_config(arg=""):
-    return ConfigDict(dict(
+    return run(
         recipe="tests.train.toy", stage="all", steps=4, batch_size=8, model=dict(noise=0.0),
         data=dict(poison=-1, pause=0.0), optim=dict(learning_rate=0.02, warmup=2), log_every=1,
         checkpoint_every=1, tensorboard=False, compilation_cache="",
-    ))
+    )
 def sweep(add):
     add.product({"optim.learning_rate": [0.01, 0.1]})
     add({"data.poison": 2})
@@ -59,12 +59,12 @@ def wait_for(process, condition, seconds=600):
 def test_list_and_print_start_nothing(spec, tmp_path, capsys):
     assert sweep(spec, tmp_path / "my runs", "--list", "--config.steps=2") == 0
     assert "002_learning_rate=0.1   new" in capsys.readouterr().out
-    prefix = "bash launch/tpu.sh run --name=v5e -- metamorph"
+    prefix = "bash launch/tpu.sh run --name=v5e --"
     assert sweep(spec, tmp_path / "my runs", "--print", "--config.steps=2", "--prefix", prefix) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
     assert shlex.split(lines[2]) == [
-        *prefix.split(), "train", f"--config={spec}", "--config.steps=2",
+        *prefix.split(), "metamorph", "train", f"--config={spec}", "--config.steps=2",
         f"--workdir={tmp_path / 'my runs' / '003_poison=2'}", "--config.data.poison=2",
     ]  # fmt: skip
     assert not (tmp_path / "my runs").exists()
@@ -73,7 +73,7 @@ def test_list_and_print_start_nothing(spec, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("data.poison", "data.posion"), "run 3 .*did you mean data.poison"),
+        (("data.poison", "data.posion"), "run 3 .*did you mean config.data.poison"),
         (("[0.01, 0.1]", "[0.01, 'x']"), "run 2 .*learning_rate must be float"),
         (('add({"data.poison": 2})', 'add({"batch_size": 0})'), "batch_size must be at least 1"),
         (("def sweep", "def swep"), "has no sweep"),
@@ -141,6 +141,6 @@ def test_sigterm_saves_and_stops(spec, tmp_path):
     wait_for(run, lambda: (first / "metrics.jsonl").exists() and steps(first))
     run.terminate()
     said = run.communicate(timeout=600)[0]
-    assert run.returncode == 143 and "the same command goes on" in said, said
+    assert run.returncode == 143 and "the same command resumes the sweep" in said, said
     assert list(first.glob("checkpoints/*/commit_success.txt"))
     assert not (tmp_path / "runs/002_learning_rate=0.1").exists()

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 from ml_collections import ConfigDict
 
@@ -5,10 +7,27 @@ from metamorph_jax import config as configs
 from metamorph_jax.errors import ConfigError
 from metamorph_jax.sweep import grid
 
-FILE = """
-from ml_collections import ConfigDict
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    x: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    rate: float = 0.1
+    steps: int = 4
+    name: str = "a"
+    flag: bool = False
+    inner: Inner = Inner()
+    none: int | None = None
+
+
+FILE = f"""
+from metamorph_jax.config import table
+from {__name__} import Options
 def get_config(arg=""):
-    return ConfigDict(dict(rate=0.1, steps=4, name="a", flag=False, inner=dict(x=1.0), none=None))
+    return table(Options, dict())
 """
 
 
@@ -59,9 +78,9 @@ def test_random_has_a_seed_and_grows():
     ("sweep", "message"),
     [
         (lambda add: add.zip({"rate": [1, 2], "steps": [1]}), "rate: 2, steps: 1"),
-        (lambda add: add.product({"name": "abc"}), "name wants a list"),
+        (lambda add: add.product({"name": "abc"}), "name needs a list"),
         (lambda add: add.log(0, 1), "no range from 0 to 1"),
-        (lambda add: add({"rtae": 1.0}), "run 1 .*did you mean rate"),
+        (lambda add: add({"rtae": 1.0}), "run 1 .*did you mean config.rate"),
         (lambda add: [add(rate=0.2), add(steps="many")], "run 2 .*steps must be int"),
         (lambda add: add({"inner.x": 3, "rate": 2}), "--config.rate is given"),
         (lambda add: None, "adds no run"),

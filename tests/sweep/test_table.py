@@ -6,6 +6,8 @@ import math
 import numpy as np
 import pytest
 
+from metamorph_jax.errors import UserError
+from metamorph_jax.eval import figures
 from metamorph_jax.sweep import table
 
 
@@ -57,20 +59,46 @@ def test_csv_has_all():
 
 
 def test_plot_has_a_panel_per_key_and_a_dot_per_run():
-    picture = np.asarray(table.plot(ROWS, "loss"))
-    assert picture.shape == (300, 840, 3)  # rate and kind
-    blue = (picture == (31, 104, 180)).all(-1)
-    ys, xs = np.nonzero(blue[:, :420])
-    # Lower loss is lower in the picture, and belongs to the larger rate.
-    left, right = ys[xs < xs.min() + 5].mean(), ys[xs > xs.max() - 5].mean()
-    assert xs.max() - xs.min() > 250 and right > left + 100
+    with figures.style():
+        rate, kind = table.plot(ROWS, "loss").axes
+    assert (rate.get_xlabel(), kind.get_xlabel(), rate.get_ylabel()) == ("rate", "kind", "loss")
+    dots = rate.collections[0].get_offsets()
+    np.testing.assert_allclose(dots, [[1e-4, 0.5], [1e-2, 0.25]])  # runs with a finite loss
+    assert [t.get_text() for t in kind.get_xticklabels()] == ["x", "y"]
     assert table.plot(ROWS[:1], "loss") is None and table.plot(ROWS, "no such") is None
 
 
-@pytest.mark.parametrize("values", [[1, 2, 4], [1e-5, 1e-3, 1e-1], ["a", "b", "a"], [True, False]])
-def test_axis(values):
-    place, marks = table._axis(values)
-    at = [place(v) for v in values]
-    assert all(0 < x < 1 for x in at) and set(marks) <= set(values) | {"True", "False"}
-    if values[0] == 1e-5:
-        assert at[1] - at[0] == pytest.approx(at[2] - at[1])  # logarithmic
+@pytest.mark.parametrize(
+    "values, places, marks, scale",
+    [
+        ([1, 2, 4], [1, 2, 4], ["1", "2", "4"], "linear"),
+        ([1e-5, 1e-3, 1e-1], [1e-5, 1e-3, 1e-1], ["1e-05", "0.001", "0.1"], "log"),
+        ([0, 1, 100], [0, 1, 100], ["0", "1", "100"], "linear"),  # zero has no logarithm
+        (["a", "b", "a"], [0, 1, 0], ["a", "b"], "linear"),
+        ([True, False, True], [0, 1, 0], ["True", "False"], "linear"),
+        ([1, None, 1], [0, 1, 0], ["1", ""], "linear"),
+        (list(range(1, 8)), list(range(1, 8)), ["1", "3", "5", "7"], "linear"),
+    ],
+)
+def test_panel(values, places, marks, scale):
+    heights = [3.0, 1.0, 2.0, 4.0, 5.0, 6.0, 7.0][: len(values)]
+    _, (axes,) = figures.subplots()
+    table._panel(axes, values, heights)
+    np.testing.assert_allclose(axes.collections[0].get_offsets().T, [places, heights])
+    assert [t.get_text() for t in axes.get_xticklabels()] == marks and axes.get_xscale() == scale
+    x, y = axes.lines[0].get_data()
+    assert list(x) == sorted(set(places))
+    if len(set(places)) < len(places):
+        assert list(y) == [2.5, 1.0]  # the mean of equal values
+
+
+def test_without_matplotlib_the_tables_are_written(tmp_path, monkeypatch, capsys):
+    def missing():
+        raise UserError("pip install matplotlib")
+
+    monkeypatch.setattr(figures, "import_matplotlib", missing)
+    files = table.write(tmp_path, ROWS, "loss")
+    assert [f.name for f in files] == ["sweep.csv", "sweep.md"]
+    assert "sweep.png is not written: pip install matplotlib" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert table.write(tmp_path, ROWS, "loss")[-1].read_bytes().startswith(b"\x89PNG")

@@ -77,6 +77,7 @@ class Toy(nnx.Module):
 
 STAGES = {"head": lambda cfg: r"head\..*", "all": lambda cfg: r"(llm|head)\..*"}
 FAMILIES = ()
+KINDS = {}
 
 
 def create(cfg, rngs):

@@ -19,20 +19,22 @@ only the two new rows of the input table (`connector_tokens = "all"` trains all 
     decoding.py  how it writes text and visual tokens
 """
 
-from metamorph_jax.data.pipeline import DataConfig as Data
+from metamorph_jax.data.config import DataConfig as Data
 from metamorph_jax.recipes.metamorph.config import Config, llm_config
 from metamorph_jax.recipes.metamorph.decoding import generator
-from metamorph_jax.recipes.metamorph.input import batch_spec, complete_data_config, open_data
+from metamorph_jax.recipes.metamorph.input import batch_spec, input_spec, open_data
 from metamorph_jax.recipes.metamorph.model import STAGES, MetaMorph, create
 from metamorph_jax.recipes.metamorph.weights import initialize, load_pretrained, load_tokenizer
 
 FAMILIES = ()
+KINDS = {}
 
 __all__ = [
     # What `recipe.Recipe` asks for.
     "Config",
     "Data",
     "FAMILIES",
+    "KINDS",
     "STAGES",
     "batch_spec",
     "create",
@@ -42,7 +44,7 @@ __all__ = [
     "open_data",
     # More.
     "MetaMorph",
-    "complete_data_config",
+    "input_spec",
     "llm_config",
     "load_tokenizer",
 ]

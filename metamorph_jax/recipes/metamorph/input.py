@@ -5,7 +5,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from metamorph_jax.convert import vision
+from metamorph_jax.convert.vision import fill_feature_cache
 from metamorph_jax.data import pipeline
+from metamorph_jax.data.chat import Chat
+from metamorph_jax.data.config import DataConfig, InputSpec
 from metamorph_jax.errors import ConfigError
 from metamorph_jax.recipe import Shard
 from metamorph_jax.recipes.metamorph.config import Config, llm_config
@@ -13,102 +17,64 @@ from metamorph_jax.recipes.metamorph.weights import load_tokenizer
 from metamorph_jax.types import Batch, Images
 
 
-def complete_data_config(data_cfg, cfg: Config):
-    """The data config with all that the model decides: sizes, pixel statistics, feature names.
+def input_spec(cfg: Config) -> InputSpec:
+    """What the model decides about its input.
 
     Raises:
         ConfigError: if max_visual_targets leaves no room for a single image.
     """
-    tower, (P, C) = cfg.vision.vit, cfg.vision.feature_shape
+    spec = vision.input_spec(cfg.vision)
+    P = spec.views.tokens
     if 0 < cfg.max_visual_targets < P:
         raise ConfigError(
             f"config.model.max_visual_targets is {cfg.max_visual_targets}, but an image has "
-            f"{P} visual tokens to predict: set it to {P} or more, "
-            "or to 0 for no limit"
+            f"{P} visual tokens to predict: set it to {P} or more, or to 0 for no limit"
         )
-    changes = {
-        "tokens_per_image": P,
-        "feature_width": C,
-        "visual_targets_per_row": cfg.max_visual_targets,
-    }
-    if tower is not None:
-        changes |= {"image_size": tower.size, "image_mean": tower.mean, "image_std": tower.std}
-        changes["tower"] = data_cfg.tower or cfg.vision.identity
-    return dataclasses.replace(data_cfg, **changes)
+    return dataclasses.replace(spec, visual_targets=cfg.max_visual_targets)
 
 
-def fill_feature_cache(data_cfg, cfg: Config, batch_size: int = 32) -> dict[str, int]:
-    """Runs the tower over all images of a data set that the cache lacks.
-
-    Returns:
-        How many images could not be read, by reason.
-    """
-    from metamorph_jax.convert.vision import feature_function
-    from metamorph_jax.data import cache
-    from metamorph_jax.data.check import all_refs
-
-    data_cfg = complete_data_config(data_cfg, cfg)
-    refs = all_refs(data_cfg, load_tokenizer(cfg))
-    spec, preprocess = data_cfg.feature_spec, data_cfg.preprocess
-    compute = feature_function(cfg.vision)
-    _, bad = cache.build(
-        data_cfg.feature_cache, spec, refs, preprocess, compute, batch_size,
-        max_pixels=data_cfg.max_pixels,
-    )  # fmt: skip
-    return dict(bad)
-
-
-def open_data(data: pipeline.DataConfig, cfg: Config, shard: Shard) -> "Data":
+def open_data(data: DataConfig, cfg: Config, shard: Shard) -> "Data":
     """The batches of one shard; the feature cache is filled first with what is missing in it."""
-    from metamorph_jax.data.chat import Chat
-
-    data = complete_data_config(dataclasses.replace(data, batch_size=shard.rows), cfg)
-    if data.feature_cache and cfg.vision.tower != "none":
-        fill_feature_cache(data, cfg)
+    spec = input_spec(cfg)
+    if data.cache.features:
+        fill_feature_cache(data, cfg.vision)
     llm, tokenizer = llm_config(cfg), load_tokenizer(cfg)
     if len(tokenizer) > llm.tokens:  # it may know the added tokens
         raise ConfigError(
             f"the tokenizer has {len(tokenizer)} ids, the language model {llm.tokens}: set "
             "config.model.tokenizer, or vocab_size in config.model.llm_options"
         )
-    start = llm.vocab_size
+    start, row = llm.vocab_size, data.row
     chat = Chat(
         tokenizer,
-        data.template,
-        data.system,
-        data.single_bos,
+        row.template,
+        row.system,
+        row.single_bos,
         image_start=start,
         image_end=start + 1,
     )
-    batches = pipeline.make_pipeline(
-        data,
-        chat.tokenizer,
-        process_index=shard.index,
-        process_count=shard.count,
-        chat=chat,
-    )
-    return Data(batches)
+    return Data(pipeline.make_pipeline(data, spec, chat, shard))
 
 
-def batch_spec(data: pipeline.DataConfig, cfg: Config, rows: int) -> Batch:
+def batch_spec(data: DataConfig, cfg: Config, rows: int) -> Batch:
     """Shapes of a batch of so many rows, from the configs alone."""
-    tower = cfg.vision.vit
-    line = jax.ShapeDtypeStruct((rows, data.length), jnp.int32)
-    views = (rows, data.images_per_row)
-    cached = tower is None or data.feature_cache
-    features = jax.ShapeDtypeStruct((*views, *cfg.vision.feature_shape), jnp.float32)
+    spec = input_spec(cfg)
+    line = jax.ShapeDtypeStruct((rows, data.row.length), jnp.int32)
+    views = (rows, data.row.images)
+    cached = cfg.vision.tower == "none" or data.cache.features
+    side = data.images.change(spec.views.preprocess).size
+    pixels = jax.ShapeDtypeStruct((*views, side, side, 3), jnp.uint8)
+    features = jax.ShapeDtypeStruct((*views, *spec.feature_shape), jnp.float32)
     images = Images(
         valid=jax.ShapeDtypeStruct(views, bool),
         start=jax.ShapeDtypeStruct(views, jnp.int32),
-        pixels=None
-        if cached
-        else jax.ShapeDtypeStruct((*views, tower.size, tower.size, 3), jnp.uint8),
+        pixels=None if cached else pixels,
         features=features if cached else None,
     )
     return Batch(
         *7 * (line,),
         images=images,
-        turns=line if data.independent_turns else None,
+        turns=line if data.row.independent_turns else None,
         source_names=pipeline.source_names(data),
     )
 

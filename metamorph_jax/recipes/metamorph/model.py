@@ -125,66 +125,74 @@ class MetaMorph(nnx.Module):
 
     @property
     def loss_weights(self) -> dict[str, float]:
+        """The losses that this model has, and their weights."""
         if self.head is None:
             return {"text": 1.0}
         return {"text": 1.0, "visual": self.cfg.visual_coef if self.cfg.use_vision_ar else 0.0}
 
     def loss_counts(self, batch: Batch) -> dict[str, jax.Array]:
         """How many positions each loss is a sum over."""
-        if self.head is None:
-            return {"text": jnp.sum(batch.text_targets >= 0)}
-        return {
-            "text": jnp.sum(batch.text_targets >= 0),
-            "visual": jnp.sum(batch.visual_targets >= 0),
-        }
+        targets = {"text": batch.text_targets, "visual": batch.visual_targets}
+        return {name: jnp.sum(targets[name] >= 0) for name in self.loss_weights}
 
     def loss_sums(self, batch: Batch, key: jax.Array | None = None):
         """({"text", "visual"}: loss summed over positions, {metric: (numerator, denominator)})."""
-        cfg = self.cfg
         model = self
-        if key is not None and cfg.lora is not None and cfg.lora.dropout:
+        if key is not None and self.cfg.lora is not None and self.cfg.lora.dropout:
             model = lora.with_dropout(self, jax.random.fold_in(key, 1))
         hidden, visual = model.hidden(batch, key)
-        table, added = self.llm.head_tables()
-        text, each, right = losses.text_loss(
-            hidden, table, added, batch.text_targets, cfg.text_chunk
-        )
-        has_text = (batch.text_targets >= 0).astype(jnp.float32)
-        metrics = {
-            "text_loss": (text, has_text.sum()),
-            "text_accuracy": (right.sum().astype(jnp.float32), has_text.sum()),
-            **losses.by_source(
-                each, has_text, batch.sources, batch.source_names, "text_loss"
-            ),
-        }
+        text, metrics = model._text_loss(hidden, batch)
+        sums = {"text": text}
+        if "visual" in self.loss_weights:
+            sums["visual"], more = model._visual_loss(hidden, visual, batch)
+            metrics |= more
+        return sums, jax.tree.map(jax.lax.stop_gradient, metrics)
 
-        if self.head is None:
-            return {"text": text}, jax.tree.map(jax.lax.stop_gradient, metrics)
-        if not self.loss_weights["visual"]:
-            hidden = jax.lax.stop_gradient(hidden)
-        at, target, valid, where = losses.take_targets(
-            hidden, visual, batch.visual_targets, cfg.max_visual_targets
+    def _text_loss(self, hidden: jax.Array, batch: Batch):
+        """(sum over the positions with a text target, metrics). hidden: float[B, L, D]."""
+        table, added = self.llm.head_tables()
+        total, each, right = losses.text_loss(
+            hidden, table, added, batch.text_targets, self.cfg.text_chunk
         )
-        predicted = model.predict_visual(at)
-        each = losses.visual_loss(predicted, target, valid, cfg.loss_kind)
+        counts = (batch.text_targets >= 0).astype(jnp.float32)
+        metrics = {
+            "text_loss": (total, counts.sum()),
+            "text_accuracy": (right.sum().astype(jnp.float32), counts.sum()),
+        }
+        sources = losses.by_source(each, counts, batch.sources, batch.source_names, "text_loss")
+        return total, metrics | sources
+
+    def _visual_loss(self, hidden: jax.Array, visual: jax.Array, batch: Batch):
+        """(sum over the visual targets, metrics); without gradients where its weight is 0.
+
+        The sum is NaN when a row has more targets than `max_visual_targets`, so that targets
+        which were not evaluated don't go unnoticed.
+
+        Args:
+            hidden: float[B, L, D]; visual: float32[B, I * P, C].
+        """
+        kind = self.cfg.loss_kind
+        at, target, valid, where = losses.take_targets(
+            hidden, visual, batch.visual_targets, self.cfg.max_visual_targets
+        )
+        predicted = self.predict_visual(at)
+        each = losses.visual_loss(predicted, target, valid, kind)
         wanted = jnp.sum(batch.visual_targets >= 0)
-        # Targets that were not evaluated must not go unnoticed.
         total = jnp.where(wanted > valid.sum(), jnp.nan, each.sum())
         if not self.loss_weights["visual"]:
             total = jax.lax.stop_gradient(total)
+
         n = valid.sum().astype(jnp.float32)
-        metrics["visual_loss"] = (total, n)
-        if cfg.loss_kind != "cosine":
+        metrics = {
+            "visual_loss": (total, n),
+            "visual_cosine_floor": (losses.constant_cosine(target, valid) * n, n),
+        }
+        if kind != "cosine":
             metrics["visual_cosine"] = (jnp.sum(losses.cosine(predicted, target) * valid), n)
-        metrics["visual_cosine_floor"] = (losses.constant_cosine(target, valid) * n, n)
-        if batch.source_names:
-            sources = jnp.take_along_axis(batch.sources, where, axis=1)
-            count = valid.astype(jnp.float32)
-            metrics |= losses.by_source(
-                each, count, sources, batch.source_names, "visual_loss"
-            )
-        metrics = jax.tree.map(jax.lax.stop_gradient, metrics)
-        return {"text": text, "visual": total}, metrics
+        sources = jnp.take_along_axis(batch.sources, where, axis=1)
+        counts = valid.astype(jnp.float32)
+        by_source = losses.by_source(each, counts, sources, batch.source_names, "visual_loss")
+        return total, metrics | by_source
 
     def param_group(self, path: tuple[str, ...]) -> str:
         """Part of a parameter: tower, connector, llm, tokens (new rows), head or lora."""
@@ -218,7 +226,7 @@ class MetaMorph(nnx.Module):
         one = jax.ShapeDtypeStruct((1, *self.feature_shape), jnp.float32)
         forward = count * flops.of_function(self, lambda m, x: m.project(x), one)
         found.append(Work("connector", forward, "connector"))
-        if self.head is not None:
+        if "visual" in self.loss_weights:
             rows, length = batch.tokens.shape
             one = jax.ShapeDtypeStruct((1, 1, self.llm.cfg.width), jnp.float32)
             predicting = rows * (self.cfg.max_visual_targets or length)

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from metamorph_jax.convert.vit import export_vit
-from metamorph_jax.data.pipeline import SourceConfig
+from metamorph_jax.data.config import CacheConfig, OrderConfig, RowConfig, SourceConfig
 from metamorph_jax.errors import ConfigError
 from metamorph_jax.recipe import Shard
 from metamorph_jax.recipes import metamorph as recipe
@@ -40,7 +40,7 @@ def data_config(tmp_path, count=6, **options):
 @pytest.mark.golden  # takes the small tokenizer from there
 def test_data_with_and_without_a_feature_cache(tmp_path, golden_root):
     tokenizer = str(golden_root / "metamorph" / "tokenizer.json")
-    data = data_config(tmp_path, length=64, images_per_row=2)
+    data = data_config(tmp_path, row=RowConfig(length=64, images=2))
     vocab = recipe.load_tokenizer(dataclasses.replace(TINY, tokenizer=tokenizer))
     options = {"vocab_size": len(vocab)}
     cfg = dataclasses.replace(TINY, tokenizer=tokenizer, llm_options=options)
@@ -50,7 +50,7 @@ def test_data_with_and_without_a_feature_cache(tmp_path, golden_root):
     save_file(dict(export_vit(model.vision.tower)), folder / "model.safetensors")
     cfg = change(cfg, dict(weights=str(folder)))
     plain = recipe.open_data(data, cfg, Shard(2))
-    with_cache = dataclasses.replace(data, feature_cache=str(tmp_path / "cache"))
+    with_cache = dataclasses.replace(data, cache=CacheConfig(features=str(tmp_path / "cache")))
     cached = recipe.open_data(with_cache, cfg, Shard(2))
     assert list(plain.sources) == ["pairs"] and plain.skipped == {}
     state = plain.get_state()
@@ -81,7 +81,9 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_an_error(tmp_path, golden_roo
 @pytest.mark.golden  # takes the small tokenizer from there
 def test_no_row_has_more_visual_targets_than_the_head_takes(tmp_path, golden_root):
     tokenizer = str(golden_root / "metamorph" / "tokenizer.json")
-    data = data_config(tmp_path, 12, length=256, images_per_row=8, epochs=1)
+    data = data_config(
+        tmp_path, 12, row=RowConfig(length=256, images=8), order=OrderConfig(epochs=1)
+    )
     vocab = len(recipe.load_tokenizer(dataclasses.replace(TINY, tokenizer=tokenizer)))
     cfg = dataclasses.replace(TINY, tokenizer=tokenizer, llm_options={"vocab_size": vocab})
 

@@ -1,0 +1,182 @@
+"""The options of `config.data`, and what the model decides about its input on its own.
+
+No field is in both: whatever follows from the model (tokens per image, feature width, pixel
+statistics of the tower) is an `InputSpec` that the recipe makes from its own config.
+"""
+
+import dataclasses
+
+from metamorph_jax.data import images
+from metamorph_jax.data.views import Single
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """One file of samples.
+
+    Attributes:
+        path: .json, .jsonl, .arrayrecord or tfds:NAME/SPLIT.
+        name: name in metrics; the file's name if empty.
+        root: folder of the images, which no path may leave; the file's folder if empty.
+        weight: share in the mixture (with all 0: every record once an epoch).
+        kind: "auto", or the kind of all its records (`sources/kinds.py`, and the recipe's own).
+    """
+
+    path: str
+    name: str = ""
+    root: str = ""
+    weight: float = 0.0
+    kind: str = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
+class RowConfig:
+    """How samples become rows.
+
+    Attributes:
+        template: chat template (`chat_templates.TEMPLATES`).
+        system: system message; "default" is the template's own, "" is none.
+        single_bos: one BOS instead of the reference's two (llama3).
+        length: positions of a row.
+        images: views of images that a row holds; a sample of more is skipped. On a mixture like
+            MetaMorph's, rows of 4096 are 99.7 % full with 24, but 81 % with 16.
+        packing: "first_fit", or "pad" (one sample in each row, as the references do).
+        open_rows: rows that first-fit packing keeps open.
+        independent_turns: question and answer k sees the leading images and itself only.
+        mask_dangling_start: do not supervise an image's start marker if the image was cut.
+    """
+
+    template: str = "llama3"
+    system: str = "default"
+    single_bos: bool = False
+    length: int = 4096
+    images: int = 24
+    packing: str = "first_fit"
+    open_rows: int = 16
+    independent_turns: bool = False
+    mask_dangling_start: bool = False
+
+    def __post_init__(self):
+        if self.packing not in ("first_fit", "pad"):
+            raise ValueError(f"row.packing is {self.packing!r}: expected first_fit or pad")
+
+
+@dataclasses.dataclass(frozen=True)
+class OrderConfig:
+    """Which sample comes when.
+
+    Attributes:
+        seed: of the order and of all random choices in a sample.
+        shuffle: otherwise the order of the files.
+        epochs: 0 is endless.
+        fixed_choices: draw wording and video frames once for each sample instead of anew in every
+            epoch. Always on with a feature cache, which has to hold every frame that is drawn.
+        padding_batches: continue with empty batches after the last epoch.
+    """
+
+    seed: int = 42
+    shuffle: bool = True
+    epochs: int = 0
+    fixed_choices: bool = False
+    padding_batches: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadingConfig:
+    """How files are read; nothing here changes a batch.
+
+    Attributes:
+        workers: processes; 0 reads in the main one.
+        threads, ahead: threads, and samples read ahead, in each of them.
+        max_bad_in_a_row: bad samples one after another before it is an error.
+        index_dir: folder for the byte-offset indices of JSONL files; beside the file if empty.
+    """
+
+    workers: int = 0
+    threads: int = 2
+    ahead: int = 32
+    max_bad_in_a_row: int = 100
+    index_dir: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageConfig:
+    """How images are decoded and resized.
+
+    Attributes:
+        size, mode, resize, mean, std: change the model's preprocessing (`images.Preprocess`);
+            0, "" and None leave it as the model has it.
+        max_images: a sample of more images is bad.
+        max_frames: frames taken of a video.
+        max_pixels: a larger image is bad.
+    """
+
+    size: int = 0
+    mode: str = ""
+    resize: int = 0
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    max_images: int = 70
+    max_frames: int = 45
+    max_pixels: int = images.MAX_PIXELS
+
+    def change(self, preprocess: images.Preprocess) -> images.Preprocess:
+        """The model's preprocessing with the changes that are asked for here."""
+        asked = {n: getattr(self, n) for n in ("size", "mode", "resize", "mean", "std")}
+        changes = {name: value for name, value in asked.items() if value}
+        return dataclasses.replace(preprocess, **changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheConfig:
+    """Folders of caches, "" for none: resized images, or features of the frozen tower."""
+
+    images: str = ""
+    features: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class InputConfig:
+    """Where samples and images come from; the part that all recipes share."""
+
+    sources: tuple[SourceConfig, ...] = ()
+    order: OrderConfig = OrderConfig()
+    reading: ReadingConfig = ReadingConfig()
+    images: ImageConfig = ImageConfig()
+    cache: CacheConfig = CacheConfig()
+
+    def __post_init__(self):
+        weights = [s.weight for s in self.sources] or [0.0]
+        if min(weights) < 0 or (max(weights) > 0 and min(weights) == 0):
+            raise ValueError(f"source weights must be all positive or all 0, got {weights}")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(InputConfig):
+    """Input of a model that reads rows of text and images."""
+
+    row: RowConfig = RowConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class InputSpec:
+    """What the model decides about its input.
+
+    Attributes:
+        views: how an image becomes views of P tokens each, with the tower's preprocessing.
+        feature_width: C of the features that a cache holds, or 0 where there are none.
+        tower: text that differs whenever features would differ (see `cache.feature_spec`); "" where
+            the model has no tower and its features come from a cache that was made elsewhere.
+        visual_targets: most positions of a row that may predict visual tokens; 0 for no limit. A
+            sample of more is skipped.
+    """
+
+    views: Single
+    feature_width: int = 0
+    tower: str = ""
+    visual_targets: int = 0
+
+    @property
+    def feature_shape(self) -> tuple[int, int]:
+        """(P, C)."""
+        return self.views.tokens, self.feature_width
