@@ -194,30 +194,41 @@ def merged(model: nnx.Module) -> nnx.Module:
 # ---- adapters of an earlier run
 
 
-def same(model: nnx.Module, cfg: LoraConfig, shapes: Mapping) -> bool:
-    """Whether the model's adapters can go on with saved ones: all leaves, shapes and the scale."""
-    mine = {
-        f"{name}.{leaf}": tuple(getattr(linear, leaf).shape)
-        for name, linear in adapters(model)
-        for leaf in LEAVES
-    }
-    saved = {k: tuple(v.shape) for k, v in shapes.items() if is_adapter(k.split("."))}
-    return mine == saved and all(linear.adapter.scale == cfg.scale for _, linear in adapters(model))
+def scales(model: nnx.Module) -> dict[str, float]:
+    """Dotted name of every linear with an adapter -> what scales its product A B."""
+    return {name: linear.adapter.scale for name, linear in adapters(model)}
 
 
-def fold(model: nnx.Module, leaves: Mapping[str, jax.Array], scale: float) -> None:
+def same(model: nnx.Module, other: nnx.Module) -> bool:
+    """Whether two models have the same adapters: names, shapes and scales."""
+
+    def described(model):
+        return {
+            name: (linear.lora_a.shape, linear.lora_b.shape, linear.adapter.scale)
+            for name, linear in adapters(model)
+        }
+
+    return described(model) == described(other)
+
+
+def fold(
+    model: nnx.Module, leaves: Mapping[str, jax.Array], scales: Mapping[str, float]
+) -> None:
     """Adds adapters that the model does not have to its kernels, in place.
 
     Args:
         leaves: "module.lora_a" and "module.lora_b" -> array.
-        scale: of their products.
+        scales: module -> what scales the product of the two.
+
+    Raises:
+        ValueError: the model has no such kernel.
     """
     modules = {".".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
-    for name in sorted(k.removesuffix(".lora_a") for k in leaves if k.endswith(".lora_a")):
-        if name not in modules or not hasattr(modules[name], "kernel"):
+    for name in sorted(scales):
+        if name not in modules or "kernel" not in vars(modules[name]):
             raise ValueError(f"the model has no kernel {name} that an adapter could be added to")
         param = modules[name].kernel
-        change = scale * jnp.matmul(
+        change = scales[name] * jnp.matmul(
             leaves[f"{name}.lora_a"], leaves[f"{name}.lora_b"], precision="highest"
         )
         param[...] = (param[...] + change).astype(param[...].dtype)

@@ -255,6 +255,7 @@ def _unpack(linear, dtype, empty: bool = False) -> tuple[dict, jax.Array]:
     """Puts a kernel in the place of codes and scales; returns (them, the kernel's array).
 
     With `empty`, a reader that fills the kernel gives its arrays back at once: `loaded` packs them.
+    Of codes without values (`models/build.py`), the kernel has none either.
     """
     leaves = {name: getattr(linear, name) for name in _LEAVES if name in vars(linear)}
     codes = leaves["kernel_codes"]
@@ -269,6 +270,8 @@ def _unpack(linear, dtype, empty: bool = False) -> tuple[dict, jax.Array]:
     if empty:
         value = jax.ShapeDtypeStruct(shape, dtype, sharding=where)
         param.set_metadata("loaded", lambda array: _pack_compiled(array, linear.method))
+    elif isinstance(codes.get_raw_value(), jax.ShapeDtypeStruct):
+        value = jax.ShapeDtypeStruct(shape, dtype, sharding=where)
     else:
         arrays = {name: leaf[...] for name, leaf in leaves.items()}
         value = jax.jit(unpack, static_argnums=(1, 2))(arrays, linear.in_features, dtype)

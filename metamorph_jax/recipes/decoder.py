@@ -23,6 +23,7 @@ from metamorph_jax.data.config import InputConfig
 from metamorph_jax.errors import ConfigError
 from metamorph_jax.flops import Work
 from metamorph_jax.models import lora
+from metamorph_jax.models.build import is_open
 from metamorph_jax.models.diffusion import schedule as sch
 from metamorph_jax.models.diffusion.dit import DiT, DiTConfig, depth_to_space, space_to_depth
 from metamorph_jax.models.diffusion.projector import ProjectorConfig, make_projector, pad_context
@@ -377,12 +378,13 @@ def load_pretrained(model: DecoderRecipe, cfg: Config) -> None:
 
 
 def _fill(model: DecoderRecipe, cfg: Config) -> None:
+    from metamorph_jax.convert import load
     from metamorph_jax.convert.vision import load_vision
 
-    if cfg.weights.startswith("workdir:"):
-        from metamorph_jax.train import checkpoint
-
-        checkpoint.load_params(model, cfg.weights.removeprefix("workdir:"))
+    if cfg.weights.startswith(load.WORKDIR):
+        load.load_workdir(model, cfg.weights.removeprefix(load.WORKDIR))
+        if cfg.with_tower and is_open(model.vision):
+            load_vision(model.vision, cfg.vision)  # the earlier stage had its features cached
         return
     if cfg.with_tower:
         load_vision(model.vision, cfg.vision)

@@ -14,7 +14,6 @@ writing goes on from the one before. Nothing in it depends on the number of proc
 import concurrent.futures
 import contextlib
 import functools
-import json
 import pathlib
 import time
 from typing import Any
@@ -22,13 +21,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from metamorph_jax.distributed import gather
 from metamorph_jax.errors import CheckpointError, ConfigError
-from metamorph_jax.models import lora
-from metamorph_jax.nn import quantized
 from metamorph_jax.train.optim import Params
 from metamorph_jax.train.state import Parts, TrainState
 
@@ -363,90 +359,45 @@ def export(workdir: str | pathlib.Path, state: TrainState, fixed: Params) -> pat
     return folder
 
 
-def read_export(workdir: str | pathlib.Path) -> dict[str, jax.Array]:
-    """name -> parameter of a finished stage, on the first device."""
-    folder = pathlib.Path(workdir).absolute() / "final"
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    make = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)  # noqa: E731
-    return ocp.load(folder, jax.tree.map(make, ocp.metadata(folder).metadata))
-
-
-def load_params(model: nnx.Module, workdir: str | pathlib.Path) -> set[str]:
-    """Gives a model, in place, the weights that an earlier stage ended with.
-
-    First the weights that the earlier stage itself started from, as its saved config names them,
-    then what it trained. Its adapters go on as adapters if the model has the same, else they are
-    merged into the kernels.
-
-    Args:
-        model: of the same recipe; it may have parts that the earlier stage lacked.
-        workdir: of the earlier stage.
-
-    Returns:
-        Names of the parameters that the earlier stages trained.
+def export_shapes(workdir: str | pathlib.Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """name -> shape and dtype of what a finished stage trained.
 
     Raises:
-        CheckpointError: if the stage isn't finished, or its parameters don't fit the model.
+        ConfigError: the stage isn't finished.
+        CheckpointError: its weights are damaged.
     """
-    from metamorph_jax import config
-    from metamorph_jax import recipe as recipes
-
-    workdir = pathlib.Path(workdir).absolute()
-    folder, saved = workdir / "final", workdir / "config.json"
-    if not saved.is_file():
-        raise ConfigError(f"workdir:{workdir} is no workdir of a training run (no config.json)")
+    folder = pathlib.Path(workdir).absolute() / "final"
     if not folder.is_dir():
-        raise ConfigError(f"the stage in {workdir} isn't finished: it has no final/")
-    before = json.loads(saved.read_text())
-    recipe = recipes.find(before["recipe"])
-    earlier = config.build(recipe.Config, before["model"], "config.model")
-    with quantized.unpacked(model):
-        return _load_trained(model, folder, recipe, earlier)
-
-
-def _load_trained(model: nnx.Module, folder: pathlib.Path, recipe, earlier) -> set[str]:
-    done: set[str] = set()
-    if getattr(earlier, "weights", "").startswith("workdir:"):
-        done |= load_params(model, earlier.weights.removeprefix("workdir:"))
-    else:
-        recipe.load_pretrained(model, earlier)
-
-    named = {".".join(map(str, p)): v for p, v in nnx.to_flat_state(nnx.state(model))}
+        raise ConfigError(f"the stage in {folder.parent} isn't finished: it has no final/")
     try:
-        shapes = ocp.metadata(folder).metadata
+        found = ocp.metadata(folder).metadata
     except Exception as error:
         raise _damaged(folder, error) from error
-    here = {k: v for k, v in named.items() if k in shapes}
-    adapters = getattr(earlier, "lora", None)
-    merging = adapters is not None and not lora.same(model, adapters, shapes)
-    if merging:
-        here = {k: v for k, v in here.items() if not lora.is_adapter(k.split("."))}
-    compare(here, shapes if not merging else {k: shapes[k] for k in here}, folder)
-    abstract = {
-        k: jax.ShapeDtypeStruct(v.shape, v[...].dtype, sharding=v[...].sharding)
-        for k, v in here.items()
-    }
-    if merging:
-        everywhere = lora.replicated(model)
-        abstract |= {
-            k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=everywhere)
-            for k, v in shapes.items()
-            if lora.is_adapter(k.split("."))
-        }
+    return {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in found.items()}
+
+
+def read_export(
+    workdir: str | pathlib.Path, wanted: dict[str, jax.ShapeDtypeStruct] | None = None
+) -> dict[str, jax.Array]:
+    """name -> weight of a finished stage.
+
+    Args:
+        workdir: of the stage.
+        wanted: the dtype and the sharding that each of them gets; a process reads its shards only.
+            Default: all as they are, on the first device.
+
+    Raises:
+        ConfigError, CheckpointError: see `export_shapes`.
+    """
+    folder = pathlib.Path(workdir).absolute() / "final"
+    if wanted is None:
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)  # noqa: E731
+        wanted = {k: place(x) for k, x in export_shapes(workdir).items()}
     try:
-        values = ocp.load(folder, abstract)
+        return ocp.load(folder, wanted)
     except Exception as error:
         raise _damaged(folder, error) from error
-    for name in here:
-        named[name][...] = values[name]
-    nnx.update(model, nnx.from_flat_state([(_path(n), named[n]) for n in here]))
-    if merging:
-        lora.fold(model, {k: v for k, v in values.items() if k not in here}, adapters.scale)
-    return done | set(values)
-
-
-def _path(name: str) -> tuple:
-    return tuple(int(part) if part.isdigit() else part for part in name.split("."))
 
 
 def fixed_leaves(parts: Parts, frozen: Params) -> Params:

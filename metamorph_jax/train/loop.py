@@ -83,13 +83,13 @@ def _train(began, run: Run, workdir, profile):
     clock = time.perf_counter()
     batches = [] if resuming else shards.peek(data, cfg.initial_batches, mesh, cfg.batch_size)
 
-    def fill(model):
-        recipe.load_pretrained(model, model_cfg)
-        if batches:
-            recipe.initialize(model, batches)
-
     parts, params, frozen = states.create(
-        lambda rngs: recipe.create(model_cfg, rngs), run.pattern, mesh, cfg.seed, fill
+        lambda rngs: recipe.create(model_cfg, rngs),
+        run.pattern,
+        mesh,
+        cfg.seed,
+        fill=lambda model: recipe.load_pretrained(model, model_cfg),
+        adapt=(lambda model: recipe.initialize(model, batches)) if batches else None,
     )
     optim.check_multipliers(cfg.optim, set(parts.part_of.values()))
     has_ema, has_usual = cfg.optim.ema_decay is not None, bool(cfg.guard.spike)

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from metamorph_jax import sharding
 from metamorph_jax.errors import ConfigError
 from metamorph_jax.models import lora
+from metamorph_jax.models.build import build
 from metamorph_jax.nn import quantized
 from metamorph_jax.train import optim
 from metamorph_jax.train.optim import Moments, Params
@@ -133,39 +134,26 @@ def create(
     mesh: Mesh,
     seed: int,
     fill: Callable[[nnx.Module], None] | None = None,
+    adapt: Callable[[nnx.Module], None] | None = None,
 ) -> tuple[Parts, Params, Params]:
-    """A model on the mesh: random weights made where they lie, then `fill` in place.
+    """A model on the mesh, divided; see `models/build.py` for the order in which it is filled.
 
     Args:
         make_model: rngs -> model; runs under `jax.jit`.
         pattern: of what is trained, see `Recipe.STAGES`.
-        mesh: where the leaves go.
+        mesh: for the shardings.
         seed: of the random weights.
-        fill: loads pretrained weights into the model.
+        fill: reads pretrained weights into the model, which is still shapes without values.
+        adapt: changes the filled model in place, see `Recipe.initialize`.
 
     Returns:
         (parts, trained parameters, frozen leaves).
     """
-    abstract = nnx.eval_shape(lambda: make_model(nnx.Rngs(0)))
-    parts, _, _ = split(abstract, pattern, mesh)
-
-    def init(key):
-        _, chosen, rest = nnx.split(make_model(nnx.Rngs(key)), trained_filter(pattern), ...)
-        return jax.tree.leaves(chosen), jax.tree.leaves(rest)
-
-    where = [parts.shardings[n] for n in parts.names]
-    where_frozen = [parts.shardings[n] for n in parts.frozen_names]
-    with jax.set_mesh(mesh):
-        chosen, frozen = jax.jit(init, out_shardings=(where, where_frozen))(jax.random.key(seed))
-    params = dict(zip(parts.names, chosen, strict=True))
-    rest = dict(zip(parts.frozen_names, frozen, strict=True))
-    if fill is not None:
-        model = parts.merge(params, rest)
-        del chosen, frozen, params, rest  # a loaded weight takes the room of its random one
-        fill(model)
-        _, params, rest = split(model, pattern, mesh)
-        params, rest = place(params, parts), place(rest, parts)
-    return parts, params, rest
+    model = build(make_model, mesh, seed, fill)
+    if adapt is not None:
+        adapt(model)
+    parts, params, rest = split(model, pattern, mesh)
+    return parts, place(params, parts), place(rest, parts)
 
 
 def place(values: Params, parts: Parts) -> Params:

@@ -12,6 +12,7 @@ from flax import nnx
 from metamorph_jax import cli, sharding
 from metamorph_jax.convert import peft
 from metamorph_jax.convert.llama import export_llama
+from metamorph_jax.convert.load import load_workdir
 from metamorph_jax.errors import Preempted
 from metamorph_jax.models import lora
 from metamorph_jax.models.diffusion.unet import UNet, UNetConfig
@@ -278,7 +279,7 @@ def test_the_next_stage(tmp_path, rank):
     Fake(tmp_path / "one", cfg, model)
     second = None if rank is None else lora.LoraConfig(rank=rank, alpha=2.0 * rank)
     other = recipe.create(dataclasses.replace(TINY, lora=second), nnx.Rngs(0))
-    checkpoint.load_params(other, tmp_path / "one")
+    load_workdir(other, tmp_path / "one")
     np.testing.assert_allclose(states_of(other.llm), states_of(model.llm), atol=2e-5)
     found = dict(lora.adapters(other))
     if rank == 2:

@@ -86,9 +86,9 @@ def create(cfg, rngs):
 
 def load_pretrained(model, cfg):
     if cfg.weights:
-        from metamorph_jax.train.checkpoint import load_params
+        from metamorph_jax.convert.load import load_workdir
 
-        load_params(model, cfg.weights.removeprefix("workdir:"))
+        load_workdir(model, cfg.weights.removeprefix("workdir:"))
 
 
 def initialize(model, batches):

@@ -7,6 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from metamorph_jax.convert import hf, load, specs
+from metamorph_jax.convert.llama import load_llama
+from metamorph_jax.convert.peft import load_peft
+from metamorph_jax.convert.vision import load_vision
+from metamorph_jax.models.build import is_open
 from metamorph_jax.models.llm import llama
 from metamorph_jax.nn import quantized
 from metamorph_jax.recipes.metamorph.config import Config
@@ -16,37 +21,26 @@ from metamorph_jax.types import Batch
 
 def load_pretrained(model: MetaMorph, cfg: Config) -> None:
     """Fills the model in place as the weight specs of the config say."""
-    whole = cfg.weights.startswith("workdir:")
+    whole = cfg.weights.startswith(load.WORKDIR)
     known = bool(cfg.weights) or cfg.llm_weights != "random"
     with quantized.unpacked(model, empty=known and not whole):
         _fill(model, cfg)
     if cfg.lora is not None and cfg.lora.weights and model.cfg.lora == cfg.lora:
-        from metamorph_jax.convert.peft import load_peft
-
         load_peft(model.llm, cfg.lora.weights)
 
 
 def _fill(model: MetaMorph, cfg: Config) -> None:
-    from metamorph_jax.convert.vision import load_vision
-
-    if cfg.weights.startswith("workdir:"):
-        from metamorph_jax.train import checkpoint
-
-        trained = checkpoint.load_params(model, cfg.weights.removeprefix("workdir:"))
-        if not any(name.startswith("vision.tower.") for name in trained):
-            # The earlier stage may have had no tower, with its features cached.
-            load_vision(model.vision, cfg.vision)
+    if cfg.weights.startswith(load.WORKDIR):
+        load.load_workdir(model, cfg.weights.removeprefix(load.WORKDIR))
+        if model.vision.tower is not None and is_open(model.vision.tower):
+            load_vision(model.vision, cfg.vision)  # the earlier stage had its features cached
         return
     if cfg.weights:
-        from metamorph_jax.convert import hf
         from metamorph_jax.convert.metamorph import load_metamorph, read
 
         load_metamorph(model, read(hf.find(cfg.weights)))
         return
     if cfg.llm_weights != "random":
-        from metamorph_jax.convert import specs
-        from metamorph_jax.convert.llama import load_llama
-
         load_llama(model.llm, specs.llm_tensors(cfg.llm_weights))
         llama.init_added_tokens(model.llm)
     load_vision(model.vision, cfg.vision)
@@ -54,9 +48,7 @@ def _fill(model: MetaMorph, cfg: Config) -> None:
 
 def load_tokenizer(cfg: Config):
     """The tokenizer that the config names, or that of its weights."""
-    from metamorph_jax.convert import specs
-
-    whole = "" if cfg.weights.startswith("workdir:") else cfg.weights
+    whole = "" if cfg.weights.startswith(load.WORKDIR) else cfg.weights
     return specs.tokenizer(cfg.tokenizer or whole or cfg.llm_weights)
 
 

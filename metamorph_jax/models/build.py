@@ -1,0 +1,96 @@
+"""A model on a mesh: shapes first, then weights from files, then random values for the rest.
+
+    outline     the model with a ShapeDtypeStruct for every array: shape, dtype and sharding
+    fill        a recipe reads weights into it; each tensor goes straight to its shards
+    initialize  what nothing filled gets its random values, on its shards, in one program
+
+So a weight that is loaded is never made at random first, no array is held twice, and none is ever
+whole on one device unless its sharding says so. The random values are those of the whole model's
+initialisation, whatever was loaded.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from metamorph_jax import sharding
+from metamorph_jax.models import lora
+from metamorph_jax.nn import quantized
+
+Make = Callable[[nnx.Rngs], nnx.Module]
+
+
+def build(
+    make: Make,
+    mesh: Mesh,
+    seed: int,
+    fill: Callable[[nnx.Module], None] | None = None,
+    dtype=None,
+) -> nnx.Module:
+    """A model on a mesh.
+
+    Args:
+        make: rngs -> model; runs under `nnx.eval_shape` and `jax.jit`.
+        mesh: for the shardings.
+        seed: of the random weights.
+        fill: reads weights into an outline, in place; it may leave some open.
+        dtype: of floating-point weights; None: as the model makes them.
+    """
+    model = outline(make, mesh, dtype)
+    if fill is not None:
+        fill(model)
+    initialize(model, make, mesh, seed)
+    return model
+
+
+def outline(make: Make, mesh: Mesh, dtype=None) -> nnx.Module:
+    """The model with shapes, dtypes and shardings in place of arrays; arguments as of `build`."""
+    model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+    for _, variable in _leaves(model):
+        value = variable.get_raw_value()
+        kind = value.dtype if dtype is None or not _is_weight(variable) else jnp.dtype(dtype)
+        where = sharding.variable_sharding(variable, mesh)
+        variable.set_raw_value(jax.ShapeDtypeStruct(value.shape, kind, sharding=where))
+    return model
+
+
+def initialize(model: nnx.Module, make: Make, mesh: Mesh, seed: int) -> None:
+    """Gives the open leaves of a model their random values, in place; arguments as of `build`."""
+    left = {path: v for path, v in _leaves(model) if is_open(v)}
+    if not left:
+        return
+    wanted = {path: v.get_raw_value() for path, v in left.items()}
+
+    def init(key):
+        made = dict(_leaves(make(nnx.Rngs(key))))
+        return [made[path].get_raw_value().astype(x.dtype) for path, x in wanted.items()]
+
+    where = [x.sharding for x in wanted.values()]
+    with jax.set_mesh(mesh):
+        values = jax.jit(init, out_shardings=where)(jax.random.key(seed))
+    for variable, value in zip(left.values(), values, strict=True):
+        variable.set_raw_value(value)
+
+
+def is_open(part: nnx.Module | nnx.Variable) -> bool:
+    """Whether an array of this module or variable is still a shape without values."""
+    variables = [part] if isinstance(part, nnx.Variable) else [v for _, v in _leaves(part)]
+    return any(isinstance(v.get_raw_value(), jax.ShapeDtypeStruct) for v in variables)
+
+
+def _leaves(model: nnx.Module) -> list[tuple[tuple, nnx.Variable]]:
+    """(path, variable) of every array; the variables are the model's own, not copies."""
+    return [
+        (path, node) for path, node in nnx.iter_graph(model) if isinstance(node, nnx.Variable)
+    ]
+
+
+def _is_weight(variable: nnx.Variable) -> bool:
+    """Whether it is a floating-point weight: not a scale of a packed kernel, not a buffer."""
+    if isinstance(variable, quantized.Packed):
+        return False
+    floating = jnp.issubdtype(variable.get_raw_value().dtype, jnp.floating)
+    return floating and isinstance(variable, nnx.Param | lora.Adapter)
