@@ -77,10 +77,11 @@ def ours(llm: str, batch: Batch, precision: str):
     cfg, mesh = model_config(llm, precision), sharding.make_mesh()
     make = lambda rngs: metamorph.create(cfg, rngs)  # noqa: E731
     parts, params, frozen = state.create(make, metamorph.STAGES["vpit"](cfg), mesh, 0)
-    adam = OptimConfig(RATE, clip_norm=None, schedule="constant", warmup=0)
-    step = make_step(parts, adam, optim.make_schedule(adam, 1, 1), mesh=mesh)
+    adamw = OptimConfig(RATE, clip_norm=None, schedule="constant", warmup=0)
+    optimizer = optim.build(adamw, params, 1, 1)
+    step = make_step(parts, optimizer, mesh=mesh)
     with jax.set_mesh(mesh):
-        box = [state.start(params, parts, mesh, 0, False)]
+        box = [state.start(params, parts, mesh, 0, optimizer, statistics=False)]
         data = to_devices(batch, mesh, len(batch.tokens))
 
     def run():

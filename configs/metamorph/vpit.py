@@ -51,7 +51,11 @@ QUICKSTART = dict(
         learning_rate=1.5e-4,
         schedule="wsd",  # the last skill, saying yes or no, comes while the learning rate falls
         b2=0.98,
-        multipliers=dict(connector=7.0, head=7.0, tokens=7.0),
+        groups=dict(
+            connector=dict(match=r"(connector|reducer)\..*", rate=7.0),
+            head=dict(match=r"head\..*", rate=7.0),
+            tokens=dict(match=r".*\.added", rate=7.0),
+        ),
     ),
 )
 SIZES = {

@@ -79,24 +79,22 @@ def train_step(config, devices, rows_per_device: float | None = None) -> Program
         )
     model = nnx.eval_shape(lambda: recipe.create(run.model, nnx.Rngs(0)))
     parts, trained, frozen = states.split(model, run.pattern, mesh)
-    ema = cfg.optim.ema_decay is not None
-    guarded = bool(cfg.guard.spike)
+    optimizer = optim.build(cfg.optim, trained, rows, cfg.steps)
+    statistics = bool(cfg.guard.spike)
     start = lambda p: states.start(  # noqa: E731
-        p, parts, mesh, cfg.seed, ema, guarded, cfg.optim.momentum_dtype
+        p, parts, mesh, cfg.seed, optimizer, statistics
     )
-    optim.check_multipliers(cfg.optim, set(parts.part_of.values()))
-    where = states.shardings(parts, mesh, ema, guarded)
+    where = states.shardings(parts, mesh, optimizer, statistics)
     state = _place(_start_shapes(start, trained), where)
     frozen = _place(frozen, {n: parts.shardings[n] for n in frozen})
     batch = recipe.batch_spec(run.data, run.model, rows)
     with jax.set_mesh(mesh):
         work = model.work(batch)
     batch = _place(batch, jax.tree.map(lambda _: sharding.batch_sharding(mesh), batch))
-    schedule = optim.make_schedule(cfg.optim, rows, cfg.steps)
-    call = make_step(parts, cfg.optim, schedule, cfg.accumulate, mesh=mesh, guard=cfg.guard)
+    call = make_step(parts, optimizer, cfg.accumulate, mesh=mesh, guard=cfg.guard)
     groups = {
         "parameters": state.params,
-        "moments": state.moments,
+        "moments": state.opt_state,
         "frozen parameters": frozen,
         "moving average": state.ema or {},
         "batch": batch,

@@ -1,18 +1,20 @@
-"""Checkpoints of a run, and the export that a later stage loads. The only user of Orbax.
+"""Checkpoints of a run, and the weights that a later stage loads, both written by Orbax.
 
-    workdir/checkpoints/<step>/   state (parameters, moments, average, key) and, in its metadata,
-                                  the position of each data shard and a checksum of every leaf;
-                                  newest N are kept
-    workdir/damaged/<step>/       one that couldn't be read, set aside when asked to fall back
+    workdir/checkpoints/<step>/   state (parameters, optimizer state, average, key) and, in its
+                                  metadata, the position of each data shard and a checksum of every
+                                  leaf; the newest N are kept, and the best with `keep_best`
+    workdir/damaged/<step>/       one that couldn't be read, set aside on request
     workdir/final/                what the stage trained (its moving average if it keeps one)
 
-Frozen weights are in neither: they come from the weight files that the config names, or from the
-seed, again. A checkpoint counts once Orbax has marked it committed, so a run that is killed while
-writing goes on from the one before. Nothing in it depends on the number of processes or the mesh.
+Neither holds frozen weights: they are loaded again from the weight files that the config names, or
+made again from the seed. A checkpoint counts once Orbax has marked it committed, so a run that is
+killed while writing one resumes from the one before. Nothing in it depends on the number of
+processes or the mesh.
 """
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import pathlib
 import time
@@ -30,17 +32,19 @@ from metamorph_jax.train.state import Parts, TrainState
 
 _training = ocp.training
 
-
+# Of what a checkpoint holds. 1: AdamW's moments as `moments/first` and `second`, no number in the
+# metadata. 2: the state of an optax transformation, `opt_state`.
+FORMAT = 2
 
 class Checkpoints:
     """The checkpoints of one workdir.
 
     Args:
         workdir: folder of the run.
-        keep: how many of the newest stay.
+        keep: how many of the newest are kept.
 
     Attributes:
-        seconds: how long the last save took until it was whole, or None.
+        seconds: how long the last save took until it was complete, or None.
     """
 
     waits_for_others = True  # a save and `close`
@@ -48,6 +52,7 @@ class Checkpoints:
     def __init__(self, workdir: str | pathlib.Path, keep: int = 2):
         self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
         self._keep = keep
+        self._best: list[int] = []  # steps
         self._waiter = concurrent.futures.ThreadPoolExecutor(1)
         self._saving: tuple[int, concurrent.futures.Future] | None = None
         self.seconds: float | None = None
@@ -57,47 +62,59 @@ class Checkpoints:
     def _open(self) -> None:
         self._manager = _training.Checkpointer(
             self.folder,
-            preservation_policy=_training.preservation_policies.LatestN(self._keep),
+            preservation_policy=_NewestAndBest(self._keep, self._best),
             cleanup_tmp_directories=True,
         )
 
     @property
     def steps(self) -> list[int]:
-        """Steps of the whole checkpoints, ascending."""
+        """Steps of the complete checkpoints, ascending."""
         return [c.step for c in self._manager.checkpoints]
 
     @property
     def latest(self) -> int | None:
-        """Step of the newest whole checkpoint."""
+        """Step of the newest complete checkpoint."""
         return self.steps[-1] if self.steps else None
 
     @property
     def data_shards(self) -> int | None:
         """Number of data shards of this run, if it has a readable checkpoint."""
-        for step in reversed(self.steps):
-            try:
-                return len(self._describe(step)[1]["data"])
-            except CheckpointError:
-                continue
-        return None
+        found = (self.notes(step) for step in reversed(self.steps))
+        return next((len(notes["data"]) for notes in found if notes), None)
 
-    def save(self, step: int, state: TrainState, fixed: Params, data: dict[int, dict]) -> None:
+    def notes(self, step: int) -> dict:
+        """What was saved beside the state; {} if it can't be read."""
+        try:
+            return self._describe(step)[1]
+        except CheckpointError:
+            return {}
+
+    def keep_also(self, step: int) -> None:
+        """Keeps this one, the best so far, until there is a better one that is complete."""
+        self._best[:] = [*self._best[-1:], step]
+
+    def save(
+        self, step: int, state: TrainState, buffers: Params, data: dict[int, dict], notes: dict
+    ) -> None:
         """Saves in the background; an error of the save before this one is raised here.
 
         Args:
             step: number of the checkpoint.
             state: copied before this returns.
-            fixed: frozen leaves that no weight file has.
+            buffers: frozen leaves that are not in weight files.
             data: data shard -> its state, of the data shards that this process reads.
+            notes: more to be saved beside it, JSON-able; with "best" see `keep_also`.
 
         Raises:
             CheckpointError: if it can't be written.
         """
         self.wait()
+        if "best" in notes:
+            self.keep_also(step)
         if self.latest == step:
             return
-        tree = as_tree(state, fixed)
-        notes = {"data": from_all_processes(data), "sums": checksums(tree)}
+        tree = as_tree(state, buffers)
+        notes = notes | describe(tree, data)
         since = time.perf_counter()
         try:
             saving = self._manager.save_checkpointables_async(
@@ -113,7 +130,7 @@ class Checkpoints:
         self._saving = (step, self._waiter.submit(finish))
 
     def check(self) -> int | None:
-        """Step of a save in the background that has become whole since this was last asked.
+        """Step of a save in the background that was completed since the last call.
 
         Raises:
             CheckpointError: if it failed.
@@ -139,38 +156,38 @@ class Checkpoints:
         left = f"the newest whole one is {self.folder / str(whole[-1])}" if whole else "none exists"
         return CheckpointError(
             f"the checkpoint {self.folder / str(step)} could not be written: {reason(error)}. "
-            f"Is the disk full? {left}; the same command goes on from there"
+            f"Is the disk full? {left}; the same command resumes from there"
         )
 
     def restore(
-        self, state: TrainState, fixed: Params, fall_back: bool = False
-    ) -> tuple[TrainState, Params, list[dict], list[str]]:
-        """(state, fixed, state of every data shard, messages) of the newest.
+        self, state: TrainState, buffers: Params, fall_back: bool = False
+    ) -> tuple[TrainState, Params, dict, list[str]]:
+        """(state, buffers, notes, messages) of the newest.
 
         Args:
-            state, fixed: arrays (or shapes with shardings) that say what is expected and where.
-            fall_back: take the newest whole one if newer ones are damaged, which are set aside.
+            state, buffers: arrays (or shapes with shardings) like those that are to be restored.
+            fall_back: set damaged ones aside and take the newest that is not damaged.
 
         Raises:
             CheckpointError: if it is damaged, or holds something else.
         """
-        said = []
+        messages = []
         for step in reversed(self.steps):
             error = result = None
             try:
-                result = self._restore(step, state, fixed)
+                result = self._restore(step, state, buffers)
             except _Damaged as found:
                 error = found
             if not any_process(error is not None):
-                return *result, said
+                return *result, messages
             error = error or _damaged(self.folder / str(step), "another host could not read it")
             if not fall_back:
                 raise error
-            said.append(f"{error}. It is now in {self._set_aside(step)}")
-        raise CheckpointError("; ".join(said) + "; no whole checkpoint is left")
+            messages.append(f"{error}. It is now in {self._set_aside(step)}")
+        raise CheckpointError("; ".join(messages) + "; no whole checkpoint is left")
 
     def _describe(self, step: int) -> tuple[dict, dict]:
-        """(name -> what a leaf is, notes) of a checkpoint."""
+        """(name -> metadata of a leaf, notes) of a checkpoint."""
         folder = self.folder / str(step)
         try:
             found = self._manager.checkpointables_metadata(step)
@@ -182,10 +199,11 @@ class Checkpoints:
         except Exception as error:
             raise _damaged(folder, error) from error
 
-    def _restore(self, step: int, state: TrainState, fixed: Params):
+    def _restore(self, step: int, state: TrainState, buffers: Params):
         folder = self.folder / str(step)
         shapes, notes = self._describe(step)
-        tree, added = expected(state, fixed, shapes)
+        check_format(notes, folder)
+        tree, added = expected(state, buffers, shapes)
         compare(flat(tree), shapes, folder)
         try:
             loaded = self._manager.load_checkpointables(step, {"state": _abstract(tree)})["state"]
@@ -195,10 +213,10 @@ class Checkpoints:
             wrong = altered(loaded, notes["sums"])
             if wrong:
                 raise _damaged(folder, f"altered: {wrong}")
-        return *from_tree(loaded, added, state), notes["data"]
+        return *from_tree(loaded, added, state), notes
 
     def _set_aside(self, step: int) -> pathlib.Path:
-        """Moves a checkpoint to where no one takes it for whole."""
+        """Moves a damaged checkpoint out of the way."""
         self._manager.close()
         aside = self.folder.parent / "damaged" / str(step)
         if jax.process_index() == 0:
@@ -211,7 +229,7 @@ class Checkpoints:
         return aside
 
     def close(self) -> None:
-        """Ends what runs in the background; a save that fails meanwhile is raised."""
+        """Waits for the save in the background; if it fails, that is raised."""
         try:
             self.wait()
         finally:
@@ -220,8 +238,20 @@ class Checkpoints:
                 self._manager.close()  # raises what was raised before
 
 
+@dataclasses.dataclass
+class _NewestAndBest:
+    """Orbax's policy of what to keep: the newest `keep` steps, and those in `best`."""
+
+    keep: int
+    best: list[int]
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        newest = len(checkpoints) - self.keep
+        return [i >= newest or c.step in self.best for i, c in enumerate(checkpoints)]
+
+
 class _Damaged(CheckpointError):
-    """It is there but can't be read whole."""
+    """The checkpoint is there but can't be read completely."""
 
 
 def reason(error) -> str:
@@ -232,7 +262,7 @@ def reason(error) -> str:
 def _damaged(folder, error) -> CheckpointError:
     return _Damaged(
         f"the checkpoint {folder} can't be read ({reason(error)}); damaged_checkpoint=previous "
-        "sets it aside and goes on from the one before"
+        "sets it aside and resumes from the one before"
     )
 
 
@@ -257,10 +287,10 @@ def _sums(tree):
 
 
 def checksums(tree) -> dict[str, int]:
-    """Name -> a number that follows from every bit of a leaf and where it stands.
+    """Name -> a number that depends on every bit of a leaf and its position.
 
-    It is computed where the arrays lie. Integers wrap around, so the order of addition, and with it
-    how they lie, doesn't matter.
+    It is computed on the devices that hold the leaf. Integers wrap around, so neither the order of
+    addition nor the sharding matters.
     """
     leaves = flat(tree)
     where = next(iter(leaves.values())).sharding
@@ -270,7 +300,7 @@ def checksums(tree) -> dict[str, int]:
 
 
 def altered(tree, sums: dict[str, int]) -> str:
-    """Names of leaves whose checksum isn't the one that was noted; "" if all are."""
+    """Names of the leaves whose checksum differs from the saved one; "" if none does."""
     found = checksums(tree)
     return ", ".join(sorted(k for k in found if found[k] != sums.get(k))[:10])
 
@@ -284,29 +314,58 @@ def any_process(flag: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
-def as_tree(state: TrainState, fixed: Params) -> dict:
-    """What is saved, as nested dicts; Orbax wants no empty ones."""
-    moments = {"first": state.moments.first, "second": state.moments.second}
-    scalars = {"step": state.step, "key": state.key, "halted": state.halted}
-    tree = {"params": state.params, "moments": moments, **scalars}
-    for name in ("ema", "usual"):
-        if getattr(state, name) is not None:
-            tree[name] = getattr(state, name)
-    return tree | ({"fixed": fixed} if fixed else {})
+def as_tree(state: TrainState, buffers: Params) -> dict:
+    """What is saved, as nested dicts without empty ones, which Orbax refuses.
+
+    A leaf of the optimizer's state is named by its path, e.g. "0/0/mu/llm.layers.mlp.up.kernel".
+    """
+    tree = {"params": state.params, "step": state.step, "key": state.key, "halted": state.halted}
+    optional = {
+        "opt_state": dict(_opt_leaves(state.opt_state)),
+        "buffers": buffers,
+        "ema": state.ema,
+        "loss_statistics": state.loss_statistics,
+    }
+    return tree | {k: v for k, v in optional.items() if v is not None and len(v)}
 
 
-def expected(state: TrainState, fixed: Params, names) -> tuple[dict, dict]:
+def _opt_leaves(opt_state) -> list[tuple[str, Any]]:
+    leaves = jax.tree_util.tree_leaves_with_path(opt_state)
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), x) for path, x in leaves]
+
+
+def expected(state: TrainState, buffers: Params, names) -> tuple[dict, dict]:
     """(the tree that a checkpoint with leaves of these names should hold, what it may lack)."""
-    tree = as_tree(state, fixed)
-    lacks = "usual" in tree and "['usual']" not in names
-    return tree, {"usual": tree.pop("usual")} if lacks else {}
+    tree = as_tree(state, buffers)
+    lacks = "loss_statistics" in tree and "['loss_statistics']" not in names
+    return tree, {"loss_statistics": tree.pop("loss_statistics")} if lacks else {}
 
 
 def from_tree(tree: dict, added: dict, like: TrainState) -> tuple[TrainState, Params]:
-    """The way back from `as_tree`."""
-    rest = {"ema": None, "usual": None} | added | tree
-    fixed = rest.pop("fixed", {})
-    return TrainState(**rest | {"moments": type(like.moments)(**rest["moments"])}), fixed
+    """The inverse of `as_tree`: (state, buffers)."""
+    rest = {"ema": None, "loss_statistics": None, "opt_state": {}} | added | tree
+    buffers, found = rest.pop("buffers", {}), rest.pop("opt_state")
+    leaves = [found[name] for name, _ in _opt_leaves(like.opt_state)]
+    opt_state = jax.tree.unflatten(jax.tree.structure(like.opt_state), leaves)
+    return TrainState(opt_state=opt_state, **rest), buffers
+
+
+def describe(tree: dict, data: dict[int, dict]) -> dict:
+    """What is noted beside a checkpoint: its format, where the data stand, checksums."""
+    return {"format": FORMAT, "data": from_all_processes(data), "sums": checksums(tree)}
+
+
+def check_format(notes: dict, where) -> None:
+    """Raises CheckpointError if a checkpoint with these notes has another format than ours."""
+    found = notes.get("format", 1)
+    if found != FORMAT:
+        raise CheckpointError(
+            f"{where} was written by another version of metamorph_jax: its checkpoints have format "
+            f"{found}, this version reads format {FORMAT} (since 2, they hold the state of an "
+            "optax optimizer). Finish the run with the version that began it (versions.json in "
+            "the workdir has its git commit), or start again with another --workdir; the weights "
+            "of finished stages (final/) can still be loaded"
+        )
 
 
 def flat(tree) -> dict[str, Any]:
@@ -316,7 +375,7 @@ def flat(tree) -> dict[str, Any]:
 
 
 def compare(wanted: dict, found: dict, folder) -> None:
-    """Raises CheckpointError if names or shapes differ."""
+    """Raises CheckpointError, listing the differences, if names or shapes differ."""
     wrong = [f"{k} is missing" for k in wanted.keys() - found.keys()]
     wrong += [f"{k} is not part of this run" for k in found.keys() - wanted.keys()]
     for k in wanted.keys() & found.keys():
@@ -331,10 +390,10 @@ def _abstract(tree):
 
 
 def from_all_processes(states: dict[int, dict]) -> list[dict]:
-    """The states of all data shards in order, known to each process.
+    """The states of all data shards in order, on every process.
 
     Raises:
-        CheckpointError: if processes that read the same data shard stand at different places.
+        CheckpointError: if processes that read the same data shard are at different positions.
     """
     found: dict[int, tuple[int, dict]] = {}
     for process, data_shards in enumerate(gather(sorted(states.items()))):
@@ -342,8 +401,8 @@ def from_all_processes(states: dict[int, dict]) -> list[dict]:
             first, same = found.setdefault(data_shard, (process, state))
             if same != state:
                 raise CheckpointError(
-                    f"hosts {first} and {process} both read data shard {data_shard}, and no longer "
-                    f"see the same: {same} and {state}. Can one of them not read some files?"
+                    f"hosts {first} and {process} both read data shard {data_shard}, but no longer "
+                    f"see the same data: {same} and {state}. Can one of them not read some files?"
                 )
     return [found[data_shard][1] for data_shard in range(len(found))]
 
@@ -351,11 +410,11 @@ def from_all_processes(states: dict[int, dict]) -> list[dict]:
 # ---- the export
 
 
-def export(workdir: str | pathlib.Path, state: TrainState, fixed: Params) -> pathlib.Path:
+def export(workdir: str | pathlib.Path, state: TrainState, buffers: Params) -> pathlib.Path:
     """Writes `workdir/final`: the trained parameters, or their moving average."""
     folder = pathlib.Path(workdir).absolute() / "final"
     params = state.params if state.ema is None else state.ema
-    ocp.save(folder, {**params, **fixed}, overwrite=True)
+    ocp.save(folder, {**params, **buffers}, overwrite=True)
     return folder
 
 
@@ -400,5 +459,6 @@ def read_export(
         raise _damaged(folder, error) from error
 
 
-def fixed_leaves(parts: Parts, frozen: Params) -> Params:
-    return {name: frozen[name] for name in parts.fixed}
+def buffers_of(parts: Parts, frozen: Params) -> Params:
+    """Those frozen leaves that checkpoints hold."""
+    return {name: frozen[name] for name in parts.buffers}

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import re
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -12,19 +13,19 @@ from metamorph_jax import config as configs
 from metamorph_jax.errors import ConfigError
 
 PRECISIONS = ("default", "bfloat16", "tensorfloat32", "float32", "highest")
-SCHEDULES = ("cosine", "constant", "wsd", "rsqrt", "finetune", "scratch")
 
 
 @dataclasses.dataclass(frozen=True)
 class Guard:
-    """What makes a step bad, and what then happens. A bad step changes no parameter.
+    """What counts as a bad step and what happens then. A bad step never changes a parameter.
 
     Attributes:
-        on_bad: "stop", or "skip": leave the batch out, write down which samples it held, go on.
-        most_in_a_row: bad steps one after another that end the run even so.
-        spike: a loss is bad if it is this many deviations above its running mean; 0: never. (The
-            deviation is the running mean of |loss - mean|, and at least 1 % of the mean.)
-        spike_after: steps before that is asked for the first time.
+        on_bad: "stop", or "skip": leave the batch out, write down which samples it held, and train
+            on.
+        most_in_a_row: the run ends after this many bad steps in a row, even with "skip".
+        spike: a step is bad if its loss is this many deviations above the running mean; 0: never.
+            (The deviation is the running mean of |loss - mean|, and at least 1 % of the mean.)
+        spike_after: number of steps before spikes are looked for.
     """
 
     on_bad: str = "stop"
@@ -34,7 +35,7 @@ class Guard:
 
     def __post_init__(self):
         if self.on_bad not in ("stop", "skip"):
-            raise ValueError(f"on_bad {self.on_bad!r} is none of stop, skip")
+            raise ValueError(f"on_bad must be stop or skip, not {self.on_bad!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +46,8 @@ class LocalConfig:
         folder: on each host's own disk, the same path everywhere; "" for none. It takes
             (keep + 1) times the host's share of the state.
         every: steps between them.
-        keep: how many of the newest stay. With 1 a host that dies while others have just finished a
-            save leaves no step that all have.
+        keep: how many of the newest are kept. With 1, a host that dies while others have just
+            finished a save leaves no step that all hosts have.
         multi_tier: minutes between copies to the bucket by GKE's multi-tier daemon, whose volume
             `folder` then is; 0: no daemon.
     """
@@ -63,50 +64,121 @@ class LocalConfig:
         if self.multi_tier < 0:
             raise ValueError(f"multi_tier must be a number of minutes, not {self.multi_tier}")
         if self.multi_tier and not self.folder:
-            raise ValueError("multi_tier needs a folder: where the volume of the daemon is mounted")
+            raise ValueError("multi_tier needs a folder: where the daemon's volume is mounted")
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Parameters with a learning rate or weight decay of their own.
+
+    Attributes:
+        name: for messages; in a config it is the key of the table.
+        match: regular expression for the whole dotted name of a parameter. A parameter belongs to
+            the first group that matches it.
+        rate: factor on the learning rate.
+        decay: weight decay; None: that of the optimizer. Biases and norms are never decayed.
+    """
+
+    name: str
+    match: str
+    rate: float = 1.0
+    decay: float | None = None
+
+    def __post_init__(self):
+        try:
+            re.compile(self.match)
+        except re.error as error:
+            raise ValueError(f"match {self.match!r} is not a regular expression: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its schedule.
+    """The optimizer and its schedule.
 
     Attributes:
         learning_rate: peak, at `base_batch` rows if that is given.
+        name: of an optax transformation, see `optim.OPTIMIZERS`.
         base_batch: the peak is scaled by sqrt(batch / base_batch); None leaves it as it is.
         batch: size of a batch for that rule when rows are not the measure (packed rows hold
             several samples); default: rows of the global batch.
-        schedule: "cosine" (to 0), "constant", "wsd" (warm-up, stable, the last fifth decays
-            linearly to 0), "rsqrt", or the reference's two for its decoder, "finetune" (logarithmic
-            warm-up, linear decay) and "scratch" (linear warm-up).
+        schedule: "cosine" or "linear" (to 0), "constant", "wsd" (warm-up, stable, the last fifth
+            decays linearly to 0), "rsqrt", or the reference's two for its decoder, "finetune"
+            (logarithmic warm-up, linear decay) and "scratch" (linear warm-up).
         warmup: share of the steps if below 1, else a number of steps.
+        b1, b2, eps: of Adam and its relatives (of Muon: for what it leaves to AdamW). For other
+            optimizers, b1 is the momentum and b2 the decay of the second moment. None: optax's
+            default, which for AdamW is 0.9, 0.999, 1e-8.
         weight_decay: for matrices and tables; biases and norms are not decayed.
         clip_norm: the gradient is scaled down to this global norm; None: no clipping.
-        multipliers: part -> factor on the learning rate (parts: `param_group` of the recipe).
         ema_decay: keep an exponential moving average of the trained parameters.
-        momentum_dtype: of the first moment as it is kept; "bfloat16" saves a sixth of the memory of
-            parameters and moments. (The second stays float32: in bfloat16 it would no longer move.)
+        momentum_dtype: dtype in which the first moment is kept; for AdamW, "bfloat16" saves a sixth
+            of the memory of parameters and moments. (The second moment stays in float32: in
+            bfloat16 it would no longer change.)
+        options: further arguments of the transformation.
+        groups: name -> what differs for some parameters, e.g. `dict(head=dict(match=r"head\\..*",
+            rate=7.0))`.
     """
 
-    learning_rate: float
+    learning_rate: float = 1e-4
+    name: str = "adamw"
     base_batch: int | None = None
     batch: float | None = None
     schedule: str = "cosine"
     warmup: float = 0.03
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
+    b1: float | None = None
+    b2: float | None = None
+    eps: float | None = None
     weight_decay: float = 0.0
     clip_norm: float | None = 1.0
-    multipliers: dict[str, float] = dataclasses.field(default_factory=dict)
     ema_decay: float | None = None
     momentum_dtype: str = "float32"
+    options: dict = dataclasses.field(default_factory=dict)
+    groups: tuple[Group, ...] = ()
 
     def __post_init__(self):
         if self.momentum_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"momentum_dtype {self.momentum_dtype!r} is neither float32 nor "
                              "bfloat16")  # fmt: skip
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule {self.schedule!r} is none of {', '.join(SCHEDULES)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """One evaluation that the loop runs every so many steps.
+
+    Attributes:
+        name: the key of the table; results are called "evals.NAME.METRIC".
+        kind: "loss": the losses of training on held-out data, without gradients; "task": a class
+            that puts requests to the model's generator and scores the replies (`evals.Task`).
+        every: steps between two evaluations; there is one after the last step, too.
+        average: evaluate the moving average of the parameters if the run keeps one.
+        data: (loss) options of `config.data` that differ; a table within is merged key by key,
+            except for `sources`, which replaces the training sources.
+        batches: (loss) evaluate on that many batches; 0: until the data end, which needs data that
+            do end (for most recipes `data=dict(epochs=1)`).
+        task: (task) "package.module:Class".
+        options: (task) arguments of the class.
+    """
+
+    name: str
+    kind: str = "loss"
+    every: int = 500
+    average: bool = True
+    data: dict = dataclasses.field(default_factory=dict)
+    batches: int = 16
+    task: str = ""
+    options: dict = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.kind not in ("loss", "task"):
+            raise ValueError(f"kind must be loss or task, not {self.kind!r}")
+        if self.every < 1:
+            raise ValueError(f"every must be at least 1, not {self.every}")
+        if self.batches < 0:
+            raise ValueError(f"batches must be at least 0, not {self.batches}")
+        if "." in self.name:
+            raise ValueError(f"the name {self.name!r} has a dot")
+        if (self.kind == "task") != bool(self.task):
+            raise ValueError("kind='task' needs `task`, and kind='loss' takes none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,19 +193,25 @@ class TrainConfig:
         model, data: tables that the recipe turns into its dataclasses.
         optim: optimizer and schedule.
         accumulate: micro-batches per step.
-        seed: of new weights and of what is random in the loss.
+        seed: of new weights and of random numbers in the loss.
         initial_batches: batches that the recipe's `initialize` reads before the first step.
         mesh: axis -> size (`sharding.make_mesh`); -1 is "the rest".
         data_shards: streams that the batch is packed from (`shards`); each is read by one host if
             there are at least as many as hosts. 0: as many as hosts when the run begins.
         guard: what happens at bad steps.
-        log_every, checkpoint_every, keep: steps between lines and checkpoints; checkpoints kept.
-        local_checkpoints: more of them, on each host's own disk (`local_checkpoints`).
-        damaged_checkpoint: "stop", or "previous": go on from the newest that is whole.
+        log_every, checkpoint_every, keep: steps between log lines and between checkpoints; number
+            of checkpoints that are kept.
+        evals: name -> an evaluation during training.
+        keep_best: "evals.NAME.METRIC": whenever this is better than ever before, a checkpoint is
+            saved and kept beside the `keep` newest (workdir/best.json names it); "": none.
+        best_is: "min" or "max", which value of `keep_best` is the best.
+        local_checkpoints: additional checkpoints on each host's own disk (`local_checkpoints`).
+        damaged_checkpoint: "stop", or "previous": resume from the newest undamaged one.
         tensorboard: write TensorBoard files.
-        matmul_precision: of products of float32, a name that `jax.default_matmul_precision` takes.
-            "default" is one pass in bfloat16 on a TPU, and float32 on a CPU; with "bfloat16" linear
-            layers do as a TPU on a CPU that has matrix units, too.
+        matmul_precision: of products of float32 matrices, a name that
+            `jax.default_matmul_precision` takes. "default" is one pass in bfloat16 on a TPU, and
+            float32 on a CPU; with "bfloat16", linear layers on a CPU with matrix units multiply as
+            on a TPU.
         compilation_cache: folder of compiled programs, unless $JAX_COMPILATION_CACHE_DIR names one;
             "" for none.
     """
@@ -144,7 +222,7 @@ class TrainConfig:
     batch_size: int
     model: dict
     data: dict
-    optim: OptimConfig
+    optim: OptimConfig = OptimConfig()
     accumulate: int = 1
     seed: int = 0
     initial_batches: int = 0
@@ -154,6 +232,9 @@ class TrainConfig:
     log_every: int = 10
     checkpoint_every: int = 500
     keep: int = 2
+    evals: tuple[EvalConfig, ...] = ()
+    keep_best: str = ""
+    best_is: str = "min"
     local_checkpoints: LocalConfig = LocalConfig()
     damaged_checkpoint: str = "stop"
     tensorboard: bool = True
@@ -167,12 +248,20 @@ class TrainConfig:
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} isn't a multiple of accumulate "
                              f"{self.accumulate}")  # fmt: skip
-        if self.damaged_checkpoint not in ("stop", "previous"):
-            raise ValueError(f"damaged_checkpoint {self.damaged_checkpoint!r} is none of stop, "
-                             "previous")  # fmt: skip
-        if self.matmul_precision not in PRECISIONS:
-            raise ValueError(f"matmul_precision {self.matmul_precision!r} is none of "
-                             f"{', '.join(PRECISIONS)}")  # fmt: skip
+        for name, known in (
+            ("damaged_checkpoint", ("stop", "previous")),
+            ("best_is", ("min", "max")),
+            ("matmul_precision", PRECISIONS),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not "
+                                 f"{getattr(self, name)!r}")  # fmt: skip
+        known = [f"evals.{one.name}" for one in self.evals]
+        if self.keep_best and not any(self.keep_best.startswith(f"{name}.") for name in known):
+            raise ValueError(
+                f"keep_best must be the metric of an evaluation, evals.NAME.METRIC, not "
+                f"{self.keep_best!r}; evaluations: {', '.join(known) or 'none'}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

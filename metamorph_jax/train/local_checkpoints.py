@@ -1,23 +1,23 @@
 """Checkpoints on each host's own disk (or in its memory), between those in the workdir.
 
-The workdir is often a bucket, where a save takes long and is done rarely. Here every host writes
-the shards of its own devices to a folder of its own, often; after a restart the run goes on from
-the newest step that all hosts have whole, local or in the workdir, bit for bit:
+The workdir is often a bucket, where saves are slow and therefore rare. Here, every host often
+writes the shards of its own devices to a folder of its own; after a restart, the run resumes from
+the newest step of which all hosts have everything, local or in the workdir, bit for bit:
 
     config.local_checkpoints.folder=/mnt/local   a fast disk or tmpfs that outlives the process
     config.local_checkpoints.every=50            steps
 
-    folder/<run>/<hosts, mesh>/host_<k>/<step>.shards      newest `keep` stay; gone at the run's end
+    folder/<run>/<hosts, mesh>/host_<k>/<step>.shards   newest `keep`; removed when the run ends
 
-A file counts once it has its name (it is renamed when written) and its checksum is right. Files
-belong to one run, number of hosts and mesh; with another the workdir's checkpoint is used. A host
-whose disk is lost gets its shards from replicas (mesh axes slice, data) that have the same ones; if
-there is none, all go on from the workdir. Lines in the log say which and why.
+A file counts if it has its final name (it is renamed once written) and the right checksum. Files
+belong to one run, number of hosts and mesh; with another, the checkpoint of the workdir is used. A
+host that has lost its disk gets its shards from replicas (mesh axes slice, data) that have the same
+ones; if there is none, all hosts resume from the workdir. The log says which and why.
 
-With `multi_tier` the folder is that of GKE's multi-tier daemon, and Orbax writes there (see
+With `multi_tier`, the folder is that of GKE's multi-tier daemon, and Orbax writes there (see
 `multi_tier`). Orbax's other emergency manager is not offered: with a replica axis of size 1 it
-drops the local folder; on several slices the hosts of the first save nothing locally; what is noted
-beside a checkpoint (where the data stand, checksums) can't be read back.
+drops the local folder; on several slices, the hosts of the first save nothing locally; and the
+notes beside a checkpoint (positions of the data, checksums) can't be read back.
 """
 
 import concurrent.futures
@@ -62,7 +62,7 @@ def open_local(cfg: LocalConfig, workdir: pathlib.Path, mesh: Mesh, newest: int 
 class LocalCheckpoints:
     """The local checkpoints of a run; without a folder it does nothing.
 
-    All processes make it at the same time, and then agree on the step to go on from.
+    All processes make it at the same time, and then agree on the step to resume from.
 
     Args:
         cfg: options.
@@ -71,9 +71,9 @@ class LocalCheckpoints:
         newest: step of the newest checkpoint in the workdir; older local ones don't count.
 
     Attributes:
-        step: the step to go on from, or None: the workdir's, if there is one.
+        step: the step to resume from, or None: that of the workdir, if there is one.
         data_shards: number of data shards at that step.
-        said: what is to be logged about the choice.
+        messages: about the choice, for the log.
 
     Raises:
         ConfigError: if a host can't write to the folder.
@@ -84,7 +84,7 @@ class LocalCheckpoints:
     def __init__(self, cfg: LocalConfig, workdir: pathlib.Path, mesh: Mesh, newest: int | None):
         self.step: int | None = None
         self.data_shards: int | None = None
-        self.said: list[str] = []
+        self.messages: list[str] = []
         self._cfg, self._saving, self._newest = cfg, None, newest
         if not cfg.folder:
             return
@@ -104,9 +104,9 @@ class LocalCheckpoints:
     # ---- which step
 
     def _look(self) -> dict:
-        """What this host has, as JSON."""
+        """The files of this host, as JSON."""
         found = {"have": [], "bad": [], "others": [], "error": ""}
-        self._stale: list[pathlib.Path] = []  # of a life that isn't gone on with
+        self._stale: list[pathlib.Path] = []  # of an earlier start, not resumed from
         try:
             self._mine.mkdir(parents=True, exist_ok=True)
             for new in self._mine.glob("*.new"):
@@ -131,16 +131,18 @@ class LocalCheckpoints:
         return found
 
     def _agree(self, rows: list[dict]) -> None:
-        """Takes the newest step that is whole, from what all hosts have; all come to the same."""
+        """Chooses the newest complete step, from the files of all hosts; all choose the same."""
         for host, row in enumerate(rows):
             if row["error"]:
                 raise ConfigError(f"config.local_checkpoints.folder: host {host}: {row['error']}")
-            self.said += [f"host {host}: the local checkpoint {file} is damaged ({why})"
+            self.messages += [f"host {host}: the local checkpoint {file} is damaged ({why})"
                           for _, file, why in sorted(row["bad"])]  # fmt: skip
         others = max((tuple(one) for row in rows for one in row["others"]), default=None)
         if others is not None:
-            self.said.append(f"local checkpoints up to step {others[0]} are of {_said(others[1])}, "
-                             f"this run has {_said(_layout(self._mesh))}: not used")  # fmt: skip
+            self.messages.append(
+                f"local checkpoints up to step {others[0]} are of {_readable(others[1])}, this run "
+                f"has {_readable(_layout(self._mesh))}: not used"
+            )
         everybody = set(range(len(rows)))
         steps = {tuple(one) for row in rows for one in row["have"]}
         for step, digest, alike in sorted(steps, reverse=True):
@@ -150,20 +152,21 @@ class LocalCheckpoints:
             if whole.all() or (alike and whole.any(0).all()):
                 self.step, self._has = step, has
                 if lack:
-                    self.said.append(f"host {lack} takes local checkpoint {step} from a replica")
+                    taken = f"local checkpoint {step} from a replica"
+                    self.messages.append(f"host {lack} takes {taken}")
                 break
-            self.said.append(f"local checkpoint {step} isn't on all hosts: {lack} lacks it")
+            self.messages.append(f"local checkpoint {step} isn't on all hosts: {lack} lacks it")
         limit = self._newest if self.step is None else self.step
         self._stale += [
             file for file in self._mine.glob("*.shards") if int(file.stem) > (limit or 0)
         ]
         if self.step is None:
-            if self.said:
-                rest = f"going on from the workdir's, step {limit}"
-                rest = "the run begins anew" if limit is None else rest
-                self.said.append(f"no local checkpoint can be used: {rest}")
+            if self.messages:
+                rest = f"resuming from the workdir's, step {limit}"
+                rest = "the run starts from the beginning" if limit is None else rest
+                self.messages.append(f"no local checkpoint can be used: {rest}")
             return
-        self.said.append(f"local checkpoint {self.step} is newer than the workdir's "
+        self.messages.append(f"local checkpoint {self.step} is newer than the workdir's "
                          f"({'none' if self._newest is None else self._newest})")  # fmt: skip
         self._about = None
         if jax.process_index() in self._has:
@@ -180,17 +183,18 @@ class LocalCheckpoints:
 
     # ---- reading
 
-    def restore(self, state: TrainState, fixed: Params) -> tuple[TrainState, Params, list[dict]]:
-        """(state, fixed, state of every data shard of the data) at `step`.
+    def restore(self, state: TrainState, buffers: Params) -> tuple[TrainState, Params, dict]:
+        """(state, buffers, notes) at `step`.
 
         Args:
-            state, fixed: arrays that say what is expected and where.
+            state, buffers: arrays that say what is expected and where.
 
         Raises:
             CheckpointError: if it holds something else.
         """
         file, shapes = self._file(self.step), self._notes["shapes"]
-        tree, added = checkpoint.expected(state, fixed, shapes)
+        checkpoint.check_format(self._notes, file)
+        tree, added = checkpoint.expected(state, buffers, shapes)
         names = checkpoint.flat(tree)
         found = {k: types.SimpleNamespace(shape=shape) for k, shape in shapes.items()}
         checkpoint.compare(names, found, file)
@@ -203,9 +207,9 @@ class LocalCheckpoints:
         if wrong:
             raise CheckpointError(
                 f"the local checkpoint {file} was altered on some host: {wrong}. Remove "
-                f"{self._run} on all hosts to go on from the workdir's"
+                f"{self._run} on all hosts to resume from the workdir's"
             )
-        return *checkpoint.from_tree(tree, added, state), self._notes["data"]
+        return *checkpoint.from_tree(tree, added, state), self._notes
 
     def _read(self, name: str, like: jax.Array, index: tuple) -> np.ndarray:
         leaf, file = self._about["leaves"][name], self._file(self.step)
@@ -227,7 +231,7 @@ class LocalCheckpoints:
         return jax.make_array_from_single_device_arrays(like.shape, like.sharding, parts)
 
     def _load_or_get(self, name: str, like: jax.Array) -> jax.Array:
-        """The same where hosts lack it: from the first replica that has a shard."""
+        """`_load` where some hosts lack their files: from the first replica that has a shard."""
         mesh, spec = like.sharding.mesh, like.sharding.spec
         first = np.isin(self._owners, list(self._has)).argmax(0)
         gives = np.arange(len(self._owners))[:, None] == first
@@ -249,18 +253,20 @@ class LocalCheckpoints:
 
     # ---- writing
 
-    def save(self, step: int, state: TrainState, fixed: Params, data: dict[int, dict]) -> None:
+    def save(
+        self, step: int, state: TrainState, buffers: Params, data: dict[int, dict], notes: dict
+    ) -> None:
         """Copies this host's shards, and writes them in the background.
 
         Args:
-            step, state, fixed, data: as `checkpoint.Checkpoints.save` takes them.
+            step, state, buffers, data, notes: as of `checkpoint.Checkpoints.save`.
 
         Raises:
             CheckpointError: if this one or the one before can't be written.
         """
         self.wait()
-        tree = checkpoint.as_tree(state, fixed)
-        notes = {"data": checkpoint.from_all_processes(data), "sums": checkpoint.checksums(tree)}
+        tree = checkpoint.as_tree(state, buffers)
+        notes = notes | checkpoint.describe(tree, data)
         leaves = checkpoint.flat(tree)
         for leaf in leaves.values():
             for shard in leaf.addressable_shards:
@@ -270,7 +276,7 @@ class LocalCheckpoints:
             cut = getattr(leaf.sharding, "spec", ())
             alike &= not any(axis in _REPLICAS for axis in jax.tree.leaves(tuple(cut)))
             spans = {_span(s.index, leaf.shape): s.data for s in leaf.addressable_shards}
-            # A copy, as the next step gives the buffers away.
+            # A copy, as the next step donates the buffers.
             copied[name] = leaf, {span: np.array(part) for span, part in spans.items()}
         leaves = {
             name: {"dtype": leaf.dtype.name, "shape": leaf.shape, "parts": parts}
@@ -322,12 +328,12 @@ class LocalCheckpoints:
         except Exception as error:
             raise CheckpointError(
                 f"the local checkpoint {self._file(step)} could not be written: "
-                f"{checkpoint.reason(error)}. Is the disk full? The same command goes on; "
+                f"{checkpoint.reason(error)}. Is the disk full? The same command resumes; "
                 'config.local_checkpoints.folder="" does without local ones'
             ) from error
 
     def close(self) -> None:
-        """Ends what runs in the background; a save that fails meanwhile is raised."""
+        """Waits for the save in the background; if it fails, that is raised."""
         if self._cfg.folder:
             try:
                 self.wait()
@@ -335,7 +341,7 @@ class LocalCheckpoints:
                 self._writer.shutdown(wait=False)
 
     def remove(self) -> None:
-        """Removes this host's files: the run is at its end."""
+        """Removes this host's files, as the run has ended."""
         if self._cfg.folder:
             self.wait()
             shutil.rmtree(self._mine, ignore_errors=True)
@@ -363,7 +369,7 @@ def _layout(mesh: Mesh) -> str:
     return f"hosts={jax.process_count()}_{axes}_{places:08x}"
 
 
-def _said(layout: str) -> str:
+def _readable(layout: str) -> str:
     return layout.rsplit("_", 1)[0].replace("_", ", ")
 
 

@@ -1,8 +1,8 @@
-"""What a run says about itself: a line on the console, one in metrics.jsonl, TensorBoard.
+"""Logging: a line on the console, one in metrics.jsonl, and TensorBoard.
 
-Only the first process writes. Values of a step are read when the next one is already running, so
-the device never waits for the host. Metrics come as (numerator, denominator) and are added up over
-the steps of a line before they are divided: a line is exact whatever the batches held.
+Only the first process writes. The values of a step are read when the next one is already running,
+so the device never waits for the host. Metrics come as (numerator, denominator), and both are added
+up over the steps of a line before they are divided, so a line is exact whatever the batches held.
 """
 
 import json
@@ -35,14 +35,14 @@ def flops_per_step(model, batch, rows: int, trained, mesh) -> float:
 
 
 def memory_peak() -> float | None:
-    """GiB of the fullest device of this process at its fullest; None where it isn't counted."""
+    """Peak memory of this process's fullest device in GiB; None where the backend doesn't say."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
     return max(peaks) / 2**30 if peaks else None
 
 
 def values_of(report: Mapping) -> dict[str, tuple[float, float]]:
-    """name -> (numerator, denominator) of everything that a step reports (numpy)."""
+    """name -> (numerator, denominator) of every value in a step's report (numpy)."""
     found = {"loss": (report["loss"], 1.0)}
     for name, total in report["sums"].items():
         found[f"{name}_loss"] = (total, report["counts"][name])
@@ -59,12 +59,12 @@ class Logger:
     Args:
         workdir: metrics.jsonl and TensorBoard files go here.
         steps: of the whole run, for the time left.
-        first: steps done before; later lines of an interrupted run are taken back.
+        first: steps done before; later lines of an interrupted run are removed.
         every: steps between two lines.
         active: False on all processes but the first.
-        tensorboard: write its files, too.
+        tensorboard: write TensorBoard files, too.
         devices: of the run, over all processes.
-        goodput: the account of the run's time.
+        goodput: accounts for the run's time.
     """
 
     def __init__(
@@ -80,13 +80,13 @@ class Logger:
     ):
         self.steps, self.first, self.every, self.active = steps, first, every, active
         self.goodput = goodput
-        self.flops_per_step = 0.0  # of the model, set when the first batch is there
+        self.flops_per_step = 0.0  # of the model, set when the first batch is known
         chip = chips.find(jax.devices()[0].device_kind)
         self.chips = devices / (chip.devices if chip else 1)
         self.peak = chip.flops * self.chips if chip else None  # FLOP/s of all chips
         self.last: dict[str, float] = {}
         self._first_wait = False
-        self.skipped = 0  # bad steps so far, of this process's life
+        self.skipped = 0  # bad steps since this process started
         self._file = self._board = self._bar = None
         self._clear()
         if not active:
@@ -108,7 +108,7 @@ class Logger:
         self._sums: dict[str, np.ndarray] = {}
         self._counts = {"positions": 0, "images": 0, "steps": 0}
         self._wait = self._saving = 0.0
-        self._untimed = 0  # steps of this window that were done before its clock began
+        self._untimed = 0  # steps of this window that were done before its clock started
         self._since = time.perf_counter()
 
     def restart_clock(self) -> None:
@@ -119,20 +119,20 @@ class Logger:
             self.goodput.ready()
 
     def pause(self, seconds: float) -> None:
-        """Leaves out so long that went into other things than training."""
+        """Leaves out seconds that went into other things than training."""
         self._since += seconds
         if self.goodput:
             self.goodput.pause(seconds)
 
     def saved(self, step: int, seconds: float) -> None:
-        """Leaves out a checkpoint after `step` that stopped the loop for so long."""
+        """Leaves out the seconds that a checkpoint after `step` stopped the loop."""
         self._since += seconds
         self._saving += seconds
         if self.goodput:
             self.goodput.saved(step, seconds)
 
     def say(self, text: str) -> None:
-        """A line on the console, of the first process."""
+        """Prints a line on the console (of the first process)."""
         if not self.active:
             return
         if self._bar is not None:
@@ -143,12 +143,12 @@ class Logger:
     def step(
         self, step: int, report: Mapping, counted: Mapping[str, int], wait: float = 0.0
     ) -> dict[str, float] | None:
-        """Takes in one step; at the end of a window writes the line and returns its values.
+        """Adds one step; at the end of a window writes the line and returns its values.
 
         Args:
             step: its number, from 1.
             report: of the step, read back (numpy).
-            counted: `measure` of its batch, over all processes.
+            counted: `counted()` of its batch, over all processes.
             wait: seconds that were spent waiting for its data.
         """
         for name, pair in values_of(report).items():
@@ -156,7 +156,7 @@ class Logger:
         return self._count(step, counted, wait)
 
     def skip(self, step: int, counted: Mapping[str, int], wait: float) -> dict[str, float] | None:
-        """`step` for one that changed nothing and whose values count for nothing."""
+        """As `step`, for one that changed nothing and whose values are left out."""
         self.skipped += 1
         return self._count(step, counted, wait)
 
@@ -208,14 +208,26 @@ class Logger:
 
     def _write(self, step: int, line: dict[str, float]) -> None:
         self.last = line
+        self._record(step, line)
+        self.say(format_line(step, self.steps, line))
+
+    def evaluated(self, step: int, values: Mapping[str, float], seconds: float) -> None:
+        """Writes the results of evaluations after `step`; their seconds are left out."""
+        self.pause(seconds)
+        self._record(step, values)
+        words = " ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self.say(f"step {step}/{self.steps}  {words}  ({seconds:.1f} s)")
+
+    def _record(self, step: int, line: Mapping[str, float]) -> None:
+        """Adds a line to metrics.jsonl and its values to TensorBoard."""
         if not self.active:
             return
         safe = {k: v if math.isfinite(v) else str(v) for k, v in line.items()}
         self._file.write(json.dumps({"step": step, **safe}) + "\n")
         if self._board is not None:
             for name, value in line.items():
-                self._board.add_scalar(name, value, step)
-        self.say(format_line(step, self.steps, line))
+                tag = name.replace(".", "/", 2) if name.startswith("evals.") else name
+                self._board.add_scalar(tag, value, step)
 
     def close(self) -> None:
         for one in (self._file, self._board, self._bar):
@@ -252,7 +264,7 @@ def format_line(step: int, steps: int, line: Mapping[str, float]) -> str:
 
 
 def _take_back(file: pathlib.Path, step: int) -> None:
-    """Removes lines after `step`: steps that are now done again, and a half-written last line."""
+    """Removes lines after `step`, whose steps are done again now, and a half-written last line."""
     if not file.is_file():
         return
     kept = []

@@ -4,10 +4,10 @@
     config.local_checkpoints.multi_tier=30       minutes between its copies to the bucket
 
 The daemon (https://cloud.google.com/kubernetes-engine, "multi-tier checkpointing") numbers the
-hosts, so that each comes back to the shards that it wrote; gives a host without them those of a
-replica, or of the bucket; and copies them there. The run writes through Orbax's
-`ReplicatorCheckpointManager`. As with `local_checkpoints`, a restart goes on from the newest step
-that all hosts have, there or in the workdir, and checks every array.
+hosts, so that each finds the shards that it wrote; gives a host that has none those of a replica or
+of the bucket; and copies shards to the bucket. The run writes through Orbax's
+`ReplicatorCheckpointManager`. As with `local_checkpoints`, a restart resumes from the newest step
+that all hosts have, here or in the workdir, and checks every array.
 """
 
 import contextlib
@@ -32,11 +32,11 @@ def join(folder: str, minutes: int, mesh: dict[str, int], timeout: float) -> dis
     Args:
         folder: of the daemon on this host.
         minutes: between its copies to the bucket.
-        mesh: axis -> size, for which hosts hold the same shards.
-        timeout: seconds after which it is given up.
+        mesh: axis -> size, which says which hosts hold the same shards.
+        timeout: seconds to wait.
 
     Raises:
-        JoinError: if the daemon isn't there, or can't do it.
+        JoinError: if the daemon isn't there, or fails.
     """
     from etils import epath
     from orbax.checkpoint.experimental.emergency.multi_tier_checkpointing import initialization
@@ -44,7 +44,7 @@ def join(folder: str, minutes: int, mesh: dict[str, int], timeout: float) -> dis
     where = pathlib.Path(folder)
     check = (f"Is multi-tier checkpointing on in the cluster, and its volume mounted at {folder} "
              "(XPK: --mtc-enabled --ramdisk-directory)? "
-             "config.local_checkpoints.multi_tier=0 does without it")  # fmt: skip
+             "config.local_checkpoints.multi_tier=0 turns it off")  # fmt: skip
     if not where.is_dir():
         raise JoinError(f"config.local_checkpoints.folder: no {folder} here. {check}")
     print(f"waiting up to {timeout:.0f} s for GKE's multi-tier daemon in {folder}", flush=True)
@@ -101,7 +101,7 @@ class MultiTierCheckpoints:
         keys.awaitable_signals_contract_prefix = prefix
         self.step: int | None = None
         self.data_shards: int | None = None
-        self.said: list[str] = []
+        self.messages: list[str] = []
         self._agree(newest)
 
     def _agree(self, newest: int | None) -> None:
@@ -114,14 +114,14 @@ class MultiTierCheckpoints:
         if best > (-1 if newest is None else newest):
             self.step, self._chosen = best, notes[best]
             self.data_shards = len(self._chosen["data"])
-            self.said.append(f"multi-tier checkpoint {best} is newer than the workdir's "
+            self.messages.append(f"multi-tier checkpoint {best} is newer than the workdir's "
                              f"({'none' if newest is None else newest})")  # fmt: skip
         elif found is not None and found > (-1 if newest is None else newest):
-            self.said.append(
+            self.messages.append(
                 f"multi-tier checkpoint {found} isn't on all hosts, or not of this run, its number "
                 "of hosts and its mesh: not used"
             )
-        # What isn't gone on with would be in the way when its step comes again.
+        # A step that isn't resumed from would be in the way when it is saved again.
         self._delete(s for s in notes if s not in common or s > (self.step or 0))
 
     def _notes(self, step: int) -> dict[str, Any]:
@@ -134,8 +134,8 @@ class MultiTierCheckpoints:
         """Whether `step` is to be saved here."""
         return step % self._cfg.every == 0
 
-    def restore(self, state: TrainState, fixed: Params) -> tuple[TrainState, Params, list[dict]]:
-        """(state, fixed, state of every data shard of the data) at `step`.
+    def restore(self, state: TrainState, buffers: Params) -> tuple[TrainState, Params, dict]:
+        """(state, buffers, notes) at `step`.
 
         Raises:
             CheckpointError: if it is damaged, or holds something else.
@@ -150,29 +150,32 @@ class MultiTierCheckpoints:
         if checkpoint.any_process(error is not None):
             why = "another host could not read it" if error is None else checkpoint.reason(error)
             raise self._unusable(file, f"can't be read ({why})") from error
-        tree, added = checkpoint.expected(state, fixed, checkpoint.flat(found))
+        checkpoint.check_format(self._chosen, file)
+        tree, added = checkpoint.expected(state, buffers, checkpoint.flat(found))
         checkpoint.compare(checkpoint.flat(tree), checkpoint.flat(found), file)
         found = jax.tree.map(lambda like, x: jax.device_put(x, like.sharding), tree, found)
         wrong = checkpoint.altered(found, self._chosen["sums"])
         if wrong:
             raise self._unusable(file, f"was altered on some host: {wrong}")
-        return *checkpoint.from_tree(found, added, state), self._chosen["data"]
+        return *checkpoint.from_tree(found, added, state), self._chosen
 
     def _unusable(self, file, why: str) -> CheckpointError:
         return CheckpointError(
-            f"the multi-tier checkpoint {file} {why}. Remove it on all hosts to go on from an "
+            f"the multi-tier checkpoint {file} {why}. Remove it on all hosts to resume from an "
             "older one or the workdir's"
         )
 
-    def save(self, step: int, state: TrainState, fixed: Params, data: dict[int, dict]) -> None:
+    def save(
+        self, step: int, state: TrainState, buffers: Params, data: dict[int, dict], notes: dict
+    ) -> None:
         """Saves; it is done when this returns (in memory, where the daemon's volume is).
 
         Raises:
             CheckpointError: if this one or the one before can't be written.
         """
         self.wait()
-        tree = checkpoint.as_tree(state, fixed)
-        notes = {"data": checkpoint.from_all_processes(data), "sums": checkpoint.checksums(tree)}
+        tree = checkpoint.as_tree(state, buffers)
+        notes = notes | checkpoint.describe(tree, data)
         with self._telling():
             self._manager.save(
                 step,
@@ -199,16 +202,16 @@ class MultiTierCheckpoints:
         except Exception as error:
             raise CheckpointError(
                 f"a multi-tier checkpoint in {self._folder} could not be written: "
-                f"{checkpoint.reason(error)}. Is the disk full? The same command goes on"
+                f"{checkpoint.reason(error)}. Is the disk full? The same command resumes"
             ) from error
 
     def close(self) -> None:
-        """Ends what runs in the background; a save that fails meanwhile is raised."""
+        """Waits for the save in the background; if it fails, that is raised."""
         with self._telling():
             self._manager.close()
 
     def remove(self) -> None:
-        """Removes what this host has: the run is at its end."""
+        """Removes this host's checkpoints, as the run has ended."""
         self.wait()
         self._delete(self._steps())
 
@@ -228,8 +231,8 @@ class MultiTierCheckpoints:
 
 
 def _prepare_orbax() -> None:
-    """It asks an absl flag when it restores; this program has none to parse. And it warns of what
-    is as it should be."""
+    """Orbax reads an absl flag when it restores, but this program has none to parse; and it warns
+    of things that are as they should be."""
     from absl import flags, logging
 
     logging.set_verbosity(logging.ERROR)

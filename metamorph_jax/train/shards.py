@@ -127,6 +127,22 @@ class DataShards:
             data.close()
 
 
+def open_shards(
+    make: Callable[[Shard], DataStream], data_shards: int, rows: int, mine: np.ndarray
+) -> DataShards:
+    """`DataShards`; of several processes, the first opens its data before the others do.
+
+    So the first one fills feature caches, and the others find them complete.
+    """
+    if jax.process_count() == 1:
+        return DataShards(make, data_shards, rows, mine)
+    from jax.experimental import multihost_utils
+
+    data = DataShards(make, data_shards, rows, mine) if jax.process_index() == 0 else None
+    multihost_utils.sync_global_devices("the first process has opened its data")
+    return data or DataShards(make, data_shards, rows, mine)
+
+
 def to_devices(batch, mesh: Mesh, rows: int):
     """A batch of this process's rows (numpy) as arrays of all `rows` over all devices."""
     where = sharding.batch_sharding(mesh)

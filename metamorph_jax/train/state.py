@@ -1,8 +1,8 @@
 """What a training run carries from step to step, as plain trees of arrays.
 
 Parameters are flat dicts, dotted name -> array ("llm.layers.mlp.gate_proj.kernel"). What a stage
-does not train is a dict of its own, outside of the state that a step replaces: it has no gradients
-and no moments. `Parts` puts the two together to the NNX model again.
+does not train is in a dict of its own, outside of the state that a step replaces: it has no
+gradients and no optimizer state. `Parts` puts the two together again as an NNX model.
 """
 
 import dataclasses
@@ -13,16 +13,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from metamorph_jax import sharding
 from metamorph_jax.errors import ConfigError
 from metamorph_jax.models import lora
 from metamorph_jax.models.build import build
 from metamorph_jax.nn import quantized
-from metamorph_jax.train import optim
-from metamorph_jax.train.optim import Moments, Params
+from metamorph_jax.train.optim import Optimizer, Params
 
 
 @jax.tree_util.register_dataclass
@@ -32,33 +33,34 @@ class TrainState:
 
     Attributes:
         params: what this stage trains.
-        moments: of AdamW, for `params`.
+        opt_state: of the optax transformation, for `params`.
         ema: moving average of `params`, or None.
         step: int32[] steps done.
         key: key data of the run's random numbers; a step folds its number into it.
         halted: bool[] a step was bad; from then on steps change nothing.
-        usual: float32[3] what losses are usual (`config.Guard`), or None if no one asks.
+        loss_statistics: float32[3] running mean and deviation of the loss and the number of losses
+            in them, for spike detection (`config.Guard`); None without it.
     """
 
     params: Params
-    moments: Moments
+    opt_state: optax.OptState
     ema: Params | None
     step: jax.Array
     key: jax.Array
     halted: jax.Array
-    usual: jax.Array | None = None
+    loss_statistics: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """How a model falls into what is trained, what isn't, and structure.
+    """A model divided into trained leaves, frozen leaves and structure.
 
     Attributes:
         names, frozen_names: dotted names of the leaves.
         part_of: name -> part of the model (`param_group` of the recipe).
-        fixed: those frozen leaves that are no parameters (statistics of the data, say). No weight
-            file has them, so checkpoints do.
-        shardings: name -> where the leaf lies.
+        buffers: names of the frozen leaves that are not parameters (statistics of the data, say).
+            Weight files lack them, so they are saved in checkpoints.
+        shardings: name -> sharding of the leaf.
         loss_weights: of the model.
     """
 
@@ -68,7 +70,7 @@ class Parts:
     names: tuple[str, ...]
     frozen_names: tuple[str, ...]
     part_of: dict[str, str]
-    fixed: tuple[str, ...]
+    buffers: tuple[str, ...]
     shardings: dict[str, Any]
     loss_weights: dict[str, float]
 
@@ -84,7 +86,10 @@ def _named(state: nnx.State) -> dict[str, nnx.Variable]:
 
 
 def trained_filter(pattern: str):
-    """The nnx filter of the parameters and adapters whose dotted name matches; none is packed."""
+    """An nnx filter for the parameters and adapters whose dotted name matches.
+
+    Packed weights (`nn/quantized.py`) never match.
+    """
     whole = re.compile(pattern)
 
     def chosen(path, variable) -> bool:
@@ -99,8 +104,8 @@ def split(model: nnx.Module, pattern: str, mesh: Mesh) -> tuple[Parts, Params, P
 
     Args:
         model: a `recipe.Model`.
-        pattern: of what is trained, see `Recipe.STAGES`.
-        mesh: where the leaves lie.
+        pattern: regular expression for what is trained, see `Recipe.STAGES`.
+        mesh: for the shardings.
 
     Raises:
         ConfigError: if nothing is trained.
@@ -128,6 +133,13 @@ def split(model: nnx.Module, pattern: str, mesh: Mesh) -> tuple[Parts, Params, P
     )
 
 
+def outline(
+    make_model: Callable[[nnx.Rngs], nnx.Module], pattern: str, mesh: Mesh
+) -> tuple[Parts, Params, Params]:
+    """`split` of a model of which nothing but shapes is made."""
+    return split(nnx.eval_shape(lambda: make_model(nnx.Rngs(0))), pattern, mesh)
+
+
 def create(
     make_model: Callable[[nnx.Rngs], nnx.Module],
     pattern: str,
@@ -140,7 +152,7 @@ def create(
 
     Args:
         make_model: rngs -> model; runs under `jax.jit`.
-        pattern: of what is trained, see `Recipe.STAGES`.
+        pattern: regular expression for what is trained, see `Recipe.STAGES`.
         mesh: for the shardings.
         seed: of the random weights.
         fill: reads pretrained weights into the model, which is still shapes without values.
@@ -157,7 +169,7 @@ def create(
 
 
 def place(values: Params, parts: Parts) -> Params:
-    """Puts every leaf where it belongs; each process gives the whole leaf or what it has of it."""
+    """Puts every leaf on its devices; a process gives the whole leaf, or a global array."""
 
     def one(name, x):
         where = parts.shardings[name]
@@ -171,33 +183,65 @@ def place(values: Params, parts: Parts) -> Params:
     return {name: one(name, x) for name, x in values.items()}
 
 
-def shardings(parts: Parts, mesh: Mesh, ema: bool, usual: bool = False) -> TrainState:
-    """Where the state lies: moments and average where their parameters do."""
+def shardings(parts: Parts, mesh: Mesh, optimizer: Optimizer, statistics: bool) -> TrainState:
+    """The shardings of the state: what belongs to a parameter lies as it does.
+
+    Args:
+        parts: of the model.
+        mesh: for the shardings.
+        optimizer: of the run.
+        statistics: whether the state has loss statistics.
+    """
     where = {n: parts.shardings[n] for n in parts.names}
     everywhere = sharding.replicated(mesh)
-    moments = Moments(where, where)
-    average, losses = where if ema else None, everywhere if usual else None
-    return TrainState(where, moments, average, *3 * (everywhere,), losses)
+    average = where if optimizer.ema_decay is not None else None
+    return TrainState(
+        where,
+        optimizer_shardings(optimizer, where, mesh),
+        average,
+        *3 * (everywhere,),
+        everywhere if statistics else None,
+    )
+
+
+def optimizer_shardings(optimizer: Optimizer, where: dict[str, NamedSharding], mesh: Mesh):
+    """The sharding of every leaf of the optimizer's state.
+
+    A leaf that belongs to a parameter has its name as the last key of its path. It lies as the
+    parameter if it has its shape; a factored moment, which lacks one dimension, lies as the others
+    do. Everything else (counters, placeholders) is replicated.
+    """
+
+    def one(path, leaf):
+        name = path[-1].key if path and isinstance(path[-1], jax.tree_util.DictKey) else None
+        if name not in where:
+            return sharding.replicated(mesh)
+        shape = optimizer.shapes[name].shape
+        cut = tuple(where[name].spec) + (None,) * (len(shape) - len(where[name].spec))
+        if leaf.shape == shape:
+            return where[name]
+        for d in range(len(shape)):
+            if leaf.shape == shape[:d] + shape[d + 1 :]:
+                return NamedSharding(mesh, P(*cut[:d], *cut[d + 1 :]))
+        return sharding.replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(one, optimizer.state)
 
 
 def start(
-    params: Params,
-    parts: Parts,
-    mesh: Mesh,
-    seed: int,
-    ema: bool,
-    usual: bool = False,
-    momentum_dtype: str = "float32",
+    params: Params, parts: Parts, mesh: Mesh, seed: int, optimizer: Optimizer, statistics: bool
 ) -> TrainState:
-    """The state before the first step."""
+    """The state before the first step; arguments as of `shardings`, `seed` that of the run."""
 
     def make(params):
-        average = jax.tree.map(jnp.copy, params) if ema else None  # a step gives both away
+        # A copy, as a step donates both.
+        average = jax.tree.map(jnp.copy, params) if optimizer.ema_decay is not None else None
         key = jax.random.key_data(jax.random.key(seed + 1))
         zero, false = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
-        losses = jnp.zeros(3) if usual else None
-        return TrainState({}, optim.init(params, momentum_dtype), average, zero, key, false, losses)
+        losses = jnp.zeros(3) if statistics else None
+        state = optimizer.transformation.init(params)
+        return TrainState({}, state, average, zero, key, false, losses)
 
-    where = dataclasses.replace(shardings(parts, mesh, ema, usual), params={})
+    where = dataclasses.replace(shardings(parts, mesh, optimizer, statistics), params={})
     made = jax.jit(make, out_shardings=where)(params)
     return dataclasses.replace(made, params=params)

@@ -1,130 +1,62 @@
-"""One training step: gradients of the whole batch, checked, clipped and applied, in one program.
+"""One training step: gradients of the whole batch, judged and applied, in one program.
 
-The loss is   sum_k coef_k * sum_k(all micro-batches, all devices) / count_k(the same),
+The loss is   sum_k weight_k * sum_k(all micro-batches, all devices) / count_k(the same),
 so every supervised position weighs the same, however the batch is cut.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
 from metamorph_jax import sharding
 from metamorph_jax.train import optim
 from metamorph_jax.train import state as states
-from metamorph_jax.train.config import Guard, OptimConfig
-from metamorph_jax.train.optim import Params
+from metamorph_jax.train.config import Guard
+from metamorph_jax.train.optim import Optimizer, Params
 from metamorph_jax.train.state import Parts, TrainState
 
 _FORGET = 0.02  # weight of the newest loss in the running mean
 
 
-def _usual(usual: jax.Array, loss: jax.Array) -> jax.Array:
-    """float32[3] (running mean, running deviation, losses in them) with one more loss."""
-    mean, deviation, n = usual
-    weight = jnp.maximum(1 / (n + 1), _FORGET)
-    off = loss - mean
-    far = jnp.where(n == 0, 0.0, jnp.abs(off))
-    return jnp.stack([mean + weight * off, deviation + weight * (far - deviation), n + 1])
-
-
 def make_step(
     parts: Parts,
-    cfg: OptimConfig,
-    schedule: Callable[[jax.Array], jax.Array],
+    optimizer: Optimizer,
     accumulate: int = 1,
     *,
     mesh: Mesh,
     guard: Guard | None = None,
 ) -> Callable:
-    """The compiled step: (state, frozen, batch) -> (state, report). The old state is given away.
+    """The compiled step: (state, frozen, batch) -> (state, report). The old state is donated.
 
     Args:
-        parts: how the model falls apart.
-        cfg: optimizer.
-        schedule: step -> learning rate.
+        parts: of the model.
+        optimizer: of the trained parameters.
         accumulate: micro-batches that a batch is cut into.
-        mesh: where all of it lies. The new state lies where the old one did: left to itself the
-            compiler may move a leaf, and then the next step compiles anew.
+        mesh: that everything lies on. The shardings of the new state are those of the old one: left
+            to itself, the compiler may choose others, and then the next step compiles again.
         guard: what happens to bad steps; default: stop at what is not finite.
 
-    The report, small arrays that lie on every device:
+    The report, small replicated arrays:
         sums, counts: of each loss; metrics: name -> (numerator, denominator);
         loss: the total; grad_norm; norms: part -> gradient norm; rate; finite: bool;
-        spike: bool; usual: float32[3], see `Guard`; empty: bool, nothing in the batch has a target.
+        spike: bool; loss_statistics: float32[3]; empty: bool, nothing in the batch has a target.
 
     A batch without any target changes nothing, and does not count as a step.
     """
     guard = guard or Guard()
 
-    def total_loss(params, frozen, batch, key, counts):
-        model = parts.merge(params, frozen)
-        sums, metrics = model.loss_sums(batch, key)
-        total = sum(parts.loss_weights[k] * s / counts[k] for k, s in sums.items())
-        return total, (sums, metrics)
-
-    gradient = jax.grad(total_loss, has_aux=True)
-
-    def all_gradients(params, frozen, batch, key, counts):
-        if accumulate == 1:
-            return gradient(params, frozen, batch, key, counts)
-
-        def body(grads, micro):
-            number, batch = micro
-            new, aux = gradient(params, frozen, batch, jax.random.fold_in(key, number), counts)
-            return jax.tree.map(jnp.add, grads, new), aux
-
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        xs = (jnp.arange(accumulate), cut(batch, accumulate))
-        grads, aux = jax.lax.scan(body, zeros, xs)
-        return grads, jax.tree.map(lambda x: x.sum(0), aux)
-
     def step(state: TrainState, frozen: Params, batch):
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        counts = parts.merge(state.params, frozen).loss_counts(batch)
-        counts = {k: n.astype(jnp.float32) for k, n in counts.items()}
-        at_least_one = {k: jnp.maximum(n, 1.0) for k, n in counts.items()}
-        grads, (sums, metrics) = all_gradients(state.params, frozen, batch, key, at_least_one)
-
+        counts = count(parts, state.params, frozen, batch)
+        grads, (sums, metrics) = gradients(parts, accumulate, state, frozen, batch, counts)
+        loss = total(parts.loss_weights, sums, counts)
         squares = optim.squared_norms(grads, parts.part_of)
         norm = jnp.sqrt(sum(squares.values()))
-        loss = sum(parts.loss_weights[k] * s / at_least_one[k] for k, s in sums.items())
-        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-        empty = sum(counts.values()) == 0
-        spike, usual = jnp.zeros((), bool), state.usual
-        if guard.spike:
-            mean, deviation, n = usual
-            limit = guard.spike * jnp.maximum(deviation, 0.01 * jnp.abs(mean))
-            spike = finite & (n >= guard.spike_after) & (loss > mean + limit)
-        good = finite & ~spike
-        apply = good & ~empty & ~state.halted
-        if guard.on_bad == "stop":
-            halted, done = state.halted | ~good, apply
-        else:
-            halted, done = state.halted, ~empty
-        rate = jnp.asarray(schedule(state.step), jnp.float32)
-        params, moments, ema = optim.update(
-            cfg,
-            state.params,
-            state.moments,
-            grads,
-            step=state.step,
-            rate=rate,
-            factor=optim.clip_factor(norm, cfg.clip_norm),
-            apply=apply,
-            part_of=parts.part_of,
-            ema=state.ema,
-        )
-        new = TrainState(
-            params,
-            moments,
-            ema,
-            state.step + done.astype(jnp.int32),
-            state.key,
-            halted,
-            jnp.where(apply, _usual(usual, loss), usual) if guard.spike else usual,
-        )
+        judgement = judge(guard, state, loss, norm, counts)
+        new = update(optimizer, state, grads, norm, loss, judgement)
         report = {
             "loss": loss,
             "sums": sums,
@@ -132,16 +64,53 @@ def make_step(
             "metrics": metrics,
             "grad_norm": norm,
             "norms": {part: jnp.sqrt(s) for part, s in squares.items()},
-            "rate": rate,
-            "finite": finite,
-            "spike": spike,
-            "usual": jnp.zeros(3) if usual is None else usual,
-            "empty": empty,
+            "rate": optimizer.rate(state.step),
+            "finite": judgement.finite,
+            "spike": judgement.spike,
+            "loss_statistics": statistics_of(state),
+            "empty": judgement.empty,
         }
         return new, report
 
-    where = states.shardings(parts, mesh, cfg.ema_decay is not None, bool(guard.spike))
+    where = states.shardings(parts, mesh, optimizer, bool(guard.spike))
     return jax.jit(step, donate_argnums=(0,), out_shardings=(where, sharding.replicated(mesh)))
+
+
+# ---- gradients
+
+
+def count(parts: Parts, params: Params, frozen: Params, batch) -> dict[str, jax.Array]:
+    """float32[] number of terms of each loss in the whole batch."""
+    counts = parts.merge(params, frozen).loss_counts(batch)
+    return {k: n.astype(jnp.float32) for k, n in counts.items()}
+
+
+def total(weights, sums, counts) -> jax.Array:
+    """float32[] weighted sum of the mean of each loss; a loss without any term counts as 0."""
+    return sum(weights[k] * s / jnp.maximum(counts[k], 1.0) for k, s in sums.items())
+
+
+def gradients(parts: Parts, accumulate: int, state: TrainState, frozen: Params, batch, counts):
+    """(gradients, (sums, metrics)) of the whole batch, one micro-batch after the other."""
+
+    def loss(params, batch, key):
+        sums, metrics = parts.merge(params, frozen).loss_sums(batch, key)
+        return total(parts.loss_weights, sums, counts), (sums, metrics)
+
+    gradient = jax.grad(loss, has_aux=True)
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    if accumulate == 1:
+        return gradient(state.params, batch, key)
+
+    def body(grads, micro):
+        number, batch = micro
+        new, aux = gradient(state.params, batch, jax.random.fold_in(key, number))
+        return jax.tree.map(jnp.add, grads, new), aux
+
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    xs = (jnp.arange(accumulate), cut(batch, accumulate))
+    grads, aux = jax.lax.scan(body, zeros, xs)
+    return grads, jax.tree.map(lambda x: x.sum(0), aux)
 
 
 def cut(batch, n: int):
@@ -157,3 +126,107 @@ def cut(batch, n: int):
         return jnp.moveaxis(x.reshape(rows // n, n, *x.shape[1:]), 1, 0)
 
     return jax.tree.map(one, batch)
+
+
+def losses(parts: Parts, accumulate: int, params: Params, frozen: Params, batch, key):
+    """(sums, counts, metrics) of the whole batch as in training, without gradients."""
+    counts = count(parts, params, frozen, batch)
+    model = parts.merge(params, frozen)
+    if accumulate == 1:
+        sums, metrics = model.loss_sums(batch, key)
+        return sums, counts, metrics
+
+    def body(_, micro):
+        number, batch = micro
+        return None, model.loss_sums(batch, jax.random.fold_in(key, number))
+
+    _, found = jax.lax.scan(body, None, (jnp.arange(accumulate), cut(batch, accumulate)))
+    sums, metrics = jax.tree.map(lambda x: x.sum(0), found)
+    return sums, counts, metrics
+
+
+# ---- judgement
+
+
+class Judgement(NamedTuple):
+    """bool[] each.
+
+    Attributes:
+        finite: loss and gradients are.
+        spike: the loss is far above its running mean.
+        empty: nothing in the batch has a target.
+        apply: the step may change the parameters.
+        halted: no later step may.
+        counts: it is one of the run's steps.
+    """
+
+    finite: jax.Array
+    spike: jax.Array
+    empty: jax.Array
+    apply: jax.Array
+    halted: jax.Array
+    counts: jax.Array
+
+
+def judge(guard: Guard, state: TrainState, loss, norm, counts) -> Judgement:
+    """What a step with this loss and gradient norm may do."""
+    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+    spike = jnp.zeros((), bool)
+    if guard.spike:
+        mean, deviation, n = state.loss_statistics
+        limit = guard.spike * jnp.maximum(deviation, 0.01 * jnp.abs(mean))
+        spike = finite & (n >= guard.spike_after) & (loss > mean + limit)
+    good = finite & ~spike
+    empty = sum(counts.values()) == 0
+    apply = good & ~empty & ~state.halted
+    if guard.on_bad == "stop":
+        return Judgement(finite, spike, empty, apply, state.halted | ~good, apply)
+    return Judgement(finite, spike, empty, apply, state.halted, ~empty)
+
+
+def statistics_of(state: TrainState) -> jax.Array:
+    """float32[3] the state's loss statistics, zeros if it has none."""
+    return jnp.zeros(3) if state.loss_statistics is None else state.loss_statistics
+
+
+def take_in(statistics: jax.Array, loss: jax.Array) -> jax.Array:
+    """float32[3] (running mean, running deviation, losses in them) with one more loss."""
+    mean, deviation, n = statistics
+    weight = jnp.maximum(1 / (n + 1), _FORGET)
+    off = loss - mean
+    far = jnp.where(n == 0, 0.0, jnp.abs(off))
+    return jnp.stack([mean + weight * off, deviation + weight * (far - deviation), n + 1])
+
+
+# ---- update
+
+
+def update(
+    optimizer: Optimizer, state: TrainState, grads: Params, norm, loss, judgement: Judgement
+) -> TrainState:
+    """The next state; only its counters change where the judgement forbids more.
+
+    A branch, and not a choice between old and new arrays: the update then works in place. Its gain
+    is measured in benchmarks/optimizer.py.
+    """
+
+    def advance(params, opt_state, ema, statistics):
+        updates, opt_state = optimizer.transformation.update(
+            optim.clip(grads, norm, optimizer.clip_norm),
+            opt_state,
+            params,
+            rate=optimizer.rate(state.step),
+        )
+        params = optax.apply_updates(params, updates)
+        if ema is not None:
+            ema = optim.average(ema, params, optimizer.ema_decay, state.step)
+        if statistics is not None:
+            statistics = take_in(statistics, loss)
+        return params, opt_state, ema, statistics
+
+    old = state.params, state.opt_state, state.ema, state.loss_statistics
+    params, opt_state, ema, statistics = jax.lax.cond(
+        judgement.apply, advance, lambda *same: same, *old
+    )
+    step = state.step + judgement.counts.astype(jnp.int32)
+    return TrainState(params, opt_state, ema, step, state.key, judgement.halted, statistics)

@@ -1,7 +1,7 @@
-"""What a run writes about itself into its workdir, and whether it may go on there.
+"""Run metadata, and the check whether a workdir may be resumed.
 
-Same command and same workdir is a resume. With another model, other data or another batch layout
-the checkpoints there would mean something else, so that is refused.
+The same command with the same workdir resumes. With another model, other data or another batch
+layout, the checkpoints there would mean something else, so that is refused.
 """
 
 import importlib.metadata
@@ -12,11 +12,12 @@ import sys
 from typing import Any
 
 from metamorph_jax.errors import ConfigError
+from metamorph_jax.train import checkpoint
 
-# A change of these starts another run; of all others (log and checkpoint intervals, number of
-# steps, learning rate) it is reported.
+# With another value of these it is another run; a change of all others (log and checkpoint
+# intervals, number of steps, learning rate) is reported.
 BINDING = ("recipe", "stage", "seed", "batch_size", "accumulate", "model", "data")
-# Of these it changes nothing in the numbers.
+# A change of these makes no difference to the results.
 FREE = (
     *(f"data.reading.{name}" for name in ("workers", "threads", "ahead", "index_dir")),
     *(f"local_checkpoints.{name}" for name in ("folder", "every", "keep", "multi_tier")),
@@ -43,7 +44,7 @@ def flatten(table: dict, prefix: str = "") -> dict[str, Any]:
 
 
 def compare(before: dict, now: dict) -> tuple[list[str], list[str]]:
-    """(changes that forbid to go on, changes that only are reported), one line each."""
+    """(changes that forbid resuming, changes that are only reported), one line each."""
     old, new = flatten(before), flatten(now)
     binding, others = [], []
     for key in sorted(old.keys() | new.keys()):
@@ -67,22 +68,27 @@ def prepare(workdir: pathlib.Path, config: dict, write: bool) -> list[str]:
 
     Raises:
         ConfigError: if the workdir belongs to another run.
+        CheckpointError: if its checkpoints are of another version of this program.
     """
     file = workdir / "config.json"
     now = json.loads(json.dumps(config))
     changes = []
     if file.is_file():
+        saved = workdir / "versions.json"
+        about = json.loads(saved.read_text()) if saved.is_file() else {}
+        checkpoint.check_format(about, workdir)
         forbidden, changes = compare(json.loads(file.read_text()), now)
         if forbidden:
             listed = "\n  ".join(forbidden)
             raise ConfigError(
-                f"{workdir} holds a run with another config; choose another --workdir, or undo:"
+                f"{workdir} holds a run with another config; choose another --workdir, or undo"
+                " these changes:"
                 f"\n  {listed}"
             )
     if write:
         workdir.mkdir(parents=True, exist_ok=True)
-        _write(file, now)
         _write(workdir / "versions.json", versions())
+        _write(file, now)
     return changes
 
 
@@ -93,8 +99,8 @@ def _write(file: pathlib.Path, value) -> None:
 
 
 def versions() -> dict[str, Any]:
-    """Packages, Python, command and git commit of this run."""
-    found = {"python": sys.version.split()[0], "command": sys.argv}
+    """Packages, Python, command, git commit and checkpoint format of this run."""
+    found = {"python": sys.version.split()[0], "command": sys.argv, "format": checkpoint.FORMAT}
     for name in _PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)

@@ -114,7 +114,7 @@ def test_two_hosts_and_a_lost_disk(tmp_path):
     assert "waiting up to 600 s for GKE's multi-tier daemon" in said
     assert "all 2 hosts are connected" in said
     assert "multi-tier checkpoint 6 is newer than the workdir's (4)" in said
-    assert "going on after step 6" in said
+    assert "resuming after step 6" in said
     same_run(start(tmp_path / "whole", (2, config("", mesh))), tmp_path / "w", 0)
     assert numbers(tmp_path / "w")[-1]["step"] == 8
     assert not steps(disk)

@@ -57,11 +57,11 @@ def test_two_hosts(case, whole, tmp_path):
     said = runs[0].said
     if case == "none":
         assert "local checkpoint 6 isn't on all hosts: 1 lacks it" in said
-        assert "no local checkpoint can be used: going on from the workdir's, step 4" in said
+        assert "no local checkpoint can be used: resuming from the workdir's, step 4" in said
     else:
         assert "local checkpoint 6 is newer than the workdir's (4)" in said
         assert ("host 1 takes local checkpoint 6 from a replica" in said) == (case == "replica")
-    assert f"going on after step {4 if case == 'none' else 6}" in said
+    assert f"resuming after step {4 if case == 'none' else 6}" in said
     same_run(whole(axis), tmp_path / "w", 0)
     assert numbers(tmp_path / "w")[-1]["step"] == 8
     assert not list(disk.iterdir())

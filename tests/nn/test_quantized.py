@@ -14,6 +14,7 @@ from metamorph_jax.models import lora
 from metamorph_jax.models.llm import llama
 from metamorph_jax.nn import quantized
 from metamorph_jax.recipes import metamorph as recipe
+from metamorph_jax.train import optim
 from metamorph_jax.train import state as states
 from metamorph_jax.train.config import OptimConfig
 from metamorph_jax.train.step import make_step
@@ -165,10 +166,11 @@ def test_a_training_step(method):
     padded = llm.layers * 32 * D * (bits == 4)  # the 160 inputs of down_proj are 3 blocks of 64
     assert sum(v.nbytes for v in packed.values()) == weights * bits // 8 + padded * bits // 8
 
-    optim = OptimConfig(learning_rate=1e-2, warmup=0, schedule="constant")
-    step = make_step(parts, optim, lambda s: 1e-2, mesh=mesh)
-    state = states.start(params, parts, mesh, 0, False)
-    assert set(state.moments.first) == set(params)
+    cfg = OptimConfig(learning_rate=1e-2, warmup=0, schedule="constant")
+    optimizer = optim.build(cfg, params, 1, 4)
+    step = make_step(parts, optimizer, mesh=mesh)
+    state = states.start(params, parts, mesh, 0, optimizer, False)
+    assert set(state.opt_state[0][0].mu) == set(params)
     batch, losses = make_batch(), []
     with jax.set_mesh(mesh):
         for _ in range(4):

@@ -111,7 +111,7 @@ def test_killed_in_the_middle_a_failing_run_and_the_table(spec, tmp_path, capsys
     assert "003_poison=2 failed" not in said.out and "failed with exit code 3" in said.out
     assert "step 3: not finite" in said.out and "1 of 3 runs failed" in said.err
     assert (workdir / "001_learning_rate=0.01/metrics.jsonl").stat().st_mtime_ns == before
-    assert "going on after step" in (second / "sweep.log").read_text()
+    assert "resuming after step" in (second / "sweep.log").read_text()
     assert steps(second) == [1, 2, 3, 4]
     table = (workdir / "sweep.md").read_text()
     assert table.count("| finished |") == 2 and "| failed (3) |" in table

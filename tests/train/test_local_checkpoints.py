@@ -68,7 +68,7 @@ def test_killed_between_local_and_persistent(whole, tmp_path, capfd):
     loop.train(cfg, tmp_path / "w")
     said = capfd.readouterr().out
     assert "local checkpoint 10 is newer than the workdir's (6)" in said
-    assert "going on after step 10" in said
+    assert "resuming after step 10" in said
     lives = (tmp_path / "log").read_text().split("|")
     assert lives[-1].split() == ["10", "11"]
     same(final(whole), final(tmp_path / "w"))
@@ -95,7 +95,7 @@ def test_damaged_falls_back(how, whole, tmp_path, capfd):
     if how == "altered":
         assert "local checkpoint 8 is newer than the workdir's (6)" in said
     else:
-        assert "no local checkpoint can be used: going on from the workdir's, step 6" in said
+        assert "no local checkpoint can be used: resuming from the workdir's, step 6" in said
     same(final(whole), final(tmp_path / "w"))
 
 
@@ -114,12 +114,12 @@ def test_another_mesh_and_another_run(whole, tmp_path, capfd):
     assert other.wait() == 0, other.said
     line = ("local checkpoints up to step 10 are of hosts=1, one-device, this run has hosts=1, "
             "fsdp=2: not used")  # fmt: skip
-    assert line in other.said and "going on after step 6" in other.said
+    assert line in other.said and "resuming after step 6" in other.said
     # A run in the emptied workdir is another one.
     (tmp_path / "w").rename(tmp_path / "gone")
     loop.train(cfg, tmp_path / "w")
     said = capfd.readouterr().out
-    assert "local checkpoint" not in said and "going on" not in said
+    assert "local checkpoint" not in said and "resuming" not in said
     same(final(whole), final(tmp_path / "w"))
 
 

@@ -64,7 +64,7 @@ def test_learns_and_reports(whole):
         np.hypot(rows[0]["grad_norm/llm"], rows[0]["grad_norm/head"])
     )
     saved = json.loads((whole / "config.json").read_text())
-    assert saved["model"]["width"] == 16 and saved["optim"]["b2"] == 0.999
+    assert saved["model"]["width"] == 16 and saved["optim"]["name"] == "adamw"
     assert json.loads((whole / "versions.json").read_text())["jax"] == jax.__version__
 
 
@@ -131,7 +131,16 @@ def test_refuses_another_config(whole):
         ({"recipe": "no_such"}, "config.recipe 'no_such'"),
         ({"model": {"widht": 3}}, "did you mean config.model.width"),
         ({"optim": {"learning_rate": 1.0, "schedule": "cosin"}}, "schedule 'cosin'"),
-        ({"optim": {"learning_rate": 1.0, "multipliers": {"lm": 2.0}}}, "trains head, llm"),
+        (
+            {"optim": {"groups": {"lm": {"match": "lm"}}}},
+            r"groups.lm: 'lm' matches no trained parameter .*Trained: head.bias, head.kernel, llm",
+        ),
+        ({"optim": {"groups": {"lm": {"match": "("}}}}, "'[(]' is not a regular expression"),
+        ({"optim": {"name": "adamm"}}, "optim.name 'adamm' is none of adam, adamw"),
+        ({"optim": {"options": {"nesterof": 1}}}, "options.nesterof: adamw has no such .*nesterov"),
+        ({"optim": {"name": "sgd", "options": {"b1": 1}}}, "options.b1: sgd .* takes nesterov"),
+        ({"optim": {"name": "sgd", "b2": 0.9}}, "optim.b2: sgd has none"),
+        ({"keep_best": "evals.a.loss"}, "evaluations: none"),
         ({"mesh": {"fsdp": 3}}, "config.mesh"),
         ({"batch_size": 9, "accumulate": 2}, "multiple of accumulate"),
     ],

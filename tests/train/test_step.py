@@ -15,27 +15,28 @@ from metamorph_jax.train.step import cut, make_step  # noqa: E402
 from tests.train import toy  # noqa: E402
 
 
-def begin(stage="all", cfg=None, ema=False):
+def begin(stage="all", cfg=None, ema=False, accumulate=1, **changes):
     mesh = sharding.make_mesh()
     cfg = cfg or toy.Config()
     parts, params, frozen = state.create(
         lambda r: toy.Toy(cfg, r), toy.STAGES[stage](cfg), mesh, 0
     )
-    return parts, state.start(params, parts, mesh, 0, ema), frozen
-
-
-def simple_step(parts, ema=None):
-    cfg = OptimConfig(1e-2, ema_decay=ema)
-    return make_step(parts, cfg, lambda t: 1e-2, mesh=sharding.make_mesh())
+    changes = {"schedule": "constant", "ema_decay": 0.9 if ema else None} | changes
+    optimizer = optim.build(OptimConfig(1e-2, warmup=0, **changes), params, 8, 10)
+    step = make_step(parts, optimizer, accumulate, mesh=mesh)
+    return parts, state.start(params, parts, mesh, 0, optimizer, False), frozen, step
 
 
 def do(n, batch, steps=3, **kw):
-    parts, s, frozen = begin(**kw)
-    cfg = OptimConfig(1e-2, warmup=0)
-    step = make_step(parts, cfg, optim.make_schedule(cfg, 8, 10), n, mesh=sharding.make_mesh())
+    _, s, frozen, step = begin(accumulate=n, schedule="cosine", **kw)
     for _ in range(steps):
         s, report = step(s, frozen, batch)
     return s, jax.device_get(report)
+
+
+def adam(s):
+    """The state of the transformation "adamw"."""
+    return s.opt_state[0][0]
 
 
 def test_accumulation_equals_one_large_batch():
@@ -56,7 +57,7 @@ def test_accumulation_equals_one_large_batch():
 
 def test_every_target_weighs_the_same():
     batch = toy.batch(3)
-    parts, s, frozen = begin()
+    parts, s, frozen, _ = begin()
     model = parts.merge(s.params, frozen)
     sums, _ = model.loss_sums(batch, None)
     n = int((batch.text_targets >= 0).sum()), int((batch.visual_targets >= 0).sum())
@@ -75,41 +76,38 @@ def test_a_batch_without_targets_is_no_nan():
 
 
 def test_frozen_parts_have_no_state():
-    parts, s, frozen = begin("head")
+    parts, s, frozen, step = begin("head")
     assert set(s.params) == {"head.kernel", "head.bias"}
-    assert set(s.moments.first) == set(s.moments.second) == set(s.params)
+    assert set(adam(s).mu) == set(adam(s).nu) == set(s.params)
     assert set(frozen) == {"table.embedding", "llm.kernel", "llm.bias", "mean"}
-    assert parts.fixed == ("mean",) and s.ema is None
+    assert parts.buffers == ("mean",) and s.ema is None
     before = jax.tree.map(np.array, frozen)
-    step = simple_step(parts)
     new, report = step(s, frozen, toy.batch(0))
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, frozen))
     assert set(report["norms"]) == {"head"} and int(new.step) == 1
 
 
 def test_state_is_given_away_and_follows_its_parameters():
-    parts, s, frozen = begin(ema=True)
+    parts, s, frozen, compiled = begin(ema=True)
     old = s.params["llm.kernel"]
-    compiled = simple_step(parts, 0.9)
     lowered = compiled.lower(s, frozen, toy.batch(0)).compile()
     given = sum(x.nbytes for x in jax.tree.leaves(s))
     assert lowered.memory_analysis().alias_size_in_bytes >= 0.9 * given
     new, _ = compiled(s, frozen, toy.batch(0))
     assert old.is_deleted()
     for name, p in new.params.items():
-        for other in (new.moments.first, new.moments.second, new.ema):
+        for other in (adam(new).mu, adam(new).nu, new.ema):
             assert other[name].sharding == p.sharding == parts.shardings[name]
 
 
 def test_after_a_bad_step_nothing_moves():
-    parts, s, frozen = begin(ema=True)
-    step = simple_step(parts, 0.9)
+    _, s, frozen, step = begin(ema=True)
     s, good = step(s, frozen, toy.batch(0))
     kept = jax.tree.map(np.array, s)
     s, bad = step(s, frozen, toy.batch(1, poison=True))
     s, after = step(s, frozen, toy.batch(2))
     assert good["finite"] and not bad["finite"] and after["finite"] and s.halted
-    for a, b in ((kept.params, s.params), (kept.moments, s.moments), (kept.ema, s.ema)):
+    for a, b in ((kept.params, s.params), (kept.opt_state, s.opt_state), (kept.ema, s.ema)):
         jax.tree.map(np.testing.assert_array_equal, a, jax.tree.map(np.array, b))
     assert int(s.step) == 1
 
