@@ -137,7 +137,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def mesh_of(tree) -> Mesh:
-    """The mesh that the arrays of a tree lie on; of one device if they lie on one without a mesh."""
+    """The mesh that the arrays of a tree lie on; without one, a mesh of their one device."""
     found = None
     for x in jax.tree.leaves(tree):
         where = getattr(x, "sharding", None)

@@ -336,7 +336,8 @@ def take_over(llm, weights: str = "auto", mesh: Mesh | None = None) -> tuple[Cac
     the model and one stacked kernel. Adapters are added to their kernels.
 
     Args:
-        llm: `Llama`; whoever needs it afterwards hands in a copy (`nnx.merge(*nnx.split(llm))`).
+        llm: `Llama`; whoever needs it afterwards hands in another one, with variables of its own
+            over the same arrays.
         weights: how kernels and the output table are kept, one of `WEIGHTS`; "auto": as the model
             computes, rounded to bfloat16 where its products are.
         mesh: to lie on; None: where the parameters are.

@@ -218,20 +218,22 @@ class Loop:
             if not len(x):
                 raise ValueError(f"nothing to append to row {row}")
             lengths[row], block[row] = len(x), x
-        if max_new_tokens is not None and max_new_tokens + policy.extra_steps > state.record.shape[1]:
-            raise ValueError(f"records have {state.record.shape[1]} places, not {max_new_tokens}")
         filled, budget, count = self.read(state.length, state.budget, state.count)
-        left = budget - count if max_new_tokens is None else max_new_tokens + policy.extra_steps
+        left, turn = budget - count, max_new_tokens is not None
+        if turn:
+            left = max_new_tokens + policy.extra_steps
+            if left > state.record.shape[1]:
+                raise ValueError(f"records have {state.record.shape[1]} places, not {left}")
         need = int(np.where(lengths, filled + lengths + 1 + left, 0).max())
         slots = state.values[0].shape[2]
         if need > slots:
             raise ValueError(f"{need} positions don't fit the cache, which has {slots} slots")
         n = bucket(int(lengths.max()), buckets)
-        budget = np.int32(0 if max_new_tokens is None else max_new_tokens + policy.extra_steps)
+        budget = np.int32(left if turn else 0)
         with self._on_mesh():
             return self._extend(
                 self.weights, state, _padded(block, n, np.float32, 0), lengths, budget,
-                policy=policy, turn=max_new_tokens is not None,
+                policy=policy, turn=turn,
             )  # fmt: skip
 
     def results(self, state: State, policy: Policy) -> list[Result]:
@@ -264,8 +266,9 @@ class Loop:
         return jax.tree.map(lambda x: sharding.constrain(x, *(None,) * x.ndim), arrays)
 
     def _run_prefill(
-        self, weights, embeds, lengths, budget, seeds, prompt_ids, forced, *, policy, capacity, slots
-    ):
+        self, weights, embeds, lengths, budget, seeds, prompt_ids, forced,
+        *, policy, capacity, slots,
+    ):  # fmt: skip
         B, dtype = len(lengths), weights["llm"]["table"].dtype
         embeds = sharding.constrain(embeds.astype(dtype), "act_batch", None, None)
         keys, values, hidden = self.llm.read_prompts(weights["llm"], embeds, lengths, slots)
@@ -289,8 +292,8 @@ class Loop:
         )
         return self._emit(weights, state, hidden, ~no, policy)
 
-    def _run_extend(self, weights, s: State, block, lengths, budget, *, policy, turn: bool):
-        rows = lengths > 0
+    def _run_extend(self, weights, state: State, block, lengths, budget, *, policy, turn: bool):
+        s, rows = state, lengths > 0
         if turn:
             s = dataclasses.replace(
                 s,
