@@ -19,11 +19,11 @@ import common
 import jax
 import numpy as np
 from flax import nnx
+from metamorph_jax.sampling.interleaved import Options, prepare
 
 from metamorph_jax.models.vision.encoder import VisionConfig
 from metamorph_jax.platforms import has_matrix_units
 from metamorph_jax.recipes import metamorph as recipe
-from metamorph_jax.sampling.interleaved import Options, prepare
 from metamorph_jax.sampling.segments import VISUAL
 
 PROMPT, NEW, TOKENS, WIDTH = 200, 200, 64, 1152

@@ -42,7 +42,7 @@ class Text(nnx.Module):
 
     def loss_sums(self, batch: Batch, key=None):
         embeds = self.llm.embed_tokens(batch.tokens)
-        hidden, _ = self.llm(embeds, batch.positions, row_mask(batch.segments))
+        hidden = self.llm(embeds, batch.positions, row_mask(batch.segments))
         total, _, _ = losses.text_loss(hidden, *self.llm.head_tables(), batch.text_targets)
         return {"text": total}, {}
 

@@ -32,7 +32,7 @@ def make_forward(cfg: llama.LlamaConfig, kind: str, length: int):
     embeds = jax.random.normal(jax.random.key(1), (1, length, cfg.width))
     positions = jnp.arange(length)[None]
     mask = row_mask(jnp.ones((1, length), jnp.int32))
-    run = jax.jit(lambda weights, x: nnx.merge(graph, weights)(x, positions, mask)[0])
+    run = jax.jit(lambda weights, x: nnx.merge(graph, weights)(x, positions, mask))
     kernels = nnx.state(llm, lambda path, _: "layers" in path and "kernel" in str(path[-1]))
     return lambda: run(weights, embeds), sum(x.nbytes for x in jax.tree.leaves(kernels))
 

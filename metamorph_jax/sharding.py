@@ -136,6 +136,18 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def mesh_of(tree) -> Mesh:
+    """The mesh that the arrays of a tree lie on; without one, a mesh of their one device."""
+    found = None
+    for x in jax.tree.leaves(tree):
+        where = getattr(x, "sharding", None)
+        if isinstance(where, NamedSharding):
+            return where.mesh
+        found = found or where
+    devices = None if found is None else list(found.device_set)
+    return make_mesh(devices=devices or jax.devices()[:1])
+
+
 def variable_sharding(variable, mesh: Mesh) -> NamedSharding:
     """Where one parameter lies: by its names if it has them, else by its size.
 

@@ -197,7 +197,7 @@ def _packed_logits(llm, ids):
         segments[:, :, None] == segments[:, None]
     )
     positions = jnp.tile(jnp.arange(LENGTH), BATCH)[None]
-    return llm.logits(llm(llm.embed_tokens(ids), positions, mask)[0])
+    return llm.logits(llm(llm.embed_tokens(ids), positions, mask))
 
 
 def _clip_text(tower, model, rng) -> Rows:

@@ -169,6 +169,16 @@ def delta(linear: LoraLinear) -> jax.Array:
     return linear.adapter.scale * jnp.matmul(a, b, precision="highest")
 
 
+def kernel_of(linear: nnx.Module) -> jax.Array:
+    """float[in, out] of a linear: unpacked, with its adapter added."""
+    if isinstance(linear, nnx.Linear):
+        return linear.kernel[...]
+    kernel = quantized.plain(linear).kernel[...]
+    if isinstance(linear, LoraLinear):
+        kernel = (kernel + delta(linear)).astype(kernel.dtype)
+    return kernel
+
+
 def is_plain(model: nnx.Module) -> bool:
     """Whether no linear has an adapter or a packed kernel."""
     return next(adapters(model), None) is None and not quantized.any_packed(model)

@@ -1,4 +1,4 @@
-"""What a row of the decoding loop said: its record, read as texts and pictures."""
+"""What a row of the decoding loop emitted: its record, read as texts and images."""
 
 import dataclasses
 
@@ -9,14 +9,18 @@ VISUAL, NOTHING = -1, -2  # in the record of what a row emitted
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Ids without the start and end of pictures and without the end of the sequence."""
+    """Ids without the start and end of images and without the end of the sequence."""
 
     ids: np.ndarray
 
+    @classmethod
+    def of(cls, ids: list[int]) -> "Text":
+        return cls(np.array(ids, np.int32))
+
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
-    """float32[n, C] visual tokens; `complete` when n is P."""
+class VisualTokens:
+    """float32[n, C] visual tokens of an image; `complete` when n is P."""
 
     features: np.ndarray
     complete: bool
@@ -24,17 +28,17 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What one row said.
+    """What one row emitted.
 
     Attributes:
-        segments: texts and pictures in order.
+        segments: texts and images in order.
         ids: int32[n] all text ids, with those of start, end and eos.
         vectors: float32[m, C] all visual tokens.
         record: int32[n + m] the steps in order: an id, or VISUAL.
         ended: whether an eos id ended the row (otherwise the budget did).
     """
 
-    segments: tuple[Text | Picture, ...]
+    segments: tuple[Text | VisualTokens, ...]
     ids: np.ndarray
     vectors: np.ndarray
     record: np.ndarray
@@ -42,42 +46,41 @@ class Result:
 
 
 def read_record(record, vectors, ended, *, P: int, start: int, end: int, eos) -> Result:
-    """The `Result` of one row.
+    """The `Result` of one row whose images stand between two ids.
 
     Args:
-        record: int32[M] the steps in order: an id, VISUAL or NOTHING.
-        vectors: float32[M, C], where a step emitted a visual token.
+        record: int32[n] the steps in order: an id or VISUAL.
+        vectors: float32[n, C], where a step emitted a visual token.
         ended: whether an eos id ended the row.
-        P: tokens of a whole picture; start, end: ids around one; eos: ids that end a row.
+        P: tokens of a whole image; start, end: ids around one; eos: ids that end a row.
     """
-    record = record[record != NOTHING]
-    vectors = vectors[: len(record)][record == VISUAL]
-    segments, text, picture, used = [], [], None, 0
+    vectors = vectors[record == VISUAL]
+    segments, text, image, used = [], [], None, 0
 
     def flush():
-        nonlocal picture
+        nonlocal image
         if text:
-            segments.append(Text(np.array(text, np.int32)))
+            segments.append(Text.of(text))
             text.clear()
-        if picture is not None:
-            begin, n = picture
-            segments.append(Picture(vectors[begin : begin + n], n == P))
-            picture = None
+        if image is not None:
+            begin, n = image
+            segments.append(VisualTokens(vectors[begin : begin + n], n == P))
+            image = None
 
     for token in record.tolist():
         if token == VISUAL:
-            if picture is None:
+            if image is None:
                 flush()
-                picture = (used, 0)
+                image = (used, 0)
             used += 1
-            picture = (picture[0], picture[1] + 1)
-            if picture[1] == P:
+            image = (image[0], image[1] + 1)
+            if image[1] == P:
                 flush()
             continue
-        if token == start or picture is not None:
+        if token == start or image is not None:
             flush()
         if token == start:
-            picture = (used, 0)
+            image = (used, 0)
         elif token != end and token not in eos:
             text.append(token)
     flush()

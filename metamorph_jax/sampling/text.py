@@ -66,5 +66,5 @@ def row_keys(seeds: jax.Array) -> jax.Array:
 
 
 def step_keys(keys: jax.Array, step: jax.Array) -> jax.Array:
-    """The rows' keys of one step, so that a draw depends on its row's seed and the step alone."""
-    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
+    """The rows' keys of one step, int[] or int[B]; a draw depends on its row's seed and step."""
+    return jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(step, keys.shape))

@@ -77,7 +77,7 @@ def test_transformers_loads_the_export_and_answers_alike(kind, tmp_path):
     prompts = [rng.integers(0, 50, n) for n in (7, 4)]
     with torch.no_grad():
         logits = model(torch.from_numpy(prompts[0][None])).logits.numpy()
-    hidden, _ = llm(
+    hidden = llm(
         llm.embed_tokens(prompts[0][None]), np.arange(7)[None], np.tri(7, dtype=bool)[None]
     )
     np.testing.assert_allclose(llm.logits(hidden), logits, atol=1e-4)
@@ -227,7 +227,7 @@ def test_rows_that_pad_the_table_are_never_predicted_or_trained(tied):
     mask = np.tri(5, dtype=bool)[None]
 
     def states(llm):
-        return llm(llm.embed_tokens(tokens), np.arange(5)[None], mask)[0]
+        return llm(llm.embed_tokens(tokens), np.arange(5)[None], mask)
 
     hidden = states(plain)
     np.testing.assert_array_equal(states(padded), hidden)

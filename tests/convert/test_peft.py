@@ -54,7 +54,7 @@ def our_logits(llm):
         llm, (B, L) = nnx.merge(graph, state), IDS.shape
         mask = jnp.tril(jnp.ones((L, L), bool))[None].repeat(B, 0)
         positions = jnp.tile(jnp.arange(L), (B, 1))
-        return llm.logits(llm(llm.embed_tokens(jnp.asarray(IDS)), positions, mask)[0])
+        return llm.logits(llm(llm.embed_tokens(jnp.asarray(IDS)), positions, mask))
 
     return np.asarray(run(state))
 

@@ -35,7 +35,7 @@ def smollm2():
     @jax.jit
     def logits(weights, tokens):
         llm = nnx.merge(graph, weights)
-        hidden, _ = llm(llm.embed_tokens(tokens), jnp.arange(LENGTH)[None], mask)
+        hidden = llm(llm.embed_tokens(tokens), jnp.arange(LENGTH)[None], mask)
         return llm.logits(hidden)
 
     def run(ids):

@@ -5,9 +5,9 @@ Touvron et al. 2023 (arXiv 2307.09288), Grattafiori et al. 2024 (arXiv 2407.2178
 decoder with grouped-query attention, SwiGLU and rotary positions. Names follow the published
 checkpoints. Two things are our own:
 
-* Layers are stacked on a leading axis and scanned. `unstack` gives the same model with a list of
-  layers, which decoding prefers: every weight is then a buffer of its own, read once per step.
-* Tokens that a recipe adds (start and end of a picture) are leaves of their own, `added`, so that
+* Layers are stacked on a leading axis and scanned. This is the forward pass of training; decoding
+  has its own, with a cache, in `sampling/cached_llm.py`.
+* Tokens that a recipe adds (start and end of an image) are leaves of their own, `added`, so that
   they can be trained while the tables they extend stay frozen. Id `vocab_size + j` is row j.
 """
 
@@ -165,22 +165,6 @@ SIZES: dict[str, LlamaConfig] = {
 }
 
 
-class KVCache(nnx.Pytree):
-    """Keys and values of past positions.
-
-    Attributes:
-        keys, values: one float[B, S, K, H] per layer (a list), or stacked [layers, B, S, K, H].
-        filled: int32[] slots written so far; the next one goes there, in every row.
-        visible: bool[B, S] slots that queries may look at (left padding is not).
-    """
-
-    def __init__(self, keys, values, filled, visible):
-        self.keys = nnx.data(keys)
-        self.values = nnx.data(values)
-        self.filled = nnx.data(filled)
-        self.visible = nnx.data(visible)
-
-
 def _linear(cfg: LlamaConfig, d_in, d_out, names, bias, rngs):
     return nnx.Linear(
         d_in,
@@ -207,8 +191,8 @@ class Attention(nnx.Module):
             self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps, rngs=rngs)
             self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps, rngs=rngs)
 
-    def __call__(self, x, cos, sin, mask, cache=None):
-        """x: float[B, L, D]; `cache` is (keys, values, slot) of this layer or None."""
+    def __call__(self, x, cos, sin, mask):
+        """float[B, L, D] of x: float[B, L, D]."""
         B, L, _ = x.shape
         H = self.cfg.head_dim
         q = self.q_proj(x).reshape(B, L, -1, H)
@@ -218,12 +202,8 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
         q = constrain(q, "act_batch", "act_len", "act_heads", None)
-        if cache is not None:
-            keys, values, slot = cache
-            k = jax.lax.dynamic_update_slice(keys, k.astype(keys.dtype), (0, slot, 0, 0))
-            v = jax.lax.dynamic_update_slice(values, v.astype(values.dtype), (0, slot, 0, 0))
         mixed = checkpoint_name(attend(q, k, v, mask).reshape(B, L, -1), "attention")
-        return self.o_proj(mixed), (k, v)
+        return self.o_proj(mixed)
 
 
 @jax.custom_vjp
@@ -262,12 +242,11 @@ class Layer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(cfg.width, cfg.norm_eps, rngs=rngs)
         self.mlp = MLP(cfg, rngs=rngs)
 
-    def __call__(self, x, cos, sin, mask, cache=None):
+    def __call__(self, x, cos, sin, mask):
         x = checkpoint_name(x, "layer_input")
-        mixed, kv = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
-        x = x + mixed
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
         x = x + self.mlp(self.post_attention_layernorm(x))
-        return constrain(x, "act_batch", "act_len", "act_embed"), kv
+        return constrain(x, "act_batch", "act_len", "act_embed")
 
 
 class Embed(nnx.Module):
@@ -318,60 +297,29 @@ class Llama(nnx.Module):
         if not cfg.tied:
             self.lm_head = Head(cfg, rngs=rngs)
 
-    def __call__(
-        self,
-        embeds: jax.Array,
-        positions: jax.Array,
-        mask: jax.Array,
-        cache: KVCache | None = None,
-    ) -> tuple[jax.Array, KVCache | None]:
+    def __call__(self, embeds: jax.Array, positions: jax.Array, mask) -> jax.Array:
         """Runs the layers and the final norm.
 
         Args:
             embeds: float[B, L, D] text embeddings with visual ones already in place.
             positions: int32[B, L].
-            mask: bool[B, L, S]; S = L without a cache, the cache's length with one.
-            cache: written at slots `filled … filled + L`, and returned.
+            mask: bool[B, L, L], or from `nn.attention.row_mask`.
 
         Returns:
-            (float[B, L, D] hidden states after the final RMSNorm, the advanced cache or None).
+            float[B, L, D] hidden states after the final RMSNorm.
         """
         freq = rope.frequencies(self.cfg.head_dim, self.cfg.rope_theta, self.cfg.rope_scaling)
         cos, sin = rope.angles(positions, freq)
         x = constrain(embeds.astype(jnp.dtype(self.cfg.dtype)), "act_batch", "act_len", "act_embed")
-        if isinstance(self.layers, nnx.List):
-            x, cache = self._run_list(x, cos, sin, mask, cache)
-        else:
-            x, cache = self._run_stacked(x, cos, sin, mask, cache)
-        return self.norm(x), cache
-
-    def _run_list(self, x, cos, sin, mask, cache):
-        keys, values = [], []
-        for i, layer in enumerate(self.layers):
-            past = cache and (cache.keys[i], cache.values[i], cache.filled)
-            x, (k, v) = layer(x, cos, sin, mask, past)
-            keys.append(k)
-            values.append(v)
-        if cache is not None:
-            cache = KVCache(keys, values, cache.filled + x.shape[1], cache.visible)
-        return x, cache
-
-    def _run_stacked(self, x, cos, sin, mask, cache):
         graph, weights = nnx.split(self.layers)
 
         def body(x, layer):
-            weights, past = layer
-            past = past and (*past, cache.filled)
-            x, kv = nnx.merge(graph, weights)(x, cos, sin, mask, past)
-            return x, kv if past else None
+            return nnx.merge(graph, layer)(x, cos, sin, mask), None
 
         if self.cfg.remat != "none":
             body = jax.checkpoint(body, policy=REMAT[self.cfg.remat], prevent_cse=False)
-        past = cache and (cache.keys, cache.values)
-        x, kv = jax.lax.scan(body, x, (weights, past))
-        if cache is not None:
-            cache = KVCache(*kv, cache.filled + x.shape[1], cache.visible)
-        return x, cache
+        x, _ = jax.lax.scan(body, x, weights)
+        return self.norm(x)
 
     def head_tables(self) -> tuple[jax.Array, jax.Array | None]:
         """The output table as ([D, V], [n, D] or None for the added tokens)."""
@@ -391,18 +339,6 @@ class Llama(nnx.Module):
             extra = product(hidden, added.T.astype(hidden.dtype))
             logits = jnp.concatenate([logits, extra], axis=-1)
         return logits
-
-    def empty_cache(self, batch: int, length: int) -> KVCache:
-        """A cache of `length` slots; list or stacked as the layers are."""
-        cfg = self.cfg
-        shape = (batch, length, cfg.kv_heads, cfg.head_dim)
-        dtype = jnp.dtype(cfg.dtype)
-        visible = jnp.zeros((batch, length), bool)
-        if isinstance(self.layers, nnx.List):
-            zeros = lambda: [jnp.zeros(shape, dtype) for _ in range(cfg.layers)]  # noqa: E731
-        else:
-            zeros = lambda: jnp.zeros((cfg.layers, *shape), dtype)  # noqa: E731
-        return KVCache(zeros(), zeros(), jnp.zeros((), jnp.int32), visible)
 
 
 def work(cfg: LlamaConfig, rows: int, length: int) -> tuple[Work, ...]:
@@ -426,18 +362,6 @@ def work(cfg: LlamaConfig, rows: int, length: int) -> tuple[Work, ...]:
             1, table if twice else 0.0,
         ),
     )  # fmt: skip
-
-
-def unstack(llm: Llama) -> Llama:
-    """The same model with a list of layers in place of stacked ones."""
-    graph, weights = nnx.split(llm.layers)
-    layers = [
-        nnx.merge(graph, jax.tree.map(lambda w, i=i: w[i], weights)) for i in range(llm.cfg.layers)
-    ]
-    model_graph, model_weights = nnx.split(llm)
-    copy = nnx.merge(model_graph, model_weights)
-    copy.layers = nnx.List(layers)
-    return copy
 
 
 def init_added_tokens(llm: Llama) -> None:

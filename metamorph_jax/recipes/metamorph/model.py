@@ -119,7 +119,7 @@ class MetaMorph(nnx.Module):
         """(float[B, L, D] states after the final norm, float32[B, I * P, C])."""
         embeds, visual = self.embed(batch, key)
         mask = row_mask(batch.segments, batch.turns)
-        return self.llm(embeds, batch.positions, mask)[0], visual
+        return self.llm(embeds, batch.positions, mask), visual
 
     # ---- training
 

@@ -64,7 +64,7 @@ def fast(f):
 
 def run(llm, tokens, positions, segments, turns=None):
     def logits(tokens, positions, segments, turns):
-        hidden, _ = llm(llm.embed_tokens(tokens), positions, packed_mask(segments, turns))
+        hidden = llm(llm.embed_tokens(tokens), positions, packed_mask(segments, turns))
         return llm.logits(hidden)
 
     return np.asarray(fast(logits)(tokens, positions, segments, turns))
@@ -192,7 +192,7 @@ def test_remat_gives_the_same_gradients(remat):
         def loss(weights):
             llm = nnx.merge(graph, weights)
             x = llm.embed_tokens(tokens)
-            hidden, _ = llm(x, tokens, packed_mask(np.ones_like(tokens)))
+            hidden = llm(x, tokens, packed_mask(np.ones_like(tokens)))
             return jnp.square(llm.logits(hidden)).mean()
 
         return fast(jax.grad(loss))(weights)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from metamorph_jax.nn.attention import attend
-from metamorph_jax.sampling.layers import attend_cached, product
+from metamorph_jax.sampling.cached_llm import attend_cached, product
 
 
 @pytest.mark.parametrize("group", [1, 2, 3])
@@ -15,8 +15,8 @@ def test_attention_over_the_cache(group):
     q = rng.normal(size=(B, 1, K * group, H)).astype(np.float32)
     k, v = rng.normal(size=(2, B, S, K, H)).astype(np.float32)
     mask = np.arange(S) < np.array([[4], [9]])
-    keys = k.transpose(0, 2, 3, 1).reshape(B * K, H, S)
-    values = v.swapaxes(1, 2).reshape(B * K, S, H)
+    keys = k.transpose(0, 2, 3, 1).reshape(B, K, H, S)
+    values = v.swapaxes(1, 2)
     got = attend_cached(jnp.asarray(q), jnp.asarray(keys), jnp.asarray(values), mask)
     np.testing.assert_allclose(got, attend(q, k, v, mask[:, None]), atol=1e-5)
 

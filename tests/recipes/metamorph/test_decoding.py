@@ -1,4 +1,4 @@
-"""The decoding loop: golden cases, and what must not change results."""
+"""Decoding of a MetaMorph model: golden cases, and what must not change results."""
 
 import dataclasses
 import json
@@ -17,9 +17,34 @@ from metamorph_jax.models.vision.encoder import VisionConfig
 from metamorph_jax.nn.rope import RopeScaling
 from metamorph_jax.platforms import has_matrix_units
 from metamorph_jax.recipes import metamorph as recipe
-from metamorph_jax.sampling.interleaved import BUCKETS, Options, bucket, prepare
-from metamorph_jax.sampling.segments import NOTHING, VISUAL, Picture, Text
+from metamorph_jax.recipes.metamorph.decoding import VisualParts, make_loop, make_policy
+from metamorph_jax.sampling.loop import BUCKETS, bucket
+from metamorph_jax.sampling.policy import TextPolicy
+from metamorph_jax.sampling.segments import NOTHING, VISUAL, Text, VisualTokens
 from metamorph_jax.sampling.text import Sampler
+
+GREEDY = Sampler()
+
+
+class Decoder:
+    """A model with its loop, called with the options of its policy."""
+
+    def __init__(self, model, weights="auto"):
+        graph, state = nnx.split(model)  # the loop takes the language model of a copy over
+        model = nnx.merge(graph, jax.tree.map(lambda x: x, state))
+        self.start, self.end = model.image_start, model.image_end
+        self.P, self.C = model.feature_shape
+        self.parts = VisualParts(model)
+        self.loop = make_loop(model, self.parts, weights)
+
+    def policy(self, sampler=GREEDY, eos=(), **options):
+        return make_policy(self.parts, TextPolicy(sampler, eos), **options)
+
+    def __call__(self, prompts, budget, options=None, **more):
+        return self.loop(prompts, budget, self.policy(**options or {}), **more)
+
+
+prepare = Decoder
 
 # ---- golden cases
 
@@ -67,17 +92,15 @@ def golden(golden_root):
 
     def with_head(case):
         head = jnp.asarray(heads[f"{case}/lm_head.weight"])
-        decoder.weights = {
-            **decoder.weights,
-            "llm": {**decoder.weights["llm"], "head": {"w": head}},
-        }
+        loop = decoder.loop
+        loop.weights = {**loop.weights, "llm": {**loop.weights["llm"], "head": {"w": head}}}
         return decoder
 
     return dict(np.load(root / "decode.npz")), meta, with_head
 
 
 def _options(meta, parity):
-    return Options(eos=tuple(meta["special_ids"]["eos"]), parity=parity)
+    return dict(eos=tuple(meta["special_ids"]["eos"]), parity=parity)
 
 
 @pytest.mark.golden
@@ -96,9 +119,9 @@ def test_golden(golden, case):
         vectors = arrays[f"{case}/image_embeds"].reshape(-1, decoder.C)
         np.testing.assert_allclose(result.vectors, vectors, atol=1e-4)
         assert len(result.record) == about["steps"]
-        pictures = [s for s in result.segments if isinstance(s, Picture)]
-        assert sum(len(p.features) for p in pictures) == about["n_image_tokens"]
-        assert all(p.complete == (len(p.features) == decoder.P) for p in pictures)
+        images = [s for s in result.segments if isinstance(s, VisualTokens)]
+        assert sum(len(p.features) for p in images) == about["n_image_tokens"]
+        assert all(p.complete == (len(p.features) == decoder.P) for p in images)
 
 
 @pytest.mark.golden
@@ -109,7 +132,7 @@ def test_golden_cases_are_the_ones_with_arrays(golden):
 
 @pytest.mark.golden
 def test_quirks_are_fixed_by_default(golden):
-    """A second start id begins a whole new picture; eos does not end a row inside a picture."""
+    """A second start id begins a whole new image; eos does not end a row inside a image."""
     arrays, meta, with_head = golden
     eos = meta["special_ids"]["eos"]
     for case in meta["arrays"]["decode.npz"]["cases"]:
@@ -119,12 +142,12 @@ def test_quirks_are_fixed_by_default(golden):
         prompt = arrays[f"{case}/prompt_embeds"][0]
         (result,) = decoder([prompt], 200, _options(meta, False))
         (parity,) = decoder([prompt], 200, _options(meta, True))
-        pictures = [s for s in result.segments if isinstance(s, Picture)]
-        assert pictures and all(p.complete for p in pictures)
+        images = [s for s in result.segments if isinstance(s, VisualTokens)]
+        assert images and all(p.complete for p in images)
         assert not np.array_equal(result.record, parity.record)
         # Both agree until the reference goes astray, and every start id is followed by P vectors.
         starts = np.flatnonzero(result.record == decoder.start)
-        for at in starts[: len(pictures)]:
+        for at in starts[: len(images)]:
             assert (result.record[at + 1 : at + 1 + decoder.P] == VISUAL).all()
         assert result.ended == (result.record[-1] in eos)
 
@@ -156,7 +179,7 @@ def _prompts(model, lengths, seed=0):
 
 
 def _force(decoder, rows, steps):
-    """forced ids: row -> steps at which it starts a picture; elsewhere never start or end."""
+    """forced ids: row -> steps at which it starts a image; elsewhere never start or end."""
     forced = np.full((len(rows), steps), -1, np.int32)
     for row, starts in zip(forced, rows, strict=True):
         row[list(starts)] = decoder.start
@@ -184,7 +207,7 @@ def test_cached_equals_uncached(model, decoder):
             embeds.append(np.asarray(model.embed_text(jnp.array([token]))))
     x = jnp.concatenate(embeds)[None, :-1]
     n = x.shape[1]
-    hidden, _ = model.llm(x, jnp.arange(n)[None], jnp.tril(jnp.ones((1, n, n), bool)))
+    hidden = model.llm(x, jnp.arange(n)[None], jnp.tril(jnp.ones((1, n, n), bool)))
     hidden = hidden[0, len(prompt) - 1 :]
     best = np.asarray(model.llm.logits(hidden).argmax(-1))
     seen = np.asarray(model.predict_visual(hidden))
@@ -194,11 +217,11 @@ def test_cached_equals_uncached(model, decoder):
     np.testing.assert_allclose(result.vectors, seen[visual], atol=2e-5)
 
 
-@pytest.mark.parametrize("sampler", [Sampler(), Sampler(1.5, top_k=40, top_p=0.95)])
+@pytest.mark.parametrize("sampler", [GREEDY, Sampler(1.5, top_k=40, top_p=0.95)])
 def test_batched_equals_single(model, decoder, sampler):
-    """Prompts of many lengths, pictures at different times, budgets of their own."""
+    """Prompts of many lengths, images at different times, budgets of their own."""
     _, prompts = _prompts(model, [5, 11, 30, 1])
-    options = Options(sampler, eos=(7,))
+    options = dict(sampler=sampler, eos=(7,))
     forced = _force(decoder, [[0, 8], [3], [], [10]], 16)
     budgets = [16, 12, 9, 13]
     together = decoder(prompts, budgets, options, forced_ids=forced)
@@ -226,13 +249,13 @@ def test_streaming_gives_the_same(model, decoder):
         assert row == b.record.tolist()
 
 
-def test_segments_and_incomplete_pictures(model, decoder):
+def test_segments_and_incomplete_images(model, decoder):
     _, prompts = _prompts(model, [5, 5])
     forced = _force(decoder, [[1], [6]], 9)
     whole, cut = decoder(prompts, 9, forced_ids=forced)
-    assert [type(s) for s in whole.segments] == [Text, Picture, Text]
+    assert [type(s) for s in whole.segments] == [Text, VisualTokens, Text]
     assert whole.segments[1].complete and whole.segments[1].features.shape == (4, 12)
-    assert [type(s) for s in cut.segments] == [Text, Picture]
+    assert [type(s) for s in cut.segments] == [Text, VisualTokens]
     assert not cut.segments[1].complete and len(cut.segments[1].features) == 2
     assert len(cut.record) == 9 and NOTHING not in cut.record
     np.testing.assert_allclose(np.linalg.norm(whole.vectors, axis=-1), 1, atol=1e-5)
@@ -241,9 +264,9 @@ def test_segments_and_incomplete_pictures(model, decoder):
 def test_forced_end_and_eos(model, decoder):
     _, prompts = _prompts(model, [5])
     forced = np.array([[-1, decoder.start, -1, -1, -1, -1, -1, 7, -1, -1]], np.int32)
-    # eos forced inside the picture is not looked at; behind it, it ends the row.
+    # eos forced inside the image is not looked at; after it, it ends the row.
     forced[0, 3] = 7
-    (result,) = decoder(prompts, 10, Options(eos=(7,), force_end=True), forced_ids=forced)
+    (result,) = decoder(prompts, 10, dict(eos=(7,), force_end=True), forced_ids=forced)
     assert result.record[6] == decoder.end and result.record[-1] == 7
     assert len(result.record) == 8 and result.ended
 
@@ -251,7 +274,7 @@ def test_forced_end_and_eos(model, decoder):
 def test_parity_takes_one_more_step(model, decoder):
     _, prompts = _prompts(model, [5])
     (default,) = decoder(prompts, 6)
-    (parity,) = decoder(prompts, 6, Options(parity=True))
+    (parity,) = decoder(prompts, 6, dict(parity=True))
     np.testing.assert_array_equal(parity.record[:6], default.record)
     assert len(parity.record) == 7
 
@@ -260,14 +283,15 @@ def test_one_compilation_per_bucket(model):
     decoder = prepare(model)
     for length, new in ((5, 9), (20, 16), (32, 12)):
         decoder(_prompts(model, [length])[1], new)
-    assert decoder._begin._cache_size() == decoder._advance._cache_size() == 1
+    assert decoder.loop._prefill._cache_size() == decoder.loop._advance._cache_size() == 1
     decoder(_prompts(model, [33])[1], 16)
-    assert decoder._advance._cache_size() == 2
+    assert decoder.loop._advance._cache_size() == 2
 
 
 def test_a_step_copies_neither_weights_nor_cache(model, decoder):
-    state = decoder.begin(_prompts(model, [20, 7])[1], 8, Options())
-    lowered = decoder._advance.lower(decoder.weights, state, np.int32(8), options=Options())
+    loop, policy = decoder.loop, decoder.policy()
+    state = loop.prefill(_prompts(model, [20, 7])[1], 8, policy)
+    lowered = loop._advance.lower(loop.weights, state, np.int32(8), policy=policy)
     small = min(x.size for x in state.keys)
     for line in lowered.compile().as_text().splitlines():
         found = re.match(r".* = \w+\[([\d,]+)\]\S* (copy|transpose|convert|concatenate)\(", line)
@@ -283,14 +307,15 @@ def test_weights_are_read_rounded_where_products_are(model, decoder):
     with jax.default_matmul_precision("bfloat16"):
         rounding = prepare(model)
         rounded = rounding(prompts, 8, forced_ids=forced)
-        state = rounding.begin(prompts, 8, Options())
-        step = rounding._advance.lower(rounding.weights, state, np.int32(8), options=Options())
+        loop, policy = rounding.loop, rounding.policy()
+        state = loop.prefill(prompts, 8, policy)
+        step = loop._advance.lower(loop.weights, state, np.int32(8), policy=policy)
     for one, other in zip(exact, rounded, strict=True):
         np.testing.assert_array_equal(one.record, other.record)
         np.testing.assert_allclose(one.vectors[0], other.vectors[0], atol=0.1)
         assert not np.array_equal(one.vectors, other.vectors)
     text = step.compile().as_text()
-    shapes = [w.shape for layer in rounding.weights["llm"]["layers"] for w in _kernels(layer)]
+    shapes = [w.shape for layer in loop.weights["llm"]["layers"] for w in _kernels(layer)]
     for out, columns in shapes:
         assert not re.search(rf"= f32\[{out},{columns}\]\S* (convert|fusion)\(", text)
 
@@ -299,7 +324,7 @@ def test_int8_weights_are_those_that_the_codes_stand_for(model):
     """Layers and output table; the table of embeddings stays."""
     _, prompts = _prompts(model, [20, 7])
     coded, exact = prepare(model, "int8"), prepare(model, "float32")
-    options = {"max_new_tokens": 8, "forced_ids": np.array([[5, coded.start] + [-1] * 6] * 2)}
+    options = {"budget": 8, "forced_ids": np.array([[5, coded.start] + [-1] * 6] * 2)}
 
     def decoded(m):
         if not isinstance(m, dict):
@@ -310,12 +335,12 @@ def test_int8_weights_are_those_that_the_codes_stand_for(model):
         rest = {name: part for name, part in m.items() if name not in ("w", "scale")}
         return {"w": m["w"] * m["scale"][:, None], **rest}
 
-    llm = coded.weights["llm"]
+    llm = coded.loop.weights["llm"]
     read = {"head": decoded(llm["head"]), "layers": [decoded(layer) for layer in llm["layers"]]}
     assert llm["table"].dtype == jnp.float32
     results = coded(prompts, **options)
     rounded = exact(prompts, **options)
-    exact.weights = exact.weights | {"llm": exact.weights["llm"] | read}
+    exact.loop.weights["llm"] |= read
     for one, same, other in zip(results, exact(prompts, **options), rounded, strict=True):
         _same(one, same)
         assert not np.array_equal(one.vectors, other.vectors)
@@ -328,7 +353,8 @@ def _kernels(layer: dict) -> list:
 
 
 def test_tied_table_is_kept_once(decoder):
-    assert decoder.weights["llm"]["table"] is decoder.weights["llm"]["head"]["w"]
+    llm = decoder.loop.weights["llm"]
+    assert llm["table"] is llm["head"]["w"]
 
 
 def test_errors(model, decoder):

@@ -1,0 +1,501 @@
+"""The language model's one forward pass for decoding: its weights, its layers, its cache.
+
+At a few rows a step is bound by reading weights, and products of the form [F, D] @ [D, rows] read
+each weight once, in order. Activations are columns therefore, and a tied table needs no transposed
+copy. Queries, keys and values are one product, gate and up another. Keys are kept as [B, K, H, S],
+values as [B, K, S, H], the form in which products take them: a step writes into the cache in place,
+and attention streams it.
+
+Where products of float32 are rounded to bfloat16 (`nn/linear.py`), weights are kept rounded; on
+request everywhere, or in 8 bits with a scale per output, which a step reads as they are.
+
+On a mesh, heads, hidden units and vocabulary are sharded over "tensor", rows over all other axes.
+Fused kernels are then ordered by shard ([q0 k0 v0 q1 k1 v1] on two), so that splitting their
+product moves nothing.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from metamorph_jax import sharding
+from metamorph_jax.models import lora
+from metamorph_jax.models.llm.llama import LlamaConfig
+from metamorph_jax.nn import quantized, rope
+from metamorph_jax.nn.attention import attend
+from metamorph_jax.nn.linear import in_bfloat16
+from metamorph_jax.nn.norms import rms_norm
+from metamorph_jax.sampling import WEIGHTS
+from metamorph_jax.sharding import BATCH_AXES, constrain
+
+_MASKED = -1e30
+# XLA would fold small producers into the big loops over weights and cache and compute them again
+# for every element; after a barrier they are computed once.
+once = lax.optimization_barrier
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedLLM:
+    """The functions of a language model that decodes; its weights are an argument.
+
+    Attributes:
+        cfg: of the `Llama` whose weights they are.
+        tensor: size of the mesh's axis "tensor".
+    """
+
+    cfg: LlamaConfig
+    tensor: int = 1
+
+    @property
+    def head_shards(self) -> int:
+        """Into how many shards the heads are cut: all of "tensor" or, if they don't divide, 1."""
+        return 1 if self.cfg.kv_heads % self.tensor else self.tensor
+
+    @property
+    def mlp_shards(self) -> int:
+        return 1 if self.cfg.mlp_width % self.tensor else self.tensor
+
+    @property
+    def table_rows(self) -> int:
+        """Rows of the tables as they are kept: a multiple of `tensor`; those added are zeros."""
+        return -(-self.cfg.tokens // self.tensor) * self.tensor
+
+    # ---- the forward pass
+
+    def embed(self, weights: dict, ids: jax.Array) -> jax.Array:
+        """float[..., D] of int32[...] ids."""
+        return weights["table"][ids]
+
+    def logits(self, weights: dict, hidden: jax.Array) -> jax.Array:
+        """float32[V + n, R] of hidden states float[D, R]; -inf for rows that pad the table."""
+        logits = linear(weights["head"], hidden, jnp.float32)
+        if self.table_rows == self.cfg.tokens:
+            return logits
+        real = jnp.arange(self.table_rows)[:, None] < self.cfg.tokens
+        return jnp.where(real, logits, -jnp.inf)
+
+    def empty_cache(self, rows: int, slots: int, dtype) -> tuple[list, list]:
+        """(keys [B, K, H, S], values [B, K, S, H]) of each layer."""
+        K, H = self.cfg.kv_heads, self.cfg.head_dim
+        make = lambda *shape: [  # noqa: E731
+            self._cut(jnp.zeros((rows, K, *shape), dtype)) for _ in range(self.cfg.layers)
+        ]
+        return make(H, slots), make(slots, H)
+
+    def read_prompts(self, weights: dict, embeds, lengths, slots: int):
+        """Reads rows into a new cache.
+
+        Args:
+            embeds: float[B, L, D], padded on the right; lengths: int32[B] of them are real.
+            slots: S of the cache, at least L.
+
+        Returns:
+            (keys, values, float[D, B] hidden states at each row's last position).
+        """
+        L = embeds.shape[1]
+        order = jnp.arange(L)
+        real = order < lengths[:, None]
+        mask = real[:, None, :] & (order[:, None] >= order[None, :])
+        keys, values = [], []
+
+        def mix(_, q, k, v):
+            k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+            keys.append(self._cut(jnp.pad(k, ((0, 0), (0, 0), (0, 0), (0, slots - L)))))
+            values.append(self._cut(jnp.pad(v, ((0, 0), (0, 0), (0, slots - L), (0, 0)))))
+            return attend(q, k.transpose(0, 3, 1, 2), v.transpose(0, 2, 1, 3), mask)
+
+        positions = jnp.broadcast_to(order, embeds.shape[:2])
+        x = self._run(weights, embeds, positions, mix)
+        return keys, values, self._last(weights, x, lengths)
+
+    def read_block(self, weights: dict, keys, values, length, embeds, lengths):
+        """Appends a block to rows of a cache.
+
+        Args:
+            length: int32[B] slots of each row that are filled.
+            embeds: float[B, n, D]; lengths: int32[B] of them are appended, 0 leaves a row as it is.
+
+        Returns:
+            As `read_prompts`; hidden states of rows that got nothing mean nothing.
+        """
+        n, S = embeds.shape[1], values[0].shape[2]
+        new = jnp.arange(n)
+        positions = length[:, None] + new
+        # What is not to be written goes to a slot after the last one, which drops it.
+        slots = jnp.where(new < lengths[:, None], positions, S)
+        mask = jnp.arange(S) <= positions[:, :, None]
+        kept = ([], [])
+
+        def mix(i, q, k, v):
+            kept[0].append(self._local(_append_keys, keys[i], k, slots))
+            kept[1].append(self._local(_append_values, values[i], v, slots))
+            k, v = kept[0][i].transpose(0, 3, 1, 2), kept[1][i].transpose(0, 2, 1, 3)
+            return attend(q, k, v, mask)
+
+        x = self._run(weights, embeds, positions, mix)
+        return *kept, self._last(weights, x, jnp.maximum(lengths, 1))
+
+    def read_token(self, weights: dict, keys, values, length, embed):
+        """Reads one more position of every row, float[B, D], into slot `length` of the row.
+
+        Returns:
+            As `read_prompts`.
+        """
+        mask = jnp.arange(values[0].shape[2]) <= length[:, None]
+        kept = ([], [])
+
+        def mix(i, q, k, v):
+            kept[0].append(self._local(_write_keys, keys[i], k, length))
+            kept[1].append(self._local(_write_values, values[i], v, length))
+            return attend_cached(q, kept[0][i], kept[1][i], mask)
+
+        x = self._run(weights, embed[:, None], length[:, None], mix)
+        return *kept, norm(x, weights["norm"], self.cfg.norm_eps)
+
+    def _run(self, weights: dict, embeds, positions, mix: Callable):
+        """All layers on embeds: float[B, L, D], as columns float[D, B * L].
+
+        `mix(layer, q, k, v)` attends with q: [B, L, N, H], k and v: [B, L, K, H] and keeps what it
+        must.
+        """
+        cfg = self.cfg
+        freq = rope.frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
+        cos, sin = rope.angles(positions, freq)
+        x = embeds.astype(weights["table"].dtype).reshape(-1, cfg.width).T
+        for i, w in enumerate(weights["layers"]):
+            x = self._layer(w, constrain(x, None, "act_batch"), cos, sin, partial(mix, i))
+        return x
+
+    def _layer(self, w: dict, x, cos, sin, mix: Callable):
+        cfg = self.cfg
+        B, L = cos.shape[:2]
+        H, T = cfg.head_dim, self.head_shards
+        qkv = once(linear(w["qkv"], norm(x, w["norm1"], cfg.norm_eps)))
+        qkv = qkv.T.reshape(B, L, T, -1, H)
+        parts = jnp.split(qkv, [cfg.heads // T, (cfg.heads + cfg.kv_heads) // T], axis=3)
+        q, k, v = (part.reshape(B, L, -1, H) for part in parts)
+        if cfg.qk_norm:
+            q, k = rms_norm(q, w["q_norm"], cfg.norm_eps), rms_norm(k, w["k_norm"], cfg.norm_eps)
+        mixed = mix(rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v)
+        x = x + linear(w["o"], once(mixed.reshape(B * L, -1).T))
+        hidden = linear(w["gate_up"], norm(x, w["norm2"], cfg.norm_eps))
+        hidden = hidden.reshape(self.mlp_shards, 2, -1, B * L)
+        gate, up = (hidden[:, part].reshape(-1, B * L) for part in range(2))
+        return x + linear(w["down"], once(nnx.silu(gate) * up))
+
+    def _last(self, weights: dict, x, lengths):
+        """float[D, B] of columns float[D, B * L]: each row's position lengths - 1, normed."""
+        B = len(lengths)
+        x = x.reshape(self.cfg.width, B, -1)
+        x = jnp.take_along_axis(x, (lengths - 1)[None, :, None], axis=2)[:, :, 0]
+        return norm(x, weights["norm"], self.cfg.norm_eps)
+
+    # ---- on a mesh
+
+    def _cache_spec(self, rows: int, mesh) -> P:
+        batch = sharding.fit(P(BATCH_AXES), (rows,), mesh)
+        return P(*batch, "tensor" if self.head_shards > 1 else None, None, None)
+
+    def _cut(self, cache):
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.size == 1:
+            return cache
+        return lax.with_sharding_constraint(cache, self._cache_spec(len(cache), mesh))
+
+    def _local(self, function, cache, new, slots):
+        """`function(cache, new: [B, L, K, H], slots)` on each device's own rows and heads.
+
+        Left to itself, XLA gathers a cache whose rows are written at different slots.
+        """
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.size == 1:
+            return function(cache, new, slots)
+        spec = self._cache_spec(len(cache), mesh)
+        rows = P(spec[0], *(None for _ in slots.shape[1:]))
+        run = jax.shard_map(
+            function, mesh=mesh, in_specs=(spec, P(spec[0], None, spec[1], None), rows),
+            out_specs=spec, check_vma=False,
+        )  # fmt: skip
+        return run(cache, new, slots)
+
+    def spec(self, name: str, leaf: str = "w") -> P:
+        """Where a leaf of the weights lies."""
+        heads = "tensor" if self.head_shards > 1 else None
+        mlp = "tensor" if self.mlp_shards > 1 else None
+        cut = {"qkv": heads, "gate_up": mlp, "table": "tensor", "head": "tensor"}
+        if name in cut:
+            return P(cut[name], None) if leaf == "w" else P(cut[name])
+        if name in ("o", "down"):
+            return P(None, heads if name == "o" else mlp) if leaf == "w" else P(None)
+        return P(None)
+
+
+def _write_keys(cache, new, slot):
+    """Keys [B, K, H, S] with one position, new: [B, 1, K, H], in slot int32[B] of its row."""
+    return _write(cache, new.astype(cache.dtype).transpose(0, 2, 3, 1), slot, axis=3)
+
+
+def _write_values(cache, new, slot):
+    """As `_write_keys`, for values [B, K, S, H]."""
+    return _write(cache, new.astype(cache.dtype).transpose(0, 2, 1, 3), slot, axis=2)
+
+
+_FEW = 16  # rows up to which updates in place, one each, are faster than a scatter
+
+
+def _write(cache, new, slot, axis: int):
+    if len(cache) > _FEW:
+        rows = jnp.arange(len(cache))
+        at = (rows, *(slice(None),) * (axis - 1), slot)
+        return cache.at[at].set(new.squeeze(axis))
+    for row in range(len(cache)):
+        at = [row, 0, 0, 0]
+        at[axis] = slot[row]
+        cache = lax.dynamic_update_slice(cache, new[row : row + 1], at)
+    return cache
+
+
+def _append_keys(cache, new, slots):
+    """Keys [B, K, H, S] with new: [B, n, K, H] in slots int32[B, n]; S drops a position."""
+    rows = jnp.arange(len(cache))[:, None]
+    return cache.at[rows, :, :, slots].set(new.astype(cache.dtype), mode="drop")
+
+
+def _append_values(cache, new, slots):
+    """As `_append_keys`, for values [B, K, S, H]."""
+    rows = jnp.arange(len(cache))[:, None]
+    return cache.at[rows, :, slots].set(new.astype(cache.dtype), mode="drop")
+
+
+# ---- products on columns
+
+
+def product(w, x, dtype=None):
+    """[out, R] of weights [out, in] and columns [in, R], both in the dtype of the weights.
+
+    Codes of 8 bits are taken in the dtype of the columns. The result is in `dtype`, by default that
+    of `x`; sums are float32 anyway.
+    """
+    R, dtype = x.shape[1], dtype or x.dtype
+    if w.dtype == jnp.int8:
+        w = w.astype(x.dtype)
+    if w.dtype != x.dtype:  # see `nn.linear.rounded_product`; one column alone would go without
+        x = jnp.pad(x.astype(w.dtype), ((0, 0), (0, int(R == 1))))
+        x = with_layout_constraint(x, Layout(major_to_minor=(0, 1)))
+    return jnp.matmul(w, x, preferred_element_type=dtype)[:, :R]
+
+
+def linear(m, x, dtype=None):
+    """float[out, R] of columns float[in, R], in `dtype`, by default that of `x`."""
+    dtype = dtype or x.dtype
+    if "scale" in m:
+        y = (product(m["w"], x, jnp.float32) * m["scale"][:, None]).astype(dtype)
+    else:
+        y = product(m["w"], x, dtype)
+    return y + m["b"][:, None] if "b" in m else y
+
+
+def norm(x, scale, eps):
+    """RMSNorm of columns float[D, R]."""
+    y = x.astype(jnp.float32)
+    y = y * lax.rsqrt(jnp.mean(y * y, axis=0, keepdims=True) + eps)
+    return once((y * scale[:, None]).astype(x.dtype))
+
+
+def attend_cached(q, keys, values, mask):
+    """float[B, 1, N, H] of q like it, keys [B, K, H, S], values [B, K, S, H], mask bool[B, S]."""
+    B, _, N, H = q.shape
+    q = once((q * H**-0.5).reshape(B, keys.shape[1], -1, H))
+    scores = jnp.einsum("BKGH,BKHS->BKGS", q, keys, preferred_element_type=jnp.float32)
+    weights = once(_softmax(scores, mask).astype(values.dtype))
+    return jnp.einsum("BKGS,BKSH->BKGH", weights, values).reshape(B, 1, N, H)
+
+
+def _softmax(scores, mask):
+    """Over the slots that mask: bool[B, S] shows; scores: float32[B, K, G, S]."""
+    scores = jnp.where(mask[:, None, None], scores, _MASKED)
+    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+# ---- from the layout of training
+
+
+def take_over(llm, weights: str = "auto", mesh: Mesh | None = None) -> tuple[CachedLLM, dict]:
+    """The language model as decoding reads it; its parameters leave the `Llama` one by one.
+
+    What was taken is a ShapeDtypeStruct in `llm` afterwards, so the most that is held at a time is
+    the model and one stacked kernel. Adapters are added to their kernels.
+
+    Args:
+        llm: `Llama`; whoever needs it afterwards hands in another one, with variables of its own
+            over the same arrays.
+        weights: how kernels and the output table are kept, one of `WEIGHTS`; "auto": as the model
+            computes, rounded to bfloat16 where its products are.
+        mesh: to lie on; None: where the parameters are.
+
+    Returns:
+        (functions, weights). The weights are a dict: table: [V + n, D]; head: {w: the same, one
+        array when tied and kept alike}; norm; layers: a dict each, with {w: [out, in]} for a
+        kernel, beside it b: [out] where there is a bias and scale: float32[out] where w is int8.
+
+    Raises:
+        ValueError: on an unknown kind of weights.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights {weights!r} is none of {', '.join(WEIGHTS)}")
+    model = CachedLLM(llm.cfg, 1 if mesh is None else mesh.shape["tensor"])
+    return model, _Taking(model, weights, mesh).all_of(llm)
+
+
+def kernel_dtype(cfg: LlamaConfig, weights: str):
+    """The dtype in which kernels are kept; that in which they are best loaded for int8."""
+    if weights == "int8":
+        return jnp.dtype(jnp.bfloat16)
+    if weights != "auto":
+        return jnp.dtype(weights)
+    return jnp.dtype(jnp.bfloat16) if in_bfloat16() else jnp.dtype(cfg.dtype)
+
+
+class _Taking:
+    """The work of `take_over`: kernels are unstacked one after the other, then fused by layer."""
+
+    def __init__(self, model: CachedLLM, weights: str, mesh: Mesh | None):
+        self.model, self.cfg, self.mesh = model, model.cfg, mesh
+        self.int8 = weights == "int8"
+        self.dtype = kernel_dtype(model.cfg, weights)
+        self.compute = jnp.dtype(model.cfg.dtype)
+        self._compiled = {}
+
+    def all_of(self, llm) -> dict:
+        attention, mlp = llm.layers.self_attn, llm.layers.mlp
+        sources = {
+            "qkv": [attention.q_proj, attention.k_proj, attention.v_proj],
+            "o": [attention.o_proj],
+            "gate_up": [mlp.gate_proj, mlp.up_proj],
+            "down": [mlp.down_proj],
+        }
+        layers = [{} for _ in range(self.cfg.layers)]
+        for name, linears in sources.items():
+            parts = [self._unstack(name, linear) for linear in linears]
+            for layer in layers:
+                layer[name] = self._fuse(name, [part.pop(0) for part in parts])
+        norms = {"norm1": llm.layers.input_layernorm, "norm2": llm.layers.post_attention_layernorm}
+        if self.cfg.qk_norm:
+            norms |= {"q_norm": attention.q_norm, "k_norm": attention.k_norm}
+        for name, module in norms.items():
+            for layer, scale in zip(layers, self._rows(module.scale), strict=True):
+                layer[name] = scale
+        table, head = self._tables(llm)
+        (norm_scale,) = self._rows(llm.norm.scale, stacked=False)
+        return {"table": table, "head": head, "norm": norm_scale, "layers": layers}
+
+    def _run(self, key, function, arguments, specs):
+        """`function` compiled once for `key`, its results where `specs` says."""
+        if key not in self._compiled:
+            where = None
+            if self.mesh is not None:
+                where = jax.tree.map(
+                    lambda spec: NamedSharding(self.mesh, spec), specs,
+                    is_leaf=lambda x: isinstance(x, P),
+                )  # fmt: skip
+            self._compiled[key] = jax.jit(function, out_shardings=where)
+        return self._compiled[key](*arguments)
+
+    def _specs(self, name: str, kept: dict) -> dict:
+        return {leaf: self.model.spec(name, leaf) for leaf in kept}
+
+    def _keep(self, w) -> dict:
+        """A matrix [out, in] in the form in which it is kept."""
+        if not self.int8:
+            return {"w": w.astype(self.dtype)}
+        packed = quantized.pack(w.T, "int8")
+        return {"w": packed["kernel_codes"].T, "scale": packed["kernel_scale"]}
+
+    def _unstack(self, name: str, linear) -> list[dict]:
+        """The linear of each layer, [out, in]; its stacked leaves are given up."""
+        graph, stack = nnx.split(linear)
+        stack = jax.tree.map(lambda leaf: leaf, stack)  # variables of its own
+        _give_up(linear)
+
+        def one(stack, i):
+            module = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[i], stack))
+            packed_alike = quantized.is_packed(module) and module.method == "int8" and self.int8
+            if packed_alike and not isinstance(module, lora.LoraLinear):
+                kept = {"w": module.kernel_codes[...].T, "scale": module.kernel_scale[...]}
+            else:
+                kept = self._keep(lora.kernel_of(module).T)
+            if module.bias is not None:
+                kept["b"] = module.bias[...].astype(self.compute)
+            return kept
+
+        leaves = ["w"] + ["scale"] * self.int8 + ["b"] * (linear.bias is not None)
+        specs = self._specs(name, dict.fromkeys(leaves))
+        key = object()  # of this linear alone
+        found = [self._run(key, one, (stack, i), specs) for i in range(self.cfg.layers)]
+        del self._compiled[key]
+        return found
+
+    def _fuse(self, name: str, parts: list[dict]) -> dict:
+        """Linears as one, their outputs in the order of shards."""
+        if len(parts) == 1:
+            return parts[0]
+        shards = self.model.mlp_shards if name == "gate_up" else self.model.head_shards
+
+        def fuse(*parts):
+            cut = lambda x: x.reshape(shards, -1, *x.shape[1:])  # noqa: E731
+            join = lambda *xs: jnp.concatenate([cut(x) for x in xs], 1).reshape(  # noqa: E731
+                -1, *xs[0].shape[1:]
+            )
+            return jax.tree.map(join, *parts)
+
+        return self._run(name, fuse, parts, self._specs(name, parts[0]))
+
+    def _rows(self, variable, stacked: bool = True) -> list:
+        """A vector of each layer."""
+        value = variable[...]
+        _give_up(variable)
+        split = lambda x: [x[i] for i in range(len(x))] if stacked else [x]  # noqa: E731
+        return self._run(object(), split, (value,), P(None))
+
+    def _tables(self, llm) -> tuple[jax.Array, dict]:
+        """(table of embeddings, output table as it is kept)."""
+        pad = self.model.table_rows - self.cfg.tokens
+
+        def whole(holder, value):
+            value = value[: self.cfg.vocab_size].astype(self.compute)
+            if self.cfg.added_tokens:
+                value = jnp.concatenate([value, holder.astype(self.compute)])
+            return jnp.pad(value, ((0, pad), (0, 0)))
+
+        def take(holder, variable, transposed: bool):
+            added = holder.added[...] if self.cfg.added_tokens else None
+            value = variable[...]
+            _give_up(holder)
+            made = lambda a, v: whole(a, v.T if transposed else v)  # noqa: E731
+            return self._run(object(), made, (added, value), self.model.spec("table"))
+
+        table = take(llm.embed_tokens, llm.embed_tokens.embedding, False)
+        head = table if self.cfg.tied else take(llm.lm_head, llm.lm_head.kernel, True)
+        if not self.int8 and head.dtype == self.dtype:
+            return table, {"w": head}
+        specs = self._specs("head", ["w"] + ["scale"] * self.int8)
+        return table, self._run(object(), self._keep, (head,), specs)
+
+
+def _give_up(holder) -> None:
+    """Puts shapes in place of the arrays of a module or variable."""
+    variables = [holder] if isinstance(holder, nnx.Variable) else [
+        variable for _, variable in nnx.to_flat_state(nnx.state(holder))
+    ]  # fmt: skip
+    for variable in variables:
+        value = variable.get_raw_value()
+        variable.set_raw_value(jax.ShapeDtypeStruct(value.shape, value.dtype))

@@ -1,0 +1,190 @@
+"""What a row emits: the protocol between the decoding loop and a recipe, and the policy for text.
+
+The loop (`sampling/loop.py`) reads one position of every row and has hidden states; a policy turns
+them into what is emitted. It is a frozen dataclass of pure functions that is compiled into the
+loop, so two equal policies share a compilation; what it remembers of a row is a pytree that the
+loop carries.
+"""
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from metamorph_jax.sampling.cached_llm import CachedLLM
+from metamorph_jax.sampling.segments import NOTHING, Result, Text
+from metamorph_jax.sampling.text import Sampler
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Emission:
+    """What the rows emit in one step.
+
+    Attributes:
+        ids: int32[B] recorded: a text id, a negative mark that the policy's `read` knows, or
+            `NOTHING` if the row emits nothing in this step (it has to pause then).
+        value: float32[B, C] recorded beside it.
+        embed: float[B, D] embedding that the row reads next.
+        pause: bool[B] the row waits until something is appended to it (`Loop.extend`).
+        stop: bool[B] the row ends here.
+    """
+
+    ids: jax.Array
+    value: jax.Array
+    embed: jax.Array
+    pause: jax.Array
+    stop: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What a policy is told about the rows.
+
+    Attributes:
+        active: bool[B] rows whose emission counts; the others are done or pause.
+        count: int32[B] what each row has emitted so far.
+        keys: keys[B] random keys of this step, one a row.
+        forced: int32[B] the text id to take in place of one's own, or -1.
+    """
+
+    active: jax.Array
+    count: jax.Array
+    keys: jax.Array
+    forced: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The model as a policy sees it: functions together with their weights.
+
+    Attributes:
+        llm, weights: see `cached_llm`.
+        parts: weights of the recipe's other modules, which its policy knows how to use.
+    """
+
+    llm: CachedLLM
+    weights: dict
+    parts: Any
+
+    def embed(self, ids: jax.Array) -> jax.Array:
+        """float[B, D] of int32[B] ids."""
+        return self.llm.embed(self.weights, ids)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """float32[V, B] of hidden states float[D, B]."""
+        return self.llm.logits(self.weights, hidden)
+
+
+class Policy(Protocol):
+    """How a recipe decodes.
+
+    Attributes:
+        width: C, of the values that are recorded; 0 for none.
+        extra_steps: a row may emit so many more than its budget says.
+    """
+
+    width: int
+    extra_steps: int
+
+    def init(self, rows: int, prompt_ids: jax.Array, vocabulary: int) -> Any:
+        """What the policy remembers, each leaf [B, ...].
+
+        `prompt_ids` is int32[B, L]: ids that the prompts hold, -1 where there is none;
+        `vocabulary` the number of ids.
+        """
+        ...
+
+    def emit(self, memory: Any, hidden: jax.Array, step: Step, model: Model) -> tuple:
+        """(memory, `Emission`) from hidden states float[D, B] after the final norm."""
+        ...
+
+    def read(self, record, values, ended: bool) -> Result:
+        """What one row emitted: int32[n] record without `NOTHING`, float32[n, C] values."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class TextPolicy:
+    """Text only.
+
+    Attributes:
+        sampler: how ids are drawn.
+        eos: ids that end a row.
+        min_new_tokens: no eos id is drawn before a row has emitted so many.
+        repetition_penalty: scores of ids that stand in the prompt or were emitted are divided by it
+            if positive and multiplied otherwise (Keskar et al. 2019); 1 changes nothing. This and
+            `min_new_tokens` come before temperature, top-k and top-p, as in Hugging Face's
+            `generate`.
+    """
+
+    sampler: Sampler = Sampler()
+    eos: tuple[int, ...] = ()
+    min_new_tokens: int = 0
+    repetition_penalty: float = 1.0
+
+    width = 0
+    extra_steps = 0
+
+    def __post_init__(self):
+        if self.min_new_tokens < 0:
+            raise ValueError(f"min_new_tokens must not be negative, not {self.min_new_tokens}")
+        if not self.repetition_penalty > 0:
+            raise ValueError(
+                f"repetition_penalty must be positive, not {self.repetition_penalty}"
+            )
+
+    def init(self, rows: int, prompt_ids, vocabulary: int):
+        """bool[B, V] ids that were seen, or None where nothing depends on them."""
+        if self.repetition_penalty == 1:
+            return None
+        # What is not an id goes to a place after the last one, which is cut off.
+        where = jnp.where(prompt_ids < 0, vocabulary, prompt_ids)
+        seen = jnp.zeros((rows, vocabulary + 1), bool)
+        return seen.at[jnp.arange(rows)[:, None], where].set(True)[:, :-1]
+
+    def emit(self, memory, hidden, step: Step, model: Model):
+        ids = self.forced(self.choose(memory, hidden, step, model), step)
+        no = jnp.zeros(ids.shape, bool)
+        none = jnp.zeros((len(ids), 0), jnp.float32)
+        return self.remember(memory, ids), Emission(ids, none, model.embed(ids), no, self.ends(ids))
+
+    def read(self, record, values, ended: bool) -> Result:
+        words = [token for token in record.tolist() if token not in self.eos]
+        segments = (Text.of(words),) if words else ()
+        return Result(segments, record, values, record, bool(ended))
+
+    # ---- pieces that the policies of recipes take
+
+    def choose(self, seen, hidden, step: Step, model: Model) -> jax.Array:
+        """int32[B] ids drawn from the logits of hidden states float[D, B]."""
+        logits = model.logits(hidden)
+        if seen is None and not self.min_new_tokens and self.sampler.greedy:
+            return jnp.argmax(logits, axis=0).astype(jnp.int32)
+        return self.sampler(self.scores(logits.T, seen, step.count), step.keys)
+
+    def scores(self, logits, seen, count) -> jax.Array:
+        """float32[B, V] logits after penalty and minimum length."""
+        if seen is not None:
+            seen = jnp.pad(seen, ((0, 0), (0, logits.shape[1] - seen.shape[1])))
+            penalty = self.repetition_penalty
+            lower = jnp.where(logits < 0, logits * penalty, logits / penalty)
+            logits = jnp.where(seen, lower, logits)
+        if self.min_new_tokens and self.eos:
+            early = jnp.where(count < self.min_new_tokens, -jnp.inf, 0.0)
+            logits = logits.at[:, jnp.array(self.eos)].add(early[:, None])
+        return logits
+
+    def forced(self, ids, step: Step) -> jax.Array:
+        return jnp.where(step.forced >= 0, step.forced, ids)
+
+    def remember(self, seen, ids):
+        return None if seen is None else seen.at[jnp.arange(len(ids)), ids].set(True)
+
+    def ends(self, ids) -> jax.Array:
+        """bool[B]: whether an id is one of `eos`."""
+        return jnp.isin(ids, jnp.array(self.eos, jnp.int32))
+
+
+__all__ = ["Emission", "Model", "NOTHING", "Policy", "Step", "TextPolicy"]
