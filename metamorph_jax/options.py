@@ -18,6 +18,7 @@ import ast
 import dataclasses
 import difflib
 import functools
+import inspect
 import re
 import types
 import typing
@@ -341,22 +342,37 @@ def _options_of_table(classes, value, where: str, used: bool) -> Iterator[Option
 def docs(cls: type) -> dict[str, str]:
     """Field -> its text in the "Attributes:" part of the docstrings of a dataclass and its bases.
 
-    One text may stand for several fields, "low, high: …", and may go on to others after a
+    One text may be about several fields, "low, high: …", and may go on to another one after a
     semicolon, "…; high: …".
     """
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
-        block = re.search(r"^ *Attributes:\n(.*)", vars(base).get("__doc__") or "", re.S | re.M)
-        if not block:
-            continue
-        lines = block[1].splitlines()
-        indent = len(lines[0]) - len(lines[0].lstrip())
-        entries = re.split(rf"^ {{{indent}}}(?=\S)", block[1], flags=re.M)
-        for entry in entries:
-            parts = re.split(r"(?:^|; )(\w+(?:, \w+)*): ", " ".join(entry.split()))
-            for names, text in zip(parts[1::2], parts[2::2], strict=True):
-                found |= dict.fromkeys(names.split(", "), text)
-    return {name: text for name, text in found.items() if name in fields(cls)}
+        for entry in _attributes(vars(base).get("__doc__") or ""):
+            names: list[str] = []
+            for part in re.split(r"(?:^|; )(?=\w+(?:, \w+)*: )", entry):
+                head, _, text = part.partition(": ")
+                if all(name in fields(cls) for name in head.split(", ")):
+                    names = head.split(", ")
+                    found |= dict.fromkeys(names, text)
+                elif part:  # an ordinary colon
+                    found |= {name: f"{found[name]}; {part}" for name in names}
+    return found
+
+
+def _attributes(doc: str) -> list[str]:
+    """The entries of the "Attributes:" part of a docstring, each in one line."""
+    entries: list[str] = []
+    _, _, block = inspect.cleandoc(doc).partition("Attributes:\n")
+    lines = [line for line in block.splitlines() if line.strip()]
+    indents = [len(line) - len(line.lstrip()) for line in lines]
+    for line, indent in zip(lines, indents, strict=True):
+        if indent < indents[0]:
+            break  # the next part of the docstring
+        if indent == indents[0]:
+            entries.append(line.strip())
+        else:
+            entries[-1] += f" {line.strip()}"
+    return entries
 
 
 class _Unknown(ConfigError):

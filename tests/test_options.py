@@ -25,9 +25,12 @@ class Grid:
     """A network on a grid.
 
     Attributes:
-        size: of its input.
+        size: of its input; default: a large one.
         levels: channels of each level,
             from fine to coarse.
+
+    Raises:
+        ValueError: never.
     """
 
     size: int = 64
@@ -201,6 +204,7 @@ def test_every_option_is_listed():
     for name in ("steps", "model.net.inner.alpha", "model.groups.NAME.rate", "model.mesh.fsdp"):
         assert f"config.{name}" in found
     assert found["config.model.net.levels"].doc == "channels of each level, from fine to coarse."
+    assert options.docs(Grid)["size"] == "of its input; default: a large one."
     assert found["config.model.adapter.rank"].doc == "number of columns"
     assert found["config.model.adapter.alpha"].doc == "its scale."
     assert not found["config.model.net.levels"].used and found["config.model.net.patch"].used
