@@ -1,7 +1,7 @@
-"""What came out of a sweep: one row per run as CSV and Markdown, and a plot against each key.
+"""The results of a sweep: one row per run as CSV and Markdown, and a plot against each key.
 
-A number of a run is the mean over the last tenth of the lines of its metrics.jsonl: a single line
-is noise, and the tables of two runs compare the same share of their training.
+A metric of a run is its mean over the last tenth of the lines in metrics.jsonl: a single line is
+noise, and this way two runs are compared over the same share of their training.
 """
 
 import csv
@@ -18,7 +18,7 @@ import numpy as np
 from metamorph_jax.errors import UserError
 from metamorph_jax.eval import figures
 
-# A longer training writes more lines; this share of them counts.
+# of the lines in metrics.jsonl, counted from the end
 SHARE = 0.1
 
 
@@ -32,7 +32,7 @@ def read_metrics(file: pathlib.Path) -> tuple[int, dict[str, float]]:
             line = json.loads(text)
             lines.append((int(line.pop("step")), line))
         except (ValueError, KeyError, AttributeError):
-            continue  # half a line of a killed run
+            continue  # a killed run may leave half a line
     if not lines:
         return 0, {}
     last = [line for _, line in lines[-max(1, math.ceil(len(lines) * SHARE)) :]]
@@ -45,7 +45,7 @@ def read_metrics(file: pathlib.Path) -> tuple[int, dict[str, float]]:
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Dotted key -> its last part, or as much of its end as tells it from the others."""
+    """Dotted key -> its last part, or as many of its last parts as make it unique."""
     names = {}
     for key in keys:
         parts = key.split(".")
@@ -79,7 +79,10 @@ def best_first(rows: Sequence[dict], metric: str) -> list[dict]:
 
 
 def markdown(rows: Sequence[dict], metric: str) -> str:
-    """A table, best run first. Rows: {"name", "state", "step", "values", "metrics"}."""
+    """A Markdown table, best run first. Rows: {"name", "state", "step", "values", "metrics"}.
+
+    (pandas could write it, but would bring itself and tabulate for these few lines.)
+    """
     keys = list(dict.fromkeys(k for row in rows for k in row["values"]))
     names = short_names(keys)
     head = ["run", *(names[k] for k in keys), metric, "step", "state"]
