@@ -93,7 +93,7 @@ def emit(case: Case) -> Case:
 
 
 def report(cases: list[Case]) -> None:
-    """Prints the table of all cases."""
+    """Prints the table of all cases. (rich would wrap it at 80 columns when it goes to a file.)"""
     rows = [[str(v) if v is not None else "-" for v in c.as_dict().values()] for c in cases]
     head = ["case", "unit", "ours", "peer", "ratio", "limit_fraction"]
     widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,20 +72,46 @@ class ClassifierConfig:
     noise: float = 0.03  # largest std of pixel noise in training, in units of [0, 1]
 
 
+class ConvNet(nnx.Module):
+    """Convolutions of stride 2, then two linear layers."""
+
+    def __init__(self, cfg: ClassifierConfig, shape: tuple[int, int, int], classes: int, *, rngs):
+        he = nnx.initializers.he_normal()
+        h, w, channels = shape
+        convolutions = []
+        for width in cfg.widths:
+            convolutions.append(
+                nnx.Conv(channels, width, (3, 3), strides=2, kernel_init=he, rngs=rngs)
+            )
+            channels, h, w = width, -(-h // 2), -(-w // 2)
+        self.convolutions = nnx.List(convolutions)
+        self.hidden = nnx.Linear(h * w * channels, cfg.hidden, kernel_init=he, rngs=rngs)
+        self.out = nnx.Linear(cfg.hidden, classes, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """float[N, classes] logits of x: float[N, h, w, 3] in [0, 1]."""
+        x = (x - 0.9) / 0.2  # the images are nearly white
+        for convolution in self.convolutions:
+            x = jax.nn.relu(convolution(x))
+        return self.out(jax.nn.relu(self.hidden(x.reshape(len(x), -1))))
+
+
 @dataclasses.dataclass(frozen=True)
 class ImageClassifier:
-    """Trained weights; `predict` takes uint8 images."""
+    """A trained network; `predict` takes uint8 images."""
 
-    params: dict
-    sizes: tuple[int, ...]
+    graph: nnx.GraphDef
+    params: nnx.State
+    sizes: tuple[int, ...]  # classes of each property
 
     def predict(self, pixels: np.ndarray, batch: int = 256) -> list[np.ndarray]:
         """One int[N] per property. pixels: uint8[N, h, w, 3]"""
+        logits_of = jax.jit(lambda params, x: nnx.merge(self.graph, params)(x))
         out = []
         for i in range(0, len(pixels), batch):
             part = np.asarray(pixels[i : i + batch])
             pad = np.zeros((batch - len(part), *part.shape[1:]), part.dtype)
-            logits = _logits_jit(self.params, np.concatenate([part, pad]) / np.float32(255))
+            logits = logits_of(self.params, np.concatenate([part, pad]) / np.float32(255))
             out.append(np.asarray(logits)[: len(part)])
         scores = np.split(np.concatenate(out), np.cumsum(self.sizes)[:-1], axis=1)
         return [s.argmax(1) for s in scores]
@@ -100,30 +127,29 @@ def train_classifier(pixels: np.ndarray, labels: list[np.ndarray], seed: int = 0
     sizes = tuple(int(np.max(label)) + 1 for label in labels)
     targets = np.stack(labels, 1).astype(np.int32)
     images = np.asarray(pixels)
-    params = _init(jax.random.key(seed), cfg, images.shape[1:], sum(sizes))
+    net = ConvNet(cfg, images.shape[1:], sum(sizes), rngs=nnx.Rngs(seed))
+    graph, params = nnx.split(net)
     optimizer = optax.adam(optax.cosine_decay_schedule(cfg.lr, cfg.steps))
     state = optimizer.init(params)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state, x, y, key):
         def loss_of(params):
-            logits = _logits(params, _augment(key, x.astype(jnp.float32) / 255, cfg.noise))
-            parts = jnp.split(logits, np.cumsum(sizes)[:-1], axis=1)
+            seen = _augment(key, x.astype(jnp.float32) / 255, cfg.noise)
+            parts = jnp.split(nnx.merge(graph, params)(seen), np.cumsum(sizes)[:-1], axis=1)
             losses = [optax.softmax_cross_entropy_with_integer_labels(p, y[:, i])
                       for i, p in enumerate(parts)]  # fmt: skip
             return sum(losses).mean()
 
-        loss, grads = jax.value_and_grad(loss_of)(params)
-        updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, loss
+        updates, state = optimizer.update(jax.grad(loss_of)(params), state, params)
+        return optax.apply_updates(params, updates), state
 
     rng = np.random.default_rng(seed)
     key = jax.random.key(seed + 1)
     for i in range(cfg.steps):
         take = rng.integers(0, len(images), cfg.batch)
-        key_i = jax.random.fold_in(key, i)
-        params, state, _ = step(params, state, images[take], targets[take], key_i)
-    return ImageClassifier(jax.device_get(params), sizes)
+        params, state = step(params, state, images[take], targets[take], jax.random.fold_in(key, i))
+    return ImageClassifier(graph, params, sizes)
 
 
 def agreement(predicted: list[np.ndarray], labels: list[np.ndarray],
@@ -132,37 +158,6 @@ def agreement(predicted: list[np.ndarray], labels: list[np.ndarray],
     right = [np.asarray(p) == np.asarray(y) for p, y in zip(predicted, labels, strict=True)]
     out = {name: float(r.mean()) for name, r in zip(names, right, strict=True)}
     return out | {"both": float(np.logical_and.reduce(right).mean())}
-
-
-def _init(key, cfg: ClassifierConfig, shape, classes: int) -> dict:
-    h, w, channels = shape
-    params, keys = {}, jax.random.split(key, len(cfg.widths) + 2)
-    for i, width in enumerate(cfg.widths):
-        scale = (2 / (9 * channels)) ** 0.5
-        params[f"conv{i}"] = scale * jax.random.normal(keys[i], (3, 3, channels, width))
-        params[f"shift{i}"] = jnp.zeros(width)
-        channels, h, w = width, -(-h // 2), -(-w // 2)
-    flat = h * w * channels
-    params["hidden"] = (2 / flat) ** 0.5 * jax.random.normal(keys[-2], (flat, cfg.hidden))
-    params["hidden_bias"] = jnp.zeros(cfg.hidden)
-    params["out"] = (1 / cfg.hidden) ** 0.5 * jax.random.normal(keys[-1], (cfg.hidden, classes))
-    params["out_bias"] = jnp.zeros(classes)
-    return params
-
-
-def _logits(params: dict, x: jax.Array) -> jax.Array:
-    """x: float[N, h, w, 3] in [0, 1]"""
-    x = (x - 0.9) / 0.2  # the images are nearly white
-    for i in range(sum(name.startswith("conv") for name in params)):
-        x = jax.lax.conv_general_dilated(
-            x, params[f"conv{i}"], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-        x = jax.nn.relu(x + params[f"shift{i}"])
-    x = jax.nn.relu(x.reshape(len(x), -1) @ params["hidden"] + params["hidden_bias"])
-    return x @ params["out"] + params["out_bias"]
-
-
-_logits_jit = jax.jit(_logits)
 
 
 def _augment(key, x: jax.Array, noise: float) -> jax.Array:

@@ -6,7 +6,7 @@
 
 NF4 (Dettmers et al. 2023, arXiv 2305.14314): the 16 quantiles of a normal distribution. Two codes
 share a byte: input j and input j + 32 of a block. Weights carry no gradient; the product's backward
-pass unpacks them again, so that no unpacked copy waits in memory between the two passes.
+pass unpacks them again, so that no unpacked copy is kept in memory between the two passes.
 
 Why not Qwix (0.1.8, with jax 0.10.2 and flax 0.12.8): `quantize_model` finds weights by watching
 one call of the model, and what it swaps inside `lax.scan` is lost: on our stacked layers it reports
@@ -99,7 +99,7 @@ def product(d_in: int, x: jax.Array, packed: dict[str, jax.Array]) -> jax.Array:
     """float[..., out] of x: float[..., in] and a packed kernel; differentiable in x only."""
     dims = (((x.ndim - 1,), (0,)), ((), ()))
     codes = packed["kernel_codes"]
-    if codes.dtype == jnp.int8:  # the scale of an output can wait until its sum is done
+    if codes.dtype == jnp.int8:  # one scale per output: applied after the sum
         y = flat_dot_general(x, codes.astype(x.dtype), dims)
         return (y * packed["kernel_scale"]).astype(x.dtype)
     return flat_dot_general(x, unpack(packed, d_in, x.dtype), dims)
@@ -139,7 +139,7 @@ class Linear(nnx.Module):
 
 
 def take_over(new: nnx.Module, old: nnx.Module) -> None:
-    """Gives `new` all that makes up the linear `old`: its arrays and its settings."""
+    """Hands the arrays and the settings of the linear `old` to `new`."""
     for name in (*_PARTS, "kernel", "method", *_LEAVES):
         if name in vars(old):
             setattr(new, name, nnx.data(None) if vars(old)[name] is None else vars(old)[name])
@@ -170,7 +170,7 @@ def describe(linear: nnx.Module) -> tuple[tuple[int, ...], tuple | None]:
 
 
 def plain(linear: nnx.Module) -> nnx.Linear:
-    """The `nnx.Linear` that computes the same; an adapter is left away."""
+    """The `nnx.Linear` with the same kernel and bias, without an adapter."""
     new = nnx.eval_shape(lambda: nnx.Linear(1, 1, use_bias=False, rngs=nnx.Rngs(0)))
     take_over(new, linear)
     if is_packed(new):
@@ -192,8 +192,8 @@ def quantize(model: nnx.Module, method: str, target: str, leave: str = "") -> li
 
     Args:
         method: one of `METHODS`.
-        target: regular expression that has to match all of a name.
-        leave: linears that match this one stay as they are.
+        target: regular expression that must match the whole name.
+        leave: linears stay as they are where this one matches the dotted name of their kernel.
 
     Returns:
         Names of the packed linears.
@@ -212,12 +212,12 @@ def quantize(model: nnx.Module, method: str, target: str, leave: str = "") -> li
 
 @contextlib.contextmanager
 def unpacked(model: nnx.Module, *, empty: bool = False, dtype=jnp.bfloat16):
-    """Within, packed kernels are common parameters that can be loaded; they are packed again after.
+    """A context in which packed kernels are ordinary parameters; at its end they are packed again.
 
     Args:
-        empty: everything will be loaded: the kernels are shapes with shardings until then. What
-            isn't loaded after all stays as it was.
-        dtype: of the kernels meanwhile.
+        empty: everything is about to be loaded: until then the kernels are only shapes with
+            shardings. A kernel that is not loaded keeps its old codes.
+        dtype: of the kernels inside the context.
     """
     modules = [m for _, m in nnx.iter_modules(model) if is_packed(m)]
     before = [_unpack(m, jnp.dtype(dtype), empty) for m in modules]
@@ -236,7 +236,7 @@ def _packed(linear) -> dict[str, jax.Array]:
 
 
 def _pack(linear) -> None:
-    """Puts codes and scales in the place of the kernel."""
+    """Replaces the kernel by codes and scales."""
     logical = linear.kernel.get_metadata().get("logical")
     made = linear.kernel.get_raw_value()
     if not isinstance(made, dict):
@@ -252,9 +252,10 @@ _pack_compiled = jax.jit(pack, static_argnums=1)
 
 
 def _unpack(linear, dtype, empty: bool = False) -> tuple[dict, jax.Array]:
-    """Puts a kernel in the place of codes and scales; returns (them, the kernel's array).
+    """Replaces codes and scales by a kernel; returns (the replaced leaves, the kernel's array).
 
-    With `empty`, a reader that fills the kernel gives its arrays back at once: `loaded` packs them.
+    With `empty`, the kernel carries a function `loaded`, with which a reader packs the array that
+    it has read, so that one kernel at a time exists unpacked.
     Of codes without values (`models/build.py`), the kernel has none either.
     """
     leaves = {name: getattr(linear, name) for name in _LEAVES if name in vars(linear)}

@@ -1,8 +1,8 @@
-"""Attention by the splash kernel of JAX's Pallas library: on TPUs, without any [L, S] array.
+"""Attention on TPUs by the splash kernel of JAX's Pallas library, which makes no [L, S] array.
 
 The kernel runs on each device alone, so it is called under `shard_map`: rows over the data-parallel
 axes, heads over `tensor`, queries over `context` (keys and values are then gathered along it).
-Elsewhere than on TPUs it can only be interpreted, which is slow and for tests.
+On other platforms the kernel can only be interpreted, which is slow: for tests.
 """
 
 import math
@@ -17,16 +17,16 @@ from jax.sharding import PartitionSpec as P
 from metamorph_jax.sharding import fit, spec
 
 LANES = 128  # rows are padded to a multiple of this
-BLOCK = 512  # queries and keys that a core works on at a time
+BLOCK = 512  # queries, and keys, that a core processes at a time
 
 
 def attend(q, k, v, segments, *, interpret=False):
-    """Softmax attention of queries that are scaled already.
+    """Softmax attention; the queries are already scaled.
 
     Args:
         q: float[B, L, N, H]; k, v: float[B, S, K, H] with K dividing N.
-        segments: int32[B, L] (S = L): a query sees keys of its own number that don't come later.
-            None: it sees all keys.
+        segments: int32[B, L] (S = L): a query sees the keys of its own segment up to its own
+            position. None: it sees all keys.
         interpret: run without a TPU.
 
     Returns:
@@ -102,7 +102,7 @@ def _kernel(N, L, S, causal, head_shards, q_shards, interpret):
         block_sizes=sizes,
         head_shards=head_shards,
         q_seq_shards=q_shards,
-        residual_checkpoint_name="attention",  # for remat policies that keep what the kernel gives
+        residual_checkpoint_name="attention",  # so that remat policies can keep the output
         interpret=interpret,
     )
 

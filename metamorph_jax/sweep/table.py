@@ -78,7 +78,10 @@ def best_first(rows: Sequence[dict], metric: str) -> list[dict]:
 
 
 def markdown(rows: Sequence[dict], metric: str) -> str:
-    """A table, best run first. Rows: {"name", "state", "step", "values", "metrics"}."""
+    """A Markdown table, best run first. Rows: {"name", "state", "step", "values", "metrics"}.
+
+    (pandas could write it, but would bring itself and tabulate for these few lines.)
+    """
     keys = list(dict.fromkeys(k for row in rows for k in row["values"]))
     names = short_names(keys)
     head = ["run", *(names[k] for k in keys), metric, "step", "state"]
