@@ -28,7 +28,7 @@ from PIL import Image
 
 from metamorph_jax.data import cache as caches
 from metamorph_jax.data import images
-from metamorph_jax.data.chat import Chat
+from metamorph_jax.data.chat import Chat, Markers
 from metamorph_jax.data.config import (
     CacheConfig,
     DataConfig,
@@ -37,8 +37,8 @@ from metamorph_jax.data.config import (
     RowConfig,
     SourceConfig,
 )
-from metamorph_jax.data.packing import FirstFit
-from metamorph_jax.data.pipeline import all_refs, make_pipeline
+from metamorph_jax.data.packing import FirstFit, Size
+from metamorph_jax.data.pipeline import all_refs, make_pipeline, open_sources
 from metamorph_jax.data.views import Single
 from metamorph_jax.recipe import Shard
 
@@ -95,7 +95,8 @@ class Ours:
     """Draws `count` samples a call from an endless pipeline."""
 
     def __init__(self, config: DataConfig, spec: InputSpec, chat: Chat, count: int):
-        self.pipeline, self.count = make_pipeline(config, spec, chat, Shard(1)), count
+        self.pipeline = make_pipeline(config, spec, chat, open_sources(config), Shard(1))
+        self.count = count
         self.positions = self.useful = 0
 
     def __call__(self):
@@ -223,10 +224,10 @@ def lengths(n: int, seed: int = 0, limit: int = 4096):
 
 def useful_positions(n: int) -> common.Case:
     size, count = lengths(n)
-    packer = FirstFit(4096, RowConfig.images, RowConfig.open_rows)
+    packer = FirstFit(Size(4096, RowConfig.images), RowConfig.open_rows)
     rows = []
     for positions, held in zip(size.tolist(), count.tolist(), strict=True):
-        rows += packer.add(positions, positions, held)
+        rows += packer.add(positions, Size(positions, held))
     packed = sum(map(sum, rows)) / (4096 * len(rows))
     batches = size[: n // 6 * 6].reshape(-1, 6)
     padded = batches.sum() / (batches.max(1) * 6).sum()
@@ -244,18 +245,19 @@ def main():
         folder = pathlib.Path(name)
         tokenizer = make_data(folder, count)
         spec = InputSpec(Single(64, images.Preprocess(size)), TOWER_WIDTH, "random")
-        chat = Chat(tokenizer)
+        marks = tokenizer.convert_tokens_to_ids(["<image_start>", "<image_end>"])
+        chat = Chat(tokenizer, markers=Markers((marks[0],), (marks[1],)))
         base = DataConfig(
             sources=(SourceConfig(str(folder / "data.jsonl")),),
             row=RowConfig(images=32, length=4096 if not args.smoke else 1024),
         )
-        refs = list(all_refs(base))
-        root, process = str(folder / "cache"), spec.views.preprocess
-        caches.build(root, caches.image_spec(process), refs, process, progress=False)
+        refs = list(all_refs(base, open_sources(base)))
+        root, views = str(folder / "cache"), spec.views
+        caches.build(root, caches.image_spec(views), refs, views, progress=False)
         rng = np.random.default_rng(0)
         random = lambda x: rng.random((len(x), 64, TOWER_WIDTH), np.float32)  # noqa: E731
-        feature_spec = caches.feature_spec(process, spec)
-        caches.build(root, feature_spec, refs, process, random, progress=False)
+        feature_spec = caches.feature_spec(views, spec)
+        caches.build(root, feature_spec, refs, views, random, progress=False)
 
         def read(cache=None, **reading):
             return dataclasses.replace(

@@ -7,8 +7,7 @@ from flax import nnx
 
 from metamorph_jax.convert import specs
 from metamorph_jax.convert.vit import load_vit
-from metamorph_jax.data import cache, pipeline
-from metamorph_jax.data.config import InputConfig, InputSpec
+from metamorph_jax.data.config import InputSpec
 from metamorph_jax.data.images import Preprocess
 from metamorph_jax.data.views import Single
 from metamorph_jax.models.vision.encoder import VisionConfig, VisionEncoder
@@ -40,20 +39,3 @@ def input_spec(cfg: VisionConfig) -> InputSpec:
         return InputSpec(Single(tokens), width)
     preprocess = Preprocess(tower.size, mean=tuple(tower.mean), std=tuple(tower.std))
     return InputSpec(Single(tokens, preprocess), width, cfg.identity)
-
-
-def fill_feature_cache(data: InputConfig, cfg: VisionConfig, batch_size: int = 32) -> None:
-    """Runs the tower, if there is one, over all images that `data.cache.features` lacks."""
-    if cfg.vit is None:
-        return
-    spec = input_spec(cfg)
-    preprocess = data.images.change(spec.views.preprocess)
-    cache.build(
-        data.cache.features,
-        cache.feature_spec(preprocess, spec),
-        pipeline.all_refs(data),
-        preprocess,
-        feature_function(cfg),
-        batch_size,
-        max_pixels=data.images.max_pixels,
-    )

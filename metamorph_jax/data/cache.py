@@ -1,15 +1,17 @@
-"""Resized pictures, or the features a frozen tower makes of them, in memory-mapped files.
+"""Resized images, or the features a frozen tower makes of them, in memory-mapped files.
 
-    DIR/pictures-0a1b…/          one folder for each way of making the rows (its fingerprint)
+    DIR/features-0a1b…/          one folder for each way of making the rows (its fingerprint)
         meta.json                fingerprint, row shape and dtype
-        rows.bin                 rows one behind another
-        index.jsonl              a line for each row: key, size and time of the file, row number
+        rows.bin                 one row for each view, one after another
+        index.jsonl              a line for each image: key, size and time of the file, first row,
+                                 and how many rows if it has several
 
-A line of the index is written after its row is in the file, so whatever interrupts the building,
-the whole lines tell which rows are good; the next build goes on behind them. A picture whose file
+A line of the index is written after its rows are in the file, so whatever interrupts the building,
+the whole lines tell which rows are good; the next build continues after them. An image whose file
 has changed since (size or time) counts as not cached.
 """
 
+import collections
 import dataclasses
 import hashlib
 import itertools
@@ -26,6 +28,7 @@ import numpy as np
 from metamorph_jax.data import images
 from metamorph_jax.data.config import InputSpec
 from metamorph_jax.data.sources.base import ImageRef
+from metamorph_jax.data.views import Views
 from metamorph_jax.errors import BadSample
 
 
@@ -34,7 +37,7 @@ class CacheSpec:
     """What a cache holds.
 
     Attributes:
-        kind: "pictures" or "features".
+        kind: "pictures" (pixels) or "features".
         fingerprint: text that differs whenever rows would differ (processor, tower, weights).
         shape, dtype: of one row.
     """
@@ -53,17 +56,18 @@ class CacheSpec:
         return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
 
 
-def image_spec(preprocess: images.Preprocess) -> CacheSpec:
-    """A cache of resized images. Its folder keeps the name that it has always had."""
-    side = preprocess.size
-    return CacheSpec("pictures", preprocess.fingerprint(), (side, side, 3), "uint8")
+def image_spec(views: Views) -> CacheSpec:
+    """A cache of the pixels of views. Its folder keeps the name that it has always had."""
+    side = views.preprocess.size
+    return CacheSpec("pictures", views.fingerprint(), (side, side, 3), "uint8")
 
 
-def feature_spec(preprocess: images.Preprocess, spec: InputSpec) -> CacheSpec:
+def feature_spec(views: Views, spec: InputSpec) -> CacheSpec:
     """A cache of features; `spec.tower` must name weights, layer, reduction and normalisation."""
     if not (spec.feature_width and spec.tower):
         raise ValueError("a feature cache needs InputSpec.feature_width and InputSpec.tower")
-    fingerprint = f"{preprocess.fingerprint()} {preprocess.mean} {preprocess.std} | {spec.tower}"
+    p = views.preprocess
+    fingerprint = f"{views.fingerprint()} {p.mean} {p.std} | {spec.tower}"
     return CacheSpec("features", fingerprint, spec.feature_shape, "float32")
 
 
@@ -97,9 +101,8 @@ class ArrayCache:
         if shape is not None and meta.shape != shape:
             raise ValueError(f"{folder} holds rows of shape {meta.shape}, expected {shape}")
         self.spec = meta
-        good, _ = _good_lines(folder, meta)
-        self._index = {e["key"]: (e["row"], e.get("bad"), e["size"], e["time"]) for e in good}
-        count = 1 + max((found[0] for found in self._index.values()), default=-1)
+        self._index = {entry["key"]: entry for entry in _good_lines(folder, meta)[0]}
+        count = max(map(_end, self._index.values()), default=0)
         if count:
             path = os.path.join(folder, "rows.bin")
             self.rows = np.memmap(path, meta.dtype, "r", shape=(count, *meta.shape))
@@ -110,27 +113,27 @@ class ArrayCache:
         return (ArrayCache, (self.folder,))
 
     def __len__(self) -> int:
-        return sum(bad is None for _, bad, _, _ in self._index.values())
+        return sum("bad" not in entry for entry in self._index.values())
 
-    def lookup(self, ref: ImageRef) -> int | None:
-        """Row of a picture; None if it isn't cached or its file has changed.
+    def lookup(self, ref: ImageRef) -> range | None:
+        """Rows of an image's views; None if it isn't cached or its file has changed.
 
-        A picture that was bad when the cache was built raises BadSample for the same reason.
+        An image that was bad when the cache was built raises BadSample for the same reason.
         """
         now = stamp(ref.path)
-        found = self._index.get(ref.key())
-        if found is None or found[2:] != now:
+        entry = self._index.get(ref.key())
+        if entry is None or (entry["size"], entry["time"]) != now:
             return None
-        if found[1]:
-            raise BadSample(found[1], ref.key())
-        return found[0]
+        if "bad" in entry:
+            raise BadSample(entry["bad"], ref.key())
+        return range(entry["row"], _end(entry))
 
 
 def build(
     root: str,
     spec: CacheSpec,
     refs: Iterable[ImageRef],
-    preprocess: images.Preprocess,
+    views: Views,
     compute: Callable[[np.ndarray], np.ndarray] | None = None,
     batch_size: int = 32,
     threads: int = 2,
@@ -138,24 +141,152 @@ def build(
     progress: bool = True,
     total: int | None = None,
 ) -> tuple[ArrayCache, Counter]:
-    """Fills the cache with every picture that isn't in it yet.
+    """Fills the cache with every image that isn't in it yet.
 
     Args:
         root: folder of all caches.
         spec: see `image_spec`, `feature_spec`.
-        refs: pictures; repeated ones are taken once.
-        preprocess: makes pixels of a picture.
+        refs: images; repeated ones are taken once.
+        views: makes the pixels of an image's views.
         compute: pixels uint8[n, h, w, 3] -> rows [n, *spec.shape]; None stores the pixels. It
-            always gets `batch_size` pictures, the last ones repeated, so it compiles once.
-        batch_size: pictures a call.
+            always gets `batch_size` views, the last ones repeated, so it compiles once.
+        batch_size: views a call.
         threads: decoding threads.
-        max_pixels: larger pictures are bad.
-        progress: say on stderr how far it is, and the time left.
+        max_pixels: larger images are bad.
+        progress: whether to report the progress and the time left on stderr.
         total: number of refs where `refs` has no length.
 
     Returns:
-        (the cache, how many pictures were bad by reason).
+        (the cache, how many images were bad by reason).
     """
+    folder = _prepare(root, spec)
+    good, length = _good_lines(folder, spec)
+    reader = _Reader(good, views, max_pixels)
+    bad: Counter = Counter()
+    show = _Progress(total or (len(refs) if hasattr(refs, "__len__") else 0), spec.kind, progress)
+    with (
+        _Writer(folder, spec, good, length, compute, batch_size) as writer,
+        ThreadPoolExecutor(max(threads, 1)) as pool,
+    ):
+        for chunk in _chunks(dict.fromkeys(refs), batch_size):
+            for entry, result in itertools.chain.from_iterable(pool.map(reader, _files(chunk))):
+                if isinstance(result, BadSample):
+                    bad[result.reason] += 1
+                    if entry is not None:
+                        writer.note_bad(entry, result.reason)
+                elif entry is not None:
+                    writer.add(entry, result)
+            show.add(len(chunk))
+        writer.finish()
+    show.close()
+    return ArrayCache(folder, spec), bad
+
+
+class _Reader:
+    """Images out of one file -> (index entry, pixels or what is wrong) of each.
+
+    The entry is None where nothing is to be written: the image is in the cache, or is not there.
+    """
+
+    def __init__(self, good: list[dict], views: Views, max_pixels: int):
+        self.known = {entry["key"]: entry for entry in good}
+        self.views, self.max_pixels = views, max_pixels
+
+    def __call__(self, refs: list[ImageRef]) -> list[tuple]:
+        done, new = [], []
+        for ref in refs:
+            try:
+                size, mtime = stamp(ref.path)
+            except BadSample as e:
+                done.append((None, e))
+                continue
+            entry = {"key": ref.key(), "size": size, "time": mtime}
+            cached = self.known.get(entry["key"])
+            if cached is None or (cached["size"], cached["time"]) != (size, mtime):
+                new.append((ref, entry))
+            else:
+                done.append((None, BadSample(cached["bad"]) if "bad" in cached else None))
+        try:
+            loaded = images.load([ref for ref, _ in new], self.max_pixels)
+        except BadSample as e:
+            return done + [(entry, e) for _, entry in new]
+        pairs = zip(new, loaded, strict=True)
+        return done + [(entry, self.views.pixels(image)) for (_, entry), image in pairs]
+
+
+class _Writer:
+    """Rows and index of a cache, after what is good in them.
+
+    Views wait until there are enough for a batch; an image's line is written once all of its rows
+    are in the file.
+    """
+
+    def __init__(self, folder: str, spec: CacheSpec, good, length: int, compute, batch_size: int):
+        self.spec, self.compute, self.batch_size = spec, compute, batch_size
+        self.row = max(map(_end, good), default=0)  # next one to be written
+        self.next = self.row  # next one to be given to an image
+        self.pixels: list[np.ndarray] = []
+        self.entries: collections.deque[dict] = collections.deque()
+        self.rows = open(os.path.join(folder, "rows.bin"), "ab")  # noqa: SIM115
+        self.index = open(os.path.join(folder, "index.jsonl"), "ab")  # noqa: SIM115
+        for file, end in ((self.rows, self.row * spec.row_bytes), (self.index, length)):
+            file.truncate(end)
+            file.seek(0, os.SEEK_END)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.rows.close()
+        self.index.close()
+
+    def note_bad(self, entry: dict, reason: str) -> None:
+        self.index.write(_line({**entry, "row": -1, "bad": reason}))
+
+    def add(self, entry: dict, pixels: np.ndarray) -> None:
+        """pixels: uint8[views, h, w, 3] of one image."""
+        several = {"views": len(pixels)} if len(pixels) > 1 else {}
+        self.entries.append({**entry, "row": self.next, **several})
+        self.next += len(pixels)
+        self.pixels += list(pixels)
+        while len(self.pixels) >= self.batch_size:
+            self._write(self.batch_size)
+
+    def finish(self) -> None:
+        if self.pixels:
+            self._write(len(self.pixels))
+
+    def _write(self, n: int) -> None:
+        pixels = np.stack(self.pixels[:n])
+        del self.pixels[:n]
+        values = pixels
+        if self.compute is not None:
+            filled = np.concatenate([pixels, pixels[-1:].repeat(self.batch_size - n, 0)])
+            values = np.asarray(self.compute(filled), self.spec.dtype)[:n]
+        if values.shape[1:] != self.spec.shape:
+            raise ValueError(
+                f"cache rows have shape {values.shape[1:]}, expected {self.spec.shape}"
+            )
+        self.rows.write(np.ascontiguousarray(values, self.spec.dtype).tobytes())
+        self.rows.flush()
+        os.fsync(self.rows.fileno())
+        self.row += n
+        while self.entries and _end(self.entries[0]) <= self.row:
+            self.index.write(_line(self.entries.popleft()))
+        self.index.flush()
+
+
+def _line(entry: dict) -> bytes:
+    return json.dumps(entry).encode() + b"\n"
+
+
+def _end(entry: dict) -> int:
+    """The row after an image's last one."""
+    return 0 if "bad" in entry else entry["row"] + entry.get("views", 1)
+
+
+def _prepare(root: str, spec: CacheSpec) -> str:
+    """The folder of a cache, made if it isn't there."""
     folder = spec.folder(root)
     os.makedirs(folder, exist_ok=True)
     meta = _read_meta(folder)
@@ -163,81 +294,11 @@ def build(
         _write_meta(folder, spec)
     elif meta != spec:
         raise ValueError(f"{folder} holds {meta}, not {spec}")
-    good, length = _good_lines(folder, spec)
-    known = {e["key"]: (e["size"], e["time"], e.get("bad")) for e in good}
-    row = 1 + max((e["row"] for e in good), default=-1)
-    bad = Counter()
-    rows_path, index_path = os.path.join(folder, "rows.bin"), os.path.join(folder, "index.jsonl")
-    show = _Progress(total or (len(refs) if hasattr(refs, "__len__") else 0), spec.kind, progress)
-    with open(rows_path, "ab") as rows, open(index_path, "ab") as index:
-        rows.truncate(row * spec.row_bytes)
-        index.truncate(length)
-        rows.seek(0, os.SEEK_END)
-        index.seek(0, os.SEEK_END)
-        with ThreadPoolExecutor(max(threads, 1)) as pool:
-
-            def one(group: list[ImageRef]) -> list[tuple]:
-                """(index entry, pixels or what is wrong) of pictures out of one file."""
-                done, new = [], []
-                for ref in group:
-                    try:
-                        size, mtime = stamp(ref.path)
-                    except BadSample as e:
-                        done.append((None, e))
-                        continue
-                    entry = {"key": ref.key(), "size": size, "time": mtime}
-                    same = known.get(entry["key"], ())
-                    if same[:2] == (size, mtime):
-                        done.append((None, BadSample(same[2]) if same[2] else None))
-                    else:
-                        new.append((ref, entry))
-                try:
-                    loaded = images.load([ref for ref, _ in new], max_pixels)
-                except BadSample as e:
-                    return done + [(entry, e) for _, entry in new]
-                pairs = zip(new, loaded, strict=True)
-                return done + [(entry, preprocess(picture)) for (_, entry), picture in pairs]
-
-            waiting: list[tuple[dict, np.ndarray]] = []
-            for chunk in _chunks(_unique(refs), batch_size):
-                results = pool.map(one, _files(chunk))
-                for entry, result in itertools.chain.from_iterable(results):
-                    if isinstance(result, BadSample):
-                        bad[result.reason] += 1
-                        if entry is not None:
-                            line = {**entry, "row": -1, "bad": result.reason}
-                            index.write(json.dumps(line).encode() + b"\n")
-                    elif entry is not None:
-                        waiting.append((entry, result))
-                while len(waiting) >= batch_size:
-                    row = _write(rows, index, spec, row, waiting[:batch_size], compute, batch_size)
-                    del waiting[:batch_size]
-                show.add(len(chunk))
-            if waiting:
-                _write(rows, index, spec, row, waiting, compute, batch_size)
-    show.close()
-    return ArrayCache(folder, spec), bad
-
-
-def _write(rows, index, spec, row, waiting, compute, batch_size) -> int:
-    pixels = np.stack([p for _, p in waiting])
-    values = pixels
-    if compute is not None:
-        filled = np.concatenate([pixels, pixels[-1:].repeat(batch_size - len(pixels), 0)])
-        values = np.asarray(compute(filled), spec.dtype)[: len(pixels)]
-    if values.shape[1:] != spec.shape:
-        raise ValueError(f"cache rows have shape {values.shape[1:]}, expected {spec.shape}")
-    rows.write(np.ascontiguousarray(values, spec.dtype).tobytes())
-    rows.flush()
-    os.fsync(rows.fileno())
-    lines = [{**entry, "row": row + k} for k, (entry, _) in enumerate(waiting)]
-    index.write("".join(json.dumps(line) + "\n" for line in lines).encode())
-    index.flush()
-    return row + len(waiting)
+    return folder
 
 
 def _good_lines(folder: str, spec: CacheSpec) -> tuple[list[dict], int]:
-    """(index entries whose row is whole, bytes of the index they take)."""
+    """(index entries whose rows are whole, bytes of the index they take)."""
     rows_path = os.path.join(folder, "rows.bin")
     whole = os.path.getsize(rows_path) // spec.row_bytes if os.path.exists(rows_path) else 0
     entries, length = [], 0
@@ -245,7 +306,7 @@ def _good_lines(folder: str, spec: CacheSpec) -> tuple[list[dict], int]:
         with open(os.path.join(folder, "index.jsonl"), "rb") as f:
             for line in f:
                 entry = json.loads(line) if line.endswith(b"\n") else None
-                if entry is None or entry["row"] >= whole:
+                if entry is None or _end(entry) > whole:
                     break
                 entries.append(entry)
                 length += len(line)
@@ -270,14 +331,6 @@ def _write_meta(folder: str, spec: CacheSpec) -> None:
     with open(temp, "w") as f:
         json.dump(dataclasses.asdict(spec), f)
     os.replace(temp, os.path.join(folder, "meta.json"))
-
-
-def _unique(refs: Iterable[ImageRef]) -> Iterator[ImageRef]:
-    seen = set()
-    for ref in refs:
-        if ref not in seen:
-            seen.add(ref)
-            yield ref
 
 
 def _chunks(items: Iterable, size: int) -> Iterator[list]:

@@ -1,7 +1,7 @@
-"""`metamorph data check`: reads a whole data set and says what is wrong with it, without stopping.
+"""`metamorph data check`: reads a whole data set and lists what is wrong with it.
 
-It goes the way a training run goes, so what it calls bad is what training skips and counts. Beyond
-that it decodes every picture, also those that truncation would leave out.
+It reads samples as a training run does, so what it calls bad is what training skips and counts. In
+addition it decodes every image, also those that truncation would leave out.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from metamorph_jax import recipe as recipes
@@ -26,6 +27,7 @@ from metamorph_jax.data.config import (
     SourceConfig,
 )
 from metamorph_jax.data.pipeline import make_stream, open_sources
+from metamorph_jax.data.sources.kinds import Kind
 from metamorph_jax.data.views import Single
 from metamorph_jax.errors import BadSample, ConfigError
 
@@ -47,11 +49,55 @@ class _Characters:
         return 0x200000
 
 
+class _Tally:
+    """Counts of samples and problems by source, with the first few details of each problem."""
+
+    def __init__(self, names: list[str], examples: int):
+        self.names, self.examples = names, examples
+        self.samples: collections.Counter[str] = collections.Counter()
+        self.bad: collections.Counter[str] = collections.Counter()
+        self.counts: collections.Counter = collections.Counter()
+        self.details: dict = collections.defaultdict(list)
+
+    def add(self, source: int, reason: str, detail: str, misnamed: list[str]) -> None:
+        name = self.names[source]
+        self.samples[name] += 1
+        for path in misnamed:
+            self._note(path, name, "misnamed", True)
+        if reason:
+            self.bad[name] += 1
+            self._note(detail, name, reason, False)
+
+    def _note(self, text: str, *problem) -> None:
+        self.counts[problem] += 1
+        if len(self.details[problem]) < self.examples:
+            self.details[problem].append(text)
+
+    def report(self) -> dict:
+        ordered = sorted(self.counts.items(), key=lambda x: (x[0][0], -x[1], x[0][1]))
+        return {
+            "sources": [
+                {"source": n, "samples": self.samples[n], "good": self.samples[n] - self.bad[n]}
+                for n in self.names
+            ],
+            "problems": [
+                {
+                    "source": problem[0],
+                    "reason": problem[1],
+                    "used": problem[2],
+                    "count": count,
+                    "examples": self.details[problem],
+                }
+                for problem, count in ordered
+            ],
+        }
+
+
 def check(
-    config: DataConfig,
+    config: InputConfig,
+    sources,
     tokenizer=None,
-    tokens: int = 64,
-    sources=None,
+    positions_per_image: int = 66,
     threads: int = 2,
     examples: int = EXAMPLES,
     progress: bool = False,
@@ -59,77 +105,51 @@ def check(
     """What is wrong with every sample of a config's sources.
 
     Args:
-        config: as for training; `epochs`, order and caches don't matter.
+        config: as for training; order, caches and number of epochs don't matter.
+        sources: of the config, see `pipeline.open_sources`.
         tokenizer: as for training. Without one, lengths in tokens are unknown, so nothing is cut;
             all other problems are found.
-        tokens: visual tokens of an image.
-        sources: see `make_pipeline`.
+        positions_per_image: that its visual tokens and markers take.
         threads: decoding threads.
         examples: how many details are kept of each problem.
-        progress: say on stderr how far it is.
+        progress: whether to report the progress on stderr.
 
     Returns:
         {"sources": [{source, samples, good}], "problems": [{source, reason, used, count,
         examples}]}; `used` marks problems that training lives with.
     """
-    stream = _stream(config, tokenizer, tokens, sources)
+    stream = _stream(config, sources, tokenizer, positions_per_image)
     total = len(stream)
-    counts: collections.Counter = collections.Counter()
-    details: dict = collections.defaultdict(list)
-    samples: collections.Counter = collections.Counter()
-    bad: collections.Counter = collections.Counter()
+    tally = _Tally([s.name for s in stream.sources], examples)
     start = last = time.monotonic()
     with ThreadPoolExecutor(max(threads, 1)) as pool:
         for block in range(0, total, 256):
-            work = pool.map(lambda n: _one(stream, n), range(block, min(block + 256, total)))
-            for source, reason, detail, misnamed in work:
-                name = stream.sources[source].name
-                samples[name] += 1
-                problems = [(path, "misnamed", True) for path in misnamed]
-                if reason:
-                    bad[name] += 1
-                    problems.append((detail, reason, False))
-                for text, why, used in problems:
-                    counts[name, why, used] += 1
-                    if len(details[name, why]) < examples:
-                        details[name, why].append(text)
+            done = min(block + 256, total)
+            for found in pool.map(lambda n: _one(stream, n), range(block, done)):
+                tally.add(*found)
             if progress and time.monotonic() - last > 5:
                 last = time.monotonic()
-                done = block + 256
-                left = (last - start) / done * max(total - done, 0)
+                left = (last - start) / done * (total - done)
                 print(f"checked {done}/{total}, {left:.0f} s left", file=sys.stderr)
-    return {
-        "sources": [
-            {"source": s.name, "samples": samples[s.name], "good": samples[s.name] - bad[s.name]}
-            for s in stream.sources
-        ],
-        "problems": [
-            {"source": n, "reason": r, "used": u, "count": c, "examples": details[n, r]}
-            for (n, r, u), c in sorted(counts.items(), key=lambda x: (x[0][0], -x[1], x[0][1]))
-        ],
-    }
+    return tally.report()
 
 
-def _stream(config: InputConfig, tokenizer, tokens: int = 64, sources=None):
-    row = RowConfig()
-    if isinstance(config, DataConfig):
-        row = config.row
+def _stream(config: InputConfig, sources, tokenizer, positions_per_image: int):
+    row = config.row if isinstance(config, DataConfig) else RowConfig("chatml")
     if tokenizer is None:
         row = dataclasses.replace(row, length=2**31 - 1, images=config.images.max_images)
     config = DataConfig(
         sources=tuple(dataclasses.replace(s, weight=0.0) for s in config.sources),
         order=dataclasses.replace(config.order, epochs=1, shuffle=False),
-        reading=config.reading,
         images=config.images,
         row=row,
     )
-    spec = InputSpec(Single(tokens))
-    chat = Chat(tokenizer or _Characters(), row.template, row.system, row.single_bos)
-    return make_stream(config, spec, chat, sources)
+    chat = Chat.of(tokenizer or _Characters(), row)
+    return make_stream(config, InputSpec(Single(positions_per_image)), chat, sources)
 
 
 def _one(stream, n: int) -> tuple[int, str, str, list[str]]:
-    """(source, reason or "", detail, misnamed pictures) of sample n."""
+    """(source, reason or "", detail, paths of misnamed images) of sample n."""
     item = stream[n]
     source, reason, detail = item["source"], item.get("bad", ""), item.get("detail", "")
     misnamed: list[str] = []
@@ -175,17 +195,19 @@ def table(report: dict) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `metamorph data check`."""
-    parser.add_argument("action", choices=["check"], help="read everything, say what's wrong")
+    parser.add_argument("action", choices=["check"], help="read everything, list what is wrong")
     parser.add_argument("paths", nargs="*", help=".json, .jsonl, .arrayrecord or tfds:NAME/SPLIT")
     parser.add_argument("--config", default="", help="check the sources of a training config")
-    parser.add_argument("--root", default="", help="folder of the pictures; default: the file's")
+    parser.add_argument("--root", default="", help="folder of the images; default: the file's")
     parser.add_argument("--kind", default="auto", help="kind of all records, or auto")
     parser.add_argument("--template", default="chatml", help="chat template")
     parser.add_argument("--tokenizer", default="", help="tokenizer.json or its folder")
     parser.add_argument("--length", type=int, default=4096, help="positions of a row")
-    parser.add_argument("--tokens-per-image", type=int, default=64)
-    parser.add_argument("--images-per-row", type=int, default=70)
-    parser.add_argument("--max-pixels", type=int, default=images.MAX_PIXELS)
+    parser.add_argument(
+        "--positions-per-image", type=int, default=66, help="visual tokens and markers of an image"
+    )
+    parser.add_argument("--images-per-row", type=int, default=70, help="most images of a sample")
+    parser.add_argument("--max-pixels", type=int, default=images.MAX_PIXELS, help="of an image")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--examples", type=int, default=EXAMPLES, help="details per problem")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -195,26 +217,32 @@ def run(args: argparse.Namespace) -> int:
     """Prints the report; 0 if every sample is usable, else 1."""
     if bool(args.paths) == bool(args.config):
         raise ConfigError("data check needs either files or --config")
-    if args.config:
-        values = load_config(args.config, args.overrides).to_dict()
-        config = build(recipes.find(values["recipe"]).Data, values["data"], "config.data")
-    else:
-        config = DataConfig(
-            sources=tuple(SourceConfig(p, root=args.root, kind=args.kind) for p in args.paths),
-            row=RowConfig(args.template, length=args.length, images=args.images_per_row),
-            images=ImageConfig(max_pixels=args.max_pixels),
-        )
+    config, kinds = _config(args)
     try:
         tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
-        sources = open_sources(config)
+        sources = open_sources(config, kinds)
     except (FileNotFoundError, ValueError) as e:
         raise ConfigError(str(e)) from e
     report = check(
-        config, tokenizer, args.tokens_per_image, sources, args.threads, args.examples,
+        config, sources, tokenizer, args.positions_per_image, args.threads, args.examples,
         progress=not args.json,
     )  # fmt: skip
     print(json.dumps(report, indent=2) if args.json else table(report))
     return 0 if all(s["good"] == s["samples"] for s in report["sources"]) else 1
+
+
+def _config(args: argparse.Namespace) -> tuple[InputConfig, Mapping[str, Kind]]:
+    """(what to check, kinds of records that the config's recipe brings)."""
+    if args.config:
+        values = load_config(args.config, args.overrides).to_dict()
+        recipe = recipes.find(values["recipe"])
+        return build(recipe.Data, values["data"], "config.data"), recipe.KINDS
+    config = DataConfig(
+        sources=tuple(SourceConfig(p, root=args.root, kind=args.kind) for p in args.paths),
+        row=RowConfig(args.template, length=args.length, images=args.images_per_row),
+        images=ImageConfig(max_pixels=args.max_pixels),
+    )
+    return config, {}
 
 
 def load_tokenizer(path: str):

@@ -5,9 +5,14 @@ statistics of the tower) is an `InputSpec` that the recipe makes from its own co
 """
 
 import dataclasses
+from collections.abc import Callable
+
+import numpy as np
 
 from metamorph_jax.data import images
-from metamorph_jax.data.views import Single
+from metamorph_jax.data.interleave import Rule, no_image
+from metamorph_jax.data.sources.base import Sample
+from metamorph_jax.data.views import Views
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,11 +125,12 @@ class ImageConfig:
     max_frames: int = 45
     max_pixels: int = images.MAX_PIXELS
 
-    def change(self, preprocess: images.Preprocess) -> images.Preprocess:
-        """The model's preprocessing with the changes that are asked for here."""
+    def change(self, views: Views) -> Views:
+        """The model's views with the changes to their preprocessing that are asked for here."""
         asked = {n: getattr(self, n) for n in ("size", "mode", "resize", "mean", "std")}
         changes = {name: value for name, value in asked.items() if value}
-        return dataclasses.replace(preprocess, **changes)
+        preprocess = dataclasses.replace(views.preprocess, **changes)
+        return dataclasses.replace(views, preprocess=preprocess)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,22 +165,49 @@ class DataConfig(InputConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class DrawingSpec:
+    """Images that a diffusion decoder draws inside a row while the model trains.
+
+    Attributes:
+        places: J, drawings that a row holds; a sample of more is skipped.
+        rule: which images are drawn.
+        preprocess: makes the image to draw, uint8[side, side, 3].
+        ids: written in the image's stead where it is drawn but not read; () reads it as well.
+        caption: (sample, k) -> int32[caption_length], the caption of its image k in ids of the
+            decoder's text encoder; None for no captions.
+        caption_length: how many.
+    """
+
+    places: int
+    rule: Rule
+    preprocess: images.Preprocess
+    ids: tuple[int, ...] = ()
+    caption: Callable[[Sample, int], np.ndarray] | None = None
+    caption_length: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class InputSpec:
-    """What the model decides about its input.
+    """What the model decides about its input. Its functions are those of modules (or dataclasses),
+    so that worker processes have them.
 
     Attributes:
         views: how an image becomes views of P tokens each, with the tower's preprocessing.
         feature_width: C of the features that a cache holds, or 0 where there are none.
         tower: text that differs whenever features would differ (see `cache.feature_spec`); "" where
             the model has no tower and its features come from a cache that was made elsewhere.
+        predicted: which images are to be predicted, visual token by visual token.
         visual_targets: most positions of a row that may predict visual tokens; 0 for no limit. A
             sample of more is skipped.
+        drawings: images to be drawn, or None.
     """
 
-    views: Single
+    views: Views
     feature_width: int = 0
     tower: str = ""
+    predicted: Rule = no_image
     visual_targets: int = 0
+    drawings: DrawingSpec | None = None
 
     @property
     def feature_shape(self) -> tuple[int, int]:

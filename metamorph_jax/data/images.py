@@ -5,17 +5,18 @@ The published processors resize with Pillow before they scale, so nothing is los
 """
 
 import collections
+import contextlib
 import dataclasses
 import io
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from metamorph_jax.data.sources.base import ImageRef
-from metamorph_jax.data.sources.video import decode_frames
+from metamorph_jax.data.sources.video import decode_frames, probe
 from metamorph_jax.errors import BadSample
 
 MAX_PIXELS = 64_000_000
@@ -54,7 +55,7 @@ def misnamed(path: str, head: bytes) -> bool:
 
 
 def read_bytes(path: str) -> bytes:
-    """The whole file; BadSample if it is missing, empty, or far too large for a picture."""
+    """The whole file; BadSample if it is missing, empty, or far too large for an image."""
     try:
         with open(path, "rb") as f:
             data = f.read(MAX_BYTES + 1)
@@ -69,24 +70,20 @@ def read_bytes(path: str) -> bytes:
     return data
 
 
-def decode(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The RGB picture in `data`. The header is looked at before any pixel is decoded.
-
-    EXIF orientation is not applied and alpha is dropped, as the published loaders do; of a moving
-    picture the first frame is taken.
-    """
+@contextlib.contextmanager
+def _opened(data: bytes, name: str, max_pixels: int) -> Iterator[Image.Image]:
+    """The image with its header read and checked; BadSample for whatever is wrong with it."""
     found = sniff(data[:16])
     if found is None:
         raise BadSample("unknown_format", name)
     try:
-        with Image.open(io.BytesIO(data), formats=found[1]) as picture:
-            w, h = picture.size
+        with Image.open(io.BytesIO(data), formats=found[1]) as image:
+            w, h = image.size
             if w * h > max_pixels:
                 raise BadSample("oversized", f"{name}: {w}x{h}, at most {max_pixels} pixels")
             if w == 0 or h == 0:
-                raise BadSample("broken_picture", f"{name}: {w}x{h}")
-            picture.load()
-            return picture.convert("RGB")
+                raise BadSample("broken_image", f"{name}: {w}x{h}")
+            yield image
     except BadSample:
         raise
     except Image.DecompressionBombError as e:
@@ -94,35 +91,46 @@ def decode(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except MemoryError:
         raise
     except Exception as e:  # Pillow's decoders raise many kinds of error on broken files
-        reason = "truncated" if "truncated" in str(e).lower() else "broken_picture"
+        reason = "truncated" if "truncated" in str(e).lower() else "broken_image"
         said = str(e).split(" <_io.")[0]  # Pillow's name of the bytes says nothing
         raise BadSample(reason, f"{name}: {said}") from e
 
 
-def draw_marks(picture: Image.Image, marks) -> Image.Image:
+def decode(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The RGB image in `data`. The header is looked at before any pixel is decoded.
+
+    EXIF orientation is not applied and alpha is dropped, as the published loaders do; of an
+    animation the first frame is taken.
+    """
+    with _opened(data, name, max_pixels) as image:
+        image.load()
+        return image.convert("RGB")
+
+
+def draw_marks(image: Image.Image, marks) -> Image.Image:
     """A copy with each (name, (x, y, w, h)) as a red box of 5 px, its name 20 px above."""
-    picture = picture.copy()
-    draw = ImageDraw.Draw(picture)
+    image = image.copy()
+    draw = ImageDraw.Draw(image)
     font = ImageFont.load_default()
     for name, (x, y, w, h) in marks:
         draw.rectangle((x, y, x + max(w, 0), y + max(h, 0)), outline=(255, 0, 0), width=5)
         draw.text((x, y - 20), name, fill=(255, 0, 0), font=font)
-    return picture
+    return image
 
 
-def crop(picture: Image.Image, box, name: str) -> Image.Image:
-    """The part inside (x1, y1, x2, y2), clipped to the picture."""
-    w, h = picture.size
+def crop_box(size: tuple[int, int], box, name: str) -> tuple[int, int, int, int]:
+    """(x1, y1, x2, y2) in whole pixels, clipped to an image of this (width, height)."""
+    w, h = size
     x1, y1 = max(int(box[0]), 0), max(int(box[1]), 0)
     x2, y2 = min(int(round(box[2])), w), min(int(round(box[3])), h)
     if x2 <= x1 or y2 <= y1:
         raise BadSample("bad_crop", f"{name}: {box} lies outside of {w}x{h}")
-    return picture.crop((x1, y1, x2, y2))
+    return x1, y1, x2, y2
 
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-    """How a picture becomes square pixels, and how the device is to scale them.
+    """How an image becomes square pixels, and how the device is to scale them.
 
     Attributes:
         size: side of the result.
@@ -146,28 +154,28 @@ class Preprocess:
         if self.resample not in ("bicubic", "bilinear"):
             raise ValueError(f"resample {self.resample!r}: expected bicubic or bilinear")
 
-    def __call__(self, picture: Image.Image) -> np.ndarray:
-        """uint8[size, size, 3] of an RGB picture."""
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        """uint8[size, size, 3] of an RGB image."""
         resample = getattr(Image.Resampling, self.resample.upper())
         square = (self.size, self.size)
         if self.mode == "pad":
-            picture = pad_to_square(picture, tuple(int(255 * m) for m in self.mean), self.size)
+            image = pad_to_square(image, tuple(int(255 * m) for m in self.mean), self.size)
         if self.mode == "crop":
-            w, h = picture.size
+            w, h = image.size
             short = self.resize or self.size
             # The long side is cut to an integer, not rounded, as the published processors do.
             new = (short, int(short * h / w)) if w <= h else (int(short * w / h), short)
             left, top = (new[0] - self.size) // 2, (new[1] - self.size) // 2
             if new[0] * new[1] <= MAX_PIXELS or self.size > short:
-                picture = picture.resize(new, resample)
-                picture = picture.crop((left, top, left + self.size, top + self.size))
+                image = image.resize(new, resample)
+                image = image.crop((left, top, left + self.size, top + self.size))
             else:  # a very long line: resize only what is cut out (differs slightly at its edges)
                 x, y = w / new[0], h / new[1]
                 box = (left * x, top * y, (left + self.size) * x, (top + self.size) * y)
-                picture = picture.resize(square, resample, box=box)
-        elif picture.size != square:
-            picture = picture.resize(square, resample)
-        return np.asarray(picture)
+                image = image.resize(square, resample, box=box)
+        elif image.size != square:
+            image = image.resize(square, resample)
+        return np.asarray(image)
 
     def normalise(self, pixels: np.ndarray) -> np.ndarray:
         """float32 of the same shape: what the device makes of the pixels."""
@@ -193,21 +201,21 @@ DINOV2_224 = Preprocess(
 
 
 def pad_to_square(
-    picture: Image.Image, colour: tuple[int, int, int], size: int | None = None
+    image: Image.Image, colour: tuple[int, int, int], size: int | None = None
 ) -> Image.Image:
-    """The picture in the middle of a square of its longer side.
+    """The image in the middle of a square of its longer side.
 
-    Where that square would have more than MAX_PIXELS, the picture is shrunk to `size` first.
+    Where that square would have more than MAX_PIXELS, the image is shrunk to `size` first.
     """
-    w, h = picture.size
+    w, h = image.size
     if w == h:
-        return picture
+        return image
     side = max(w, h)
     if side * side > MAX_PIXELS and size is not None:
         w, h = (max(1, round(n * size / side)) for n in (w, h))
-        picture, side = picture.resize((w, h), Image.Resampling.BICUBIC), size
+        image, side = image.resize((w, h), Image.Resampling.BICUBIC), size
     square = Image.new("RGB", (side, side), colour)
-    square.paste(picture, ((side - w) // 2, (side - h) // 2))
+    square.paste(image, ((side - w) // 2, (side - h) // 2))
     return square
 
 
@@ -267,7 +275,7 @@ def preprocess_from_hf(fields: Mapping) -> Preprocess:
     if short and not crop and not pad:
         wrong.append("size.shortest_edge without do_center_crop (results differ in size)")
     if (pad or not short) and crop and cut.get("height") != size:
-        wrong.append(f"crop_size={cut!r} of a picture that is {size} square")
+        wrong.append(f"crop_size={cut!r} of an image that is {size} square")
     if wrong:
         raise ValueError(f"{kind}: no counterpart of " + "; ".join(wrong))
     mean, std = (0.5,) * 3, (0.5,) * 3
@@ -320,9 +328,9 @@ def load(
     max_pixels: int = MAX_PIXELS,
     counts: collections.Counter | None = None,
 ) -> list[Image.Image]:
-    """The RGB pictures of one sample; each file is read, and each video decoded, once.
+    """The RGB images of one sample; each file is read, and each video decoded, once.
 
-    `counts["misnamed"]` goes up for pictures whose extension is wrong; they are still used.
+    `counts["misnamed"]` goes up for images whose extension is wrong; they are still used.
     """
     frames: dict[str, list[int]] = collections.defaultdict(list)
     for ref in refs:
@@ -333,17 +341,35 @@ def load(
     out = []
     for ref in refs:
         if ref.frame is not None:
-            picture = Image.fromarray(videos[ref.path][ref.frame])
+            image = Image.fromarray(videos[ref.path][ref.frame])
         else:
             if ref.path not in files:
                 data = read_bytes(ref.path)
                 if counts is not None and misnamed(ref.path, data[:16]):
                     counts["misnamed"] += 1
                 files[ref.path] = decode(data, ref.path, max_pixels)
-            picture = files[ref.path]
+            image = files[ref.path]
         if ref.box is not None:
-            picture = crop(picture, ref.box, ref.path)
+            image = image.crop(crop_box(image.size, ref.box, ref.path))
         if ref.marks:
-            picture = draw_marks(picture, ref.marks)
-        out.append(picture)
+            image = draw_marks(image, ref.marks)
+        out.append(image)
+    return out
+
+
+def sizes(refs: Sequence[ImageRef], max_pixels: int = MAX_PIXELS) -> list[tuple[int, int]]:
+    """(width, height) of the images of one sample, from the headers of their files."""
+    known: dict[str, tuple[int, int]] = {}
+    out = []
+    for ref in refs:
+        if ref.path not in known and ref.frame is not None:
+            known[ref.path] = probe(ref.path).size
+        elif ref.path not in known:
+            with _opened(read_bytes(ref.path), ref.path, max_pixels) as image:
+                known[ref.path] = image.size
+        size = known[ref.path]
+        if ref.box is not None:
+            x1, y1, x2, y2 = crop_box(size, ref.box, ref.path)
+            size = x2 - x1, y2 - y1
+        out.append(size)
     return out

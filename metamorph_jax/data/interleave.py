@@ -1,7 +1,7 @@
-"""One conversation with pictures as the arrays of a row: where text stands, where visual tokens.
+"""One conversation with images as the arrays of a row: where text stands, where visual tokens.
 
-With P = 2 (`<` and `>` are the start and end tokens, `o` a visual token, A the first picture,
-B the second, which is an answer):
+With P = 2 (`<` and `>` are the markers around an image, `o` a visual token, A the first image, B
+the second, which is to be predicted):
 
     ids             q  <  S  >  a  <  S  >  e         labels   -  -  -  -  a  <  -  >  e
     tokens          q  <  o  o  >  a  <  o  o  >  e
@@ -9,25 +9,67 @@ B the second, which is an answer):
     text_targets   -1 -1 -1 -1  a  < -1 -1  >  e -1
     visual_targets -1 -1 -1 -1 -1 -1 B0 B1 -1 -1 -1
 
-The state at position p predicts what stands at p + 1, text or visual token alike.
+The state at position p predicts what stands at p + 1, text or visual token alike. Which images are
+to be predicted is the recipe's rule, and what stands in an image's place is a `Place`.
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from metamorph_jax.data.chat import IGNORE, SENTINEL
+from metamorph_jax.types import TEXT
+
+# (labels int[n], positions int[k] of the images' sentinels in them) -> bool[k], which images.
+Rule = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def no_image(labels: np.ndarray, sentinels: np.ndarray) -> np.ndarray:
+    """The rule of models that only read images."""
+    return np.zeros(len(sentinels), bool)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """What stands where an image is in the text.
+
+    Attributes:
+        slots: int32[n] visual tokens of the image or `NEWLINE`; `TEXT` at ordinary tokens.
+        tokens: int32[n] ids, 0 at visual tokens.
+        views: how many views the slots point into.
+    """
+
+    slots: np.ndarray
+    tokens: np.ndarray
+    views: int
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+
+def read_place(views: int, slots: np.ndarray) -> Place:
+    """An image that is read, from the plan of its views (`data/views.py`)."""
+    return Place(np.asarray(slots, np.int32), np.zeros(len(slots), np.int32), views)
+
+
+def text_place(ids: Sequence[int]) -> Place:
+    """Ordinary tokens in an image's stead: it is drawn, but not read."""
+    return Place(np.full(len(ids), TEXT, np.int32), np.array(ids, np.int32), 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One sample, not padded; n positions, k kept pictures.
+    """One sample, not padded; n positions, k kept images with V views together.
 
     Attributes:
         tokens, positions, text_targets, image_slots, visual_targets: int32[n], see `Batch`;
-            slots and targets count from the sample's own first kept picture.
-        kept: int32[k] which pictures of the sample are in the row (always the first k).
-        answers: bool[k] which kept pictures are answers (predicted), not context.
+            slots and targets count from the sample's own first view.
+        image_starts: int32[k] column at which each kept image's place begins. Always the first k
+            images of the sample are kept.
+        view_starts: int32[V] column of each view's first visual token (of its image's place, if
+            none of the view's tokens is read).
+        predicted: bool[k] which kept images are to be predicted.
         turns: int32[n] or None, see `Batch`.
     """
 
@@ -36,8 +78,9 @@ class Row:
     text_targets: np.ndarray
     image_slots: np.ndarray
     visual_targets: np.ndarray
-    kept: np.ndarray
-    answers: np.ndarray
+    image_starts: np.ndarray
+    view_starts: np.ndarray
+    predicted: np.ndarray
     turns: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -47,79 +90,124 @@ class Row:
 def build_row(
     ids: np.ndarray,
     labels: np.ndarray | None,
-    tokens_per_image: int,
-    max_length: int,
-    image_start: int,
+    places: Sequence[Place],
+    tokens_per_view: int,
+    length: int,
+    rule: Rule = no_image,
     turns: np.ndarray | None = None,
-    mask_dangling_start: bool = False,
+    mask_dangling: Sequence[int] = (),
 ) -> Row:
-    """Puts `tokens_per_image` visual tokens at every sentinel and shifts the targets.
+    """Puts every image into its place and shifts the targets.
 
-    A picture is an answer iff the token just before its sentinel is a supervised `image_start`;
-    otherwise, and when it comes first or right behind another picture, it is context. A picture
-    that would not fit into `max_length` is left out together with everything behind it; then text
-    is cut. The picture of a cut sentinel is never kept.
+    An image that would not fit into `length` is left out together with everything after it; then
+    text is cut. The image of a cut sentinel is never kept.
 
     Args:
-        ids: int[n] token ids with -200 for each picture.
-        labels: int[n], -100 where not supervised, or None (inference: all pictures are context).
-        tokens_per_image: P.
-        max_length: most positions of the row.
-        image_start: id of the start token.
+        ids: int[n] token ids with -200 for each image.
+        labels: int[n], -100 where not supervised, or None (inference: nothing is predicted).
+        places: what stands at each sentinel.
+        tokens_per_view: P.
+        length: most positions of the row.
+        rule: which images are to be predicted.
         turns: int[n] from `Chat.conversation(independent=True)`, or None.
-        mask_dangling_start: don't supervise a start token whose picture did not fit.
+        mask_dangling: ids of the marker before an image, which is then not supervised if the image
+            did not fit; () supervises it all the same.
 
     Returns:
         The row.
     """
     ids = np.asarray(ids, np.int32)
-    P = tokens_per_image
+    labels = np.full(len(ids), IGNORE, np.int32) if labels is None else np.asarray(labels, np.int32)
+    fitting = _count_fitting(ids, places, length)
+    cut = fitting < len(places)
+    if cut:
+        end = np.flatnonzero(ids == SENTINEL)[fitting]
+        ids, labels, places = ids[:end], labels[:end], places[:fitting]
     sentinels = np.flatnonzero(ids == SENTINEL)
-    if labels is None:
-        labels = np.full(len(ids), IGNORE, np.int32)
-    else:
-        labels = np.asarray(labels, np.int32)
+    predicted = np.asarray(rule(labels, sentinels), bool)
 
-    # Picture k starts at position s_k + k (P - 1) of the expanded row; it fits or all ends there.
-    starts = sentinels + np.arange(len(sentinels)) * (P - 1)
-    count = int(np.searchsorted(starts, max_length - P, side="right"))
-    dropped = count < len(sentinels)
-    if dropped:
-        ids, labels = ids[: sentinels[count]], labels[: sentinels[count]]
-        sentinels = sentinels[:count]
+    # `at`: which of the ids stands at each position; those of a place share a sentinel.
+    widths = np.ones(len(ids), np.int64)
+    widths[sentinels] = [len(place) for place in places]
+    at = np.repeat(np.arange(len(ids)), widths)[:length]
+    tokens, slots = _contents(ids, at, places, tokens_per_view)
+    text = _text_labels(ids, labels, at, tokens, slots)
+    if cut and mask_dangling and tokens[-len(mask_dangling) :].tolist() == list(mask_dangling):
+        text[-len(mask_dangling) :] = -1
+    visual = np.full(len(at), -1, np.int32)
+    answers = np.repeat(predicted, widths[sentinels])
+    in_place = ids[at] == SENTINEL
+    visual[in_place] = np.where(answers & (slots[in_place] >= 0), slots[in_place], -1)
 
-    before = np.maximum(sentinels - 1, 0)
-    answers = (sentinels > 0) & (labels[before] == image_start)
-    repeats = np.ones(len(ids), np.int64)
-    repeats[sentinels] = P
-    n = min(int(repeats.sum()), max_length)
-    where = np.repeat(np.arange(len(ids)), repeats)[:n]  # position -> index into ids
-    visual = ids[where] == SENTINEL
-    tokens = np.where(visual, 0, ids[where]).astype(np.int32)
-    image_slots = np.full(n, -1, np.int32)
-    image_slots[visual] = np.arange(count * P, dtype=np.int32)
-    labels_at = np.where(visual | (labels[where] < 0), -1, labels[where]).astype(np.int32)
-    if mask_dangling_start and dropped and n and labels_at[-1] == image_start:
-        labels_at[-1] = -1
-
-    text_targets = np.full(n, -1, np.int32)
-    text_targets[:-1] = labels_at[1:]
-    visual_targets = np.full(n, -1, np.int32)
-    wanted = visual & np.repeat(answers, P)[np.maximum(image_slots, 0)] if count else visual
-    visual_targets[:-1] = np.where(wanted[1:], image_slots[1:], -1)
-
-    positions = np.arange(n, dtype=np.int32)
+    text_targets, visual_targets = _shifted(text), _shifted(visual)
+    positions = np.arange(len(at), dtype=np.int32)
     if turns is not None:
-        turns = np.asarray(turns, np.int32)[where]
-        prefix = int((turns == 0).sum())  # the prefix is one stretch at the start
-        first = np.zeros(n, bool)
-        first[1:] = turns[1:] != turns[:-1]
-        origin = np.maximum.accumulate(np.where(first, positions, 0))
-        positions = np.where(turns > 0, positions - origin + prefix, positions).astype(np.int32)
-        # Nobody predicts over the border between two turns that don't see each other.
-        border = np.zeros(n, bool)
-        border[:-1] = (turns[1:] != turns[:-1]) & (turns[:-1] > 0)
-        text_targets[border] = -1
-        visual_targets[border] = -1
-    kept = np.arange(count, dtype=np.int32)
-    return Row(tokens, positions, text_targets, image_slots, visual_targets, kept, answers, turns)
+        turns = np.asarray(turns, np.int32)[at]
+        positions, last = _restart(turns)
+        text_targets[last] = visual_targets[last] = -1
+    starts = np.searchsorted(at, sentinels).astype(np.int32)
+    return Row(
+        tokens, positions, text_targets, slots, visual_targets,
+        starts, _view_starts(slots, starts, places, tokens_per_view), predicted, turns,
+    )  # fmt: skip
+
+
+def _count_fitting(ids: np.ndarray, places: Sequence[Place], length: int) -> int:
+    """How many images, from the first, have their places within the first `length` positions."""
+    sentinels = np.flatnonzero(ids == SENTINEL)
+    if len(sentinels) != len(places):
+        raise ValueError(f"{len(sentinels)} images in the text, places for {len(places)}")
+    widths = np.array([len(place) for place in places], np.int64)
+    ends = sentinels - np.arange(len(places)) + np.cumsum(widths)
+    return int(np.searchsorted(ends, length, side="right"))
+
+
+def _contents(ids, at, places, P: int) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, image_slots), int32[n] each."""
+    tokens, slots = ids[at], np.full(len(at), TEXT, np.int32)
+    if places:
+        views = np.cumsum([0, *(place.views for place in places)])
+        moved = [np.where(p.slots >= 0, p.slots + v * P, p.slots) for p, v in zip(places, views)]  # noqa: B905
+        in_place = tokens == SENTINEL
+        slots[in_place] = np.concatenate(moved)
+        tokens[in_place] = np.concatenate([place.tokens for place in places])
+    return tokens, slots
+
+
+def _text_labels(ids, labels, at, tokens, slots) -> np.ndarray:
+    """int32[n]: the token that the state before is to predict, -1 for none.
+
+    Tokens in an image's stead are supervised where the image's sentinel is.
+    """
+    here = labels[at]
+    here = np.where((ids[at] == SENTINEL) & (here != IGNORE), tokens, here)
+    return np.where((slots == TEXT) & (here >= 0), here, -1).astype(np.int32)
+
+
+def _shifted(labels: np.ndarray) -> np.ndarray:
+    """What the state at each position is to predict: the label of the next one."""
+    return np.append(labels[1:], np.int32(-1))[: len(labels)]
+
+
+def _restart(turns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(positions of a row with independent turns, bool: the last position of a turn).
+
+    Every turn continues the positions of the prefix (turn 0, one stretch at the start). From its
+    last position nothing is predicted: what follows belongs to a turn that does not see it.
+    """
+    positions = np.arange(len(turns), dtype=np.int32)
+    prefix = int((turns == 0).sum())
+    first = np.zeros(len(turns), bool)
+    first[1:] = turns[1:] != turns[:-1]
+    origin = np.maximum.accumulate(np.where(first, positions, 0))
+    last = np.append(first[1:], False)[: len(turns)] & (turns > 0)
+    return np.where(turns > 0, positions - origin + prefix, positions).astype(np.int32), last
+
+
+def _view_starts(slots, starts, places, P: int) -> np.ndarray:
+    """int32[V], see `Row`."""
+    found = np.repeat(starts, [place.views for place in places]).astype(np.int32)
+    columns = np.flatnonzero(slots >= 0)
+    views, first = np.unique(slots[columns] // P, return_index=True)
+    found[views] = columns[first]
+    return found

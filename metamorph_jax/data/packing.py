@@ -1,68 +1,74 @@
-"""First-fit packing of samples into rows [B, L] with at most I pictures each.
+"""First-fit packing of samples into rows [B, L] with at most I views of images each.
 
-A sample is never split, so neither is a picture. A few rows stay open; a sample goes into the first
-one that has room for its positions, pictures and visual targets. When none has, the fullest row is
-closed and a new one opened. `packing = "pad"` puts one sample into each row, as the references do.
+A sample is never split, so neither is an image. A few rows stay open; a sample goes into the first
+one that has room for its positions, views, visual targets and drawings. When none has, the fullest
+row is closed and a new one opened. `packing = "pad"` puts one sample into each row, as the
+references do.
 
-Grain's own first-fit packing bounds every feature on its own as well, but closes all rows at once
-and would need the visual tokens as a feature to be cut; here a picture must come whole, with its
-slots renumbered, so the rows are kept by hand.
+Grain's own first-fit packing bounds every feature by itself too, but closes all rows at once and
+would need the visual tokens as a feature to be cut; here an image must come whole, with its slots
+renumbered, so the rows are kept by hand.
 """
 
 import collections
+import functools
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import grain
 import numpy as np
 
-from metamorph_jax.data.config import DataConfig, InputSpec
+from metamorph_jax.data.config import DataConfig, DrawingSpec, InputSpec
 from metamorph_jax.errors import TooManyBadSamples
-from metamorph_jax.types import Batch, Images
+from metamorph_jax.types import TEXT, Batch, Drawings, Images
+
+
+class Size(NamedTuple):
+    """What a sample takes of a row, or what a row has."""
+
+    positions: int
+    views: int = 0
+    visual_targets: int = 0
+    drawings: int = 0
+
+    def __add__(self, other: "Size") -> "Size":
+        return Size(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def fits(self, limit: "Size") -> bool:
+        return all(a <= b for a, b in zip(self, limit, strict=True))
 
 
 class FirstFit:
-    """The open rows. An item is anything with positions, pictures and visual targets to count.
+    """The open rows. An item is anything that has a `Size`.
 
     Args:
-        length, images, targets: most of these in a row; 0 targets for no limit.
+        limit: most that a row holds.
         open_rows: rows kept open.
     """
 
-    def __init__(self, length: int, images: int, open_rows: int, targets: int = 0):
-        self.length, self.images, self.targets = length, images, targets or length
-        self.open_rows = max(open_rows, 1)
+    def __init__(self, limit: Size, open_rows: int):
+        self.limit, self.open_rows = limit, max(open_rows, 1)
         self.rows: list[list] = []
-        self.used: list[list[int]] = []  # [positions, pictures, visual targets] of each open row
-        self._full = length - length // 256  # a row this full isn't worth keeping open
+        self.used: list[Size] = []  # of each open row
+        # A row this full isn't worth keeping open.
+        self._full = limit.positions - limit.positions // 256
 
-    def add(self, item, positions: int, pictures: int, targets: int = 0) -> list[list]:
+    def add(self, item, size: Size) -> list[list]:
         """Places the item; returns the rows that were closed on the way."""
-        if positions > self.length or pictures > self.images or targets > self.targets:
-            raise ValueError(
-                f"a sample of {positions} positions, {pictures} pictures and {targets} visual "
-                f"targets does not fit into a row of {self.length}, {self.images} and "
-                f"{self.targets}"
-            )
+        if not size.fits(self.limit):
+            raise ValueError(f"a sample of {size} does not fit into a row of {self.limit}")
         closed = []
-        room = (
-            r
-            for r, (p, i, t) in enumerate(self.used)
-            if p + positions <= self.length
-            and i + pictures <= self.images
-            and t + targets <= self.targets
-        )
-        row = next(room, None)
+        fitting = (r for r, used in enumerate(self.used) if (used + size).fits(self.limit))
+        row = next(fitting, None)
         if row is None:
             if len(self.rows) >= self.open_rows:
                 closed.append(self._close(max(range(len(self.used)), key=lambda r: self.used[r])))
             row = len(self.rows)
             self.rows.append([])
-            self.used.append([0, 0, 0])
+            self.used.append(Size(0))
         self.rows[row].append(item)
-        self.used[row][0] += positions
-        self.used[row][1] += pictures
-        self.used[row][2] += targets
-        if self.used[row][0] >= self._full:
+        self.used[row] += size
+        if self.used[row].positions >= self._full:
             closed.append(self._close(row))
         return closed
 
@@ -83,10 +89,102 @@ class _OneEach(FirstFit):
         return super().add(*args) + self.flush()
 
 
-def _sizes(item: dict) -> tuple[int, int, int]:
-    """Positions, pictures and visual targets of an item of a `SampleStream`."""
+def row_limit(config: DataConfig, spec: InputSpec) -> Size:
+    """What a row holds."""
+    length = config.row.length
+    drawings = 0 if spec.drawings is None else spec.drawings.places
+    return Size(length, config.row.images, spec.visual_targets or length, drawings)
+
+
+def _size(item: dict) -> Size:
+    """Of an item of a `SampleStream`."""
     targets = int((item["visual_targets"] >= 0).sum())
-    return len(item["tokens"]), len(item["cache"]), targets
+    return Size(
+        len(item["tokens"]), len(item["cache"]), targets, len(item.get("drawing_starts", ()))
+    )
+
+
+class _Assembly:
+    """The arrays of one batch, filled row by row and sample by sample."""
+
+    def __init__(self, rows: int, config: DataConfig, spec: InputSpec, cache_rows):
+        B, L, I = rows, config.row.length, config.row.images
+        self.tokens_per_view, self.cache_rows = spec.views.tokens, cache_rows
+        self.ints = {
+            name: np.full((B, L), EMPTY[name], np.int32)
+            for name in EMPTY
+            if name != "turns" or config.row.independent_turns
+        }
+        pixels = features = self.drawings = None
+        if config.cache.features:
+            features = np.zeros((B, I, *spec.feature_shape), np.float32)
+        else:
+            side = config.images.change(spec.views).preprocess.size
+            pixels = np.zeros((B, I, side, side, 3), np.uint8)
+        self.images = Images(np.zeros((B, I), bool), np.zeros((B, I), np.int32), pixels, features)
+        if spec.drawings is not None:
+            self.drawings = _no_drawings(B, spec.drawings)
+
+    def add(self, b: int, row: list[dict]) -> None:
+        """Puts the samples of row b one after another."""
+        at, view, drawing = 0, 0, 0
+        for segment, item in enumerate(row, 1):
+            self._text(b, at, segment, view, item)
+            self._views(b, at, view, item)
+            if "drawings" in item:
+                self._draw(b, at, drawing, item)
+            size = _size(item)
+            at, view, drawing = at + size.positions, view + size.views, drawing + size.drawings
+
+    def _text(self, b: int, at: int, segment: int, view: int, item: dict) -> None:
+        here = (b, slice(at, at + len(item["tokens"])))
+        for name, array in self.ints.items():
+            if name in ("image_slots", "visual_targets"):  # those count from the row's first view
+                moved = item[name] + view * self.tokens_per_view
+                array[here] = np.where(item[name] >= 0, moved, item[name])
+            elif name == "segments":
+                array[here] = segment
+            else:
+                array[here] = item["source" if name == "sources" else name]
+
+    def _views(self, b: int, at: int, view: int, item: dict) -> None:
+        images, cached = self.images, item["cache"]
+        here = (b, slice(view, view + len(cached)))
+        images.valid[here], images.start[here] = True, item["view_starts"] + at
+        into = images.pixels if images.features is None else images.features
+        found = cached >= 0
+        if found.any():
+            into[here][found] = self.cache_rows[cached[found]]
+        if not found.all():
+            into[here][~found] = item["pixels"]
+
+    def _draw(self, b: int, at: int, drawing: int, item: dict) -> None:
+        here = (b, slice(drawing, drawing + len(item["drawings"])))
+        self.drawings.valid[here] = True
+        self.drawings.start[here] = item["drawing_starts"] + at
+        self.drawings.pixels[here] = item["drawings"]
+        if self.drawings.captions is not None:
+            self.drawings.captions[here] = item["captions"]
+
+
+# Value of `Batch` fields where there is no sample.
+EMPTY = {
+    "tokens": 0, "positions": 0, "segments": 0, "text_targets": -1, "image_slots": TEXT,
+    "visual_targets": -1, "sources": 0, "turns": 0,
+}  # fmt: skip
+
+
+def _no_drawings(rows: int, spec: DrawingSpec) -> Drawings:
+    places, side = (rows, spec.places), spec.preprocess.size
+    captions = None
+    if spec.caption is not None:
+        captions = np.zeros((*places, spec.caption_length), np.int32)
+    return Drawings(
+        valid=np.zeros(places, bool),
+        start=np.zeros(places, np.int32),
+        pixels=np.zeros((*places, side, side, 3), np.uint8),
+        captions=captions,
+    )
 
 
 def assemble(
@@ -101,50 +199,12 @@ def assemble(
 
     `cache_rows` are the rows of the feature cache, or of the image cache, that items point to.
     """
-    B, L, I, P = batch_rows, config.row.length, config.row.images, spec.views.tokens
-    turns = config.row.independent_turns
-    ints = {n: np.zeros((B, L), np.int32) for n in ("tokens", "positions", "segments", "sources")}
-    for name in ("text_targets", "image_slots", "visual_targets"):
-        ints[name] = np.full((B, L), -1, np.int32)
-    if turns:
-        ints["turns"] = np.zeros((B, L), np.int32)
-    valid, start = np.zeros((B, I), bool), np.zeros((B, I), np.int32)
-    pixels = features = None
-    if config.cache.features:
-        features = np.zeros((B, I, P, spec.feature_width), np.float32)
-    else:
-        side = config.images.change(spec.views.preprocess).size
-        pixels = np.zeros((B, I, side, side, 3), np.uint8)
+    batch = _Assembly(batch_rows, config, spec, cache_rows)
     for b, row in enumerate(rows):
-        at = image = 0
-        for segment, item in enumerate(row, 1):
-            n = len(item["tokens"])
-            here = (b, slice(at, at + n))
-            ints["tokens"][here] = item["tokens"]
-            ints["positions"][here] = item["positions"]
-            ints["segments"][here] = segment
-            ints["sources"][here] = item["source"]
-            ints["text_targets"][here] = item["text_targets"]
-            for name in ("image_slots", "visual_targets"):
-                ints[name][here] = np.where(item[name] >= 0, item[name] + image * P, -1)
-            if turns and "turns" in item:
-                ints["turns"][here] = item["turns"]
-            fresh = 0
-            slots = item["image_slots"]
-            for k, cached in enumerate(item["cache"].tolist()):
-                valid[b, image] = True
-                start[b, image] = at + int(np.argmax(slots == k * P))
-                if features is not None:
-                    features[b, image] = cache_rows[cached]
-                elif cached >= 0:
-                    pixels[b, image] = cache_rows[cached]
-                else:
-                    pixels[b, image] = item["pixels"][fresh]
-                    fresh += 1
-                image += 1
-            at += n
-    images = Images(valid, start, pixels, features)
-    return Batch(**ints, images=images, source_names=source_names)
+        batch.add(b, row)
+    return Batch(
+        **batch.ints, images=batch.images, drawings=batch.drawings, source_names=source_names
+    )
 
 
 class PackedIterator(grain.DatasetIterator):
@@ -184,13 +244,13 @@ class PackedIterator(grain.DatasetIterator):
         self._reset(0)
 
     def _reset(self, n: int) -> None:
-        o = self._config.row
         if getattr(self, "_items", None) is not None:
             getattr(self._items, "close", lambda: None)()
         self._items: Iterator[dict] | None = None
         self._next, self._bad_in_a_row = n, 0
+        o = self._config.row
         kind = FirstFit if o.packing == "first_fit" else _OneEach
-        self._packer = kind(o.length, o.images, o.open_rows, self._spec.visual_targets)
+        self._packer = kind(row_limit(self._config, self._spec), o.open_rows)
         self._ready: list[list[dict]] = []
         self.counts: collections.Counter[str] = collections.Counter()
 
@@ -239,7 +299,7 @@ class PackedIterator(grain.DatasetIterator):
         self._bad_in_a_row = 0
         if item.get("misnamed"):
             self.counts[f"{name}/misnamed"] += int(item["misnamed"])
-        return self._packer.add(item, *_sizes(item))
+        return self._packer.add(item, _size(item))
 
     def get_state(self) -> dict:
         def numbers(rows):
@@ -265,7 +325,7 @@ class PackedIterator(grain.DatasetIterator):
         for numbers in state["open"]:
             row = [self._again(n) for n in numbers]
             self._packer.rows.append(row)
-            self._packer.used.append([sum(s) for s in zip(*map(_sizes, row), strict=True)])
+            self._packer.used.append(functools.reduce(Size.__add__, map(_size, row)))
         self._bad_in_a_row = int(state["bad_in_a_row"])
         self.counts = collections.Counter(state["counts"])
 

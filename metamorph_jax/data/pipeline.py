@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import grain
 import numpy as np
@@ -29,13 +29,14 @@ from metamorph_jax.data.config import (
 from metamorph_jax.data.packing import PackedDataset, PackedIterator
 from metamorph_jax.data.sources import RecordSource, open_records
 from metamorph_jax.data.sources.base import ImageRef
+from metamorph_jax.data.sources.kinds import Files, Kind, known
 from metamorph_jax.data.stream import Mixture, SampleStream, choices
 from metamorph_jax.errors import BadSample, ConfigError
 from metamorph_jax.recipe import Shard
 
 __all__ = [
     "DataConfig", "InputConfig", "InputSpec", "SourceConfig", "all_refs", "make_pipeline",
-    "make_stream", "open_cache", "open_sources", "source_names",
+    "fill_feature_cache", "make_stream", "open_cache", "open_sources", "source_names",
 ]  # fmt: skip
 
 
@@ -48,29 +49,35 @@ def source_names(config: InputConfig) -> tuple[str, ...]:
     return tuple(names)
 
 
-def open_sources(config: InputConfig) -> list[RecordSource]:
-    """Readers of all sources.
+def open_sources(
+    config: InputConfig, kinds: Mapping[str, Kind] | None = None
+) -> list[RecordSource]:
+    """Readers of all sources; `kinds` are the recipe's own, besides those of `sources/kinds.py`.
 
     Raises:
-        ConfigError: there are none, or a file is missing.
+        ConfigError: there are none, or one names a kind that does not exist.
     """
     if not config.sources:
         raise ConfigError("config.data.sources is empty")
-    out: list[RecordSource] = []
-    most = config.images
+    table, out = known(kinds or {}), []
     for s, name in zip(config.sources, source_names(config), strict=True):
+        if s.kind != "auto" and s.kind not in table:
+            raise ConfigError(
+                f"config.data.sources: {name} is of kind {s.kind!r}, expected one of auto, "
+                f"{', '.join(table)}"
+            )
         root = s.root or os.path.dirname(os.path.abspath(s.path.split(",")[0]))
+        files = Files(root, config.images.max_frames)
         records = open_records(s.path, config.reading.index_dir or None)
-        out.append(RecordSource(name, records, root, s.kind, most.max_images, most.max_frames))
+        out.append(RecordSource(name, records, files, s.kind, config.images.max_images, table))
     return out
 
 
-def all_refs(config: InputConfig, sources=None) -> Iterator[ImageRef]:
+def all_refs(config: InputConfig, sources: Sequence) -> Iterator[ImageRef]:
     """Every image that a run with fixed choices can ask for: what a cache has to hold.
 
     Bad samples are passed over; the run will skip them too.
     """
-    sources = open_sources(config) if sources is None else sources
     for number, source in enumerate(sources):
         for k in range(len(source)):
             rng = choices(config.order.seed, number, 0, k)
@@ -84,11 +91,10 @@ def make_stream(
     config: DataConfig,
     spec: InputSpec,
     chat: Chat,
-    sources: Sequence | None = None,
+    sources: Sequence,
     process: tuple[int, int] = (0, 1),
 ) -> SampleStream:
     """The samples of one data shard, `process` = (index, count); see `make_pipeline`."""
-    sources = list(sources) if sources is not None else open_sources(config)
     weights = [s.weight for s in config.sources]
     mixture = Mixture(
         [len(s) for s in sources],
@@ -105,24 +111,54 @@ def open_cache(config: InputConfig, spec: InputSpec) -> caches.ArrayCache | None
     Where the model has no tower of its own, `cache.features` is the folder of one cache
     ("…/features-0a1b…"); otherwise it holds a folder for each tower.
     """
-    preprocess = config.images.change(spec.views.preprocess)
+    views = config.images.change(spec.views)
     if config.cache.features and not spec.tower:
         return caches.ArrayCache(config.cache.features, shape=spec.feature_shape)
     if config.cache.features:
-        wanted = caches.feature_spec(preprocess, spec)
+        wanted = caches.feature_spec(views, spec)
         return caches.ArrayCache(wanted.folder(config.cache.features), wanted)
     if config.cache.images:
-        wanted = caches.image_spec(preprocess)
+        wanted = caches.image_spec(views)
         return caches.ArrayCache(wanted.folder(config.cache.images), wanted)
     return None
+
+
+def fill_feature_cache(
+    config: InputConfig,
+    spec: InputSpec,
+    sources: Sequence,
+    make_compute: Callable[[], Callable[[np.ndarray], np.ndarray]],
+    batch_size: int = 32,
+) -> None:
+    """Runs the tower over all images of the sources that `config.cache.features` lacks.
+
+    `make_compute()` is the tower as `cache.build` takes it, called only if an image is missing.
+    """
+    made: list = []
+
+    def compute(pixels: np.ndarray) -> np.ndarray:
+        if not made:
+            made.append(make_compute())
+        return made[0](pixels)
+
+    views = config.images.change(spec.views)
+    caches.build(
+        config.cache.features,
+        caches.feature_spec(views, spec),
+        all_refs(config, sources),
+        views,
+        compute,
+        batch_size,
+        max_pixels=config.images.max_pixels,
+    )
 
 
 def make_pipeline(
     config: DataConfig,
     spec: InputSpec,
     chat: Chat,
+    sources: Sequence,
     shard: Shard,
-    sources: Sequence | None = None,
 ) -> PackedIterator:
     """An iterator of `Batch` for one data shard of a run.
 
@@ -133,9 +169,9 @@ def make_pipeline(
         config: everything about input that the user decides.
         spec: what the model decides.
         chat: writes conversations as ids.
+        sources: as `open_sources` makes them, or other objects with `name`, `len` and
+            `sample(k, rng) -> Sample`, in the order of config.sources.
         shard: rows of a batch, and which share of the samples it is packed from.
-        sources: objects with `name`, `len` and `sample(k, rng) -> Sample`, in the order of
-            config.sources, in place of the files named there.
 
     Returns:
         The iterator.

@@ -1,10 +1,10 @@
-"""Visual tokens that a language model predicted for requests whose real picture is known.
+"""Visual tokens that a language model predicted for requests whose real image is known.
 
-A decoder that has only seen a tower's features meets a language model's when it draws: smoother
-ones, since all pictures that fit a request share one prediction. Trained partly on predictions, it
-learns to settle what they leave open.
+A decoder is trained on a tower's features, but draws from a language model's, which are smoother:
+all images that fit a request share one prediction. Trained partly on predictions, it learns to
+decide what they leave open.
 
-    predicted.npz    keys: name of each picture (`ImageRef.key`); rows: int32, which prediction
+    predicted.npz    keys: name of each image (`ImageRef.key`); rows: int32, which prediction
                      belongs to it, -1 for none; features: float32[n, P, C]
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 
 
 class Predicted:
-    """The file, opened. `row(key)` is None for a picture without prediction."""
+    """The file, opened. `row(key)` is None for an image without prediction."""
 
     def __init__(self, path: str):
         if not os.path.isfile(path):

@@ -1,23 +1,29 @@
 """The endless deterministic stream of samples: number n is always the same sample.
 
 What sample n is follows from the seed alone: which source, which epoch of it, which record, and all
-random choices inside. So a pipeline that stopped can go on at any number, with any number of
+random choices inside. So a pipeline that stopped can resume at any number, with any number of
 worker processes, and every host knows its own share without talking to the others.
 """
 
 import collections
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 
 from metamorph_jax.data import images
 from metamorph_jax.data.cache import ArrayCache
-from metamorph_jax.data.chat import Chat
+from metamorph_jax.data.chat import SENTINEL, Chat, Encoded
 from metamorph_jax.data.config import DataConfig, InputSpec
-from metamorph_jax.data.interleave import build_row
+from metamorph_jax.data.interleave import Place, Row, build_row, no_image, read_place, text_place
+from metamorph_jax.data.sources.base import ImageRef, Sample
 from metamorph_jax.errors import BadSample
 
 ENDLESS = 2**62
+# Of a `Row`, what an item holds.
+ROW_FIELDS = (
+    "tokens", "positions", "text_targets", "image_slots", "visual_targets", "view_starts",
+)  # fmt: skip
 _BLOCK = 4096  # samples within which the weights of a mixture come out exactly (rounded)
 _MASK = 2**64 - 1
 
@@ -112,9 +118,19 @@ class Mixture:
 class SampleStream:
     """Random access to rows: `stream[n]` is a dict of arrays, or says why the sample is bad.
 
-    A good item holds `index`, `source`, the arrays of `Row`, and for its k kept images `cache`
-    int64[k] (row in the cache, -1 if the image is in `pixels`) and `pixels` uint8[j, h, w, 3]. A
-    bad item holds `index`, `source`, `bad` (the reason) and `detail`.
+    A good item holds `index`, `source`, the arrays of a `Row` and, of the V views of its images,
+    `cache` int64[V] (row in the cache, -1 if the view is in `pixels`) and `pixels` uint8[v, h, w,
+    3]; if it has j images to draw, `drawing_starts` int32[j], `drawings` uint8[j, h, w, 3] and
+    perhaps `captions` int32[j, L']. A bad item holds `index`, `source`, `bad` (the reason) and
+    `detail`.
+
+    Args:
+        sources: objects with `name`, `len` and `sample(k, rng) -> Sample`.
+        chat: writes conversations as ids.
+        config, spec: what the user decides, and what the model does.
+        mixture: the order of the samples of all data shards together.
+        process: (index, count) of this data shard.
+        cache: of views or features, see `pipeline.open_cache`.
     """
 
     def __init__(
@@ -129,7 +145,7 @@ class SampleStream:
     ):
         self.sources, self.chat, self.mixture, self.process = sources, chat, mixture, process
         self.config, self.spec, self.cache = config, spec, cache
-        self.preprocess = config.images.change(spec.views.preprocess)
+        self.views = config.images.change(spec.views)
         self.fixed_choices = config.order.fixed_choices or bool(config.cache.features)
         index, count = process
         total = config.order.epochs * mixture.total
@@ -146,18 +162,17 @@ class SampleStream:
         source, epoch, k = self.locate(n)
         return f"{self.sources[source].name} record {k} epoch {epoch}"
 
-    def sample(self, n: int):
+    def sample(self, n: int) -> Sample:
         source, epoch, k = self.locate(n)
         if self.fixed_choices:
             epoch = 0
-        rng = choices(self.mixture.seed, source, epoch, k)
-        return self.sources[source].sample(k, rng)
+        return self.sources[source].sample(k, choices(self.mixture.seed, source, epoch, k))
 
     def __getitem__(self, n: int) -> dict:
         n = int(n)
         source, _, k = self.locate(n)
         try:
-            return {"index": n, "source": source, **self._row(self.sample(n))}
+            return {"index": n, "source": source, **self._item(self.sample(n))}
         except BadSample as e:
             reason, detail = e.reason, e.detail
         except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
@@ -165,51 +180,95 @@ class SampleStream:
             reason, detail = f"error_{type(e).__name__}", f"record {k}: {e}"
         return {"index": n, "source": source, "bad": reason, "detail": detail}
 
-    def _row(self, sample) -> dict:
-        o, most = self.config.row, self.spec.visual_targets
-        encoded = self.chat.conversation(sample.turns, o.independent_turns)
+    def _item(self, sample: Sample) -> dict:
+        """Sizes of the images -> row -> pixels: what does not fit is never decoded."""
+        encoded = self.chat.conversation(sample.turns, self.config.row.independent_turns)
+        drawn = self._drawn(encoded)
+        places = self._places(sample.images, drawn)
         row = build_row(
             encoded.ids,
             encoded.labels,
+            places,
             self.spec.views.tokens,
-            o.length,
-            self.chat.image_start,
+            self.config.row.length,
+            self.spec.predicted,
             encoded.turns,
-            o.mask_dangling_start,
+            self.chat.markers.before if self.config.row.mask_dangling_start else (),
         )
-        if len(row.kept) > o.images:
-            raise BadSample("too_many_images", f"{len(row.kept)} images, a row holds {o.images}")
-        targets = int((row.visual_targets >= 0).sum())
+        places, drawn = places[: len(row.image_starts)], drawn[: len(row.image_starts)]
+        self._check(sample, row, drawn)
+        item = {name: getattr(row, name) for name in ROW_FIELDS}
+        if self.config.row.independent_turns:
+            item["turns"] = np.zeros(len(row), np.int32) if row.turns is None else row.turns
+        read = [(sample.images[k], place.views) for k, place in enumerate(places) if place.views]
+        return item | self._pixels(read) | self._drawings(sample, row, np.flatnonzero(drawn))
+
+    def _drawn(self, encoded: Encoded) -> np.ndarray:
+        """bool[k]: which images of a sample are to be drawn."""
+        sentinels = np.flatnonzero(encoded.ids == SENTINEL)
+        rule = no_image if self.spec.drawings is None else self.spec.drawings.rule
+        return np.asarray(rule(encoded.labels, sentinels), bool)
+
+    def _places(self, refs: Sequence[ImageRef], drawn: np.ndarray) -> list[Place]:
+        sizes: Sequence = [None] * len(refs)
+        if self.views.needs_size:
+            sizes = images.sizes(refs, self.config.images.max_pixels)
+        ids = () if self.spec.drawings is None else self.spec.drawings.ids
+        return [
+            text_place(ids) if ids and draw else read_place(*self.views.plan(size))
+            for size, draw in zip(sizes, drawn, strict=True)
+        ]
+
+    def _check(self, sample: Sample, row: Row, drawn: np.ndarray) -> None:
+        """Raises BadSample where no row has room for the sample, or nothing is learnt from it."""
+        views, most = len(row.view_starts), self.config.row.images
+        if views > most:
+            raise BadSample("too_many_images", f"{views} views of images, a row holds {most}")
+        targets, most = int((row.visual_targets >= 0).sum()), self.spec.visual_targets
         if 0 < most < targets:
             raise BadSample(
                 "too_many_visual_targets",
                 f"{targets} visual tokens to predict, max_visual_targets of the model is {most}",
             )
-        if not ((row.text_targets >= 0).any() or targets):
+        if drawn.any():
+            places, first = self.spec.drawings.places, int(row.image_starts[drawn].min())
+            if drawn.sum() > places:
+                raise BadSample("too_many_drawings", f"{drawn.sum()}, a row holds {places}")
+            if first == 0:
+                raise BadSample("nothing_to_draw_from", "no text before an image to draw")
+        elif not (targets or (row.text_targets >= 0).any()):
             raise BadSample("fully_masked", sample.id)
-        item = {
-            name: getattr(row, name)
-            for name in ("tokens", "positions", "text_targets", "image_slots", "visual_targets")
-        }
-        if o.independent_turns:
-            item["turns"] = np.zeros(len(row), np.int32) if row.turns is None else row.turns
-        notes: collections.Counter = collections.Counter()
-        item.update(self._images([sample.images[k] for k in row.kept], notes))
-        item["misnamed"] = notes["misnamed"]
-        return item
 
-    def _images(self, refs, notes) -> dict:
-        where = np.full(len(refs), -1, np.int64)
-        if self.cache is not None:
-            for i, ref in enumerate(refs):
-                found = self.cache.lookup(ref)
-                if found is not None:
-                    where[i] = found
-                elif self.config.cache.features:
-                    raise BadSample("not_in_feature_cache", ref.key())
-        left = [ref for ref, row in zip(refs, where, strict=True) if row < 0]
-        item = {"cache": where}
+    def _pixels(self, read: Sequence[tuple[ImageRef, int]]) -> dict:
+        """`cache`, `pixels` and `misnamed` of (image, number of views)."""
+        where: list[int] = []
+        left: list[ImageRef] = []
+        for ref, views in read:
+            rows = None if self.cache is None else self.cache.lookup(ref)
+            if rows is None and self.config.cache.features:
+                raise BadSample("not_in_feature_cache", ref.key())
+            if rows is None:
+                left.append(ref)
+            elif len(rows) != views:
+                raise BadSample("stale_cache", f"{ref.key()}: {len(rows)} views, expected {views}")
+            where += [-1] * views if rows is None else rows
+        notes: collections.Counter = collections.Counter()
+        item = {"cache": np.array(where, np.int64)}
         if left:
             loaded = images.load(left, self.config.images.max_pixels, notes)
-            item["pixels"] = np.stack([self.preprocess(image) for image in loaded])
+            item["pixels"] = np.concatenate([self.views.pixels(image) for image in loaded])
+        return item | {"misnamed": notes["misnamed"]}
+
+    def _drawings(self, sample: Sample, row: Row, drawn: np.ndarray) -> dict:
+        """What `Batch.drawings` needs of the images of these numbers."""
+        if not len(drawn):
+            return {}
+        spec = self.spec.drawings
+        loaded = images.load([sample.images[k] for k in drawn], self.config.images.max_pixels)
+        item = {
+            "drawing_starts": row.image_starts[drawn] - 1,
+            "drawings": np.stack([spec.preprocess(image) for image in loaded]),
+        }
+        if spec.caption is not None:
+            item["captions"] = np.stack([spec.caption(sample, int(k)) for k in drawn])
         return item

@@ -12,6 +12,7 @@ features.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -424,7 +425,7 @@ def initialize(model: DecoderRecipe, batches: list[DecoderBatch]) -> None:
 
 def open_data(data: Data, cfg: Config, shard: Shard):
     """An iterator of `DecoderBatch`; a feature cache is filled first with what is missing in it."""
-    from metamorph_jax.convert.vision import fill_feature_cache, input_spec
+    from metamorph_jax.convert.vision import feature_function, input_spec
     from metamorph_jax.data import images, pipeline
     from metamorph_jax.data.decoder_pairs import DecoderPairs
     from metamorph_jax.data.predicted import Predicted
@@ -432,18 +433,18 @@ def open_data(data: Data, cfg: Config, shard: Shard):
     cached = bool(data.cache.features)
     if not (cfg.with_tower or cached):
         raise ConfigError("without config.model.with_tower, config.data.cache.features must be set")
-    if cached:
-        fill_feature_cache(data, cfg.vision)
-    spec, side = input_spec(cfg.vision), cfg.decoder.image_side
+    spec, sources = input_spec(cfg.vision), pipeline.open_sources(data, KINDS)
+    if cached and spec.tower:
+        tower = functools.partial(feature_function, cfg.vision)
+        pipeline.fill_feature_cache(data, spec, sources, tower)
+    side = cfg.decoder.image_side
     pairs = DecoderPairs(
-        list(dict.fromkeys(pipeline.all_refs(data))),
+        list(pipeline.all_refs(data, sources)),
         images.Preprocess(side, "crop", side, "bilinear"),
-        shard.rows,
+        shard,
         data.order.seed,
         pipeline.open_cache(data, spec) if cached else None,
-        None if cached else data.images.change(spec.views.preprocess),
-        shard.index,
-        shard.count,
+        None if cached else data.images.change(spec.views).preprocess,
         int(data.memory_gib * 2**30),
         data.reading.threads,
         predicted=Predicted(data.predicted) if data.predicted else None,
@@ -458,7 +459,7 @@ def batch_spec(data: Data, cfg: Config, rows: int) -> DecoderBatch:
     from metamorph_jax.convert.vision import input_spec
 
     spec, cached = input_spec(cfg.vision), bool(data.cache.features)
-    side, seen = cfg.decoder.image_side, data.images.change(spec.views.preprocess).size
+    side, seen = cfg.decoder.image_side, data.images.change(spec.views).preprocess.size
     return DecoderBatch(
         jax.ShapeDtypeStruct((rows, side, side, 3), jnp.uint8),
         jax.ShapeDtypeStruct((rows, *spec.feature_shape), jnp.float32) if cached else None,

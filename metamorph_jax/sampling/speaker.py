@@ -10,14 +10,17 @@ from flax import nnx
 from metamorph_jax import config
 from metamorph_jax import recipe as recipes
 from metamorph_jax.data import images
-from metamorph_jax.data.chat import Chat
-from metamorph_jax.data.interleave import build_row
-from metamorph_jax.data.sources.templates import THINK_HUMAN
+from metamorph_jax.data.chat import Chat, Markers
+from metamorph_jax.data.interleave import build_row, read_place
+from metamorph_jax.data.views import Single
 from metamorph_jax.errors import UserError
 from metamorph_jax.models.interleave import place_visual
 from metamorph_jax.sampling.interleaved import Options, prepare
 from metamorph_jax.sampling.requests import Request, picture_refs, place_pictures
 from metamorph_jax.sampling.trained import load_trained
+
+# Put in front of a prompt to ask for visual thinking: one of the wordings of training.
+THINK = "Look closely before you answer. "
 
 
 class Speaker:
@@ -26,10 +29,8 @@ class Speaker:
     def __init__(self, model, tokenizer, data, preprocess, weights: str = "auto"):
         self.model, self.tokenizer, self.data = model, tokenizer, data
         self.preprocess = preprocess
-        self.chat = Chat(
-            tokenizer, data.row.template, data.row.system, data.row.single_bos,
-            image_start=model.image_start, image_end=model.image_end,
-        )  # fmt: skip
+        markers = Markers((model.image_start,), (model.image_end,))
+        self.chat = Chat.of(tokenizer, data.row, markers)
         self.decoder = prepare(model, weights)
         ends = {self.chat.close, getattr(tokenizer, "eos_token_id", None)} - {None}
         self.options = Options(eos=tuple(sorted(ends)))
@@ -53,7 +54,7 @@ class Speaker:
             ValueError, BadSample: with a message for the user.
         """
         refs = picture_refs(request)
-        text = place_pictures((THINK_HUMAN[1] if request.think else "") + request.prompt, len(refs))
+        text = place_pictures((THINK if request.think else "") + request.prompt, len(refs))
         ids = self.chat.prompt([("user", text)])
         P = self.decoder.P
         room = self.context - max_new_tokens
@@ -71,7 +72,8 @@ class Speaker:
             raise ValueError(
                 "this model was trained on cached features and has no tower for pictures"
             )
-        row = build_row(ids, None, P, max(need, 1), self.model.image_start)
+        places = [read_place(*Single(P).plan())] * len(refs)
+        row = build_row(ids, None, places, P, max(need, 1))
         embeds = self.model.embed_text(jnp.asarray(row.tokens))[None]
         if refs:
             loaded = images.load(refs, self.data.images.max_pixels)
@@ -102,5 +104,5 @@ def load_speaker(
         if not hasattr(model, name):
             raise UserError(f"the recipe {values['recipe']!r} does not generate text and pictures")
     data = config.build(recipe.Data, values["data"], "config.data")
-    preprocess = data.images.change(recipe.input_spec(cfg).views.preprocess)
+    preprocess = data.images.change(recipe.input_spec(cfg).views).preprocess
     return Speaker(model, recipe.load_tokenizer(cfg), data, preprocess, weights)

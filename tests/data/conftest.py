@@ -39,8 +39,25 @@ def conversation(*texts):
 
 
 @pytest.fixture
+def clip(tmp_path):
+    """30 frames at 10 a second, frame k grey 8 k, one red pixel corner."""
+    av = pytest.importorskip("av")
+    path = str(tmp_path / "v.mp4")
+    with av.open(path, "w") as out:
+        stream = out.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        stream.bit_rate = 10_000_000
+        for k in range(30):
+            pixels = np.full((32, 32, 3), 8 * k, np.uint8)
+            pixels[:16, :16] = (255, 0, 0)
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        out.mux(stream.encode())
+    return path
+
+
+@pytest.fixture
 def dataset(tmp_path):
-    """A folder with pictures and 40 records of mixed kinds, five of them bad. (path, folder)."""
+    """A folder with images and 40 records of mixed kinds, five of them bad. (path, folder)."""
     records = []
     for k in range(40):
         n = k % 4

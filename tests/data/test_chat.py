@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from metamorph_jax.data.chat import IGNORE, SENTINEL, Chat
+from metamorph_jax.data.chat import IGNORE, SENTINEL, Chat, Markers
+from metamorph_jax.data.chat_templates import ChatTemplate, Special, fill, render
 from metamorph_jax.data.sources.kinds import turns_of
 
 GOLDEN = "metamorph/conversations.json"
@@ -13,6 +14,11 @@ GOLDEN = "metamorph/conversations.json"
 @pytest.fixture(scope="session")
 def golden(golden_root):
     return json.loads((golden_root / GOLDEN).read_text())
+
+
+def golden_chat(golden, tokenizer, **kw):
+    ids = golden["special_ids"]
+    return Chat(tokenizer, markers=Markers((ids["<image_start>"],), (ids["<image_end>"],)), **kw)
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +43,7 @@ def encode(chat, case):
 @pytest.mark.golden
 def test_conversation_golden(case, golden, tokenizer):
     case = golden["conversations"][case]
-    got = encode(Chat(tokenizer), case)
+    got = encode(golden_chat(golden, tokenizer), case)
     # Text alone is cut when tokenised by the reference; rows with pictures are cut by the collator.
     limit = None if case["has_image"] else case["model_max_length"]
     assert got.ids[:limit].tolist() == case["input_ids"]
@@ -47,14 +53,14 @@ def test_conversation_golden(case, golden, tokenizer):
 @pytest.mark.golden
 def test_prompt_golden(question, golden, tokenizer):
     case = golden["inference_prompts"][question]
-    got = Chat(tokenizer).question(case["question"], case["n_images"])
+    got = golden_chat(golden, tokenizer).question(case["question"], case["n_images"])
     assert got.tolist() == case["input_ids"]
 
 
 @pytest.mark.golden
 def test_collator_golden(golden, tokenizer):
     collator = golden["collator"]
-    n, chat = collator["model_max_length"], Chat(tokenizer)
+    n, chat = collator["model_max_length"], golden_chat(golden, tokenizer)
     pad, stack = golden["special_ids"][golden["pad_token"]], []
     for k, name in enumerate(collator["samples"]):
         got = encode(chat, golden["conversations"][name])
@@ -112,14 +118,23 @@ def readable(ids):
     return "".join(names.get(i, chr(i) if i >= 0 else "-") for i in np.asarray(ids).tolist())
 
 
+AROUND = Markers((1000,), (1001,))
+
+
+def test_markers_may_be_missing():
+    turns = (("user", "<image>Hi"), ("assistant", "Yo"))
+    for markers, image in (((), ()), "@"), (((1000,), ()), "<@"), (((), (1001,)), "@>"):
+        chat = Chat(Letters(), "chatml", markers=Markers(*markers))
+        assert readable(chat.conversation(turns).ids).startswith(f"[user\n{image}Hi]")
+
+
 def test_chatml_layout():
-    chat = Chat(Letters(), "chatml", system="Be kind")
+    chat = Chat(Letters(), "chatml", system="Be kind", markers=AROUND)
     got = chat.conversation((("user", "<image>Hi"), ("assistant", "Yo <image>")))
     text = "[system\nBe kind]\n[user\n<@>Hi]\n[assistant\nYo <@>]\n"
     assert readable(got.ids) == text
     masked = "".join("." if v == IGNORE else c for v, c in zip(got.labels, text, strict=True))
     assert masked == "." * text.index("Yo") + "Yo <@>]" + "."
-    assert (chat.image_start, chat.image_end) == (1000, 1001)
 
 
 @pytest.mark.parametrize("name,start", [("smollm2", "[system\nYou are"), ("chatml", "[user")])
@@ -128,7 +143,7 @@ def test_default_system_turn(name, start):
 
 
 def test_independent_turns():
-    chat = Chat(Letters(), "chatml")
+    chat = Chat(Letters(), "chatml", markers=AROUND)
     turns = (
         ("user", "<image>\nOne?"), ("assistant", "1"), ("user", "Two?"), ("assistant", "2"),
     )  # fmt: skip
@@ -153,3 +168,53 @@ def test_missing_special_token_is_named():
         Chat(Letters(), "llama3")
     with pytest.raises(ValueError, match="expected one of"):
         Chat(Letters(), "vicuna")
+
+
+# ---- templates of another kind
+
+
+LINES = ChatTemplate(
+    "lines",
+    user=(("USER: {text} ", False),),
+    assistant=(("ASSISTANT:", False), (" {text}", True), (Special("<|im_end|>"), True)),
+    system=(("{text} ", False),),
+    start=(Special("<|im_start|>"),),
+    default_system="Chat.",
+)
+INST = ChatTemplate(
+    "inst",
+    user=(("[INST] {text} [/INST]", False),),
+    first_user=(("[INST] <<{system}>> {text} [/INST]", False),),
+    assistant=((" {text} ", True), (Special("<|im_end|>"), True)),
+    default_system="Be {text}",
+)
+CAPTION = ChatTemplate("caption", user=(("{images}", False),), assistant=(("{text}\n", True),))
+TURNS = (("user", "<image>\nQ"), ("assistant", "A {system}"), ("user", "R"), ("assistant", "B"))
+
+
+@pytest.mark.parametrize(
+    "template, want, supervised",
+    [
+        (LINES, "[Chat. USER: @\nQ ASSISTANT: A {system}]USER: R ASSISTANT: B]", " A {system}] B]"),
+        (INST, "[INST] <<Be {text}>> @\nQ [/INST] A {system} ][INST] R [/INST] B ]",
+               " A {system} ] B ]"),
+        (CAPTION, "@A {system}\nB\n", "A {system}\nB\n"),
+    ],
+    ids=lambda x: getattr(x, "name", ""),
+)  # fmt: skip
+def test_templates_are_rows(template, want, supervised):
+    """LLaVA's ways to write: one line, a system message in the first turn, captions alone."""
+    chat = Chat(Letters(), template)
+    got = chat.conversation(TURNS)
+    assert readable(got.ids) == want
+    assert readable(got.labels[got.labels != IGNORE]) == supervised
+    alone = chat.conversation(TURNS, independent=True)
+    if template is not CAPTION:
+        prefix = readable(alone.ids[alone.turns == 0])
+        assert want.startswith(prefix) and prefix.endswith("@")
+
+
+def test_a_prompt_ends_with_the_head_of_an_answer():
+    assert readable(Chat(Letters(), LINES).question("Q", 1)) == "[Chat. USER: @\nQ ASSISTANT:"
+    assert list(fill(LINES.assistant, "")) == [("ASSISTANT:", False)]
+    assert render(INST, (), "Be kind") == []

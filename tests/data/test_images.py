@@ -62,7 +62,7 @@ def test_bad_files(tmp_path):
             images.load([ImageRef(str(path))])
         assert e.value.reason == reason
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff" + bytes(50))
-    with pytest.raises(BadSample, match="broken_picture"):
+    with pytest.raises(BadSample, match="broken_image"):
         images.load([ImageRef(str(tmp_path / "broken.jpg"))])
     with pytest.raises(BadSample, match="oversized"):
         images.load([save(tmp_path / "big.png", make_image(1, 50, 50))], max_pixels=2000)

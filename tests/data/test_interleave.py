@@ -7,27 +7,38 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metamorph_jax.data.chat import IGNORE, SENTINEL
-from metamorph_jax.data.interleave import build_row
+from metamorph_jax.data.interleave import build_row, read_place, text_place
+from metamorph_jax.data.views import Single
+from metamorph_jax.recipes.metamorph.input import AfterSupervisedStart
+from metamorph_jax.types import NEWLINE
 
 START, END = 50, 51
+RULE = AfterSupervisedStart(START)
 
 
-def naive(ids, labels, P, limit):
-    """The rule walked one token at a time: [(token, label, slot, answer)], kept pictures."""
-    row, picture, full = [], 0, False
+def build(ids, labels, P, limit, **kw):
+    """A row in which every image is one view of P tokens."""
+    places = [read_place(*Single(P).plan())] * list(ids).count(SENTINEL)
+    return build_row(ids, labels, places, P, limit, RULE, **kw)
+
+
+def naive(ids, labels, places, P, limit):
+    """The rule walked one token at a time: [(token, label, slot, predicted)], kept images, views.
+
+    `places`: of each image, its slots (from its own first view), and its number of views.
+    """
+    row, image, view = [], 0, 0
     for k, (token, label) in enumerate(zip(ids, labels, strict=True)):
-        if full:
-            break
         if token != SENTINEL:
             row.append((token, label if label >= 0 else -1, -1, False))
             continue
-        if len(row) + P > limit:
-            full = True
-            continue
+        slots, views = places[image]
+        if len(row) + len(slots) > limit:
+            break
         answer = k > 0 and labels[k - 1] == START
-        row += [(0, -1, picture * P + i, answer) for i in range(P)]
-        picture += 1
-    return row[:limit], picture
+        row += [(0, -1, s + view * P if s >= 0 else s, answer and s >= 0) for s in slots]
+        image, view = image + 1, view + views
+    return row[:limit], image, view
 
 
 @st.composite
@@ -43,35 +54,71 @@ def samples(draw):
 
 
 @settings(max_examples=300, deadline=None)
-@given(samples(), st.integers(1, 5), st.integers(1, 40))
-def test_equals_naive_walk(sample, P, limit):
+@given(samples(), st.integers(1, 5), st.integers(1, 40), st.data())
+def test_equals_naive_walk(sample, P, limit, data):
+    """With single views, and with images of several views whose tokens are partly read."""
     ids, labels = sample
-    want, pictures = naive(ids, labels, P, limit)
-    row = build_row(np.array(ids, int), np.array(labels, int), P, limit, START)
+    count = ids.count(SENTINEL)
+    whole = [(list(range(P)), 1)] * count
+    partly = st.integers(1, 3).flatmap(
+        lambda views: st.tuples(
+            st.lists(st.integers(0, views * P - 1), unique=True, max_size=views * P).map(
+                lambda slots: [x for s in slots for x in (s, NEWLINE)[: 1 + s % 2]]
+            ),
+            st.just(views),
+        )
+    )
+    chosen = data.draw(st.one_of(st.just(whole), st.lists(partly, min_size=count, max_size=count)))
+    want, images, views = naive(ids, labels, chosen, P, limit)
+    places = [read_place(v, np.array(slots, np.int32)) for slots, v in chosen]
+    row = build_row(np.array(ids, int), np.array(labels, int), places, P, limit, RULE)
     n = len(want)
-    assert len(row) == n and len(row.kept) == pictures
+    assert len(row) == n and len(row.image_starts) == images and len(row.view_starts) == views
     assert row.tokens.tolist() == [w[0] for w in want]
     assert row.positions.tolist() == list(range(n))
     assert row.image_slots.tolist() == [w[2] for w in want]
     assert row.text_targets.tolist() == [w[1] for w in want[1:]] + [-1] * (n > 0)
     assert row.visual_targets.tolist() == [w[2] if w[3] else -1 for w in want[1:]] + [-1] * (n > 0)
-    firsts = [w[3] for w in want if w[2] >= 0 and w[2] % P == 0]
-    assert row.answers.tolist() == firsts
+    view = 0
+    for k, (slots, number) in enumerate(chosen[:images]):
+        start = row.image_starts[k]
+        for v in range(number):
+            inside = [i for i, s in enumerate(slots) if s >= 0 and s // P == v]
+            assert row.view_starts[view + v] == start + min(inside, default=0)
+        view += number
+    firsts = [ids[k - 1] == labels[k - 1] == START if k else False
+              for k, token in enumerate(ids) if token == SENTINEL]  # fmt: skip
+    assert row.predicted.tolist() == firsts[:images]
 
 
-def test_picture_first_or_after_a_picture_is_context():
+def test_image_first_or_after_an_image_is_context():
     ids = np.array([SENTINEL, SENTINEL, START, SENTINEL, END])
-    row = build_row(ids, ids, 2, 99, START)
-    assert row.answers.tolist() == [False, False, True]
+    row = build(ids, ids, 2, 99)
+    assert row.predicted.tolist() == [False, False, True]
+
+
+def test_ids_in_an_image_s_stead():
+    """An image that is drawn, not read: its tokens are text, supervised as its sentinel is."""
+    ids = np.array([7, SENTINEL, 8, SENTINEL, 9])
+    places = [text_place([30, 31]), read_place(*Single(2).plan())]
+    row = build_row(ids, ids, places, 2, 99)
+    assert row.tokens.tolist() == [7, 30, 31, 8, 0, 0, 9]
+    assert row.image_slots.tolist() == [-1, -1, -1, -1, 0, 1, -1]
+    assert row.text_targets.tolist() == [30, 31, 8, -1, -1, 9, -1]
+    assert row.image_starts.tolist() == [1, 4] and row.view_starts.tolist() == [4]
+    labels = np.array([7, IGNORE, 8, SENTINEL, 9])
+    assert build_row(ids, labels, places, 2, 99).text_targets.tolist()[:3] == [-1, -1, 8]
+    with pytest.raises(ValueError, match="2 images in the text, places for 1"):
+        build_row(ids, ids, places[:1], 2, 99)
 
 
 def test_dangling_start():
     ids = np.array([1, START, SENTINEL, END])
     labels = np.array([IGNORE, START, SENTINEL, END])
-    assert build_row(ids, labels, 4, 5, START).text_targets.tolist() == [START, -1]
-    cut = build_row(ids, labels, 4, 5, START, mask_dangling_start=True)
-    assert cut.text_targets.tolist() == [-1, -1] and len(cut.kept) == 0
-    whole = build_row(ids, labels, 4, 7, START, mask_dangling_start=True)
+    assert build(ids, labels, 4, 5).text_targets.tolist() == [START, -1]
+    cut = build(ids, labels, 4, 5, mask_dangling=[START])
+    assert cut.text_targets.tolist() == [-1, -1] and len(cut.image_starts) == 0
+    whole = build(ids, labels, 4, 7, mask_dangling=[START])
     assert whole.text_targets[0] == START
 
 
@@ -79,7 +126,7 @@ def test_turns():
     ids = np.array([9, START, SENTINEL, END, 1, 2, 3, 4, 5])
     labels = np.array([IGNORE] * 4 + [IGNORE, 2, 3, 4, 5])
     turns = np.array([0, 0, 0, 0, 1, 1, 2, 2, 2])
-    row = build_row(ids, labels, 2, 99, START, turns)
+    row = build(ids, labels, 2, 99, turns=turns)
     assert row.turns.tolist() == [0] * 5 + [1, 1, 2, 2, 2]
     assert row.positions.tolist() == [0, 1, 2, 3, 4, 5, 6, 5, 6, 7]
     # 3 is not predicted from the last token of turn 1, which turn 2 does not see.
@@ -101,7 +148,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.mark.golden
 def test_packing_golden(case, golden_root):
-    """Labels, masks, flags and which pictures are targets, for every packing case."""
+    """Labels, masks, flags and which images are targets, for every packing case."""
     meta = json.loads((golden_root / "metamorph/meta.json").read_text())
     info, special = meta["arrays"]["packing.npz"]["cases"][case], meta["special_ids"]
     P = meta["config"]["ntok"]
@@ -113,13 +160,15 @@ def test_packing_golden(case, golden_root):
     stack, targets, rows = 0, [], []
     for b in range(len(ids)):
         one = ids[b][mask[b]]
+        count = int((one == special["image_placeholder"]).sum())
         row = build_row(
-            one, None if labels is None else labels[b][mask[b]], P, info["max_length"],
-            special["image_start"],
+            one, None if labels is None else labels[b][mask[b]],
+            [read_place(*Single(P).plan())] * count, P, info["max_length"],
+            AfterSupervisedStart(special["image_start"]),
         )  # fmt: skip
         rows.append(row)
-        targets += [stack + k for k in row.kept[row.answers]]
-        stack += max(int((one == special["image_placeholder"]).sum()), 1)  # 1: the dummy picture
+        targets += [stack + k for k in np.flatnonzero(row.predicted)]
+        stack += max(count, 1)  # 1: the dummy image
     assert stack == info["n_images"] and max(len(r) for r in rows) == L
 
     for b, row in enumerate(rows):

@@ -16,7 +16,7 @@ from metamorph_jax.data.config import (
     RowConfig,
 )
 from metamorph_jax.data.images import Preprocess
-from metamorph_jax.data.packing import FirstFit, PackedIterator, assemble
+from metamorph_jax.data.packing import FirstFit, PackedIterator, Size, assemble
 from metamorph_jax.data.views import Single
 from metamorph_jax.errors import TooManyBadSamples
 
@@ -24,7 +24,7 @@ P = 2
 
 
 class Stream:
-    """Items of given (text, pictures) sizes; None is a bad one. Tokens of item n are all n + 1."""
+    """Items of given (text, images) sizes; None is a bad one. Tokens of item n are all n + 1."""
 
     sources = [types.SimpleNamespace(name="s")]
 
@@ -49,6 +49,7 @@ class Stream:
             "index": n, "source": 0, "misnamed": 0,
             "tokens": np.full(length, n + 1, np.int32), "positions": np.arange(length),
             "text_targets": targets, "image_slots": slots, "visual_targets": visual,
+            "view_starts": text + P * np.arange(k),
             "cache": np.full(k, -1), "pixels": np.full((k, 1, 1, 3), n + 1, np.uint8),
         }  # fmt: skip
 
@@ -137,13 +138,13 @@ def test_too_many_bad():
 
 
 def test_visual_targets_fill_a_row_too():
-    """Four samples of one picture: as many of them share a row as its visual targets allow."""
+    """Four samples of one image: as many of them share a row as its visual targets allow."""
     for limit, expected in ((0, [4]), (3 * P, [3, 1]), (2 * P + 1, [2, 2]), (P, [1, 1, 1, 1])):
         batches = iterator([(3, 1)] * 4, rows_of(images=8), 1, limit)
         assert [int(b.segments.max()) for b in batches] == expected
-    packer = FirstFit(32, 8, 3, targets=5)
-    with pytest.raises(ValueError, match="6 visual targets does not fit into a row of 32, 8 and 5"):
-        packer.add("sample", 10, 3, 6)
+    packer = FirstFit(Size(32, 8, 5), 3)
+    with pytest.raises(ValueError, match="visual_targets=6.* does not fit .*visual_targets=5"):
+        packer.add("sample", Size(10, 3, 6))
 
 
 def test_padding_batches():
@@ -176,17 +177,17 @@ def test_features_and_turns():
 
 @pytest.mark.parametrize("length,images,goal", [(4096, 24, 0.99), (2048, 16, 0.98)])
 def test_useful_positions(length, images, goal):
-    """On the length mixture of the baselines: log-normal text, 64 + 2 positions a picture."""
+    """On the length mixture of the baselines: log-normal text, 64 + 2 positions an image."""
     rng = np.random.default_rng(0)
     n = 20_000
     text = np.maximum(np.exp(np.log(150) + 0.8 * rng.standard_normal(n)).astype(int), 8)
     kind = rng.random(n)
-    pictures = np.select(
+    held = np.select(
         [kind < 0.3, kind < 0.8, kind < 0.9], [0, 1, rng.integers(2, 4, n)], rng.integers(4, 11, n)
     )
-    sizes = np.minimum(text + 66 * pictures, length)
-    packer = FirstFit(length, images, 16)
+    sizes = np.minimum(text + 66 * held, length)
+    packer = FirstFit(Size(length, images), 16)
     rows = []
-    for size, k in zip(sizes.tolist(), pictures.tolist(), strict=True):
-        rows += packer.add(size, size, k)
+    for size, k in zip(sizes.tolist(), held.tolist(), strict=True):
+        rows += packer.add(size, Size(size, k))
     assert np.mean([sum(r) for r in rows]) / length >= goal

@@ -11,7 +11,7 @@ import pytest
 
 from metamorph_jax.data import cache as caches
 from metamorph_jax.data import check, decoder_pairs
-from metamorph_jax.data.chat import Chat
+from metamorph_jax.data.chat import Chat, Markers
 from metamorph_jax.data.config import (
     DataConfig,
     InputSpec,
@@ -32,13 +32,15 @@ from metamorph_jax.data.stream import Mixture, permute
 from metamorph_jax.data.views import Single
 from metamorph_jax.errors import ConfigError
 from metamorph_jax.recipe import Shard
+from metamorph_jax.recipes.metamorph.input import AfterSupervisedStart
 from tests.data.conftest import Letters, conversation, make_image, write_jsonl
 
 BAD = {"missing": 1, "zero_byte": 1, "truncated": 1, "marker_mismatch": 1, "fully_masked": 1}
 
 
-SPEC = InputSpec(Single(4, Preprocess(8)))
-FEATURES = InputSpec(Single(4, Preprocess(8)), feature_width=3, tower="toy")
+VIEWS = Single(4, Preprocess(8))
+SPEC = InputSpec(VIEWS)
+FEATURES = InputSpec(VIEWS, feature_width=3, tower="toy")
 
 
 def config(path, *sources, **parts):
@@ -53,17 +55,18 @@ def config(path, *sources, **parts):
     return dataclasses.replace(usual, **changed)
 
 
-def chat_of(config, tokenizer):
-    row = config.row
-    return Chat(tokenizer, row.template, row.system, row.single_bos)
+def stream_of(config, tokenizer, spec=SPEC, process=(0, 1), markers=Markers()):
+    chat = Chat.of(tokenizer, config.row, markers)
+    return make_stream(config, spec, chat, open_sources(config), process)
 
 
-def stream_of(config, tokenizer, spec=SPEC, process=(0, 1)):
-    return make_stream(config, spec, chat_of(config, tokenizer), process=process)
+def pipeline_of(config, tokenizer, spec=SPEC, markers=Markers()):
+    chat = Chat.of(tokenizer, config.row, markers)
+    return make_pipeline(config, spec, chat, open_sources(config), Shard(2))
 
 
-def pipeline_of(config, tokenizer, spec=SPEC):
-    return make_pipeline(config, spec, chat_of(config, tokenizer), Shard(2))
+def refs_of(config):
+    return list(all_refs(config, open_sources(config)))
 
 
 def equal(a, b):
@@ -115,12 +118,14 @@ def test_samples_of_too_many_visual_targets_are_skipped(tmp_path, letters):
         for n in (1, 2, 3)
     ])  # fmt: skip
     cfg = config(tmp_path / "d.jsonl", order={"epochs": 1})
-    limited = dataclasses.replace(SPEC, visual_targets=10)
-    it = pipeline_of(cfg, letters, limited)
+    rule = AfterSupervisedStart(1000)
+    limited = dataclasses.replace(SPEC, predicted=rule, visual_targets=10)
+    around = Markers((1000,), (1001,))
+    it = pipeline_of(cfg, letters, limited, around)
     targets = [(b.visual_targets >= 0).sum(1).tolist() for b in it]
     assert sum(map(sum, targets)) == (1 + 2) * 4 and max(map(max, targets)) <= 10
     assert it.counts == {"d/too_many_visual_targets": 1}
-    stream = stream_of(cfg, letters, limited)
+    stream = stream_of(cfg, letters, limited, markers=around)
     (detail,) = (stream[n]["detail"] for n in range(3) if "bad" in stream[n])
     assert detail == "12 visual tokens to predict, max_visual_targets of the model is 10"
 
@@ -211,16 +216,15 @@ def features_of(pixels):
 
 def test_caches_give_the_same_numbers(dataset, letters, tmp_path):
     path, _ = dataset
-    process = SPEC.views.preprocess
     root = str(tmp_path / "cache")
-    refs = list(all_refs(config(path)))
-    spec = caches.image_spec(process)
-    cache, bad = caches.build(root, spec, refs, process, progress=False)
+    refs = refs_of(config(path))
+    spec = caches.image_spec(VIEWS)
+    cache, bad = caches.build(root, spec, refs, VIEWS, progress=False)
     assert bad == {"missing": 1, "zero_byte": 1, "truncated": 1} and len(cache) == len(refs) - 3
     direct = pipeline_of(config(path), letters)
     cached = pipeline_of(config(path, cache={"images": root}), letters)
-    spec = caches.feature_spec(process, FEATURES)
-    caches.build(root, spec, refs, process, features_of, batch_size=4, progress=False)
+    spec = caches.feature_spec(VIEWS, FEATURES)
+    caches.build(root, spec, refs, VIEWS, features_of, batch_size=4, progress=False)
     given = pipeline_of(config(path, cache={"features": root}), letters, FEATURES)
     for _ in range(12):
         a, b, f = next(direct), next(cached), next(given)
@@ -237,9 +241,8 @@ def test_caches_give_the_same_numbers(dataset, letters, tmp_path):
 
 def test_cache_goes_on_after_an_interruption(dataset, letters, tmp_path):
     path, folder = dataset
-    process = SPEC.views.preprocess
-    spec = caches.feature_spec(process, FEATURES)
-    refs = list(all_refs(config(path)))
+    spec = caches.feature_spec(VIEWS, FEATURES)
+    refs = refs_of(config(path))
     calls = []
 
     def failing(pixels):
@@ -250,24 +253,24 @@ def test_cache_goes_on_after_an_interruption(dataset, letters, tmp_path):
 
     root = str(tmp_path / "cache")
     with pytest.raises(KeyboardInterrupt):
-        caches.build(root, spec, refs, process, failing, batch_size=4, progress=False)
+        caches.build(root, spec, refs, VIEWS, failing, batch_size=4, progress=False)
     where = spec.folder(root)
     with open(where + "/rows.bin", "ab") as f, open(where + "/index.jsonl", "ab") as g:
         f.write(b"half a row")
         g.write(b'{"key": "half')
     assert len(caches.ArrayCache(where)) == 8
-    cache, _ = caches.build(root, spec, refs, process, features_of, batch_size=4, progress=False)
-    whole, _ = caches.build(str(tmp_path / "other"), spec, refs, process, features_of,
+    cache, _ = caches.build(root, spec, refs, VIEWS, features_of, batch_size=4, progress=False)
+    whole, _ = caches.build(str(tmp_path / "other"), spec, refs, VIEWS, features_of,
                             batch_size=4, progress=False)  # fmt: skip
     assert len(cache) == len(whole)
     np.testing.assert_array_equal(cache.rows, whole.rows)
     # A second build has nothing to do; a changed file is not served from the cache.
-    caches.build(root, spec, refs, process, lambda x: pytest.fail("again"), progress=False)
+    caches.build(root, spec, refs, VIEWS, lambda x: pytest.fail("again"), progress=False)
     ref = next(r for r in refs if r.path.endswith("p2_1.png"))
     make_image(99, 30, 30).save(ref.path)
     assert cache.lookup(ref) is None
-    cache, _ = caches.build(root, spec, refs, process, features_of, batch_size=4, progress=False)
-    assert cache.lookup(ref) == len(whole)
+    cache, _ = caches.build(root, spec, refs, VIEWS, features_of, batch_size=4, progress=False)
+    assert list(cache.lookup(ref)) == [len(whole)]
 
 
 def test_text_only_needs_no_pictures(tmp_path, letters):
@@ -294,7 +297,7 @@ def test_config_errors(tmp_path):
     with pytest.raises(ValueError, match="weights"):
         DataConfig((SourceConfig("a", weight=1.0), SourceConfig("b")))
     with pytest.raises(ValueError, match="feature_width"):
-        caches.feature_spec(Preprocess(8), SPEC)
+        caches.feature_spec(VIEWS, SPEC)
     with pytest.raises(ValueError, match="row.packing is 'best'"):
         RowConfig(packing="best")
     with pytest.raises(ConfigError, match="config.data.sources is empty"):
@@ -310,7 +313,7 @@ def test_check_finds_everything(dataset, letters, capsys):
         f.write("{broken\n")
     make_image(5, 60, 60).save(folder / "p29_0.png")
     c = config(path, images={"max_pixels": 3000})
-    report = check.check(c, letters, 4)
+    report = check.check(c, open_sources(c), letters, 6)
     want = {**BAD, "bad_json": 1, "oversized": 1, "misnamed": 1}
     assert {r["reason"]: r["count"] for r in report["problems"]} == want
     assert report["sources"] == [{"source": "d", "samples": 41, "good": 41 - 7}]
@@ -349,10 +352,10 @@ def test_check_command(dataset, capsys):
 def test_decoder_pairs(dataset, letters, tmp_path):
     path, _ = dataset
     root, process = str(tmp_path / "c"), SPEC.views.preprocess
-    refs = list(all_refs(config(path)))
-    spec = caches.feature_spec(process, FEATURES)
-    cache, _ = caches.build(root, spec, refs, process, features_of, progress=False)
-    pairs = decoder_pairs.DecoderPairs(refs, process, batch_size=7, seed=3, features=cache)
+    refs = refs_of(config(path))
+    spec = caches.feature_spec(VIEWS, FEATURES)
+    cache, _ = caches.build(root, spec, refs, VIEWS, features_of, progress=False)
+    pairs = decoder_pairs.DecoderPairs(refs, process, shard=Shard(7), seed=3, features=cache)
     assert len(pairs) == len(cache)
     batches = [next(pairs) for _ in range(20)]
     first = np.concatenate([b.image for b in batches])[: len(cache)]
@@ -362,7 +365,7 @@ def test_decoder_pairs(dataset, letters, tmp_path):
         assert b.valid.all()
     for memory in (0, 2**30):
         other = decoder_pairs.DecoderPairs(
-            refs, process, batch_size=7, seed=3, features=cache, memory_bytes=memory
+            refs, process, shard=Shard(7), seed=3, features=cache, memory_bytes=memory
         )
         other.set_state(json.loads(json.dumps({**pairs.get_state(), "next": 4 * 7})))
         for want in batches[4:]:
@@ -371,11 +374,11 @@ def test_decoder_pairs(dataset, letters, tmp_path):
 
 def test_decoder_pairs_without_features(dataset, letters):
     path, _ = dataset
-    refs = list(all_refs(config(path)))
-    process = SPEC.views.preprocess
+    refs = refs_of(config(path))
+    process = VIEWS.preprocess
     tower = dataclasses.replace(process, size=6)
-    a = decoder_pairs.DecoderPairs(refs, process, batch_size=30, tower=tower)
-    b = decoder_pairs.DecoderPairs(refs, process, batch_size=30, tower=tower)
+    a = decoder_pairs.DecoderPairs(refs, process, shard=Shard(30), tower=tower)
+    b = decoder_pairs.DecoderPairs(refs, process, shard=Shard(30), tower=tower)
     for _ in range(4):  # bad pictures are replaced, the same way every time
         x = next(a)
         equal(x, next(b))

@@ -5,8 +5,10 @@ import sys
 import numpy as np
 import pytest
 
-from metamorph_jax.data.sources import ImageRef, RecordSource, kinds, open_records, templates, video
+from metamorph_jax.data import cache, images
+from metamorph_jax.data.sources import ImageRef, RecordSource, kinds, open_records, video
 from metamorph_jax.data.sources import records as records_module
+from metamorph_jax.data.views import Single
 from metamorph_jax.errors import BadSample
 from tests.data.conftest import conversation, make_image, write_jsonl
 
@@ -16,7 +18,7 @@ def rng(seed=0):
 
 
 def build(record, seed=0, root="/data", **kw):
-    return kinds.build(record, "s", root, rng(seed), **kw).checked(70)
+    return kinds.build(record, "s", kinds.Files(root), rng(seed), **kw).checked(70)
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -75,7 +77,7 @@ def test_array_record(tmp_path):
 
 @pytest.mark.parametrize("kind", ["Text", "Sequence", "Image"])
 def test_tfds(kind, tmp_path, monkeypatch):
-    """A data set that TFDS wrote to its folder, read back by name; and one with pictures inside."""
+    """A data set that TFDS wrote to its folder, read back by name; and one with images inside."""
     tfds = pytest.importorskip("tensorflow_datasets", reason="pip install 'metamorph-jax[tfds]'")
     image = {"Text": "0.png", "Sequence": ["0.png", "1.png"], "Image": str(tmp_path / "0.png")}[
         kind
@@ -112,7 +114,7 @@ def test_tfds(kind, tmp_path, monkeypatch):
         return
     records = open_records(path)
     assert len(records) == 2 and {records[0]["id"], records[1]["id"]} == {"s0", "s1"}
-    sample = RecordSource("s", records, str(tmp_path)).sample(0, np.random.default_rng(0))
+    sample = RecordSource("s", records, kinds.Files(str(tmp_path))).sample(0, rng())
     assert sample.turns[1] == ("assistant", "Grey.")
     assert sample.images[0] == ImageRef(str(tmp_path / "0.png"))
     assert "tensorflow" not in sys.modules
@@ -127,14 +129,30 @@ def test_recognise():
         "image": {"image": "a.jpg"},
         "images": {"image": ["a.jpg", "b.jpg"]},
         "video_qa": {"image": "v/x.mp4", "id": "k700_12"},
-        "frame_prediction": {"image": "v/x.webm", "id": "howto"},
-        "visual_cot": {"image": ["visual_cot/a.jpg", "visual_cot/a.jpg###[1,2,3,4]"]},
-        "vstar": {"image": "a.jpg", "id": "vstar_7"},
     }
     assert set(cases) == set(kinds.KINDS)
     for kind, record in cases.items():
         assert kinds.recognise(record) == kind
-    assert kinds.recognise({"image": None}) == "text"
+        assert [name for name, k in kinds.KINDS.items() if k.matches(record)] == [kind]
+    assert kinds.recognise({"image": None}) == kinds.recognise({"image": []}) == "text"
+
+
+def _shout(record, files, rng):
+    return (("user", record["id"].upper()),), (files.image("b.jpg"),)
+
+
+def test_a_recipe_s_own_kinds_are_asked_first():
+    own = {"shout": kinds.Kind(lambda record: "loud" in record, _shout)}
+    table = kinds.known(own)
+    assert list(table) == ["shout", *kinds.KINDS]
+    record = {"id": "x", "loud": 1, "image": "a.jpg", "conversations": conversation("<image>", "A")}
+    files = kinds.Files("/data")
+    sample = kinds.build(record, "s", files, rng(), kinds=table)
+    assert sample.turns == (("user", "X"),) and sample.images[0].path == "/data/b.jpg"
+    assert kinds.build(record, "s", files, rng(), "image", table).turns[1] == ("assistant", "A")
+    assert kinds.known({"text": own["shout"]})["text"] is own["shout"]  # it may replace one of ours
+    with pytest.raises(ValueError, match="unknown kind 'quiet': expected one of auto, shout, text"):
+        kinds.build(record, "s", files, rng(), "quiet", table)
 
 
 def test_image_and_text_kinds():
@@ -158,9 +176,6 @@ def test_image_and_text_kinds():
     ("bad_record", {}),
     ("bad_record", {"conversations": conversation("Q", 7)}),
     ("path_outside_root", {"image": "../a.jpg", "conversations": conversation("<image>", "A")}),
-    ("bad_crop", {"image": ["visual_cot/a", "b##[1]"], "conversations": conversation(*"abcd")}),
-    ("bad_record", {"image": ["visual_cot/a", "b###[1,2,3,4]"], "conversations": []}),
-    ("bad_record", {"id": "vstar", "image": "a", "conversations": conversation("a", "b")}),
 ])  # fmt: skip
 def test_bad_records(reason, record):
     with pytest.raises(BadSample) as e:
@@ -168,92 +183,16 @@ def test_bad_records(reason, record):
     assert e.value.reason == reason
 
 
-def test_visual_cot():
-    record = {
-        "image": ["visual_cot/a.jpg", "visual_cot/a.jpg###[10, 20, 30, 40]"],
-        "conversations": conversation(
-            "<image>\nWhat does the sign say? Please give the bounding box coordinate of the "
-            "region that helps.", "[0.1, 0.2, 0.3, 0.4]", "<image>", "Stop."),
-    }  # fmt: skip
-    starts = set()
-    for seed in range(60):
-        sample = build(record, seed)
-        human, gpt = (text for _, text in sample.turns)
-        assert human.endswith("<image>\nWhat does the sign say?")
-        assert gpt.endswith(" <image> Stop.")
-        starts.add(human.split("<image>")[0])
-    assert sample.images[1] == ImageRef("/data/visual_cot/a.jpg", box=(10, 20, 30, 40))
-    assert len(starts) > 8
-    assert (len(templates.THINK_HUMAN), len(templates.THINK_GPT), len(templates.THINK_BOXES)) == (
-        13, 16, 15)  # fmt: skip
-
-
-def test_vstar():
-    boxes = [{"name": n, "bbox": [1, 2, 3, 4]} for n in ("cup", "dog", "cat")]
-    record = {
-        "id": "vstar_1", "image": "a.jpg", "target_instances": boxes,
-        "conversations": conversation(
-            "<image>\nWhat colour is the cup? Additional visual information to focus on: cup.",
-            "It is red."),
-    }  # fmt: skip
-    sample = build(record)
-    human, gpt = (text for _, text in sample.turns)
-    assert human.endswith("<image>\nWhat colour is the cup?")
-    assert "cup, dog, and cat" in gpt and "<image>" in gpt and gpt.endswith("It is red.")
-    assert [m[0] for m in sample.images[1].marks] == ["cup", "dog", "cat"]
-    assert len({i.key() for i in sample.images}) == 2
-
-
-def test_frame_templates():
-    """Markers fit the frames; every frame exists; each template comes up."""
-    seen = set()
-    for seed in range(400):
-        n = 2 + seed % 7
-        question, answer, which = templates.frame_prediction(n, 0.5, rng(seed))
-        assert (question + answer).count("<image>") == len(which)
-        assert all(0 <= i < n for i in which)
-        assert "{" not in question + answer
-        if n > 2:
-            seen.add(answer.split("<image>")[0])
-    assert len(seen) == 7
-    for seed in range(300):  # "order" shows the frames in order, and says nothing else
-        question, answer, which = templates.frame_prediction(6, 0.5, rng(seed))
-        if "shuffled" in question:
-            half = len(which) // 2
-            assert which[half:] == sorted(which[:half]) and not any(c.isdigit() for c in answer)
-    assert len(templates.TWO_FRAMES) == 12
-    assert sum("{step}" in q for q, _ in templates.TWO_FRAMES) == 11
-
-
 def test_frame_indices():
     info = video.VideoInfo(frames=100, fps=10.0)
     assert video.frame_indices(info, 1.0) == [0, 10, 20, 30, 40, 50, 60, 70, 80, 90]
     assert len(video.frame_indices(info, 0.1)) == 45
-    for seed in range(50):
-        assert 0.2 <= video.random_step(info, rng(seed)) <= 5.0
     assert video.frame_indices(video.VideoInfo(1, 1.0), 1.0) == [0]
-
-
-@pytest.fixture
-def clip(tmp_path):
-    """30 frames at 10 a second, frame k grey 8 k, one red pixel corner."""
-    av = pytest.importorskip("av")
-    path = str(tmp_path / "v.mp4")
-    with av.open(path, "w") as out:
-        stream = out.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
-        stream.bit_rate = 10_000_000
-        for k in range(30):
-            pixels = np.full((32, 32, 3), 8 * k, np.uint8)
-            pixels[:16, :16] = (255, 0, 0)
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        out.mux(stream.encode())
-    return path
 
 
 def test_video_frames(clip, tmp_path):
     info = video.probe(clip)
-    assert info == video.VideoInfo(30, 10.0)
+    assert info == video.VideoInfo(30, 10.0, (32, 32))
     frames = video.decode_frames(clip, [20, 0, 10, 99], 10**6)
     assert sorted(frames) == [0, 10, 20, 99]
     for k in (0, 10, 20):
@@ -274,26 +213,14 @@ def test_video_kinds(clip):
     sample = build(qa, root=root)
     assert sample.turns[0][1] == "<image>" * 3 + "What?"
     assert [i.frame for i in sample.images] == [0, 10, 20]
-    source = RecordSource("v", [{"id": "h", "image": "v.mp4"}], root)
-    for seed in range(20):
-        a, b = source.sample(0, rng(seed)), source.sample(0, rng(seed))
-        assert a == b and len(a.images) >= 2
-    assert len({source.sample(0, rng(seed)).turns for seed in range(20)}) > 5
 
 
 def test_cache_takes_frames_of_a_video(clip, tmp_path):
-    from metamorph_jax.data import cache, images
-
-    process = images.Preprocess(8)
+    views = Single(2, images.Preprocess(8))
     refs = [ImageRef(clip, frame=k) for k in (20, 0, 10)]
-    made, bad = cache.build(
-        str(tmp_path / "c"),
-        cache.image_spec(process),
-        refs,
-        process,
-        batch_size=2,
-        progress=False,
-    )
+    folder, spec = str(tmp_path / "c"), cache.image_spec(views)
+    made, bad = cache.build(folder, spec, refs, views, batch_size=2, progress=False)
     assert not bad and len(made) == 3
     for ref, want in zip(refs, images.load(refs), strict=True):
-        np.testing.assert_array_equal(made.rows[made.lookup(ref)], process(want))
+        np.testing.assert_array_equal(made.rows[made.lookup(ref)], views.pixels(want))
+    assert images.sizes(refs) == [(32, 32)] * 3

@@ -3,9 +3,10 @@
 import numpy as np
 from PIL import Image
 
-from metamorph_jax.data.interleave import build_row
+from metamorph_jax.data.interleave import build_row, read_place
+from metamorph_jax.data.views import Single
 from metamorph_jax.sampling.requests import Request
-from metamorph_jax.types import Batch
+from metamorph_jax.types import Batch, Images
 
 
 def test_marker_and_prefix_change_the_prompt(speaker, pictures):
@@ -25,12 +26,13 @@ def test_prompt_equals_the_training_row(speaker, pictures):
     path = pictures / "b.jpg"
     got = speaker.prompt(Request("0", "What?", (str(path),)), 8)
     ids = speaker.chat.question("What?", 1)
-    row = build_row(ids, None, speaker.decoder.P, speaker.context, model.image_start)
+    P = speaker.decoder.P
+    row = build_row(ids, None, [read_place(*Single(P).plan())], P, speaker.context)
     pixels = speaker.preprocess(Image.open(path).convert("RGB"))
     one = lambda x: np.asarray(x)[None]  # noqa: E731
     batch = Batch(
         one(row.tokens), one(row.positions), one(np.ones_like(row.tokens)), one(row.text_targets),
-        one(row.image_slots), one(row.visual_targets), one(row.tokens), np.ones((1, 1), bool),
-        pixels=pixels[None, None],
+        one(row.image_slots), one(row.visual_targets), one(row.tokens),
+        Images(np.ones((1, 1), bool), one(row.view_starts), pixels[None, None]),
     )  # fmt: skip
     np.testing.assert_allclose(got, np.asarray(model.embed(batch)[0][0]), atol=1e-5)

@@ -2,6 +2,5 @@
 
 from metamorph_jax.data.sources.base import ImageRef, Sample
 from metamorph_jax.data.sources.records import RecordSource, open_records
-from metamorph_jax.errors import BadSample
 
-__all__ = ["BadSample", "ImageRef", "RecordSource", "Sample", "open_records"]
+__all__ = ["ImageRef", "RecordSource", "Sample", "open_records"]

@@ -1,4 +1,4 @@
-"""`Sample`: one conversation with its pictures, whatever file it came from."""
+"""`Sample`: one conversation with its images, whatever file it came from."""
 
 import dataclasses
 import os
@@ -10,16 +10,15 @@ IMAGE = "<image>"
 Turn = tuple[str, str]  # (role, text); role is "user" or "assistant", text may hold <image> markers
 
 
-
 @dataclasses.dataclass(frozen=True)
 class ImageRef:
-    """One picture: a file, or something cut out of a file.
+    """One image: a file, or something cut out of a file.
 
     Attributes:
         path: path under the data root.
         frame: index of a video frame, or None.
         box: (x1, y1, x2, y2) pixels to crop, or None.
-        marks: ((name, (x, y, w, h)), ...) boxes to draw into the picture, with their names.
+        marks: ((name, (x, y, w, h)), ...) boxes to draw into the image, with their names.
     """
 
     path: str
@@ -28,7 +27,7 @@ class ImageRef:
     marks: tuple[tuple[str, tuple[float, float, float, float]], ...] = ()
 
     def key(self) -> str:
-        """A name that differs between any two different pictures; caches use it."""
+        """A name that differs between any two different images; caches use it."""
         key = self.path
         if self.frame is not None:
             key += f"#frame={self.frame}"
@@ -47,7 +46,7 @@ class Sample:
         id: name in the file, for messages only.
         source: name of the source.
         turns: ((role, text), ...), user first, roles alternate.
-        images: pictures in the order of their markers.
+        images: in the order of their markers.
     """
 
     id: str
@@ -56,12 +55,12 @@ class Sample:
     images: tuple[ImageRef, ...] = ()
 
     def checked(self, max_images: int) -> "Sample":
-        """Itself, or BadSample if the markers don't fit the pictures."""
+        """Itself, or BadSample if the markers don't match the images."""
         markers = sum(text.count(IMAGE) for _, text in self.turns)
         if markers != len(self.images):
-            raise BadSample("marker_mismatch", f"{markers} markers, {len(self.images)} pictures")
+            raise BadSample("marker_mismatch", f"{markers} markers, {len(self.images)} images")
         if markers > max_images:
-            raise BadSample("too_many_images", f"{markers} pictures, at most {max_images} allowed")
+            raise BadSample("too_many_images", f"{markers} images, at most {max_images} allowed")
         return self
 
 

@@ -1,44 +1,63 @@
 """From a record to a `Sample`: how each kind of data is recognised and laid out.
 
-| kind             | recognised by                                   | pictures                  |
-|------------------|-------------------------------------------------|---------------------------|
-| text             | no `image`                                      | none                      |
-| image            | `image` is a path (questions and answers, pairs)| that one                  |
-| images           | `image` is a list                               | all, in order             |
-| video_qa         | a video, and "k700" in the id                   | a frame each second       |
-| frame_prediction | any other video                                 | frames at a random step   |
-| visual_cot       | a list whose first path has "visual_cot"        | the picture and a crop    |
-| vstar            | "vstar" in the id                               | the picture, and boxed    |
+| kind     | recognised by                                    | images              |
+|----------|--------------------------------------------------|---------------------|
+| text     | no `image`                                       | none                |
+| images   | `image` is a list                                | all, in order       |
+| video_qa | `image` is a video                               | a frame each second |
+| image    | any other `image` (questions and answers, pairs) | that one            |
+
+A recipe may bring kinds of its own (`recipe.KINDS`); they are asked first.
 """
 
+import dataclasses
 import re
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from metamorph_jax.data.sources import templates, video
+from metamorph_jax.data.sources import video
 from metamorph_jax.data.sources.base import IMAGE, ImageRef, Sample, Turn, confined
 from metamorph_jax.errors import BadSample
 
-KINDS = ("text", "image", "images", "video_qa", "frame_prediction", "visual_cot", "vstar")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
-_BOX_SENTENCE = re.compile(r"[^.?!\n]*\bbounding box\b.*", re.IGNORECASE | re.DOTALL)
-_FOCUS_SENTENCE = re.compile(r"[^.?!\n]*\bfocus on\b.*", re.IGNORECASE | re.DOTALL)
-_CROP = re.compile(r"^(.*)###\s*\[([^\]]*)\]\s*$", re.DOTALL)
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """Where the images of a source are, and how much of a video is taken.
+
+    Attributes:
+        root: folder that their paths are relative to and must stay in.
+        max_frames: frames of a video.
+    """
+
+    root: str
+    max_frames: int = 45
+
+    def image(self, path: str, **part) -> ImageRef:
+        """The image, or the part of it that `ImageRef` can name, at a path of a record."""
+        return ImageRef(confined(self.root, path), **part)
 
 
-def recognise(record: dict) -> str:
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """One kind of record. Both are functions of a module, so that worker processes have them.
+
+    Attributes:
+        matches: whether a record is of this kind.
+        build: (record, files, random generator) -> (turns, images). Files are touched only to
+            learn the length of a video.
+    """
+
+    matches: Callable[[dict], bool]
+    build: Callable[[dict, Files, np.random.Generator], tuple[tuple[Turn, ...], tuple]]
+
+
+def paths_of(record: dict) -> list[str]:
+    """The paths in `image`, whether it is one, a list or missing."""
     image = record.get("image")
-    if not image:
-        return "text"
-    id_ = str(record.get("id", "")).lower()
-    if "vstar" in id_:
-        return "vstar"
-    if isinstance(image, (list, tuple)):
-        return "visual_cot" if "visual_cot" in str(image[0]) else "images"
-    if video.is_video(str(image)):
-        return "video_qa" if "k700" in id_ else "frame_prediction"
-    return "image"
+    return list(image) if isinstance(image, (list, tuple)) else [image] if image else []
 
 
 def turns_of(record: dict) -> tuple[Turn, ...]:
@@ -63,87 +82,71 @@ def turns_of(record: dict) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
+def is_text(record: dict) -> bool:
+    return not record.get("image")
+
+
+def is_list(record: dict) -> bool:
+    return isinstance(record.get("image"), (list, tuple)) and not is_text(record)
+
+
+def is_video(record: dict) -> bool:
+    return not is_text(record) and not is_list(record) and video.is_video(str(record["image"]))
+
+
+def is_image(record: dict) -> bool:
+    return not (is_text(record) or is_list(record) or is_video(record))
+
+
+def conversation(record: dict, files: Files, rng: np.random.Generator):
+    """The record's turns as they are, with all of its images."""
+    turns = turns_of(record)
+    return turns, tuple(files.image(path) for path in paths_of(record))
+
+
+def video_conversation(record: dict, files: Files, rng: np.random.Generator):
+    """The record's turns, with a frame of each second before the first question."""
+    path = files.image(paths_of(record)[0]).path
+    indices = video.frame_indices(video.probe(path), 1.0, files.max_frames)
+    turns = turns_of(record)
+    clean = tuple((role, re.sub(r"<(image|video)>\s*", "", text)) for role, text in turns)
+    first = (clean[0][0], IMAGE * len(indices) + clean[0][1])
+    return (first, *clean[1:]), tuple(ImageRef(path, frame=i) for i in indices)
+
+
+KINDS: Mapping[str, Kind] = {
+    "text": Kind(is_text, conversation),
+    "images": Kind(is_list, conversation),
+    "video_qa": Kind(is_video, video_conversation),
+    "image": Kind(is_image, conversation),
+}
+
+
+def known(kinds: Mapping[str, Kind]) -> dict[str, Kind]:
+    """A recipe's kinds, which are asked first and may replace ours, and ours."""
+    return {**kinds, **{name: kind for name, kind in KINDS.items() if name not in kinds}}
+
+
+def recognise(record: dict, kinds: Mapping[str, Kind] = KINDS) -> str:
+    """Name of the first kind that a record matches."""
+    return next(name for name, kind in kinds.items() if kind.matches(record))
+
+
 def build(
     record: dict,
     source: str,
-    root: str,
+    files: Files,
     rng: np.random.Generator,
     kind: str = "auto",
-    max_frames: int = 45,
+    kinds: Mapping[str, Kind] = KINDS,
 ) -> Sample:
-    """The sample of a record. Files are touched only to learn the length of a video."""
-    kind = recognise(record) if kind == "auto" else kind
-    if kind not in KINDS:
-        raise ValueError(f"unknown kind {kind!r}: expected one of auto, {', '.join(KINDS)}")
-    image = record.get("image")
-    paths = list(image) if isinstance(image, (list, tuple)) else [image] if image else []
+    """The sample of a record, as `kind` or, with "auto", as the first kind that it matches."""
+    if kind != "auto" and kind not in kinds:
+        raise ValueError(f"unknown kind {kind!r}: expected one of auto, {', '.join(kinds)}")
     try:
-        if kind in ("text", "image", "images"):
-            turns = turns_of(record)
-            images = tuple(ImageRef(confined(root, p)) for p in paths)
-        elif kind in ("video_qa", "frame_prediction"):
-            turns, images = _video(record, confined(root, paths[0]), kind, rng, max_frames)
-        elif kind == "visual_cot":
-            turns, images = _visual_cot(record, paths, root, rng)
-        else:
-            turns, images = _vstar(record, confined(root, paths[0]), rng)
+        turns, images = kinds[recognise(record, kinds) if kind == "auto" else kind].build(
+            record, files, rng
+        )
     except (KeyError, IndexError, TypeError, AttributeError) as e:
         raise BadSample("bad_record", f"{record.get('id')}: {type(e).__name__} {e}") from e
     return Sample(str(record.get("id", "")), source, turns, images)
-
-
-def _video(record, path, kind, rng, max_frames):
-    info = video.probe(path)
-    step = 1.0 if kind == "video_qa" else video.random_step(info, rng)
-    indices = video.frame_indices(info, step, max_frames)
-    if kind == "video_qa":
-        turns = turns_of(record)
-        clean = tuple((r, re.sub(r"<(image|video)>\s*", "", text)) for r, text in turns)
-        first = (clean[0][0], IMAGE * len(indices) + clean[0][1])
-        return (first, *clean[1:]), tuple(ImageRef(path, frame=i) for i in indices)
-    if len(indices) < 2:
-        raise BadSample("short_video", f"{path}: {len(indices)} frame at a step of {step} s")
-    question, answer, which = templates.frame_prediction(len(indices), step, rng)
-    images = tuple(ImageRef(path, frame=indices[k]) for k in which)
-    return (("user", question), ("assistant", answer)), images
-
-
-def _visual_cot(record, paths, root, rng):
-    turns = turns_of(record)
-    question = _BOX_SENTENCE.sub("", turns[0][1]).rstrip()
-    answer = turns[3][1]  # 0 asks with boxes, 1 gives the box, 2 repeats, 3 is the answer
-    match = _CROP.match(paths[1])
-    if match is None:
-        raise BadSample("bad_crop", f"{paths[1]!r}: expected path###[x1,y1,x2,y2]")
-    try:
-        x1, y1, x2, y2 = (float(v) for v in match.group(2).split(","))
-    except ValueError as e:
-        raise BadSample("bad_crop", paths[1]) from e
-    if not (np.isfinite([x1, y1, x2, y2]).all() and x2 > x1 and y2 > y1):
-        raise BadSample("bad_crop", paths[1])
-    images = (
-        ImageRef(confined(root, paths[0])),
-        ImageRef(confined(root, match.group(1)), box=(x1, y1, x2, y2)),
-    )
-    human = templates.choose(templates.THINK_HUMAN, rng) + _with_marker(question)
-    gpt = templates.choose(templates.THINK_GPT, rng) + f" {IMAGE} " + answer
-    return (("user", human), ("assistant", gpt)), images
-
-
-def _vstar(record, path, rng):
-    turns = turns_of(record)
-    marks = tuple(
-        (str(t["name"]), tuple(float(v) for v in t["bbox"])) for t in record["target_instances"]
-    )
-    if not marks or any(len(box) != 4 or not np.isfinite(box).all() for _, box in marks):
-        raise BadSample("bad_boxes", f"{record.get('id')}: expected name and bbox [x, y, w, h]")
-    question = _FOCUS_SENTENCE.sub("", turns[0][1]).rstrip()
-    names = templates.name_list([name for name, _ in marks])
-    human = templates.choose(templates.THINK_BOXES, rng) + _with_marker(question)
-    gpt = templates.BOXES_FOUND.format(names=names) + IMAGE + templates.BOXES_LINK + turns[1][1]
-    return (("user", human), ("assistant", gpt)), (ImageRef(path), ImageRef(path, marks=marks))
-
-
-def _with_marker(text: str) -> str:
-    """The text with exactly one marker: its own, or one put in front."""
-    return text if IMAGE in text else f"{IMAGE}\n{text}"

@@ -9,12 +9,12 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from metamorph_jax.data.sources import kinds
 from metamorph_jax.data.sources.base import Sample
+from metamorph_jax.data.sources.kinds import KINDS, Files, Kind, build
 from metamorph_jax.errors import BadSample
 
 INDEX_VERSION = 1
@@ -198,7 +198,7 @@ class TfdsRecords:
             if kind is not None and not isinstance(kind, tfds.features.Text):
                 raise ValueError(
                     f"{path}: feature {key!r} is {type(kind).__name__}, expected Text: "
-                    "pictures are named by their paths, conversations are JSON"
+                    "images are named by their paths, conversations are JSON"
                 )
 
     def __len__(self) -> int:
@@ -239,18 +239,18 @@ class RecordSource:
     Attributes:
         name: name of the source in metrics.
         records: random access to decoded records.
-        root: folder that picture paths are relative to and must stay in.
-        kind: "auto" recognises the kind of each record; else one of `kinds.KINDS`.
-        max_images: a sample with more pictures is bad.
-        max_frames: frames taken from a video.
+        files: where their images are.
+        kind: "auto" recognises the kind of each record; else a name in `kinds`.
+        max_images: a sample with more images is bad.
+        kinds: the kinds there are, see `kinds.known`.
     """
 
     name: str
     records: Sequence[dict]
-    root: str
+    files: Files
     kind: str = "auto"
     max_images: int = 70
-    max_frames: int = 45
+    kinds: Mapping[str, Kind] = dataclasses.field(default_factory=lambda: KINDS)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -260,5 +260,5 @@ class RecordSource:
         record = self.records[k]
         if not isinstance(record, dict):
             raise BadSample("bad_record", f"record {k} is not an object")
-        sample = kinds.build(record, self.name, self.root, rng, self.kind, self.max_frames)
+        sample = build(record, self.name, self.files, rng, self.kind, self.kinds)
         return sample.checked(self.max_images)

@@ -25,10 +25,11 @@ def _av():
 
 @dataclasses.dataclass(frozen=True)
 class VideoInfo:
-    """What the frame choice needs to know: number of frames, and frames a second."""
+    """Number of frames, frames per second, and (width, height) of a frame in pixels."""
 
     frames: int
     fps: float
+    size: tuple[int, int] = (0, 0)
 
     @property
     def length(self) -> float:
@@ -45,6 +46,7 @@ def probe(path: str) -> VideoInfo:
             stream = container.streams.video[0]
             fps = float(stream.average_rate or stream.guessed_rate or 0)
             frames = int(stream.frames or 0)
+            size = stream.width, stream.height
             if frames <= 0:
                 frames = sum(1 for p in container.demux(stream) if p.size)
     except FileNotFoundError as e:
@@ -53,13 +55,7 @@ def probe(path: str) -> VideoInfo:
         raise BadSample("bad_video", f"{path}: {e}") from e
     if frames <= 0 or not np.isfinite(fps) or fps <= 0:
         raise BadSample("bad_video", f"{path}: {frames} frames at {fps} per second")
-    return VideoInfo(frames, fps)
-
-
-def random_step(info: VideoInfo, rng: np.random.Generator) -> float:
-    """Seconds between frames: uniform from max(2/fps, 0.1) to half the video, at most 10."""
-    low = max(2 / info.fps, 0.1)
-    return round(float(rng.uniform(low, min(10.0, max(info.length / 2, low)))), 1)
+    return VideoInfo(frames, fps, size)
 
 
 def frame_indices(info: VideoInfo, step: float, limit: int = 45) -> list[int]:

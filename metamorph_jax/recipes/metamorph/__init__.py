@@ -16,6 +16,7 @@ only the two new rows of the input table (`connector_tokens = "all"` trains all 
     model.py     the parts put together; losses; what each stage trains
     weights.py   pretrained weights, tokenizer, the start of the connector
     input.py     batches from data files, feature caches
+    sources.py   kinds of records of its own, with their wordings in wordings.py
     decoding.py  how it writes text and visual tokens
 """
 
@@ -24,10 +25,10 @@ from metamorph_jax.recipes.metamorph.config import Config, llm_config
 from metamorph_jax.recipes.metamorph.decoding import generator
 from metamorph_jax.recipes.metamorph.input import batch_spec, input_spec, open_data
 from metamorph_jax.recipes.metamorph.model import STAGES, MetaMorph, create
+from metamorph_jax.recipes.metamorph.sources import KINDS
 from metamorph_jax.recipes.metamorph.weights import initialize, load_pretrained, load_tokenizer
 
 FAMILIES = ()
-KINDS = {}
 
 __all__ = [
     # What `recipe.Recipe` asks for.

@@ -1,20 +1,46 @@
 """What a MetaMorph model reads: batches from data files, by way of feature caches."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from metamorph_jax.convert import vision
-from metamorph_jax.convert.vision import fill_feature_cache
 from metamorph_jax.data import pipeline
-from metamorph_jax.data.chat import Chat
+from metamorph_jax.data.chat import Chat, Markers
 from metamorph_jax.data.config import DataConfig, InputSpec
 from metamorph_jax.errors import ConfigError
 from metamorph_jax.recipe import Shard
 from metamorph_jax.recipes.metamorph.config import Config, llm_config
+from metamorph_jax.recipes.metamorph.sources import KINDS
 from metamorph_jax.recipes.metamorph.weights import load_tokenizer
 from metamorph_jax.types import Batch, Images
+
+
+@dataclasses.dataclass(frozen=True)
+class AfterSupervisedStart:
+    """The rule of VPiT: an image is to be predicted iff it follows a supervised start token.
+
+    Otherwise, and when it comes first or directly after another image, it is context.
+
+    Attributes:
+        start: id of the start token.
+    """
+
+    start: int
+
+    def __call__(self, labels: np.ndarray, sentinels: np.ndarray) -> np.ndarray:
+        """See `data.interleave.Rule`."""
+        before = np.maximum(sentinels - 1, 0)
+        return (sentinels > 0) & (labels[before] == self.start)
+
+
+def markers(cfg: Config) -> Markers:
+    """Start and end token: the two ids after the language model's own."""
+    start = llm_config(cfg).vocab_size
+    return Markers((start,), (start + 1,))
 
 
 def input_spec(cfg: Config) -> InputSpec:
@@ -30,30 +56,24 @@ def input_spec(cfg: Config) -> InputSpec:
             f"config.model.max_visual_targets is {cfg.max_visual_targets}, but an image has "
             f"{P} visual tokens to predict: set it to {P} or more, or to 0 for no limit"
         )
-    return dataclasses.replace(spec, visual_targets=cfg.max_visual_targets)
+    rule = AfterSupervisedStart(*markers(cfg).before)
+    return dataclasses.replace(spec, predicted=rule, visual_targets=cfg.max_visual_targets)
 
 
 def open_data(data: DataConfig, cfg: Config, shard: Shard) -> "Data":
     """The batches of one shard; the feature cache is filled first with what is missing in it."""
-    spec = input_spec(cfg)
-    if data.cache.features:
-        fill_feature_cache(data, cfg.vision)
+    spec, sources = input_spec(cfg), pipeline.open_sources(data, KINDS)
+    if data.cache.features and spec.tower:
+        tower = functools.partial(vision.feature_function, cfg.vision)
+        pipeline.fill_feature_cache(data, spec, sources, tower)
     llm, tokenizer = llm_config(cfg), load_tokenizer(cfg)
     if len(tokenizer) > llm.tokens:  # it may know the added tokens
         raise ConfigError(
             f"the tokenizer has {len(tokenizer)} ids, the language model {llm.tokens}: set "
             "config.model.tokenizer, or vocab_size in config.model.llm_options"
         )
-    start, row = llm.vocab_size, data.row
-    chat = Chat(
-        tokenizer,
-        row.template,
-        row.system,
-        row.single_bos,
-        image_start=start,
-        image_end=start + 1,
-    )
-    return Data(pipeline.make_pipeline(data, spec, chat, shard))
+    chat = Chat.of(tokenizer, data.row, markers(cfg))
+    return Data(pipeline.make_pipeline(data, spec, chat, sources, shard))
 
 
 def batch_spec(data: DataConfig, cfg: Config, rows: int) -> Batch:
@@ -62,7 +82,7 @@ def batch_spec(data: DataConfig, cfg: Config, rows: int) -> Batch:
     line = jax.ShapeDtypeStruct((rows, data.row.length), jnp.int32)
     views = (rows, data.row.images)
     cached = cfg.vision.tower == "none" or data.cache.features
-    side = data.images.change(spec.views.preprocess).size
+    side = data.images.change(spec.views).preprocess.size
     pixels = jax.ShapeDtypeStruct((*views, side, side, 3), jnp.uint8)
     features = jax.ShapeDtypeStruct((*views, *spec.feature_shape), jnp.float32)
     images = Images(

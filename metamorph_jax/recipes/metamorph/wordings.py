@@ -1,6 +1,6 @@
-"""Wordings that samples are built from: visual thinking, boxes, and frame prediction.
+"""Wordings that MetaMorph's samples are built from: visual thinking, boxes, frame prediction.
 
-Every list is drawn from uniformly.
+From every list one is drawn at random, all with the same probability.
 """
 
 import numpy as np
@@ -73,7 +73,7 @@ def name_list(names: list[str]) -> str:
     return ", ".join(names[:-1]) + ", and " + names[-1]
 
 
-# Two frames: {first} is the first picture; eleven of twelve questions state the interval.
+# Two frames: {first} is the first image; eleven of twelve questions state the interval.
 TWO_FRAMES = (
     ("{first} What does this look like {step} seconds later?", "It then looks like this: "),
     ("{first} Show the scene after {step} seconds.", "After {step} seconds: "),
