@@ -55,12 +55,15 @@ def config(path, *sources, **parts):
     return dataclasses.replace(usual, **changed)
 
 
-def stream_of(config, tokenizer, spec=SPEC, process=(0, 1), markers=Markers()):
+NO_MARKERS = Markers()
+
+
+def stream_of(config, tokenizer, spec=SPEC, process=(0, 1), markers=NO_MARKERS):
     chat = Chat.of(tokenizer, config.row, markers)
     return make_stream(config, spec, chat, open_sources(config), process)
 
 
-def pipeline_of(config, tokenizer, spec=SPEC, markers=Markers()):
+def pipeline_of(config, tokenizer, spec=SPEC, markers=NO_MARKERS):
     chat = Chat.of(tokenizer, config.row, markers)
     return make_pipeline(config, spec, chat, open_sources(config), Shard(2))
 
