@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import grain
+import jax
 import numpy as np
 
 from metamorph_jax.data import cache as caches
@@ -26,13 +27,14 @@ from metamorph_jax.data.config import (
     ReadingConfig,
     SourceConfig,
 )
-from metamorph_jax.data.packing import PackedDataset, PackedIterator
+from metamorph_jax.data.packing import PackedDataset, PackedIterator, assemble
 from metamorph_jax.data.sources import RecordSource, open_records
 from metamorph_jax.data.sources.base import ImageRef
 from metamorph_jax.data.sources.kinds import Files, Kind, known
 from metamorph_jax.data.stream import Mixture, SampleStream, choices
 from metamorph_jax.errors import BadSample, ConfigError
 from metamorph_jax.recipe import Shard
+from metamorph_jax.types import Batch
 
 __all__ = [
     "DataConfig", "InputConfig", "InputSpec", "SourceConfig", "all_refs", "make_pipeline",
@@ -181,6 +183,12 @@ def make_pipeline(
     rows = None if stream.cache is None else stream.cache.rows
     layout = _layout(stream, shard)
     return iter(PackedDataset(stream, reader, config, spec, shard.rows, rows, layout))
+
+
+def batch_spec(config: DataConfig, spec: InputSpec, rows: int) -> Batch:
+    """Shapes of the batches that `make_pipeline` makes, from the configs alone."""
+    one = assemble([], 1, config, spec, source_names=source_names(config))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), one)
 
 
 class _Reader:
