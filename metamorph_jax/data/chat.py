@@ -131,13 +131,14 @@ class Chat:
         ids: list[int] = []
         labels: list[int] = []
         stretch: list[Piece] = []
+        before = ""  # special token directly before the stretch, if that matters
 
         def add(new: list[int], supervised: bool) -> None:
             ids.extend(new)
             labels.extend(new if supervised else [IGNORE] * len(new))
 
         def finish() -> None:
-            for new, supervised in self._stretch(stretch):
+            for new, supervised in self._stretch(before, stretch):
                 add(new, supervised)
             stretch.clear()
 
@@ -145,11 +146,13 @@ class Chat:
             if isinstance(piece, Special):
                 finish()
                 add([self._specials[piece]], supervised)
+                before = str(piece) if self.template.in_context else ""
                 continue
             for k, text in enumerate(piece.split(IMAGE)):
                 if k:
                     finish()
                     add(self._image, supervised)
+                    before = ""
                 if text and stretch and stretch[-1][1] == supervised:
                     stretch[-1] = (stretch[-1][0] + text, supervised)
                 elif text:
@@ -157,13 +160,15 @@ class Chat:
         finish()
         return ids, labels
 
-    def _stretch(self, pieces: list[Piece]) -> Iterable[tuple[list[int], bool]]:
-        """(ids, supervised) of parts of a text that is tokenised as a whole.
+    def _stretch(self, before: str, pieces: list[Piece]) -> Iterable[tuple[list[int], bool]]:
+        """(ids, supervised) of parts of a text that is tokenised as a whole, after `before`.
 
         A token that reaches over the border of two pieces belongs to the first.
         """
-        ids = self.encode("".join(text for text, _ in pieces)) if pieces else []
-        done, before = 0, ""
+        if not pieces:
+            return
+        done = 1 if before else 0
+        ids = self.encode(before + "".join(text for text, _ in pieces))
         for k, (text, supervised) in enumerate(pieces):
             before += text
             last = k == len(pieces) - 1

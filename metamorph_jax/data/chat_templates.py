@@ -36,6 +36,8 @@ class ChatTemplate:
         system, user, assistant: pieces of a turn.
         first_user: pieces of the first turn, where they differ ("{system}" may stand there).
         default_system: the system message if none is given; None writes no system turn.
+        in_context: text after a special token is tokenised together with it. SentencePiece models
+            begin a text of its own with a blank, but not one that follows a special token.
     """
 
     name: str
@@ -45,6 +47,7 @@ class ChatTemplate:
     first_user: tuple[Piece, ...] | None = None
     start: tuple[Special, ...] = ()
     default_system: str | None = None
+    in_context: bool = False
 
     def row(self, role: str, first: bool = False) -> tuple[Piece, ...]:
         """The pieces of a turn by `role`."""
