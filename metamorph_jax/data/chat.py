@@ -3,7 +3,7 @@
     llama3     <bos> <bos> [header user] \\n question <eot> [header assistant] \\n answer <eot> …
     chatml     [im_start] system \\n … [im_end] \\n [im_start] user \\n question [im_end] \\n …
 
-Supervised are the answer and the token that closes it, nothing else. `<image>` in a text becomes
+Only the answer and the token that closes it are supervised. `<image>` in a text becomes
 the markers of the recipe around a sentinel; `data/interleave.py` puts the image at the sentinel.
 """
 
@@ -109,8 +109,8 @@ class Chat:
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, without anything added."""
-        # The Rust tokenizer behind a transformers one, where it has no truncation or padding set,
-        # gives the same ids without most of the time.
+        # The Rust tokenizer inside a transformers one gives the same ids in a fraction of the time,
+        # as long as no truncation or padding is set.
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is not None and backend.truncation is None and backend.padding is None:
             return backend.encode(text, add_special_tokens=False).ids
@@ -163,7 +163,7 @@ class Chat:
     def _stretch(self, before: str, pieces: list[Piece]) -> Iterable[tuple[list[int], bool]]:
         """(ids, supervised) of parts of a text that is tokenised as a whole, after `before`.
 
-        A token that reaches over the border of two pieces belongs to the first.
+        A token that spans two pieces belongs to the first.
         """
         if not pieces:
             return
@@ -181,8 +181,8 @@ class Chat:
 
         With `independent`, and images at the start of the first question, every question and
         answer stands by itself after start, user header and those images: the second question
-        does not see the first answer (`turns` says who sees whom). Other conversations are encoded
-        as ever, with turns None.
+        does not see the first answer (see `Encoded.turns`). Other conversations are encoded as
+        without it, with turns None.
         """
         turns = [(role, text[:_LONG]) for role, text in turns]
         if independent and turns:

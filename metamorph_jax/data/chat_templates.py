@@ -2,13 +2,12 @@
 
     render(TEMPLATES["chatml"], turns, system) -> [(text or special token, supervised), …]
 
-A turn's row is a list of pieces, each with whether it is supervised. In its text, "{text}" stands
-for the message, "{images}" for the message's `<image>` markers alone, and "{system}" for the system
-message. Neighbouring texts are tokenised together. What is supervised is an answer and the token
-that closes it, nothing else.
+A turn is a list of pieces, each with whether it is supervised: the answer and the token that closes
+it. In a text, "{text}" stands for the message, "{images}" for the `<image>` markers of the message,
+and "{system}" for the system message. Neighbouring texts are tokenised together.
 
-An empty message writes the pieces before the one with "{text}" and no more, as the reference does;
-so the head of an answer is also how a prompt ends.
+Of a turn with an empty message, only the pieces before the one with "{text}" are written, as in the
+reference; a prompt ends with such a turn of the assistant.
 """
 
 import dataclasses

@@ -430,6 +430,13 @@ def test_config_errors(tmp_path):
         RowConfig(packing="best")
     with pytest.raises(ConfigError, match="config.data.sources is empty"):
         open_sources(DataConfig())
+    (tmp_path / "a.json").write_text('[{"id": "a"}]')
+    with pytest.raises(ConfigError, match="a is of kind 'odd', expected one of auto, text, images"):
+        open_sources(DataConfig((SourceConfig(str(tmp_path / "a.json"), kind="odd"),)))
+    cfg = config(tmp_path / "a.json", images={"size": 9})
+    assert stream_of(cfg, Letters()).views.preprocess.size == 9
+    with pytest.raises(ConfigError, match="images.size is 9, but the model's tower takes 8"):
+        stream_of(cfg, Letters(), FEATURES)
 
 
 # ---- check ---------------------------------------------------------------------------------------
