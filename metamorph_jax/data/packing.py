@@ -50,7 +50,7 @@ class FirstFit:
         self.limit, self.open_rows = limit, max(open_rows, 1)
         self.rows: list[list] = []
         self.used: list[Size] = []  # of each open row
-        # A row this full isn't worth keeping open.
+        # A row as full as this is closed at once.
         self._full = limit.positions - limit.positions // 256
 
     def add(self, item, size: Size) -> list[list]:
