@@ -18,9 +18,11 @@ import optax
 from flax import nnx
 
 from metamorph_jax.convert.names import to_torch_dict
+from metamorph_jax.models.diffusion import samplers
+from metamorph_jax.models.diffusion.decoder import guided, zeros_like
 from metamorph_jax.models.diffusion.schedule import Schedule
 from metamorph_jax.models.diffusion.unet import UNet, UNetConfig
-from metamorph_jax.sampling import diffusion as sampling
+from metamorph_jax.types import Conditioning
 
 STEPS, SCALE = 20, 7.5
 
@@ -35,7 +37,7 @@ def network_flops(cfg: UNetConfig, batch: int, tokens: int) -> float:
     shapes = (
         jax.ShapeDtypeStruct((batch, side, side, cfg.in_channels), jnp.float32),
         jax.ShapeDtypeStruct((batch,), jnp.int32),
-        jax.ShapeDtypeStruct((batch, tokens, cfg.cross_attention_dim), jnp.float32),
+        Conditioning(jax.ShapeDtypeStruct((batch, tokens, cfg.cross_attention_dim), jnp.float32)),
     )
     lowered = jax.jit(lambda s, *a: nnx.merge(graph, s)(*a)).lower(state, *shapes)
     return lowered.cost_analysis()["flops"]
@@ -48,7 +50,7 @@ class Ours:
         keys = iter(jax.random.split(jax.random.key(0), 1000))
         shake = lambda p: p + 0.02 * jax.random.normal(next(keys), p.shape)  # noqa: E731
         self.state = jax.tree.map(shake, state)
-        self.inputs = x, t, context
+        self.inputs = x, t, Conditioning(context)
         self.noise = noise
         self.optimizer = optax.adamw(1e-4)
         self.moments = self.optimizer.init(self.state)
@@ -62,8 +64,8 @@ class Ours:
 
     @functools.cached_property
     def _train(self):
-        def loss(state, x, t, context, noise):
-            return jnp.square(nnx.merge(self.graph, state)(x, t, context) - noise).mean()
+        def loss(state, x, t, condition, noise):
+            return jnp.square(nnx.merge(self.graph, state)(x, t, condition) - noise).mean()
 
         def step(state, moments, *batch):
             value, grads = jax.value_and_grad(loss)(state, *batch)
@@ -80,10 +82,11 @@ class Ours:
 
     @functools.cached_property
     def _sample(self):
-        def run(state, noise, context):
+        def run(state, noise, condition):
             unet = nnx.merge(self.graph, state)
-            predict = sampling.guided(unet, context, scale=SCALE, prepare=unet.keys_values)
-            return sampling.sample(predict, noise, sampling.DPMSolverPP(), Schedule(), STEPS)
+            null = zeros_like(condition)
+            predict = guided(unet, condition, null, SCALE, unet.prepare)
+            return samplers.DPMSolverPP().integrate(predict, noise, Schedule(), STEPS)
 
         return jax.jit(run)
 

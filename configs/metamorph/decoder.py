@@ -37,17 +37,18 @@ sizes = load_module(pathlib.Path(__file__).with_name("sizes.py"))
 # the positions of things are decided.
 TRANSFORMER = dict(
     model=dict(
+        projector=dict(num_layers=1),
         decoder=dict(
-            projector=dict(num_layers=1),
             denoiser=dict(mlp_ratio=2, grid_context=True, local=True),
             vae=None,
             schedule=dict(
                 prediction_type="sample", beta_schedule="squaredcos_cap_v2", snr_shift=0.125
             ),
             velocity_cap=5.0,
-            context_length=0,
-            feature_noise=0.3,
-        )
+        ),
+        sampling=dict(guidance=3.0),
+        context_length=0,
+        feature_noise=0.3,
     ),
     data=dict(
         sources=dict(pictures=sizes.DRAW),
@@ -64,11 +65,8 @@ STABLE_DIFFUSION = dict(
     batch_size=2112,
     accumulate=33,  # 64 images at a time
     model=dict(
-        decoder=dict(
-            denoiser=dict(dtype="bfloat16"),
-            vae=dict(dtype="bfloat16"),
-            drop_context=0.7,
-        ),
+        decoder=dict(denoiser=dict(dtype="bfloat16"), vae=dict(dtype="bfloat16")),
+        drop_context=0.7,
         sd_weights="hf:stable-diffusion-v1-5/stable-diffusion-v1-5",
         with_tower=True,
     ),
@@ -86,13 +84,13 @@ STABLE_DIFFUSION = dict(
 )
 
 
-def _transformer(features: int, tokens: int, width: int, **denoiser) -> dict:
-    """Differences of a size: `tokens` visual tokens of `features` channels."""
+def _transformer(features: int, tokens: int, width: int, *, steps: int, **denoiser) -> dict:
+    """Differences of a size: `tokens` visual tokens of `features` channels, `steps` to draw."""
+    sizes = dict(num_context=tokens, cross_attention_dim=width, width=width, sample_size=64)
     return dict(
         projector=dict(input_dim=features, hidden_dim=width, output_dim=width),
-        denoiser=dict(
-            num_context=tokens, cross_attention_dim=width, width=width, sample_size=64, **denoiser
-        ),
+        decoder=dict(denoiser=sizes | denoiser),
+        sampling=dict(steps=steps),
     )
 
 
@@ -100,12 +98,12 @@ SIZES = {
     "smoke": common.merged(
         TRANSFORMER,
         dict(steps=6, batch_size=4, log_every=1, checkpoint_every=3),
-        dict(model=dict(decoder=_transformer(32, 4, 32, patch=16, depth=2, num_heads=2))),
+        dict(model=_transformer(32, 4, 32, steps=4, patch=16, depth=2, num_heads=2)),
     ),
     "quickstart": common.merged(
         TRANSFORMER,
         dict(steps=1400, batch_size=32, log_every=20, checkpoint_every=200),
-        dict(model=dict(decoder=_transformer(384, 16, 192, patch=8, depth=5, num_heads=6))),
+        dict(model=_transformer(384, 16, 192, steps=20, patch=8, depth=5, num_heads=6)),
     ),
     "1b": STABLE_DIFFUSION,
     "8b": STABLE_DIFFUSION,

@@ -29,6 +29,7 @@ from metamorph_jax.convert.oracles import oracle
 from metamorph_jax.models.llm import llama
 from metamorph_jax.models.vision.vit import ViT
 from metamorph_jax.nn import rope
+from metamorph_jax.types import Conditioning
 
 Rows = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> (ours, theirs)
 LENGTH, BATCH, SEED = 24, 2, 0
@@ -248,7 +249,7 @@ def _unet(unet, model, rng) -> Rows:
 
     def ours(unet, x, t, context):
         probes = {}
-        out = unet(x, t, context, probes=probes)
+        out = unet(x, t, Conditioning(context), probes=probes)
         return probes | {"out": out}
 
     levels = len(cfg.block_out_channels)

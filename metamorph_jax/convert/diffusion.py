@@ -26,11 +26,11 @@ from flax import nnx
 
 from metamorph_jax.convert import families, hf, names
 from metamorph_jax.convert.families import Family
+from metamorph_jax.models.diffusion import samplers
 from metamorph_jax.models.diffusion.clip_text import CLIPTextModel
 from metamorph_jax.models.diffusion.schedule import Schedule
 from metamorph_jax.models.diffusion.unet import UNet, UNetConfig
 from metamorph_jax.models.diffusion.vae import OLD_NAMES, AutoencoderKL, VAEConfig
-from metamorph_jax.sampling import diffusion as sampling
 
 _CLASSES = {UNetConfig: "UNet2DConditionModel", VAEConfig: "AutoencoderKL"}
 VERSION = "0.21.0"  # of the layout, for `_diffusers_version`
@@ -167,17 +167,17 @@ _SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02
              "beta_schedule": "linear", "prediction_type": "epsilon"}  # fmt: skip
 _SAMPLERS = {
     "DDIMScheduler": (
-        sampling.DDIM,
+        samplers.DDIM,
         {"timestep_spacing": "leading", "steps_offset": 0, "set_alpha_to_one": True},
         {"clip_sample": (True, (False,)), "thresholding": (False, (False,))},
     ),
     "PNDMScheduler": (
-        sampling.PNDM,
+        samplers.PNDM,
         {"timestep_spacing": "leading", "steps_offset": 0, "set_alpha_to_one": False},
         {"skip_prk_steps": (False, (True,))},
     ),
     "DPMSolverMultistepScheduler": (
-        sampling.DPMSolverPP,
+        samplers.DPMSolverPP,
         {"timestep_spacing": "linspace", "steps_offset": 0, "use_karras_sigmas": False,
          "final_sigmas_type": "zero", "lower_order_final": True},
         {"solver_order": (2, (2,)), "algorithm_type": ("dpmsolver++", ("dpmsolver++",)),
@@ -187,7 +187,7 @@ _SAMPLERS = {
          "use_flow_sigmas": (False, (False,)), "variance_type": (None, (None,))},
     ),
     "EulerDiscreteScheduler": (
-        sampling.Euler,
+        samplers.Euler,
         {"timestep_spacing": "linspace", "steps_offset": 0, "use_karras_sigmas": False,
          "final_sigmas_type": "zero"},
         {"interpolation_type": ("linear", ("linear",)), "sigma_min": (None, (None,)),
@@ -199,7 +199,7 @@ _FIELDS = {"timestep_spacing": "spacing", "steps_offset": "offset", "set_alpha_t
            "use_karras_sigmas": "karras", "lower_order_final": "lower_order_final"}  # fmt: skip
 
 
-def scheduler_from_hf(fields: Mapping) -> tuple[Schedule, sampling.Sampler]:
+def scheduler_from_hf(fields: Mapping) -> tuple[Schedule, samplers.Sampler]:
     """(training schedule, sampler) of a scheduler_config.json; ValueError for other rules.
 
     Fields of other schedulers, which published files carry along, are passed over."""
@@ -220,7 +220,7 @@ def scheduler_from_hf(fields: Mapping) -> tuple[Schedule, sampling.Sampler]:
     return schedule, sampler(**values, **({} if final is None else {"final_zero": final == "zero"}))
 
 
-def scheduler_to_hf(schedule: Schedule, sampler: sampling.Sampler) -> dict:
+def scheduler_to_hf(schedule: Schedule, sampler: samplers.Sampler) -> dict:
     """scheduler_config.json of a schedule and a sampler."""
     if schedule.snr_shift != 1:
         raise ValueError(f"no scheduler of diffusers has snr_shift ({schedule.snr_shift})")
@@ -252,7 +252,7 @@ class Pipeline:
     vae: AutoencoderKL
     text_encoder: CLIPTextModel
     schedule: Schedule
-    sampler: sampling.Sampler
+    sampler: samplers.Sampler
 
 
 PARTS = {"unet": "sd-unet", "vae": "sd-vae", "text_encoder": "clip-text"}

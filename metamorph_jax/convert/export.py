@@ -214,28 +214,25 @@ def write_decoder(folder, recipe, dtype, most, progress=_quiet) -> int:
     from metamorph_jax.models.diffusion.unet import UNet
 
     total, parts = 0, {"projector": recipe.projector}
-    if isinstance(recipe.denoiser, UNet):
-        total += write_part(
-            folder / "unet",
-            FAMILIES["sd-unet"],
-            recipe.denoiser,
-            recipe.cfg.denoiser,
-            dtype,
-            most,
-            progress,
-        )
+    decoder, cfg, how = recipe.decoder, recipe.decoder.cfg, (dtype, most, progress)
+    if isinstance(decoder.denoiser, UNet):
+        family = FAMILIES["sd-unet"]
+        total += write_part(folder / "unet", family, decoder.denoiser, cfg.denoiser, *how)
     else:
-        parts["denoiser"] = recipe.denoiser
-    if recipe.cfg.vae:
-        total += write_part(
-            folder / "vae", FAMILIES["sd-vae"], recipe.vae, recipe.cfg.vae, dtype, most, progress
-        )
+        parts["denoiser"] = decoder.denoiser
+    if cfg.vae:
+        total += write_part(folder / "vae", FAMILIES["sd-vae"], decoder.vae, cfg.vae, *how)
     for name, part in parts.items():
         tensors = names.lazy_torch_dict(part)
         total += write_weights(folder / name, tensors, dtype, most, progress)
     statistics = names.Lazy()
-    for name in ("feature_mean", "feature_scale", "pixel_mean", "pixel_scale"):
-        statistics[name] = np.asarray(getattr(recipe, name)[...])
+    for name, value in (
+        ("feature_mean", recipe.feature_mean),
+        ("feature_scale", recipe.feature_scale),
+        ("pixel_mean", decoder.pixel_mean),
+        ("pixel_scale", decoder.pixel_scale),
+    ):
+        statistics[name] = np.asarray(value[...])
     return total + write_weights(folder / "statistics", statistics, "F32", most, progress)
 
 

@@ -249,7 +249,7 @@ def _decoder_tensors(folder: pathlib.Path, part: str) -> Mapping:
 
 
 def load_decoder(model: nnx.Module, folder: str | pathlib.Path) -> None:
-    """Fills projector and UNet of a `DecoderRecipe` in place from the reference's three files.
+    """Fills projector and UNet of a decoder in place from the reference's three files.
 
     A folder without a UNet file leaves the UNet as it is (only the projector was trained). The
     standardisation becomes that of the reference: none.
@@ -260,7 +260,7 @@ def load_decoder(model: nnx.Module, folder: str | pathlib.Path) -> None:
         raise ValueError(f"{folder}/model_config.json says {cfg}, the model {model.cfg.projector}")
     names.load_torch_dict(model.projector, _decoder_tensors(folder, "adapter"))
     if any((folder / f"{_FILES['unet']}.{ending}").is_file() for ending in ("safetensors", "pt")):
-        names.load_torch_dict(model.denoiser, _decoder_tensors(folder, "unet"))
+        names.load_torch_dict(model.decoder.denoiser, _decoder_tensors(folder, "unet"))
     width = (cfg.input_dim,)
     model.feature_mean.set_raw_value(jnp.zeros(width))
     model.feature_scale.set_raw_value(jnp.ones(width))
@@ -272,8 +272,9 @@ def save_decoder(model: nnx.Module, folder: str | pathlib.Path, torch_files: boo
     Args:
         torch_files: `.pt` files, which the reference's demo reads (needs torch).
     """
-    if not isinstance(model.denoiser, UNet):
-        raise ValueError(f"the reference knows no {type(model.denoiser).__name__}, only the UNet")
+    denoiser = model.decoder.denoiser
+    if not isinstance(denoiser, UNet):
+        raise ValueError(f"the reference knows no {type(denoiser).__name__}, only the UNet")
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     cfg = model.cfg.projector
@@ -287,7 +288,7 @@ def save_decoder(model: nnx.Module, folder: str | pathlib.Path, torch_files: boo
         adapter[bias] = adapter[bias] - old @ (mean * scale)
         adapter[weight] = old * scale
     _save(adapter, folder / _FILES["adapter"], torch_files)
-    _save(names.lazy_torch_dict(model.denoiser), folder / _FILES["unet"], torch_files)
+    _save(names.lazy_torch_dict(denoiser), folder / _FILES["unet"], torch_files)
 
 
 def _save(tensors: names.Lazy, path: pathlib.Path, torch_file: bool) -> None:

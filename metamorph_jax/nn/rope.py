@@ -1,6 +1,7 @@
 """Rotary position embedding, half-split layout, with the frequency scalings in use.
 
-Su et al. 2021 (arXiv 2104.09864). Angles are computed in float32 whatever the compute dtype is.
+Su et al. 2021 (arXiv 2104.09864). Frequencies are numpy tables, made while tracing; angles are
+computed in float32 whatever the compute dtype is.
 """
 
 import dataclasses
@@ -8,6 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,23 +27,40 @@ class RopeScaling:
             raise ValueError(f"rope scaling {self.kind!r} is none of default, linear, llama3")
 
 
-def frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> jax.Array:
-    """Radians per position of each pair of channels: float32[H/2]."""
-    freq = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+def frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
+    """Radians per position of each pair of channels: float32[H/2].
+
+    In the order of operations of transformers' `modeling_rope_utils.py`, every step rounded to
+    float32: at position 131071, one rounding more or less turns a pair by up to 0.008 radians.
+    Powers are taken in float64 and rounded, which is what good float32 libraries return, and
+    `a / x` is torch's `reciprocal(x) * a`.
+    """
+    one = np.float32(1)
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    freq = one / np.power(np.float64(theta), exponents.astype(np.float64)).astype(np.float32)
+    factor = np.float32(scaling.factor)
     if scaling.kind == "linear":
-        return freq / scaling.factor
-    if scaling.kind == "llama3":
-        # Slow waves (few turns in the original context) are stretched, fast ones kept, those
-        # between are blended linearly in the number of turns.
-        turns = scaling.original_max_position * freq / (2 * math.pi)
-        low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-        return freq * (keep + (1 - keep) / scaling.factor)
-    return freq
+        return freq / factor
+    if scaling.kind != "llama3":
+        return freq
+    # Long waves (few turns in the original context) are stretched, short ones kept, those between
+    # are blended linearly in the number of turns.
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    original = scaling.original_max_position
+    wave = (one / freq) * np.float32(2 * math.pi)
+    stretched = freq / factor
+    turns = (one / wave) * np.float32(original)
+    blend = (turns - np.float32(low)) / np.float32(high - low)
+    blended = (one - blend) * freq / factor + blend * freq
+    between = np.where(wave > np.float32(original / low), stretched, blended)
+    return np.where(wave < np.float32(original / high), freq, between)
 
 
-def angles(positions: jax.Array, freq: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine for int32[B, L] positions: two float32[B, L, 1, H/2]."""
+def angles(positions: jax.Array, freq: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine for int32[B, L] positions: two float32[B, L, 1, H/2].
+
+    Positions and frequencies are multiplied in float32, as transformers does.
+    """
     phase = positions.astype(jnp.float32)[..., None, None] * freq
     return jnp.cos(phase), jnp.sin(phase)
 

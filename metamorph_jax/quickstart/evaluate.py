@@ -15,7 +15,7 @@ import numpy as np
 from metamorph_jax.data import predicted
 from metamorph_jax.eval import probe, scorers
 from metamorph_jax.quickstart import data as qdata
-from metamorph_jax.sampling.artist import Artist
+from metamorph_jax.sampling.image_decoder import ImageDecoder
 from metamorph_jax.sampling.requests import Request
 from metamorph_jax.sampling.segments import Picture, Text
 from metamorph_jax.sampling.speaker import Speaker
@@ -31,15 +31,12 @@ class Settings:
     Attributes:
         questions: held-out questions, drawn without replacement; 0 is all.
         batch: prompts decoded together.
-        guidance, steps: of the drawings.
         judge_steps: training steps of the classifier.
         seed: of the choice of questions and of the classifier.
     """
 
     questions: int = 1000
     batch: int = 50
-    guidance: float = 3.0
-    steps: int = 20
     judge_steps: int = 800
     seed: int = 0
 
@@ -109,9 +106,9 @@ def predict(speaker: Speaker, data: qdata.QuickstartData, path: str) -> dict:
     return {"requests": len(prompts), "whole_pictures": int(whole.sum())}
 
 
-def drawings(artist: Artist, features: np.ndarray, settings: Settings) -> np.ndarray:
+def drawings(image_decoder: ImageDecoder, features: np.ndarray) -> np.ndarray:
     """uint8[n, seeds, h, w, 3]; the seeds are the same for every request."""
-    return np.stack([artist.draw_many(features, settings.guidance, seed) for seed in SEEDS], axis=1)
+    return np.stack([image_decoder.draw_many(features, None, seed) for seed in SEEDS], axis=1)
 
 
 def judges(speaker: Speaker, data: qdata.QuickstartData, settings: Settings):
@@ -145,7 +142,9 @@ def as_picture(pixels: np.ndarray):
     return Image.fromarray(pixels)
 
 
-def evaluate(speaker, artist, data, folder: pathlib.Path, settings: Settings, say=print) -> dict:
+def evaluate(
+    speaker, image_decoder, data, folder: pathlib.Path, settings: Settings, say=print
+) -> dict:
     """Measures everything, saves it in `folder`, and returns the JSON-able part.
 
     folder gets evaluation.json and drawings.npz (visual tokens, drawings).
@@ -154,7 +153,7 @@ def evaluate(speaker, artist, data, folder: pathlib.Path, settings: Settings, sa
     requests = qdata.read_jsonl(data.draw_test)
     features, whole = ask_for_pictures(speaker, [r["prompt"] for r in requests])
     say(f"{whole.sum()} of {len(whole)} requests were answered with a whole picture")
-    drawn = drawings(artist, features, settings)
+    drawn = drawings(image_decoder, features)
     reader, classifier, judged = judges(speaker, data, settings)
     by_type = scorers.score_by_type(rows, qdata.QUESTION_TYPES)
 

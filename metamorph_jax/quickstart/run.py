@@ -198,18 +198,18 @@ class Road:
 
     def evaluate(self) -> dict:
         from metamorph_jax.quickstart import evaluate
-        from metamorph_jax.sampling.artist import load_artist
+        from metamorph_jax.sampling.image_decoder import load_image_decoder
         from metamorph_jax.sampling.speaker import load_speaker
 
         settings = evaluate.Settings(seed=self.seed)
         if self.size == "smoke":
             settings = evaluate.Settings(
-                questions=16, batch=8, steps=4, judge_steps=20, seed=self.seed
+                questions=16, batch=8, judge_steps=20, seed=self.seed
             )
         speaker = load_speaker(str(self.workdir / "vpit"), None)
-        artist = load_artist(str(self.workdir / "decoder"), settings.steps)
+        image_decoder = load_image_decoder(str(self.workdir / "decoder"))
         result = evaluate.evaluate(
-            speaker, artist, self.files, self.workdir / "evaluation", settings
+            speaker, image_decoder, self.files, self.workdir / "evaluation", settings
         )
         for name in ("accuracy", "tokens_right", "drawings_right"):
             print(f"{name}: {100 * result[name]:.1f} % (goal {100 * GOALS[name]:.0f} %)")

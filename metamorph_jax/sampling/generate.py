@@ -25,8 +25,6 @@ from metamorph_jax.errors import BadSample, UserError
 from metamorph_jax.sampling import WEIGHTS
 from metamorph_jax.sampling.requests import Request, read_requests
 
-GUIDANCE = (7.5,)
-
 
 def add_arguments(parser) -> None:
     parser.description = "Answers prompts with text and pictures."
@@ -67,8 +65,11 @@ def add_arguments(parser) -> None:
     group.add_argument("--batch-size", type=int, default=8, help="for --prompts")
     group.add_argument("--context", type=int, default=0, help="most positions; 0 as in training")
     group = parser.add_argument_group("drawing")
-    group.add_argument("--guidance", type=float, nargs="+", default=list(GUIDANCE))
-    group.add_argument("--steps", type=int, default=50, help="of the diffusion sampler")
+    group.add_argument(
+        "--guidance", type=float, nargs="+", metavar="SCALE",
+        help="draw once with each (default: config.model.sampling of --decoder)",
+    )  # fmt: skip
+    group.add_argument("--steps", type=int, help="of the diffusion sampler (default: likewise)")
     parser.add_argument("--out", metavar="DIR", help="where results go")
 
 
@@ -103,7 +104,7 @@ def run(args) -> int:
     if len(todo) < len(requests):
         print(f"{len(requests) - len(todo)} of {len(requests)} were done before", file=sys.stderr)
     if todo:
-        from metamorph_jax.sampling.artist import load_artist
+        from metamorph_jax.sampling.image_decoder import load_image_decoder
         from metamorph_jax.sampling.speaker import load_speaker
 
         speaker = load_speaker(
@@ -115,8 +116,8 @@ def run(args) -> int:
         speaker.context = args.context or speaker.context
         if args.max_new_tokens is None:
             args.max_new_tokens = min(512, speaker.context // 2)
-        artist = load_artist(args.decoder, args.steps) if args.decoder else None
-        bad += answer(speaker, artist, todo, args, out, alone=args.prompts is None)
+        image_decoder = load_image_decoder(args.decoder, args.steps) if args.decoder else None
+        bad += answer(speaker, image_decoder, todo, args, out, alone=args.prompts is None)
     if out is not None:
         out.finish(requests)
     return 1 if bad else 0
@@ -131,7 +132,7 @@ def settings(args) -> dict:
     return {name: getattr(args, name) for name in names.split()}
 
 
-def answer(speaker, artist, requests, args, out, alone: bool) -> int:
+def answer(speaker, image_decoder, requests, args, out, alone: bool) -> int:
     """Decodes all requests, writing each as it is done; returns how many were bad."""
     from metamorph_jax.sampling.results import Voice, describe
 
@@ -163,7 +164,7 @@ def answer(speaker, artist, requests, args, out, alone: bool) -> int:
         if voice:
             voice.end()
         for (request, _), result in zip(batch, results, strict=False):
-            record, drawings = describe(speaker, artist, request, result, args)
+            record, drawings = describe(speaker, image_decoder, request, result, args)
             if out is not None:
                 out.write(request, record, drawings)
             if not alone:

@@ -49,7 +49,7 @@ class Voice:
         self._print("\n")
 
 
-def describe(speaker, artist, request: Request, result, args) -> tuple[dict, dict]:
+def describe(speaker, image_decoder, request: Request, result, args) -> tuple[dict, dict]:
     """(the record of a result, file name -> array of its pictures)."""
     name = re.sub(r"[^\w.-]", "_", request.id)[:80] or "_"
     segments, files, text, count = [], {}, "", 0
@@ -63,10 +63,10 @@ def describe(speaker, artist, request: Request, result, args) -> tuple[dict, dic
         entry = {"type": "picture", "picture": count, "complete": segment.complete}
         entry |= {"tokens": len(segment.features), "features": f"{stem}.npy", "drawings": {}}
         files[f"{stem}.npy"] = segment.features
-        if artist is not None and segment.complete:
-            for scale in args.guidance:
+        if image_decoder is not None and segment.complete:
+            for scale in args.guidance or (image_decoder.sampling.guidance,):
                 file = f"{stem}_scale{scale:g}.png"
-                files[file] = artist.draw(segment.features, scale, args.seed + count)
+                files[file] = image_decoder.draw(segment.features, scale, args.seed + count)
                 entry["drawings"][f"{scale:g}"] = file
         segments.append(entry)
         text += f"[picture {count}]"

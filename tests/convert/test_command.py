@@ -183,28 +183,22 @@ def test_nan_is_refused_unless_allowed(source, tmp_path, capsys):
 @pytest.mark.parametrize("pixels", [False, True])
 def test_a_decoder_lies_beside(pixels, tmp_path):
     """A UNet and an autoencoder as diffusers has them; other parts by our names."""
-    from metamorph_jax.models.diffusion.projector import ProjectorConfig
-    from metamorph_jax.models.diffusion.unet import UNetConfig
-    from metamorph_jax.models.diffusion.vae import VAEConfig
     from metamorph_jax.recipes import decoder
+    from tests.recipes.decoder.tiny import latent_config, pixel_config
 
-    if pixels:
-        cfg = decoder.DecoderConfig.pixels(8, 4, side=16, width=64)
-    else:
-        projector = ProjectorConfig(input_dim=8, hidden_dim=16, output_dim=32)
-        cfg = decoder.DecoderConfig(projector, UNetConfig.tiny(), VAEConfig.tiny())
-    model = filled(lambda: decoder.DecoderRecipe(cfg, nnx.Rngs(0)))
+    cfg = pixel_config() if pixels else latent_config()
+    model = filled(lambda: decoder.create(cfg, nnx.Rngs(0)))
     total = export.write_decoder(tmp_path, model, "F32", 10**9)
     found = {p.name: hf.Tensors(p) for p in tmp_path.iterdir()}
     assert sum(v.nbytes for tensors in found.values() for v in tensors.values()) == total
     both = {"projector", "statistics"}
     assert set(found) == both | ({"denoiser"} if pixels else {"unet", "vae"})
-    np.testing.assert_array_equal(found["statistics"]["pixel_mean"], model.pixel_mean[...])
+    np.testing.assert_array_equal(found["statistics"]["pixel_mean"], model.decoder.pixel_mean[...])
     if not pixels:
         fields = hf.read_config(tmp_path / "unet")
         assert fields["_class_name"] == "UNet2DConditionModel"
         assert (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").is_file()
-        kernel = model.denoiser.conv_in.kernel[...].transpose(3, 2, 0, 1)
+        kernel = model.decoder.denoiser.conv_in.kernel[...].transpose(3, 2, 0, 1)
         np.testing.assert_array_equal(found["unet"]["conv_in.weight"], kernel)
 
 

@@ -10,10 +10,12 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from metamorph_jax.convert import command, diffusion, families, hf
+from metamorph_jax.models.diffusion import samplers
+from metamorph_jax.models.diffusion.decoder import guided
 from metamorph_jax.models.diffusion.schedule import Schedule
 from metamorph_jax.models.diffusion.unet import UNetConfig
 from metamorph_jax.models.diffusion.vae import VAEConfig
-from metamorph_jax.sampling import diffusion as sampling
+from metamorph_jax.types import Conditioning
 from tests.convert.conftest import ORACLE, make
 
 FAMILIES = families.FAMILIES
@@ -137,16 +139,16 @@ def test_old_names_of_the_autoencoder(tiny, tmp_path):
 
 def test_published_schedulers():
     schedule, sampler = diffusion.scheduler_from_hf(SD15_SCHEDULER)
-    assert schedule == Schedule() and sampler == sampling.PNDM()
+    assert schedule == Schedule() and sampler == samplers.PNDM()
     schedule, sampler = diffusion.scheduler_from_hf(SD21_SCHEDULER)
-    assert schedule == Schedule(prediction_type="v_prediction") and sampler == sampling.DDIM()
+    assert schedule == Schedule(prediction_type="v_prediction") and sampler == samplers.DDIM()
 
 
 @pytest.mark.parametrize(
     "sampler",
-    [sampling.DDIM(), sampling.DDIM("trailing", 0, True), sampling.PNDM(),
-     sampling.DPMSolverPP(karras=True), sampling.DPMSolverPP(final_zero=False),
-     sampling.Euler("linspace", 0), sampling.Euler(karras=True)],
+    [samplers.DDIM(), samplers.DDIM("trailing", 0, True), samplers.PNDM(),
+     samplers.DPMSolverPP(karras=True), samplers.DPMSolverPP(final_zero=False),
+     samplers.Euler("linspace", 0), samplers.Euler(karras=True)],
 )  # fmt: skip
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_schedulers_survive_both_ways_and_diffusers_reads_them(sampler, prediction, tmp_path):
@@ -174,7 +176,7 @@ def test_schedulers_that_are_not_ours(fields, words):
     with pytest.raises(ValueError, match=words):
         diffusion.scheduler_from_hf(fields)
     with pytest.raises(ValueError, match="snr_shift"):
-        diffusion.scheduler_to_hf(Schedule(snr_shift=0.5), sampling.DDIM())
+        diffusion.scheduler_to_hf(Schedule(snr_shift=0.5), samplers.DDIM())
 
 
 @pytest.fixture(scope="module")
@@ -232,10 +234,9 @@ def draw(ours, noise, context, uncond):
     @jax.jit
     def run(states, noise, context, uncond):
         unet, vae = (nnx.merge(g, s) for g, s in zip(graphs, states, strict=True))
-        predict = sampling.guided(unet, context, uncond, 3.0)
-        return sampling.to_image(
-            sampling.sample(predict, noise, ours.sampler, ours.schedule, 3), vae
-        )
+        predict = guided(unet, Conditioning(context), Conditioning(uncond), 3.0)
+        x = ours.sampler.integrate(predict, noise, ours.schedule, 3)
+        return jnp.clip(vae.decode(x / vae.cfg.scaling_factor) / 2 + 0.5, 0.0, 1.0)
 
     with jax.default_matmul_precision("highest"):
         return run(states, noise, context, uncond)

@@ -8,13 +8,16 @@ import pytest
 from flax import nnx
 
 from metamorph_jax.convert import check, metamorph, oracles
+from metamorph_jax.models.diffusion.decoder import DiffusionConfig
 from metamorph_jax.models.diffusion.projector import ProjectorConfig
 from metamorph_jax.models.diffusion.schedule import Schedule
 from metamorph_jax.models.diffusion.unet import UNetConfig
+from metamorph_jax.models.vision.encoder import VisionConfig
 from metamorph_jax.models.vision.vit import SIZES as TOWER_SIZES
 from metamorph_jax.models.vision.vit import ViTConfig
 from metamorph_jax.recipes import decoder
 from metamorph_jax.recipes import metamorph as recipe
+from metamorph_jax.recipes.decoder.config import pixels
 from tests.convert.conftest import ORACLE
 from tests.recipes.metamorph.tiny import change
 
@@ -135,10 +138,13 @@ def small_decoder(mode="mlp", seed=0):
     projector = ProjectorConfig(
         mode, 24, 32, unet.cross_attention_dim, num_tokens=5, num_layers=2, num_heads=4
     )
-    cfg = decoder.DecoderConfig(
-        projector=projector, denoiser=unet, vae=None, schedule=Schedule(), context_length=7
+    cfg = decoder.Config(
+        vision=VisionConfig("none", feature_width=24, tokens=5),
+        projector=projector,
+        decoder=DiffusionConfig(unet, None, Schedule()),
+        context_length=7,
     )
-    return decoder.DecoderRecipe(cfg, nnx.Rngs(seed))
+    return decoder.create(cfg, nnx.Rngs(seed))
 
 
 @pytest.mark.parametrize("torch_files", [False, True])
@@ -154,7 +160,7 @@ def test_decoder_files_survive_both_ways(torch_files, tmp_path):
     assert fields == {"mode": "mlp", "input_dim": 24, "hidden_dim": 32, "output_dim": 32,
                       "num_tokens": 5, "num_layers": 2, "num_heads": 4}  # fmt: skip
     metamorph.load_decoder(second, tmp_path)
-    for part in ("projector", "denoiser"):
+    for part in ("projector", "decoder"):
         a, b = (nnx.to_flat_state(nnx.state(getattr(m, part))) for m in (first, second))
         for (path, x), (_, y) in zip(a, b, strict=True):
             np.testing.assert_array_equal(x[...], y[...], err_msg=str(path))
@@ -169,7 +175,7 @@ def test_standardisation_is_folded_into_the_projector(mode, tmp_path):
     metamorph.save_decoder(first, tmp_path)
     metamorph.load_decoder(second, tmp_path)
     assert not np.asarray(second.feature_mean[...]).any()
-    context = [np.asarray(m.context(jnp.asarray(features))) for m in (first, second)]
+    context = [np.asarray(m.conditioning(jnp.asarray(features)).context) for m in (first, second)]
     np.testing.assert_allclose(*context, atol=2e-4)
 
 
@@ -180,9 +186,9 @@ def test_decoder_files_out_of_a_wrapper_and_without_a_unet(tmp_path):
     state = torch.load(tmp_path / "adapter_checkpoint.pt", weights_only=True)
     torch.save({"module." + k: v for k, v in state.items()}, tmp_path / "adapter_checkpoint.pt")
     (tmp_path / "unet_checkpoint.pt").unlink()
-    before = np.asarray(second.denoiser.conv_in.kernel[...])
+    before = np.asarray(second.decoder.denoiser.conv_in.kernel[...])
     metamorph.load_decoder(second, tmp_path)
-    np.testing.assert_array_equal(before, second.denoiser.conv_in.kernel[...])
+    np.testing.assert_array_equal(before, second.decoder.denoiser.conv_in.kernel[...])
     np.testing.assert_array_equal(
         first.projector.layers[0].kernel[...], second.projector.layers[0].kernel[...]
     )
@@ -198,9 +204,9 @@ def test_wrong_decoder_folders(tmp_path):
     (tmp_path / "adapter_checkpoint.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="adapter_checkpoint"):
         metamorph.load_decoder(model, tmp_path)
-    cfg = decoder.DecoderConfig.pixels(8, 4, side=8, width=64)
+    cfg = pixels(8, 4, side=8, width=64)
     with pytest.raises(ValueError, match="DiT"):
-        metamorph.save_decoder(decoder.DecoderRecipe(cfg, nnx.Rngs(0)), tmp_path / "b")
+        metamorph.save_decoder(decoder.create(cfg, nnx.Rngs(0)), tmp_path / "b")
 
 
 def test_reference_tower_is_so400m_at_its_layer():

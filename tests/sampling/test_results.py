@@ -9,18 +9,19 @@ from flax import nnx
 from PIL import Image
 
 from metamorph_jax.errors import UserError
-from metamorph_jax.recipes import decoder as dec
-from metamorph_jax.sampling.artist import Artist
+from metamorph_jax.recipes import decoder
+from metamorph_jax.recipes.decoder.config import pixels
+from metamorph_jax.sampling.image_decoder import ImageDecoder
 from metamorph_jax.sampling.requests import Request
 from metamorph_jax.sampling.results import Output, Voice, describe
 from metamorph_jax.sampling.segments import Picture, Result, Text
 
 
 def test_drawing(speaker, tmp_path):
-    """Pictures are drawn per guidance scale; the same seed draws the same."""
+    """Images are drawn per guidance scale; the same seed draws the same."""
     P, C = speaker.decoder.P, speaker.decoder.C
-    cfg = dec.DecoderConfig.pixels(C, P, side=16, width=64)
-    artist = Artist(dec.DecoderRecipe(cfg, nnx.Rngs(0)), steps=2)
+    cfg = pixels(C, P, side=16, width=64)
+    image_decoder = ImageDecoder(decoder.create(cfg, nnx.Rngs(0)), steps=2)
     features = np.random.default_rng(0).normal(size=(P, C)).astype(np.float32)
     none = np.zeros(0, np.int32)
     segments = (
@@ -29,12 +30,17 @@ def test_drawing(speaker, tmp_path):
     result = Result(segments, none, features, none, True)
     args = argparse.Namespace(guidance=[1.5, 3.0], seed=0)
     request = Request("a/b", "draw")
-    record, files = describe(speaker, artist, request, result, args)
+    record, files = describe(speaker, image_decoder, request, result, args)
     drawn = ["a_b_picture0_scale1.5.png", "a_b_picture0_scale3.png"]
     assert [f for f in files if f.endswith("png")] == drawn
     assert files[drawn[0]].shape == (16, 16, 3) and files[drawn[0]].dtype == np.uint8
     assert [s.get("complete") for s in record["segments"]] == [None, True, False]
-    again = describe(speaker, artist, request, result, args)[1]
+    args.guidance = None  # as the decoder's config says
+    assert [f for f in describe(speaker, image_decoder, request, result, args)[1]] == [
+        "a_b_picture0.npy", "a_b_picture0_scale7.5.png", "a_b_picture1.npy"
+    ]  # fmt: skip
+    args.guidance = [1.5]
+    again = describe(speaker, image_decoder, request, result, args)[1]
     np.testing.assert_array_equal(files[drawn[0]], again[drawn[0]])
     out = Output(tmp_path / "out", {})
     out.write(request, record, files)

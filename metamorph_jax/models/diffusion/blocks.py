@@ -115,11 +115,17 @@ def over_batch(x):
     return constrain(x, "act_batch", *(x.ndim - 1) * (None,))
 
 
-def attend(q, k, v, heads: int):
-    """Softmax attention without mask: float[B, L, D] of q [B, L, D] and k, v [B, S, D]."""
+def attend(q, k, v, heads: int, mask=None):
+    """Softmax attention: float[B, L, D] of q [B, L, D] and k, v [B, S, D].
+
+    mask: bool[B, S], the keys that all queries see, or None for all. Where a row has none, its
+    queries take the mean of all values.
+    """
     B, L, D = q.shape
     q, k, v = (x.reshape(B, -1, heads, D // heads) for x in (q, k, v))
-    return attention.attend(q, k, v).reshape(B, L, D)
+    if mask is not None:
+        mask = jnp.broadcast_to(mask[:, None], (B, L, k.shape[1]))
+    return attention.attend(q, k, v, mask).reshape(B, L, D)
 
 
 class ResnetBlock2D(nnx.Module):

@@ -19,6 +19,7 @@ from flax import nnx
 from metamorph_jax.models.diffusion.blocks import linear, zeros
 from metamorph_jax.models.diffusion.unet import time_features
 from metamorph_jax.nn.attention import attend
+from metamorph_jax.types import Conditioning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +94,14 @@ def _norm(x):
     return ((x32 - mean) * jax.lax.rsqrt(var + 1e-6)).astype(x.dtype)
 
 
+def _mean(context, mask):
+    """float[B, D]: the mean over the valid tokens of float[B, P, D]; 0 where there are none."""
+    if mask is None:
+        return context.mean(axis=1)
+    total = jnp.where(mask[..., None], context, 0.0).sum(axis=1)
+    return total / jnp.maximum(mask.sum(axis=1, keepdims=True), 1).astype(context.dtype)
+
+
 class Block(nnx.Module):
     def __init__(self, cfg: DiTConfig, rngs):
         width, dtype = cfg.width, cfg.dtype
@@ -107,8 +116,8 @@ class Block(nnx.Module):
         self.fc1 = linear(width, cfg.mlp_ratio * width, rngs, dtype)
         self.fc2 = linear(cfg.mlp_ratio * width, width, rngs, dtype)
 
-    def __call__(self, x, cond):
-        """x: float[B, L, D]; cond: float[B, D]."""
+    def __call__(self, x, cond, mask=None):
+        """x: float[B, L, D]; cond: float[B, D]; mask: bool[B, L, L] or None."""
         B, L, D = x.shape
         if hasattr(self, "depthwise"):
             patches = x[:, L - self.side**2 :].reshape(B, self.side, self.side, D)
@@ -121,14 +130,14 @@ class Block(nnx.Module):
         qkv = self.qkv(_norm(x) * (1 + scale1) + shift1)
         q, k, v = (y.reshape(B, L, self.heads, -1) for y in jnp.split(qkv, 3, axis=-1))
         q, k = _norm(q), _norm(k)
-        y = attend(q, k, v).reshape(B, L, D)
+        y = attend(q, k, v, mask).reshape(B, L, D)
         x = x + (1 + gate1) * self.proj(y)
         y = self.fc2(nnx.gelu(self.fc1(_norm(x) * (1 + scale2) + shift2)))
         return x + (1 + gate2) * y
 
 
 class DiT(nnx.Module):
-    """Same call as the UNet's: (x, t, context) -> prediction."""
+    """Called as the UNet is: (x, t, condition) -> prediction."""
 
     def __init__(self, cfg: DiTConfig, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -146,16 +155,34 @@ class DiT(nnx.Module):
         self.modulation = linear(D, 2 * D, rngs, dtype, kernel_init=zeros)
         self.out = linear(D, pixels * cfg.out_channels, rngs, dtype, kernel_init=zeros)
 
-    def __call__(self, x, t, context):
-        """x: float[B, h, w, c]; t: [B] or a scalar; context: float[B, P, D]; returns like x."""
+    def prepare(self, condition: Conditioning) -> Conditioning:
+        """The condition itself: nothing here can be computed once for all steps of sampling.
+
+        Raises:
+            ValueError: for feature maps, which nothing here reads.
+        """
+        if condition.maps:
+            raise ValueError("DiT reads no feature maps (Conditioning.maps)")
+        return condition
+
+    def __call__(self, x, t, condition: Conditioning):
+        """The prediction, float32[B, h, w, c].
+
+        Args:
+            x: float[B, h, w, c].
+            t: [B] or a scalar.
+            condition: context float[B, P, D].
+        """
         cfg = self.cfg
+        condition = self.prepare(condition)
+        context, mask = condition.context, condition.mask
         P = context.shape[1]
         if P > cfg.num_context:
             raise ValueError(f"DiT: {P} context tokens, num_context is {cfg.num_context}")
         t = jnp.broadcast_to(jnp.asarray(t), x.shape[:1])
         context = context.astype(cfg.dtype)
         time = self.time_2(nnx.silu(self.time_1(time_features(t, cfg.width).astype(cfg.dtype))))
-        cond = time + self.pool(context.mean(axis=1))
+        cond = time + self.pool(_mean(context, mask))
         side = cfg.sample_size // cfg.patch
         patches = space_to_depth(x.astype(cfg.dtype), cfg.patch)
         if cfg.local:
@@ -163,16 +190,21 @@ class DiT(nnx.Module):
         patches = self.embed(patches).reshape(len(x), side * side, cfg.width)
         y = patches + jnp.asarray(grid_features(side, cfg.width), cfg.dtype)
         place = self.context_embed(context)
+        if mask is not None:
+            place = jnp.where(mask[..., None], place, 0.0)
         if cfg.grid_context:
             grid = math.isqrt(P)
             place = place.reshape(len(x), grid, grid, cfg.width)
             place = jnp.repeat(jnp.repeat(place, side // grid, axis=1), side // grid, axis=2)
-            y, P = y + place.reshape(y.shape), 0
+            y, P, mask = y + place.reshape(y.shape), 0, None
         else:
             position = self.context_position[...][:P].astype(cfg.dtype)
             y = jnp.concatenate([place + position, y], axis=1)
+        if mask is not None:  # over the whole sequence
+            seen = jnp.pad(mask, ((0, 0), (0, side * side)), constant_values=True)
+            mask = jnp.broadcast_to(seen[:, None], (len(x), P + side * side, P + side * side))
         for block in self.blocks:
-            y = block(y, cond)
+            y = block(y, cond, mask)
         shift, scale = jnp.split(self.modulation(nnx.silu(cond))[:, None], 2, axis=-1)
         y = self.out(_norm(y[:, P:]) * (1 + scale) + shift)
         return depth_to_space(y.reshape(len(x), side, side, -1), cfg.patch).astype(jnp.float32)

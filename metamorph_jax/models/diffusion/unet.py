@@ -2,9 +2,11 @@
 
 High-Resolution Image Synthesis with Latent Diffusion Models (Rombach et al. 2022), appendix E.
 
-    conv_in -> down_blocks (resnets + cross attention, halving) -> mid_block -> up_blocks (with the
-    saved maps of the way down) -> conv_norm_out, silu, conv_out
+    down   conv_in, down_blocks (resnets + cross attention, halving), whose maps are the skips
+    mid    mid_block
+    up     up_blocks (each takes its skips), conv_norm_out, silu, conv_out
 
+A model that edits the skips or the middle (MM-Interleaved's does) calls the three in turn.
 Oddity kept from the published configurations: their `attention_head_dim` is the NUMBER of heads.
 """
 
@@ -12,6 +14,7 @@ import dataclasses
 import math
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from metamorph_jax.models.diffusion import blocks
@@ -27,6 +30,7 @@ from metamorph_jax.models.diffusion.blocks import (
     linear,
     over_batch,
 )
+from metamorph_jax.types import Conditioning
 
 _CROSS_DOWN = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
 
@@ -121,13 +125,39 @@ class UNetConfig:
         return cls(**kw, num_heads=per_level, dtype=dtype)
 
 
+def _ignore(name, value):
+    pass
+
+
+def time_frequencies(count: int, freq_shift: float = 0) -> np.ndarray:
+    """Radians per timestep: float32[count], from 1 down to nearly 1 / 10000.
+
+    A table made while tracing, with every step rounded to float32 as the library does it; the
+    exponential is taken in float64 and then rounded. XLA's own float32 `exp` may be off by more
+    than a rounding, which shows at timestep 999.
+    """
+    exponents = np.float32(-math.log(10000.0)) * np.arange(count, dtype=np.float32)
+    exponents /= np.float32(count - freq_shift)
+    return np.exp(exponents.astype(np.float64)).astype(np.float32)
+
+
 def time_features(t, width: int, flip_sin_to_cos: bool = True, freq_shift: float = 0):
     """Sinusoidal features of the timestep. t: float[B]; returns float32[B, width]."""
-    half = width // 2
-    freq = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
+    freq = time_frequencies(width // 2, freq_shift)
     angle = t.astype(jnp.float32)[:, None] * freq
     parts = [jnp.sin(angle), jnp.cos(angle)]
     return jnp.concatenate(parts[::-1] if flip_sin_to_cos else parts, axis=-1)
+
+
+class Reader:
+    """What one part of the UNet reads of a prepared condition.
+
+    pairs: iterator of keys and values, a pair for each cross attention in the order of their use.
+    mask: bool[B, P] or None.
+    """
+
+    def __init__(self, condition: Conditioning, part: str):
+        self.pairs, self.mask = iter(condition.context[part]), condition.mask
 
 
 class TimestepEmbedding(nnx.Module):
@@ -152,9 +182,9 @@ class Attention(nnx.Module):
     def keys_values(self, context):
         return self.to_k(context), self.to_v(context)
 
-    def __call__(self, x, keys_values=None):
+    def __call__(self, x, keys_values=None, mask=None):
         k, v = keys_values or self.keys_values(x)
-        return self.to_out[0](attend(self.to_q(x), k, v, self.heads))
+        return self.to_out[0](attend(self.to_q(x), k, v, self.heads, mask))
 
 
 class GEGLU(nnx.Module):
@@ -184,9 +214,9 @@ class BasicTransformerBlock(nnx.Module):
         self.norm3 = LayerNorm(width, rngs, dtype)
         self.ff = FeedForward(width, dtype, rngs)
 
-    def __call__(self, x, keys_values):
+    def __call__(self, x, keys_values, mask=None):
         x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), keys_values)
+        x = x + self.attn2(self.norm2(x), keys_values, mask)
         return x + self.ff(self.norm3(x))
 
 
@@ -206,12 +236,11 @@ class Transformer2DModel(nnx.Module):
         self.transformer_blocks = nnx.List([block])
         self.proj_out = make(width, width, rngs, cfg.dtype, kernel_init=blocks.zeros)
 
-    def __call__(self, x, pairs):
-        """pairs: iterator of keys and values, one pair for each transformer block."""
+    def __call__(self, x, read: "Reader"):
         B, h, w, C = x.shape
         y = self.proj_in(self.norm(x)).reshape(B, h * w, C)
         for block in self.transformer_blocks:
-            y = block(y, next(pairs))
+            y = block(y, next(read.pairs), read.mask)
         return over_batch(x + self.proj_out(y.reshape(B, h, w, C)))
 
 
@@ -227,13 +256,13 @@ class DownBlock(nnx.Module):
         if level < len(cfg.block_out_channels) - 1:
             self.downsamplers = nnx.List([Downsample2D(cout, cfg.dtype, rngs)])
 
-    def __call__(self, x, temb, pairs):
-        """Returns the output and every map the way up will want."""
+    def __call__(self, x, temb, read: "Reader"):
+        """The output, and every map that the way up takes."""
         saved = []
         for i, block in enumerate(self.resnets):
             x = block(x, temb)
             if hasattr(self, "attentions"):
-                x = self.attentions[i](x, pairs)
+                x = self.attentions[i](x, read)
             saved.append(x)
         if hasattr(self, "downsamplers"):
             x = self.downsamplers[0](x)
@@ -247,8 +276,8 @@ class MidBlock(nnx.Module):
         self.resnets = nnx.List([resnet(cfg, width, width, rngs) for _ in range(2)])
         self.attentions = nnx.List([Transformer2DModel(cfg, width, heads, rngs)])
 
-    def __call__(self, x, temb, pairs):
-        x = self.attentions[0](self.resnets[0](x, temb), pairs)
+    def __call__(self, x, temb, read: "Reader"):
+        x = self.attentions[0](self.resnets[0](x, temb), read)
         return self.resnets[1](x, temb)
 
 
@@ -269,12 +298,12 @@ class UpBlock(nnx.Module):
         if level > 0:
             self.upsamplers = nnx.List([Upsample2D(cout, cfg.dtype, rngs)])
 
-    def __call__(self, x, saved, temb, pairs):
-        """Takes its maps from the end of the list `saved`."""
+    def __call__(self, x, skips, temb, read: "Reader"):
+        """Takes its maps from the end of the list `skips`."""
         for i, block in enumerate(self.resnets):
-            x = block(jnp.concatenate([x, saved.pop()], axis=-1), temb)
+            x = block(jnp.concatenate([x, skips.pop()], axis=-1), temb)
             if hasattr(self, "attentions"):
-                x = self.attentions[i](x, pairs)
+                x = self.attentions[i](x, read)
         return self.upsamplers[0](x) if hasattr(self, "upsamplers") else x
 
 
@@ -298,50 +327,83 @@ class UNet(nnx.Module):
         out = cfg.out_channels
         self.conv_out = conv(chans[0], out, 3, rngs, cfg.dtype, kernel_init=blocks.zeros)
 
-    def keys_values(self, context):
-        """What the cross attentions take of a context: float[B, P, D], in the order of their use.
+    def prepare(self, condition: Conditioning) -> Conditioning:
+        """The condition with the keys and values of all cross attentions as its context.
 
-        It doesn't depend on x or t: when sampling, it is computed once for all steps.
+        They don't depend on x or t: when sampling, they are computed once for all steps.
+
+        Raises:
+            ValueError: for feature maps, which nothing here reads.
         """
-        context = context.astype(self.cfg.dtype)
-        return [
-            block.attn2.keys_values(context)
-            for part in (*self.down_blocks, self.mid_block, *self.up_blocks)
-            for attention in getattr(part, "attentions", ())
-            for block in attention.transformer_blocks
-        ]
+        if condition.maps:
+            raise ValueError("this UNet reads no feature maps (Conditioning.maps)")
+        context = condition.context.astype(self.cfg.dtype)
+        parts = {"down": self.down_blocks, "mid": [self.mid_block], "up": self.up_blocks}
+        found = {
+            name: [
+                block.attn2.keys_values(context)
+                for part in blocks
+                for attention in getattr(part, "attentions", ())
+                for block in attention.transformer_blocks
+            ]
+            for name, blocks in parts.items()
+        }
+        return dataclasses.replace(condition, context=found)
 
-    def __call__(self, x, t, context, *, probes: dict | None = None):
-        """The prediction, like x: float[B, h, w, c].
-
-        Args:
-            t: [B] or a scalar.
-            context: float[B, P, D], or its `keys_values`.
-            probes: if given, receives the output of every block under the name of the block.
-        """
+    def time(self, t, rows: int, note=_ignore):
+        """float[rows, E], what all residual blocks are told of the timestep t: [rows] or scalar."""
         cfg = self.cfg
-        note = (lambda name, y: probes.__setitem__(name, y)) if probes is not None else _ignore
-        t = jnp.broadcast_to(jnp.asarray(t), x.shape[:1])
+        t = jnp.broadcast_to(jnp.asarray(t), (rows,))
         features = time_features(t, cfg.block_out_channels[0], cfg.flip_sin_to_cos, cfg.freq_shift)
         note("time_proj", features)
         temb = self.time_embedding(features.astype(cfg.dtype))
         note("time_embedding", temb)
-        temb = nnx.silu(temb)
-        pairs = iter(context if isinstance(context, list) else self.keys_values(context))
-        x = self.conv_in(x.astype(cfg.dtype))
+        return nnx.silu(temb)
+
+    def down(self, x, temb, condition: Conditioning, note=_ignore):
+        """(float[B, h', w', C] after the last level, the skips in the order of their making).
+
+        Args:
+            x: float[B, h, w, c].
+            temb: from `time`.
+            condition: from `prepare`.
+        """
+        read = Reader(condition, "down")
+        x = self.conv_in(x.astype(self.cfg.dtype))
         note("conv_in", x)
-        saved = [x]
+        skips = [x]
         for i, block in enumerate(self.down_blocks):
-            x, maps = block(x, temb, pairs)
-            saved += maps
+            x, maps = block(x, temb, read)
+            skips += maps
             note(f"down_{i}", x)
-        x = self.mid_block(x, temb, pairs)
-        note("mid", x)
+        return x, skips
+
+    def mid(self, x, temb, condition: Conditioning):
+        """Like x, which comes from `down`; temb and condition as there."""
+        return self.mid_block(x, temb, Reader(condition, "mid"))
+
+    def up(self, x, skips, temb, condition: Conditioning, note=_ignore):
+        """The prediction, float32[B, h, w, c], from what `mid` made and the skips of `down`."""
+        read, skips = Reader(condition, "up"), list(skips)
         for i, block in enumerate(self.up_blocks):
-            x = block(x, saved, temb, pairs)
+            x = block(x, skips, temb, read)
             note(f"up_{i}", x)
         return self.conv_out(nnx.silu(self.conv_norm_out(x))).astype(jnp.float32)
 
+    def __call__(self, x, t, condition: Conditioning, *, probes: dict | None = None):
+        """The prediction, float32[B, h, w, c].
 
-def _ignore(name, value):
-    pass
+        Args:
+            x: float[B, h, w, c].
+            t: [B] or a scalar.
+            condition: context float[B, P, D]; or what `prepare` made of it.
+            probes: if given, receives the output of every block under the name of the block.
+        """
+        note = _ignore if probes is None else probes.__setitem__
+        if not isinstance(condition.context, dict):
+            condition = self.prepare(condition)
+        temb = self.time(t, len(x), note)
+        x, skips = self.down(x, temb, condition, note)
+        x = self.mid(x, temb, condition)
+        note("mid", x)
+        return self.up(x, skips, temb, condition, note)

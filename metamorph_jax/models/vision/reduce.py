@@ -104,7 +104,7 @@ class TokenReducer(nnx.Module):
         if cfg.tokens == -1:
             return jnp.zeros_like(x)
         if cfg.tokens == 0 and side is None:
-            raise ValueError("image_tokens = 0: say at every call which side to reduce to")
+            raise ValueError("tokens = 0: every call must give the side to reduce to")
         if cfg.tokens == x.shape[1]:
             return x
         if cfg.kind == "mlpmixer":

@@ -222,7 +222,7 @@ class MetaMorph(nnx.Module):
             forward = count * flops.of_function(self, lambda m, x: m.visual_features(x), one)
             trained = self.cfg.train_tower
             again = forward if trained and self.vision.tower.cfg.remat else 0.0
-            found.append(Work("tower", forward, "tower", int(trained), again))
+            found.append(Work("tower", forward, "vision.tower", int(trained), again))
         one = jax.ShapeDtypeStruct((1, *self.feature_shape), jnp.float32)
         forward = count * flops.of_function(self, lambda m, x: m.project(x), one)
         found.append(Work("connector", forward, "connector"))

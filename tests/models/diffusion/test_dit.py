@@ -8,6 +8,7 @@ from flax import nnx
 
 from metamorph_jax.models.diffusion import schedule as sch
 from metamorph_jax.models.diffusion.dit import DiT, DiTConfig
+from metamorph_jax.types import Conditioning
 
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 TINY = DiTConfig.tiny(patch=2, sample_size=8, num_context=4)
@@ -20,8 +21,8 @@ def test_shape_and_that_context_and_time_matter_after_a_step(grid, local):
     graph, _ = nnx.split(model)
     jitted = jax.jit(lambda state, *args: nnx.merge(graph, state)(*args), compiler_options=FAST)
 
-    def run(*args):
-        return jitted(nnx.state(model), *args)
+    def run(x, t, context):
+        return jitted(nnx.state(model), x, t, Conditioning(context))
 
     x = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
     context = jax.random.normal(jax.random.key(2), (2, 4, 32))

@@ -16,12 +16,14 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from metamorph_jax.convert.names import load_torch_dict, to_torch_dict
+from metamorph_jax.models.diffusion import samplers
 from metamorph_jax.models.diffusion import schedule as sch
 from metamorph_jax.models.diffusion.clip_text import CLIPTextConfig, CLIPTextModel
+from metamorph_jax.models.diffusion.decoder import guided
 from metamorph_jax.models.diffusion.schedule import Schedule
 from metamorph_jax.models.diffusion.unet import UNet, UNetConfig
 from metamorph_jax.models.diffusion.vae import AutoencoderKL, VAEConfig
-from metamorph_jax.sampling import diffusion as sampling
+from metamorph_jax.types import Conditioning
 
 pytestmark = pytest.mark.golden
 
@@ -94,8 +96,8 @@ def check_unet(case, data, golden):
 
     def outputs(unet, x, t, context):
         probes = {}
-        sample = unet(x, t, context, probes=probes)
-        first = unet(x[:1], jnp.int32(500), context[:1])
+        sample = unet(x, t, Conditioning(context), probes=probes)
+        first = unet(x[:1], jnp.int32(500), Conditioning(context[:1]))
         return probes | {"sample": sample, "sample_first_item_scalar_t500": first}
 
     found = run(unet, outputs, x, jnp.asarray(data["in.timesteps"]), context)
@@ -129,10 +131,10 @@ def sampler_of(kind, config):
     grid = dict(spacing=config["timestep_spacing"], offset=config["steps_offset"])
     if kind == "DDIMScheduler":
         assert not config["clip_sample"]
-        return sampling.DDIM(**grid, to_one=config["set_alpha_to_one"])
+        return samplers.DDIM(**grid, to_one=config["set_alpha_to_one"])
     if kind == "PNDMScheduler":
         assert config["skip_prk_steps"]
-        return sampling.PNDM(**grid, to_one=config["set_alpha_to_one"])
+        return samplers.PNDM(**grid, to_one=config["set_alpha_to_one"])
     grid |= dict(
         karras=config["use_karras_sigmas"], final_zero=config["final_sigmas_type"] == "zero"
     )
@@ -140,12 +142,12 @@ def sampler_of(kind, config):
         wanted = dict(solver_order=2, algorithm_type="dpmsolver++", solver_type="midpoint")
         wanted |= dict(euler_at_final=False, use_lu_lambdas=False, variance_type=None)
         assert {k: config[k] for k in wanted} == wanted
-        return sampling.DPMSolverPP(**grid, lower_order_final=config["lower_order_final"])
+        return samplers.DPMSolverPP(**grid, lower_order_final=config["lower_order_final"])
     if kind == "EulerDiscreteScheduler":
         wanted = dict(interpolation_type="linear", timestep_type="discrete")
         wanted |= dict(sigma_min=None, sigma_max=None)
         assert {k: config[k] for k in wanted} == wanted
-        return sampling.Euler(**grid)
+        return samplers.Euler(**grid)
     raise ValueError(f"no sampler for {kind}")
 
 
@@ -154,7 +156,7 @@ def check_ddpm(case, data, golden):
     s = schedule_of(cfg)
     x0, noise, t = (data[f"in.{k}"] for k in ("x0", "noise", "timesteps"))
     total, steps = cfg["num_train_timesteps"], 10
-    grid = sampling.timesteps(cfg["timestep_spacing"], total, steps, cfg["steps_offset"])
+    grid = samplers.timesteps(cfg["timestep_spacing"], total, steps, cfg["steps_offset"])
     v_schedule = schedule_of(cfg | {"prediction_type": "v_prediction"})
     out = {
         "out.betas": s.betas, "out.alphas_cumprod": s.alphas_cumprod,
@@ -182,7 +184,7 @@ def check_sampler(case, data, golden):
         return 0.6 * jnp.tanh(x) + 0.15 * jnp.sin(t / 60) * jnp.cos(x)
 
     noise = jnp.asarray(data["in.unit_noise"])
-    _, seen = sampling.sample(stand_in, noise, sampler, s, steps, return_trajectory=True)
+    _, seen = sampler.integrate(stand_in, noise, s, steps, return_trajectory=True)
     table = sampler.table(s, steps)
     return {
         "out.trajectory": seen[0], "out.model_outputs": seen[1], "out.timesteps": table.t,
@@ -206,14 +208,14 @@ def check_pipeline(case, data, golden):
     def draw(unet, vae, noise, context, uncond):
         unet, vae = nnx.merge(unet_graph, unet), nnx.merge(vae_graph, vae)
         scale = case["guidance_scale"]
-        predict = sampling.guided(unet, context, uncond, scale, prepare=unet.keys_values)
-        latent, (states, _) = sampling.sample(
-            predict, noise, sampler, s, case["num_inference_steps"], return_trajectory=True
+        predict = guided(unet, Conditioning(context), Conditioning(uncond), scale, unet.prepare)
+        latent, (states, _) = sampler.integrate(
+            predict, noise, s, case["num_inference_steps"], return_trajectory=True
         )
         return {
             "out.step_latents": jnp.moveaxis(states[1:], -1, 2), "out.final_latents": nchw(latent),
             "out.decoded_unclipped_nchw": nchw(vae.decode(latent / vae.cfg.scaling_factor)),
-            "out.image": sampling.to_image(latent, vae),
+            "out.image": jnp.clip(vae.decode(latent / vae.cfg.scaling_factor) / 2 + 0.5, 0.0, 1.0),
         }  # fmt: skip
 
     context, uncond = data["in.prompt_embeds"], data["in.negative_prompt_embeds"]

@@ -1,5 +1,8 @@
 """The noising process: golden arrays of golden/metamorph, and its algebra."""
 
+import json
+import re
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,7 +16,10 @@ from metamorph_jax.models.diffusion.schedule import PREDICTIONS, Schedule
 @pytest.mark.golden
 def test_noise_schedule(golden_root):
     data = np.load(golden_root / "metamorph" / "noise_schedule.npz")
-    s = Schedule()
+    meta = json.loads((golden_root / "metamorph" / "meta.json").read_text())
+    words = r"(\S+) betas (\S+)\.\.(\S+), (\d+) steps"
+    kind, start, end, steps = re.match(words, meta["arrays"]["noise_schedule.npz"]["desc"]).groups()
+    s = Schedule(int(steps), float(start), float(end), kind.replace("-", "_"))
     read = {"latents", "noise", "timesteps", "noisy", "alphas_cumprod"}
     assert set(data.files) == read
     np.testing.assert_allclose(s.alphas_cumprod, data["alphas_cumprod"], rtol=1e-5)

@@ -1,5 +1,7 @@
 """Sizes, configuration errors and parameter names of the published models."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +11,10 @@ from flax import nnx
 from metamorph_jax.convert.names import to_torch_dict
 from metamorph_jax.models.diffusion.clip_text import CLIPTextConfig, CLIPTextModel
 from metamorph_jax.models.diffusion.dit import DiT, DiTConfig, depth_to_space, space_to_depth
-from metamorph_jax.models.diffusion.unet import UNet, UNetConfig
+from metamorph_jax.models.diffusion.unet import UNet, UNetConfig, time_features
 from metamorph_jax.models.diffusion.vae import AutoencoderKL, VAEConfig
+from metamorph_jax.types import Conditioning
+from tests.convert.conftest import ORACLE
 
 
 def count(make):
@@ -69,8 +73,85 @@ def test_bfloat16_computes_and_returns_float32():
     unet = UNet(UNetConfig.tiny(dtype="bfloat16"), nnx.Rngs(0))
     graph, state = nnx.split(unet)
     run = jax.jit(lambda s, *a: nnx.merge(graph, s)(*a))
-    y = run(state, jnp.ones((1, 8, 8, 4)), jnp.int32(3), jnp.ones((1, 5, 32)))
+    y = run(state, jnp.ones((1, 8, 8, 4)), jnp.int32(3), Conditioning(jnp.ones((1, 5, 32))))
     assert y.shape == (1, 8, 8, 4) and y.dtype == jnp.float32 and jnp.isfinite(y).all()
+
+
+TIMESTEPS = np.array([0, 1, 641, 999], np.int32)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("width", [8, 24, 32, 96, 320])
+def test_time_features_are_the_formula_s(width, shift):
+    """In float32 as the library has it, its `exp` rounded correctly; and near the exact numbers."""
+    half = width // 2
+    x = np.float32(-math.log(10000.0)) * np.arange(half, dtype=np.float32)
+    x = x / np.float32(half - shift)
+    table = np.exp(x.astype(np.float64)).astype(np.float32)
+    run = jax.jit(lambda t: time_features(t, width, freq_shift=shift))
+    found = np.asarray(run(jnp.asarray(TIMESTEPS)))
+    phase = (TIMESTEPS[:, None].astype(np.float32) * table).astype(np.float64)
+    single = np.concatenate([np.cos(phase), np.sin(phase)], axis=1)
+    np.testing.assert_allclose(found, single, atol=2e-7)
+    freq = np.exp(-math.log(10000.0) * np.arange(half) / (half - shift))
+    exact = np.concatenate([f(TIMESTEPS[:, None] * freq) for f in (np.cos, np.sin)], axis=1)
+    # The exponent, of up to 9.2, is rounded three times: that much of the angle.
+    error, angle = np.abs(found - exact), np.tile(TIMESTEPS[:, None] * freq, 2)
+    assert (error <= 3 * 9.3 * 2.0**-24 * angle + 3e-7).all(), error.max()
+    swapped = jax.jit(lambda t: time_features(t, width, False, shift))(jnp.asarray(TIMESTEPS))
+    np.testing.assert_array_equal(swapped[:, half:], found[:, :half])
+    assert "exp " not in str(jax.make_jaxpr(lambda t: time_features(t, width))(TIMESTEPS))
+
+
+@pytest.mark.parametrize("width", [8, 12, 24, 32, 48, 96])
+def test_time_features_are_the_library_s(width):
+    torch = pytest.importorskip("torch", reason=ORACLE)
+    half = width // 2
+    exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32) / half
+    angle = torch.from_numpy(TIMESTEPS)[:, None].float() * torch.exp(exponent)
+    theirs = torch.cat([torch.cos(angle), torch.sin(angle)], dim=-1).numpy()
+    np.testing.assert_allclose(time_features(TIMESTEPS, width), theirs, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A UNet without weights at zero, and inputs for it."""
+    graph, state = nnx.split(UNet(UNetConfig.tiny(), nnx.Rngs(0)))
+    keys = iter(jax.random.split(jax.random.key(0), 1000))
+    state = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(next(keys), p.shape), state)
+    x = jax.random.normal(next(keys), (2, 8, 8, 4))
+    return nnx.merge(graph, state), x, Conditioning(jax.random.normal(next(keys), (2, 5, 32)))
+
+
+def test_the_three_parts_make_the_whole(tiny):
+    """An edit that changes nothing changes no number; one of a skip or the middle changes some."""
+    unet, x, condition = tiny
+
+    @jax.jit
+    def in_parts(x, condition, skip_gain, mid_gain):
+        ready = unet.prepare(condition)
+        temb = unet.time(jnp.array([3, 700]), 2)
+        y, skips = unet.down(x, temb, ready)
+        kept = list(skips)
+        skips = [s * skip_gain if i == 1 else s for i, s in enumerate(skips)]
+        out = unet.up(unet.mid(y, temb, ready) * mid_gain, skips, temb, ready)
+        assert len(skips) == len(kept) == 4  # conv_in, a map a level, one halving
+        return out
+
+    whole = jax.jit(lambda x, c: unet(x, jnp.array([3, 700]), c))(x, condition)
+    same = in_parts(x, condition, 1.0, 1.0)
+    np.testing.assert_allclose(same, whole, rtol=1e-6, atol=1e-6)
+    assert np.abs(in_parts(x, condition, 1.1, 1.0) - whole).max() > 1e-3
+    assert np.abs(in_parts(x, condition, 1.0, 1.1) - whole).max() > 1e-3
+
+
+def test_prepared_conditions_give_equal_numbers(tiny):
+    unet, x, condition = tiny
+    run = jax.jit(lambda x, c: unet(x, jnp.int32(7), c))
+    ready = jax.jit(unet.prepare)(condition)
+    np.testing.assert_allclose(run(x, ready), run(x, condition), rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="no feature maps"):
+        unet.prepare(Conditioning(condition.context, maps=(jnp.ones((2, 1, 4, 4, 8)),)))
 
 
 def test_transformer_denoiser_reads_time_and_context():
@@ -78,7 +159,7 @@ def test_transformer_denoiser_reads_time_and_context():
     graph, state = nnx.split(DiT(cfg, nnx.Rngs(0)))
     keys = iter(jax.random.split(jax.random.key(0), 100))
     state = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(next(keys), p.shape), state)
-    run = jax.jit(lambda *a: nnx.merge(graph, state)(*a))
+    run = jax.jit(lambda x, t, context: nnx.merge(graph, state)(x, t, Conditioning(context)))
     x = jax.random.normal(next(keys), (2, 8, 8, 3))
     context = jax.random.normal(next(keys), (2, 4, 32))
     y = run(x, jnp.array([5, 500]), context)

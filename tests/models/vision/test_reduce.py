@@ -64,7 +64,7 @@ def test_parity_options_of_the_reference():
     x = features(width=3)
     assert not np.any(reducer(-1)(x)) and reducer(-1)(x).shape == x.shape
     assert reducer(0)(x, side=5).shape == (2, 25, 3)
-    with pytest.raises(ValueError, match="which side"):
+    with pytest.raises(ValueError, match="the side"):
         reducer(0)(x)
     drawn = {reduce.draw_side(np.random.default_rng(i)) for i in range(300)}
     assert min(drawn) == 1 and max(drawn) == 24

@@ -5,10 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from metamorph_jax.models.diffusion import samplers
 from metamorph_jax.models.diffusion import schedule as sch
+from metamorph_jax.models.diffusion.samplers import (
+    DDIM,
+    PNDM,
+    DPMSolverPP,
+    Euler,
+    SamplingConfig,
+    make_sampler,
+)
 from metamorph_jax.models.diffusion.schedule import PREDICTIONS, Schedule
-from metamorph_jax.sampling import diffusion as sampling
-from metamorph_jax.sampling.diffusion import DDIM, PNDM, DPMSolverPP, Euler
 
 RULES = [
     DDIM(to_one=True), DDIM(spacing="trailing", offset=0, to_one=True), DPMSolverPP(),
@@ -38,7 +45,7 @@ def test_a_perfect_denoiser_leads_to_x0(rule, prediction):
     s = Schedule(prediction_type=prediction)
     x0 = jnp.linspace(-1, 1, 8).reshape(1, 2, 4, 1)
     noise = jax.random.normal(jax.random.key(0), x0.shape)
-    found = sampling.sample(perfect(s, x0, None), noise, rule, s, 12)
+    found = rule.integrate(perfect(s, x0, None), noise, s, 12)
     # Fractional and Karras timesteps meet the interpolated level only nearly.
     np.testing.assert_allclose(found, x0, atol=0.05)
 
@@ -47,7 +54,7 @@ def test_a_perfect_denoiser_leads_to_x0(rule, prediction):
 def test_zero_terminal_snr_is_finite(rule):
     s = Schedule(prediction_type="v_prediction", zero_snr=True)
     noise = jnp.ones((1, 2, 2, 1))
-    out = sampling.sample(lambda x, t: -x, noise, rule, s, 5)
+    out = rule.integrate(lambda x, t: -x, noise, s, 5)
     assert np.isfinite(out).all()
 
 
@@ -61,40 +68,8 @@ def test_pndm_calls_the_network_once_more():
 def test_one_step_works():
     s = Schedule()
     for rule in (DDIM(), DPMSolverPP(), Euler()):
-        x = sampling.sample(lambda x, t: 0.1 * x, jnp.ones((1, 1, 1, 1)), rule, s, 1)
+        x = rule.integrate(lambda x, t: 0.1 * x, jnp.ones((1, 1, 1, 1)), s, 1)
         assert np.isfinite(x).all()
-
-
-def test_guidance_doubles_the_batch_only_when_it_is_on():
-    seen = []
-
-    def denoiser(x, t, context):
-        seen.append((x.shape, t.shape, context.shape))
-        return x * context.mean((1, 2))[:, None, None, None]
-
-    x, context = jnp.ones((2, 3, 3, 1)), jnp.full((2, 5, 4), 0.5)
-    plain = sampling.guided(denoiser, context, scale=1)(x, jnp.float32(7))
-    strong = sampling.guided(denoiser, context, scale=3.0)(x, jnp.float32(7))
-    assert seen == [((2, 3, 3, 1), (2,), (2, 5, 4)), ((4, 3, 3, 1), (4,), (4, 5, 4))]
-    np.testing.assert_allclose(plain, 0.5)
-    np.testing.assert_allclose(strong, 1.5)  # 0 + 3 * (0.5 - 0), zeros being unconditional
-
-
-@pytest.mark.parametrize("scale", [1, 3.0])
-def test_the_context_is_prepared_once(scale):
-    prepared = []
-
-    def prepare(context):
-        prepared.append(context.shape)
-        return [2 * context]
-
-    def denoiser(x, t, context):
-        return x * context[0].mean((1, 2))[:, None, None, None]
-
-    x, context = jnp.ones((2, 3, 3, 1)), jnp.full((2, 5, 4), 0.5)
-    predict = sampling.guided(denoiser, context, scale=scale, prepare=prepare)
-    np.testing.assert_allclose([predict(x, 7.0), predict(x, 6.0)], scale)
-    assert prepared == [(2 if scale == 1 else 4, 5, 4)]
 
 
 def test_trajectory_ends_in_the_result_and_clip_bounds_it():
@@ -102,12 +77,26 @@ def test_trajectory_ends_in_the_result_and_clip_bounds_it():
     predict = lambda x, t: 9 * jnp.ones_like(x)  # noqa: E731
     noise = jnp.ones((1, 2, 2, 1))
     rule = DDIM(to_one=True)
-    x, (states, outputs) = sampling.sample(
-        predict, noise, rule, s, 4, clip=(-1.0, 1.0), return_trajectory=True
+    x, (states, outputs) = rule.integrate(
+        predict, noise, s, 4, clip=(-1.0, 1.0), return_trajectory=True
     )
     assert states.shape[0] == 5 and outputs.shape[0] == 4
     np.testing.assert_array_equal(states[-1], x)
     np.testing.assert_allclose(x, 1.0, atol=1e-6)
+
+
+def test_names_of_samplers():
+    """A decoder of pixels or with a zero terminal SNR starts at the very last timestep."""
+    assert make_sampler("auto", False) == DPMSolverPP()
+    assert make_sampler("auto", True) == DDIM(spacing="trailing", to_one=True)
+    for name in samplers.SAMPLERS:
+        t = make_sampler(name, True).table(Schedule(), 4).t
+        assert t[0] == 999, name
+        assert make_sampler(name, False) == samplers.SAMPLERS[name]()
+    with pytest.raises(ValueError, match="'heun' is none of auto, ddim"):
+        SamplingConfig("heun")
+    with pytest.raises(ValueError, match="steps"):
+        SamplingConfig(steps=0)
 
 
 def test_spacing_is_checked():
@@ -127,7 +116,7 @@ def test_dpm_beats_euler_on_a_gaussian():
     noise = jnp.ones((1, 1, 1, 1))
 
     def ends(rule, steps):
-        return float(sampling.sample(predict, noise, rule, s, steps)[0, 0, 0, 0])
+        return float(rule.integrate(predict, noise, s, steps)[0, 0, 0, 0])
 
     exact = ends(DPMSolverPP(), 400)
     assert abs(ends(DPMSolverPP(), 16) - exact) < abs(ends(DDIM(to_one=True), 16) - exact)
@@ -141,5 +130,5 @@ def test_add_noise_then_one_perfect_ddim_step_reaches_the_next_level():
     row = {k: v[3] for k, v in table.rows().items()}
     t, following = (jnp.array([int(v)]) for v in (table.t[3], table.t[3] - 100))
     x = sch.add_noise(s, x0, noise, t)
-    new, _ = sampling.step(row, lambda x, t: noise, {"x": x})
+    new, _ = samplers.step(row, lambda x, t: noise, {"x": x})
     np.testing.assert_allclose(new["x"], sch.add_noise(s, x0, noise, following), atol=1e-5)

@@ -91,14 +91,83 @@ def _levels(s: Schedule, t: np.ndarray, last: float) -> np.ndarray:
     return np.where(t >= 0, s.alphas_cumprod[np.maximum(t, 0)], last)
 
 
+def step(row: dict, predict: Callable, carry: dict, clip=None):
+    """One row of a table. carry: x, and base, x0, outputs where the sampler needs them."""
+    x = carry["x"]
+    y = prediction = predict(x * row["scale_in"] if "scale_in" in row else x, row["t"])
+    new, base = {}, x
+    if "mix" in row:
+        earlier = carry["outputs"]
+        y = row["mix"][0] * y + jnp.tensordot(row["mix"][1:], earlier, 1)
+        base = jnp.where(row["repeat"], carry["base"], x)
+        pushed = jnp.concatenate([prediction[None], earlier[:-1]])
+        new["outputs"] = jnp.where(row["repeat"], earlier, pushed)
+        new["base"] = x
+    if "p" in row:
+        y = row["p"] * base + row["q"] * y
+        y = y if clip is None else jnp.clip(y, *clip)
+    new["x"] = row["a"] * base + row["b"] * y
+    if "c" in row:
+        new["x"] += row["c"] * carry["x0"]
+        new["x0"] = y
+    return new, prediction
+
+
+class Sampler:
+    """A table of rows, and one loop over it."""
+
+    history: ClassVar[int] = 0  # earlier predictions that a row mixes
+
+    def table(self, s: Schedule, steps: int) -> Table:
+        """The rows for so many steps of this training schedule."""
+        raise NotImplementedError
+
+    def integrate(
+        self,
+        predict: Callable,
+        noise,
+        schedule: Schedule,
+        steps: int,
+        *,
+        clip: tuple | None = None,
+        return_trajectory: bool = False,
+    ):
+        """From noise to x0, float32[B, h, w, c].
+
+        Args:
+            predict: (x float32[B, h, w, c], t float32 scalar) -> the network's prediction, like x.
+            noise: float32[B, h, w, c] standard normal.
+            schedule: the training schedule; says what the prediction means.
+            steps: number of steps.
+            clip: (low, high) that every x0 estimate is clipped to, numbers or [c]; for pixels.
+            return_trajectory: also return the states [N + 1, ...] and predictions [N, ...].
+        """
+        table = self.table(schedule, steps)
+        rows = table.rows(clip is not None)
+        x = noise.astype(jnp.float32) * table.init_sigma
+        carry = {"x": x}
+        if "mix" in rows:
+            carry |= {"base": x, "outputs": jnp.zeros((self.history, *x.shape))}
+        if "c" in rows:
+            carry["x0"] = jnp.zeros_like(x)
+
+        def body(carry, row):
+            carry, prediction = step(row, predict, carry, clip)
+            return carry, (carry["x"], prediction) if return_trajectory else None
+
+        carry, seen = jax.lax.scan(body, carry, rows)
+        if return_trajectory:
+            return carry["x"], (jnp.concatenate([x[None], seen[0]]), seen[1])
+        return carry["x"]
+
+
 @dataclasses.dataclass(frozen=True)
-class DDIM:
+class DDIM(Sampler):
     """Deterministic DDIM (eta 0). `to_one`: the last step goes to alpha 1, not to level 0."""
 
     spacing: str = "leading"
     offset: int = 1
     to_one: bool = False
-    history: ClassVar[int] = 0
 
     def table(self, s: Schedule, steps: int) -> Table:
         total = s.num_train_timesteps
@@ -109,7 +178,7 @@ class DDIM:
 
 
 @dataclasses.dataclass(frozen=True)
-class PNDM:
+class PNDM(Sampler):
     """Pseudo linear multistep (PLMS): mixes up to four predictions, then steps as DDIM does."""
 
     spacing: str = "leading"
@@ -172,7 +241,7 @@ def _sigma_schedule(s: Schedule, t: np.ndarray, karras: bool, final_zero: bool, 
 
 
 @dataclasses.dataclass(frozen=True)
-class DPMSolverPP:
+class DPMSolverPP(Sampler):
     """DPM-Solver++ 2M, midpoint form; `karras` spaces the noise levels as Karras et al. do."""
 
     spacing: str = "linspace"
@@ -180,7 +249,6 @@ class DPMSolverPP:
     karras: bool = False
     final_zero: bool = True
     lower_order_final: bool = True
-    history: ClassVar[int] = 0
 
     def table(self, s: Schedule, steps: int) -> Table:
         total = s.num_train_timesteps
@@ -203,14 +271,13 @@ class DPMSolverPP:
 
 
 @dataclasses.dataclass(frozen=True)
-class Euler:
+class Euler(Sampler):
     """Euler steps in sigma space: x = x0 + sigma * noise."""
 
     spacing: str = "leading"
     offset: int = 1
     karras: bool = False
     final_zero: bool = True
-    history: ClassVar[int] = 0
 
     def table(self, s: Schedule, steps: int) -> Table:
         t = timesteps(self.spacing, s.num_train_timesteps, steps, self.offset)
@@ -224,126 +291,41 @@ class Euler:
                      scale_in=scale_in, init_sigma=float(init), sigmas=sigmas)  # fmt: skip
 
 
-Sampler = DDIM | PNDM | DPMSolverPP | Euler
 SAMPLERS = {"ddim": DDIM, "pndm": PNDM, "dpm++": DPMSolverPP, "euler": Euler}
 
 
-def step(row: dict, predict: Callable, carry: dict, clip=None):
-    """One row of a table. carry: x, and base, x0, outputs where the sampler needs them."""
-    x = carry["x"]
-    y = prediction = predict(x * row["scale_in"] if "scale_in" in row else x, row["t"])
-    new, base = {}, x
-    if "mix" in row:
-        earlier = carry["outputs"]
-        y = row["mix"][0] * y + jnp.tensordot(row["mix"][1:], earlier, 1)
-        base = jnp.where(row["repeat"], carry["base"], x)
-        pushed = jnp.concatenate([prediction[None], earlier[:-1]])
-        new["outputs"] = jnp.where(row["repeat"], earlier, pushed)
-        new["base"] = x
-    if "p" in row:
-        y = row["p"] * base + row["q"] * y
-        y = y if clip is None else jnp.clip(y, *clip)
-    new["x"] = row["a"] * base + row["b"] * y
-    if "c" in row:
-        new["x"] += row["c"] * carry["x0"]
-        new["x0"] = y
-    return new, prediction
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How a trained decoder draws, unless it is asked for something else.
 
-
-def sample(
-    predict: Callable,
-    noise,
-    sampler: Sampler,
-    schedule: Schedule,
-    steps: int,
-    *,
-    clip: tuple | None = None,
-    return_trajectory: bool = False,
-):
-    """Integrates from noise to x0.
-
-    Args:
-        predict: (x float32[B, h, w, c], t float32 scalar) -> the network's prediction, like x.
-        noise: float32[B, h, w, c] standard normal.
-        sampler: the rule.
-        schedule: the training schedule; says what the prediction means.
-        steps: number of steps.
-        clip: (low, high) that every x0 estimate is clipped to, numbers or [c]; for pixels.
-        return_trajectory: also return the states [N + 1, ...] and predictions [N, ...].
+    Attributes:
+        sampler: "auto" or a name in `SAMPLERS`; "auto" is DDIM for a decoder that must start from
+            pure noise, DPM-Solver++ else.
+        steps: of the sampler.
+        guidance: scale of classifier-free guidance; 1 is none.
     """
-    table = sampler.table(schedule, steps)
-    rows = table.rows(clip is not None)
-    x = noise.astype(jnp.float32) * table.init_sigma
-    carry = {"x": x}
-    if "mix" in rows:
-        carry |= {"base": x, "outputs": jnp.zeros((sampler.history, *x.shape))}
-    if "c" in rows:
-        carry["x0"] = jnp.zeros_like(x)
 
-    def body(carry, row):
-        carry, prediction = step(row, predict, carry, clip)
-        return carry, (carry["x"], prediction) if return_trajectory else None
+    sampler: str = "auto"
+    steps: int = 50
+    guidance: float = 7.5
 
-    carry, seen = jax.lax.scan(body, carry, rows)
-    if return_trajectory:
-        return carry["x"], (jnp.concatenate([x[None], seen[0]]), seen[1])
-    return carry["x"]
+    def __post_init__(self):
+        if self.sampler not in ("auto", *SAMPLERS):
+            known = ", ".join(("auto", *SAMPLERS))
+            raise ValueError(f"sampling.sampler {self.sampler!r} is none of {known}")
+        if self.steps < 1:
+            raise ValueError(f"sampling.steps {self.steps} must be at least 1")
 
 
-def guided(
-    denoiser: Callable,
-    context,
-    uncond=None,
-    scale: float = 7.5,
-    prepare: Callable = lambda context: context,
-) -> Callable:
-    """Classifier-free guidance: uncond + scale * (cond - uncond), both in one doubled batch.
+def make_sampler(name: str, from_pure_noise: bool) -> Sampler:
+    """The sampler of a name in `SamplingConfig`.
 
-    Args:
-        denoiser: (x [B, h, w, c], t [B], context [B, P, D]) -> prediction.
-        context: float[B, P, D].
-        uncond: the unconditional context, zeros by default.
-        scale: 1 means no guidance and no doubled batch. A Python number.
-        prepare: makes of the context, once for all steps, what the denoiser takes in its place.
+    from_pure_noise: it must start at the very last training timestep, see `DiffusionConfig`.
     """
-    if scale == 1:
-        context = prepare(context)
-        return lambda x, t: denoiser(x, jnp.broadcast_to(t, x.shape[:1]), context)
-    uncond = jnp.zeros_like(context) if uncond is None else uncond
-    both = prepare(jnp.concatenate([uncond, context]))
-
-    def predict(x, t):
-        x = jnp.concatenate([x, x])
-        without, with_context = jnp.split(denoiser(x, jnp.broadcast_to(t, x.shape[:1]), both), 2)
-        return without + scale * (with_context - without)
-
-    return predict
-
-
-def to_image(x, vae=None):
-    """Latents (or pixels, with vae None) -> float32[B, h, w, 3] in [0, 1]."""
-    if vae is not None:
-        x = vae.decode(x / vae.cfg.scaling_factor)
-    return jnp.clip(x / 2 + 0.5, 0.0, 1.0)
-
-
-def draw(
-    recipe,
-    features,
-    noise,
-    sampler: Sampler,
-    *,
-    steps: int = 20,
-    scale: float = 7.5,
-):
-    """Pictures from visual tokens, by a trained decoder recipe: float32[B, h, w, 3] in [0, 1].
-
-    Args:
-        recipe: supplies context, prepare, denoise and picture (see `recipes.decoder`).
-        features: float[B, P, C].
-        noise: float32[B, h', w', c] standard normal, of the size that is diffused.
-    """
-    context = recipe.context(features)
-    predict = guided(recipe.denoise, context, scale=scale, prepare=recipe.prepare)
-    x = sample(predict, noise, sampler, recipe.cfg.schedule, steps, clip=recipe.limits())
-    return recipe.picture(x)
+    if name == "auto":
+        name = "ddim" if from_pure_noise else "dpm++"
+    kind = SAMPLERS[name]
+    if not from_pure_noise:
+        return kind()
+    ends = {"to_one": True} if name in ("ddim", "pndm") else {}
+    return kind(spacing="trailing", **ends)
