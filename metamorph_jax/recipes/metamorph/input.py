@@ -14,8 +14,8 @@ from metamorph_jax.data.config import DataConfig, InputSpec
 from metamorph_jax.errors import ConfigError
 from metamorph_jax.recipe import Shard
 from metamorph_jax.recipes.metamorph.config import Config, llm_config
+from metamorph_jax.recipes.metamorph.published import load_tokenizer
 from metamorph_jax.recipes.metamorph.sources import KINDS
-from metamorph_jax.recipes.metamorph.weights import load_tokenizer
 from metamorph_jax.types import Batch, Images
 
 
