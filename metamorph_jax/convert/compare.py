@@ -153,7 +153,7 @@ def hidden_states(llm: llm_models.Llama, embeds) -> tuple[list, jax.Array]:
     cos, sin = rope.angles(jnp.tile(jnp.arange(L), (B, 1)), freq)
     mask = jnp.tile(jnp.tril(jnp.ones((L, L), bool)), (B, 1, 1))
     x = embeds.astype(cfg.dtype)
-    call = lambda layer, x: layer(x, cos, sin, mask)[0]  # noqa: E731
+    call = lambda layer, x: layer(x, cos, sin, mask)  # noqa: E731
     states = [x, *_layers(llm.layers, cfg.layers, call, x)]
     states[-1], logits = run(lambda m, x: (m.norm(x), m.logits(m.norm(x))), llm, states[-1])
     return states, logits

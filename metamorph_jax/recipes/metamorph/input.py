@@ -43,13 +43,13 @@ def markers(cfg: Config) -> Markers:
     return Markers((start,), (start + 1,))
 
 
-def input_spec(cfg: Config) -> InputSpec:
+def input_spec(cfg: Config, read: bool = True) -> InputSpec:
     """What the model decides about its input.
 
     Raises:
         ConfigError: if max_visual_targets leaves no room for a single image.
     """
-    spec = vision.input_spec(cfg.vision)
+    spec = vision.input_spec(cfg.vision, read)
     P = spec.views.tokens
     if 0 < cfg.max_visual_targets < P:
         raise ConfigError(
@@ -66,6 +66,7 @@ def open_data(data: DataConfig, cfg: Config, shard: Shard) -> "Data":
     if data.cache.features and spec.tower:
         tower = functools.partial(vision.feature_function, cfg.vision)
         pipeline.fill_feature_cache(data, spec, sources, tower)
+    vision.report_changes(data.images, cfg.vision)
     llm, tokenizer = llm_config(cfg), load_tokenizer(cfg)
     if len(tokenizer) > llm.tokens:  # it may know the added tokens
         raise ConfigError(
@@ -78,7 +79,7 @@ def open_data(data: DataConfig, cfg: Config, shard: Shard) -> "Data":
 
 def batch_spec(data: DataConfig, cfg: Config, rows: int) -> Batch:
     """Shapes of a batch of so many rows, from the configs alone."""
-    spec = input_spec(cfg)
+    spec = input_spec(cfg, read=False)
     line = jax.ShapeDtypeStruct((rows, data.row.length), jnp.int32)
     views = (rows, data.row.images)
     cached = cfg.vision.tower == "none" or data.cache.features
