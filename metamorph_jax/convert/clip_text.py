@@ -14,8 +14,8 @@ from collections.abc import Mapping
 import numpy as np
 from flax import nnx
 
-from metamorph_jax.convert import names
-from metamorph_jax.convert.families import Family
+from metamorph_jax.convert import compare, names
+from metamorph_jax.convert.families import Family, Reference
 from metamorph_jax.convert.vit import encoder_layers
 from metamorph_jax.models.diffusion.clip_text import CLIPTextConfig, CLIPTextModel
 
@@ -92,9 +92,17 @@ SIZES = {
     "tiny": CLIPTextConfig.tiny(),
 }
 
-FAMILIES = {
-    "clip-text": Family(
-        "clip-text", config_from_hf, config_to_hf, create, load_clip_text, export_clip_text, SIZES,
+FAMILIES = (
+    Family(
+        "clip-text",
+        ("clip_text_model",),
+        config_from_hf,
+        config_to_hf,
+        create,
+        load_clip_text,
+        export_clip_text,
+        SIZES,
         published,
-    )
-}  # fmt: skip
+        Reference(compare.transformers_model("CLIPTextModel"), compare.clip_text),
+    ),
+)

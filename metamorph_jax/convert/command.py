@@ -12,7 +12,6 @@ of a run loads with `AutoModelForCausalLM.from_pretrained(DIR)`; its tower, conn
 in folders beside it. Nothing is left under DIR unless all of it was written.
 """
 
-import json
 import pathlib
 import re
 import sys
@@ -101,7 +100,7 @@ def parse_size(text: str) -> int:
     """Bytes of "5GB", "200MiB", "1000"."""
     match = re.fullmatch(r"([\d.]+)\s*([a-zA-Z]*)", text.strip())
     if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
-        raise UserError(f"--max-shard-size {text!r} is no size; write 5GB, 200MB or 1GiB")
+        raise UserError(f"--max-shard-size {text!r} is not a size; write 5GB, 200MB or 1GiB")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
@@ -136,151 +135,157 @@ class Progress:
 
 def convert(source: str, out: str, dtype: str = "same", most: int = 5 * 10**9, decoder=None) -> int:
     """Writes `out` and returns the bytes of all tensors; see the module docstring."""
-    from metamorph_jax.convert import export
+    from metamorph_jax.convert import diffusion, export, hf, specs
 
+    title = pathlib.Path(out).name
     if decoder and not source.startswith(WORKDIR):
         raise UserError("--decoder goes with --from workdir:PATH")
     with export.whole_or_nothing(out) as folder:
         if source.startswith(WORKDIR):
             path = pathlib.Path(source.removeprefix(WORKDIR))
-            return _from_workdir(path, folder, dtype, most, decoder, pathlib.Path(out).name)
-        return _from_weights(source, folder, dtype, most, pathlib.Path(out).name)
-
-
-def _from_weights(source: str, folder: pathlib.Path, dtype: str, most: int, title: str) -> int:
-    from metamorph_jax.convert import export, families, gguf, hf, packages, specs, tokenizers
-
-    file = specs.file_of(source, ".gguf")
-    if file is not None:
-        reader = gguf.open_gguf(file)
-        fields, tokenizer, where = gguf.read_config(reader), gguf.read_tokenizer(reader), None
-        tensors = gguf.Weights(reader, fields)
-        licence = packages.licence(source)
-        kinds = sorted({tensor.tensor_type.name for tensor in reader.tensors})
-        lines = [f"Dequantised from GGUF ({', '.join(kinds)}): what quantisation lost stays lost."]
-    else:
+            return _from_workdir(path, folder, dtype, most, decoder, title)
+        file = specs.file_of(source, ".gguf")
+        if file is not None:
+            return _from_gguf(source, file, folder, dtype, most, title)
         where = hf.find(source)
-        if (where / "model_index.json").is_file():
-            from metamorph_jax.convert import diffusion
+        if diffusion.is_pipeline(where):
+            return _from_pipeline(source, where, folder, dtype, most)
+        return _from_folder(source, where, folder, dtype, most, title)
 
-            kind = _dtype(dtype, hf.Tensors(where / "unet"))
-            print(f"{source}: a pipeline; writing {kind}", flush=True)
-            pipeline = diffusion.load_pipeline(where)
-            return diffusion.save_pipeline(pipeline, folder, where / "tokenizer", kind)
-        fields, tensors, tokenizer = hf.read_config(where), hf.Tensors(where), where
-        licence, lines = licence_of(where), []
-    family = families.of_fields(fields, source)
+
+def _from_gguf(spec: str, file, folder: pathlib.Path, dtype: str, most: int, title: str) -> int:
+    from metamorph_jax.convert import export, families, gguf, packages
+
+    reader = gguf.open_gguf(file)
+    fields = gguf.read_config(reader)
+    source = export.Source(fields, gguf.read_tokenizer(reader))
+    kinds = sorted({tensor.tensor_type.name for tensor in reader.tensors})
+    lines = [f"Dequantised from GGUF ({', '.join(kinds)}): what quantisation lost stays lost."]
+    total = _rewrite(spec, families.of_fields(fields, spec), gguf.Weights(reader, fields), source,
+                     folder, dtype, most)  # fmt: skip
+    write_card(folder, title, spec, lines, packages.licence(spec))
+    return total
+
+
+def _from_folder(spec: str, where, folder: pathlib.Path, dtype: str, most: int, title: str) -> int:
+    from metamorph_jax.convert import export, families, hf
+
+    fields = hf.read_config(where)
+    family = families.of_fields(fields, spec)
+    source = export.Source(fields, folder=where)
+    total = _rewrite(spec, family, family.read(where), source, folder, dtype, most)
+    write_card(folder, title, spec, [], licence_of(where))
+    return total
+
+
+def _from_pipeline(spec: str, where, folder: pathlib.Path, dtype: str, most: int) -> int:
+    from metamorph_jax.convert import diffusion, export, hf
+
+    kind = _dtype(dtype, hf.Tensors(where / "unet"))
+    print(f"{spec}: a pipeline; writing {kind}", flush=True)
+    pipeline = diffusion.load_pipeline(where)
+    # The libraries of pipelines don't look for several files of one part.
+    writer = export.Writer(kind, max(most, 10**11))
+    return diffusion.save_pipeline(pipeline, folder, where / "tokenizer", writer)
+
+
+def _rewrite(spec, family, tensors: Mapping, source, folder, dtype: str, most: int) -> int:
+    """Reads a model and writes it as its family is written; returns bytes of all tensors."""
+    from metamorph_jax.convert import export
+
     kind = _dtype(dtype, tensors)
-    print(f"{source}: {family.name}, {len(tensors)} tensors; reading as {kind}", flush=True)
-    cfg = family.config_from_hf(fields)
-    model = filled(family, cfg, tensors, kind)
+    print(f"{spec}: {family.name}, {len(tensors)} tensors; reading as {kind}", flush=True)
+    model = filled(family, family.config_from_hf(source.fields), tensors, kind)
     progress = Progress("writing", _bytes(model))
-    if family.name in ("llama", "qwen2", "qwen3"):
-        generation = None
-        if where is not None and (where / "generation_config.json").is_file():
-            generation = json.loads((where / "generation_config.json").read_text())
-        total = export.write_llm(
-            folder, model, kind, most,
-            fields=fields, tokenizer=tokenizer, generation=generation, progress=progress,
-        )  # fmt: skip
-    elif family.name == "metamorph":
-        total = export.write_metamorph(
-            folder, model, kind, most,
-            fields=fields, tokenizer=tokenizers.load(where), progress=progress,
-        )  # fmt: skip
-    else:
-        total = export.write_part(folder, family, model, cfg, kind, most, progress, where)
+    total = family.write(folder, model, source, export.Writer(kind, most, progress))
     progress.close()
-    card = export.card(title, f"`{pathlib.PurePath(source).name}`", lines, licence)
-    (folder / "README.md").write_text(card)
     return total
 
 
 def _from_workdir(workdir, folder, dtype, most, decoder, title) -> int:
-    from metamorph_jax.convert import export, specs
+    """A finished run as its recipe writes it, and its image decoder in decoder/."""
+    from metamorph_jax.convert import export, families
     from metamorph_jax.models import lora
-    from metamorph_jax.sampling.trained import load_trained
 
-    recipe, cfg, model, values = load_trained(str(workdir))
     kind = export.DTYPES["f32" if dtype == "same" else dtype]
+    recipe, cfg, model, values = _load_run(workdir)
     print(f"workdir:{workdir}: recipe {values['recipe']}; writing {kind}", flush=True)
-    model = lora.merged(model)
-    progress = Progress("writing", _bytes(model))
-    if values["recipe"] == "metamorph":
-        fields = {}
-        if cfg.llm == "auto":
-            fields = specs.llm_fields(cfg.llm_weights)
-        total = export.write_metamorph(
-            folder, model, kind, most,
-            fields=fields, tokenizer=recipe.load_tokenizer(cfg), progress=progress,
-        )  # fmt: skip
-    elif values["recipe"] == "decoder":
-        total = export.write_decoder(folder, model, kind, most, progress)
-    else:
-        raise UserError(f"{workdir} is of recipe {values['recipe']!r}; its export isn't written")
+    form, model = families.run_form(recipe), lora.merged(model)
+    source, progress = form.source(cfg), Progress("writing", _bytes(model))
+    writer = export.Writer(kind, most, progress)
+    total = form.save(folder, model, source, writer)
     if decoder:
-        other, _, artist, _ = load_trained(decoder)
-        if not other.__name__.endswith("decoder"):
-            raise UserError(f"--decoder {decoder} is no run of the decoder recipe")
-        total += export.write_decoder(folder / "decoder", lora.merged(artist), kind, most, progress)
+        recipe, cfg, model, _ = _load_run(decoder)
+        form = families.run_form(recipe)
+        if not form.beside:
+            raise UserError(f"--decoder {decoder} is not a run of an image decoder")
+        total += form.save(folder / form.beside, lora.merged(model), form.source(cfg), writer)
     progress.close()
-    numbers = export.last_numbers(workdir)
-    licence = licence_of_spec(getattr(cfg, "weights", "") or getattr(cfg, "llm_weights", ""))
-    lines = export.run_lines(values)
-    card = export.card(title, "a training run", lines, licence, numbers)
-    (folder / "README.md").write_text(card)
+    lines, numbers = export.run_lines(values), export.last_numbers(workdir)
+    write_card(folder, title, "", lines, licence_of_spec(source.base), numbers)
     return total
+
+
+def _load_run(workdir):
+    """(recipe, its Config, model, saved config) of a finished run."""
+    import jax
+
+    from metamorph_jax import sharding
+    from metamorph_jax.convert import load
+
+    recipe, cfg, values = load.open_run(workdir)
+    mesh = sharding.make_mesh(devices=jax.local_devices())
+    return recipe, cfg, load.load_model(recipe, cfg, mesh, workdir=workdir), values
 
 
 def convert_adapters(source: str, out: str) -> int:
     """Writes the adapters of a run for PEFT and returns the bytes of all tensors.
 
-    Those of the language model or the denoiser lie in `out`, those of other parts in folders there.
+    Those of the part that the recipe names lie in `out`, those of other parts in folders there.
 
     Raises:
-        UserError: `source` is no run, or it has no adapters.
+        UserError: `source` is not a run, or it has no adapters.
     """
-    from metamorph_jax.convert import export, hf, peft
+    from flax import nnx
+
+    from metamorph_jax.convert import export, families, hf, peft
     from metamorph_jax.models import lora
-    from metamorph_jax.sampling.trained import load_trained
 
     if not source.startswith(WORKDIR):
         raise UserError("--to peft goes with --from workdir:PATH")
-    _, cfg, model, _ = load_trained(source.removeprefix(WORKDIR))
-    base = getattr(cfg, "llm_weights", "") or getattr(cfg, "sd_weights", "")
-    base = "" if base == "random" else base.removeprefix(hf.PREFIX)
-    parts = sorted({name.partition(".")[0] for name, _ in lora.adapters(model)})
+    recipe, cfg, model, _ = _load_run(source.removeprefix(WORKDIR))
+    form = families.run_form(recipe)
+    base = form.source(cfg).base.removeprefix(hf.PREFIX)
+    main, total = form.adapted, 0
+    parts = {main if name.split(".")[: len(main)] == list(main) else (name.partition(".")[0],)
+             for name, _ in lora.adapters(model)}  # fmt: skip
     if not parts:
         raise UserError(f"{source} was trained without adapters (config.model.lora)")
-    total = 0
+    modules = dict(nnx.iter_modules(model))
     with export.whole_or_nothing(out) as folder:
-        for part in parts:
-            main = part in ("llm", "denoiser")
-            where = folder if main else folder / part
-            peft.export_peft(getattr(model, part), where, base)
+        for part in sorted(parts):
+            where = folder if part == main else folder / ".".join(part)
+            peft.export_peft(modules[part], where, base)
             total += (where / peft.WEIGHTS).stat().st_size
     return total
 
 
-def filled(family, cfg, tensors: Mapping, dtype: str):
-    """A model of a family with these tensors, spread over all devices; see `names`."""
-    import jax
-    from flax import nnx
+def write_card(folder, title: str, spec: str, lines, licence: str, numbers=None) -> None:
+    """README.md of a written folder."""
+    from metamorph_jax.convert import export
 
+    name = f"`{pathlib.PurePath(spec).name}`" if spec else "a training run"
+    (folder / "README.md").write_text(export.card(title, name, lines, licence, numbers))
+
+
+def filled(family, cfg, tensors: Mapping, dtype: str):
+    """A model of a family with these tensors, spread over all devices."""
     from metamorph_jax import sharding
     from metamorph_jax.convert import safetensors
+    from metamorph_jax.models import build
 
-    kind = safetensors.dtype_of(dtype)
-    model = nnx.eval_shape(lambda: family.create(cfg, rngs=nnx.Rngs(0)))
-    state = nnx.state(model, nnx.Param)
-    mesh = sharding.make_mesh()
-    many = mesh.size > 1
-    where = sharding.state_shardings(state, mesh)
-
-    def place(x, where):
-        return jax.ShapeDtypeStruct(x.shape, kind, sharding=where if many else None)
-
-    nnx.update(model, jax.tree.map(place, state, where))
+    make = lambda rngs: family.create(cfg, rngs=rngs)  # noqa: E731
+    model = build.outline(make, sharding.make_mesh(), safetensors.dtype_of(dtype))
     family.load(model, tensors)
     return model
 
@@ -335,11 +340,11 @@ def listing() -> Iterator[str]:
     import jax
     from flax import nnx
 
-    from metamorph_jax.convert.families import FAMILIES
+    from metamorph_jax.convert.families import known
 
     line = "{:12}  {:20}  {:>15}  {:>7}  {:>7}  {:>9}".format
     yield line("family", "size", "parameters", "bf16", "fp32", "training")
-    for family in FAMILIES.values():
+    for family in known().values():
         for size, cfg in family.sizes.items():
             if size.endswith(("tiny", "small")):  # for tests; nobody has published such weights
                 continue

@@ -24,8 +24,9 @@ from collections.abc import Mapping
 import numpy as np
 from flax import nnx
 
-from metamorph_jax.convert import families, hf, names
-from metamorph_jax.convert.families import Family
+from metamorph_jax.convert import compare, export, families, hf, names
+from metamorph_jax.convert.export import Source, Writer
+from metamorph_jax.convert.families import Family, Reference
 from metamorph_jax.models.diffusion import samplers
 from metamorph_jax.models.diffusion.clip_text import CLIPTextModel
 from metamorph_jax.models.diffusion.schedule import Schedule
@@ -142,21 +143,21 @@ def published_vae(fields: Mapping, old: bool = False) -> list[str]:
     cfg = VAEConfig.from_dict(dict(fields))
     keys = _both("quant_conv", "post_quant_conv")
     for side, widths, n, change in (
-        ("encoder", cfg.block_out_channels, cfg.layers_per_block, "down"),
-        ("decoder", cfg.block_out_channels[::-1], cfg.layers_per_block + 1, "up"),
+        ("encoder.", cfg.block_out_channels, cfg.layers_per_block, "down"),
+        ("decoder.", cfg.block_out_channels[::-1], cfg.layers_per_block + 1, "up"),
     ):
-        keys += _both(*(f"{side}.{part}" for part in ("conv_in", "conv_out", "conv_norm_out")))
+        keys += _both(*(f"{side}{part}" for part in ("conv_in", "conv_out", "conv_norm_out")))
         for i, width in enumerate(widths):
-            block = f"{side}.{change}_blocks.{i}"
+            block = f"{side}{change}_blocks.{i}"
             for j in range(n):
                 changes = j == 0 and widths[max(i - 1, 0)] != width
                 keys += _resnet(f"{block}.resnets.{j}", time=False, shortcut=changes)
             if i + 1 < len(widths):
                 keys += _both(f"{block}.{change}samplers.0.conv")
         for j in range(2):
-            keys += _resnet(f"{side}.mid_block.resnets.{j}", time=False, shortcut=False)
+            keys += _resnet(f"{side}mid_block.resnets.{j}", time=False, shortcut=False)
         parts = ["group_norm", "to_q", "to_k", "to_v", "to_out.0"]
-        keys += _both(*(f"{side}.mid_block.attentions.0.{part}" for part in parts))
+        keys += _both(*(f"{side}mid_block.attentions.0.{part}" for part in parts))
     return [old_vae_name(key) for key in keys] if old else keys
 
 
@@ -271,7 +272,7 @@ def _fields(file: pathlib.Path) -> dict:
 
 def load_part(folder: pathlib.Path, part: str, **overrides) -> nnx.Module:
     """One of `PARTS` with its weights, built as its config.json says."""
-    family = families.FAMILIES[PARTS[part]]
+    family = families.known()[PARTS[part]]
     folder = pathlib.Path(folder) / part
     cfg = family.config_from_hf(_fields(folder / "config.json"), **overrides)
     model = nnx.eval_shape(lambda: family.create(cfg, rngs=nnx.Rngs(0)))
@@ -293,14 +294,14 @@ def save_pipeline(
     pipeline: Pipeline,
     folder: str | pathlib.Path,
     tokenizer: str | pathlib.Path,
-    dtype: str = "F32",
+    writer: Writer,
 ) -> int:
     """Writes a folder that `StableDiffusionPipeline.from_pretrained` loads unchanged.
 
     Args:
         folder: must not exist yet, or be empty.
         tokenizer: folder whose files become `tokenizer/`.
-        dtype: of the weights on disk: F32, BF16 or F16.
+        writer: says how the weights are written.
 
     Returns:
         Bytes of all tensors.
@@ -315,29 +316,17 @@ def save_pipeline(
     index |= {"requires_safety_checker": False, "safety_checker": [None, None]}
     total = 0
     for part in PARTS:
-        total += save_part(getattr(pipeline, part), folder / part, part, dtype)
-        cfg = getattr(pipeline, part).cfg
+        module = getattr(pipeline, part)
+        total += families.known()[PARTS[part]].write(folder / part, module, Source(), writer)
+        cfg = module.cfg
         index[part] = [_LIBRARY[part], _CLASSES.get(type(cfg), "CLIPTextModel")]
     scheduler = scheduler_to_hf(pipeline.schedule, pipeline.sampler)
-    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    export.write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     index["scheduler"] = ["diffusers", scheduler["_class_name"]]
     shutil.copytree(tokenizer, folder / "tokenizer")
     index["tokenizer"] = ["transformers", "CLIPTokenizer"]
-    _write_json(folder / "model_index.json", index)  # last: a folder without it is not whole
+    export.write_json(folder / "model_index.json", index)  # last: a folder without it is not whole
     return total
-
-
-def save_part(model: nnx.Module, folder: pathlib.Path, part: str, dtype: str = "F32") -> int:
-    """config.json and weights of one of `PARTS`, under the file name its library looks for."""
-    from metamorph_jax.convert import export
-
-    family = families.FAMILIES[PARTS[part]]
-    return export.write_part(folder, family, model, model.cfg, dtype, most=10**11)
-
-
-def _write_json(path: pathlib.Path, fields: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(fields, indent=2) + "\n")
 
 
 # ---- families
@@ -348,13 +337,31 @@ UNET_SIZES = {
 }  # fmt: skip
 VAE_SIZES = {"sd15": VAEConfig.sd15(), "sd21": VAEConfig.sd21(), "tiny": VAEConfig.tiny()}
 
-FAMILIES = {
-    "sd-unet": Family(
-        "sd-unet", unet_from_hf, unet_to_hf, lambda cfg, *, rngs: UNet(cfg, rngs), load_unet,
-        names.lazy_torch_dict, UNET_SIZES, published_unet,
+FAMILIES = (
+    Family(
+        "sd-unet",
+        ("UNet2DConditionModel",),
+        unet_from_hf,
+        unet_to_hf,
+        lambda cfg, *, rngs: UNet(cfg, rngs),
+        load_unet,
+        names.lazy_torch_dict,
+        UNET_SIZES,
+        published_unet,
+        Reference(
+            compare.diffusers_model("UNet2DConditionModel"), compare.unet, library="diffusers"
+        ),
     ),
-    "sd-vae": Family(
-        "sd-vae", vae_from_hf, vae_to_hf, lambda cfg, *, rngs: AutoencoderKL(cfg, rngs), load_vae,
-        names.lazy_torch_dict, VAE_SIZES, published_vae,
+    Family(
+        "sd-vae",
+        ("AutoencoderKL",),
+        vae_from_hf,
+        vae_to_hf,
+        lambda cfg, *, rngs: AutoencoderKL(cfg, rngs),
+        load_vae,
+        names.lazy_torch_dict,
+        VAE_SIZES,
+        published_vae,
+        Reference(compare.diffusers_model("AutoencoderKL"), compare.vae, library="diffusers"),
     ),
-}  # fmt: skip
+)

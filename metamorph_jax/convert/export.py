@@ -2,32 +2,26 @@
 
     config.json  generation_config.json  model.safetensors (or shards and their index)
     tokenizer files  README.md
-    tower/  connector/  head/  decoder/     beside the language model, for MetaMorph models
 
-A folder is written under another name and renamed when it is whole, so that nothing half-written is
-ever found under the name that was asked for. One tensor at a time is fetched, cast and written.
+What more a system writes, its recipe says (`Family.save`). A folder is written under another name
+and renamed when it is whole, so that nothing half-written is ever found under the name that was
+asked for. One tensor at a time is fetched, cast and written.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
 from metamorph_jax.convert import names, safetensors, tokenizers
-from metamorph_jax.convert.families import FAMILIES
-from metamorph_jax.convert.llama import config_to_hf, export_llama
-from metamorph_jax.data.chat import END_TOKEN, START_TOKEN
 
 DTYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16"}
-_TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_PROCESSORS = {
-    "siglip": "SiglipImageProcessor", "clip": "CLIPImageProcessor", "dinov2": "BitImageProcessor"
-}  # fmt: skip
-_TOWERS = {"siglip": "siglip", "clip": "clip-vision", "dinov2": "dinov2"}
 
 
 def _quiet(name: str, size: int) -> None:
@@ -62,46 +56,71 @@ def write_json(path: pathlib.Path, fields: Mapping) -> None:
     path.write_text(json.dumps(fields, indent=2) + "\n")
 
 
-def write_weights(
-    folder: pathlib.Path,
-    tensors: names.Lazy,
-    dtype: str,
-    most: int,
-    progress: Callable[[str, int], None] = _quiet,
-    stem: str = "model",
-) -> int:
-    """Safetensors of at most `most` bytes each, with an index if there are several.
+@dataclasses.dataclass(frozen=True)
+class Writer:
+    """How weights are written.
 
-    Args:
+    Attributes:
         dtype: a value of `DTYPES`; other than floating-point tensors keep theirs.
+        most: bytes of a file.
         progress: called with each tensor and its bytes.
-
-    Returns:
-        Bytes of all tensors.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    kind = safetensors.dtype_of(dtype)
-    integer = lambda d: d.kind in "iub"  # noqa: E731
-    dtypes = {k: tensors.dtype_of(k) if integer(tensors.dtype_of(k)) else kind for k in tensors}
-    shapes = {k: tensors.shape_of(k) for k in tensors}
-    sizes = {k: int(np.prod(shapes[k], dtype=np.int64)) * dtypes[k].itemsize for k in tensors}
 
-    def get(name):
-        progress(name, sizes[name])
-        return tensors[name]
+    dtype: str = "F32"
+    most: int = 5 * 10**9
+    progress: Callable[[str, int], None] = _quiet
 
-    shards = safetensors.plan_shards(sizes, most, stem)
-    for file, keys in shards.items():
-        safetensors.write(folder / file, keys, shapes, dtypes, get)
-    total = sum(sizes.values())
-    if len(shards) > 1:
-        where = {key: file for file, keys in shards.items() for key in keys}
-        index = {"metadata": {"total_size": total}, "weight_map": where}
-        write_json(folder / f"{stem}.safetensors.index.json", index)
-    return total
+    def weights(self, folder: pathlib.Path, tensors: names.Lazy, stem: str = "model") -> int:
+        """Writes safetensors files, with an index if there are several; returns their bytes.
+
+        Args:
+            stem: of the file names, as transformers ("model") or diffusers look for them.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        kind = safetensors.dtype_of(self.dtype)
+        integer = lambda d: d.kind in "iub"  # noqa: E731
+        dtypes = {k: tensors.dtype_of(k) if integer(tensors.dtype_of(k)) else kind for k in tensors}
+        shapes = {k: tensors.shape_of(k) for k in tensors}
+        sizes = {k: int(np.prod(shapes[k], dtype=np.int64)) * dtypes[k].itemsize for k in tensors}
+
+        def get(name):
+            self.progress(name, sizes[name])
+            return tensors[name]
+
+        shards = safetensors.plan_shards(sizes, self.most, stem)
+        for file, keys in shards.items():
+            safetensors.write(folder / file, keys, shapes, dtypes, get)
+        total = sum(sizes.values())
+        if len(shards) > 1:
+            where = {key: file for file, keys in shards.items() for key in keys}
+            index = {"metadata": {"total_size": total}, "weight_map": where}
+            write_json(folder / f"{stem}.safetensors.index.json", index)
+        return total
+
+    @property
+    def torch_dtype(self) -> str:
+        """The name of the dtype in a config.json."""
+        return {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}[self.dtype]
 
 
-# ---- language models
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What a written folder takes over from where its weights came from.
+
+    Attributes:
+        fields: of the source's config.json, or {}: for ids of special tokens.
+        tokenizer: a transformers tokenizer, or None.
+        folder: whose tokenizer, processor and generation files are copied, or None.
+        base: spec of the published weights that a run started from; "" if there are none.
+    """
+
+    fields: Mapping = dataclasses.field(default_factory=dict)
+    tokenizer: Any = None
+    folder: pathlib.Path | None = None
+    base: str = ""
+
+
+# ---- what goes beside the weights
 
 
 def special_ids(fields: Mapping, tokenizer) -> dict:
@@ -115,150 +134,31 @@ def special_ids(fields: Mapping, tokenizer) -> dict:
     return out
 
 
-def write_llm(folder, llm, dtype, most, *, fields, tokenizer, generation=None, progress=None):
-    """A folder for AutoModelForCausalLM and AutoTokenizer.
-
-    Args:
-        llm: a Llama; its added tokens become rows of the tables.
-        dtype, most, progress: see `write_weights`.
-        fields: config.json of the source, or {}: for ids of special tokens.
-        tokenizer: a transformers tokenizer (extended already), a folder to copy it from, or None.
-        generation: fields of a generation_config.json; by default the special ids alone.
-
-    Returns:
-        Bytes of all tensors.
-    """
-    real = None if isinstance(tokenizer, pathlib.Path) else tokenizer
-    ids = special_ids(fields, real)
-    name = _TORCH_NAMES[dtype]
-    write_json(folder / "config.json", config_to_hf(llm.cfg, **ids, torch_dtype=name, dtype=name))
-    write_json(folder / "generation_config.json", generation or ids)
-    total = write_weights(folder, export_llama(llm), dtype, most, progress or _quiet)
-    if isinstance(tokenizer, pathlib.Path):
-        copy_files(tokenizer, folder)
-    elif tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    return total
-
-
-# ---- MetaMorph models
-
-
-def write_metamorph(folder, model, dtype, most, *, fields, tokenizer, progress=None) -> int:
-    """The language model for transformers, and the other parts in folders of their own.
-
-    tower/ loads with transformers' vision model of its family; connector/ and head/ hold the
-    tensors under the names of the reference implementation, and a config.json that says what they
-    are.
-
-    Returns:
-        Bytes of all tensors.
-    """
-    progress = progress or _quiet
-    added = [START_TOKEN, END_TOKEN][: model.llm.cfg.added_tokens]
-    tokenizer = tokenizers.extend(tokenizer, model.llm.cfg.vocab_size, added)
-    total = write_llm(
-        folder, model.llm, dtype, most, fields=fields, tokenizer=tokenizer, progress=progress
-    )
-    P, C = model.feature_shape
-    cfg = model.cfg
-    visual = {
-        "image_tokens": P,
-        "reduction": cfg.vision.reduction,
-        "normalize_vision": cfg.vision.normalize,
-        "apply_softmax": cfg.vision.softmax,
-        "image_start_id": model.image_start,
-        "image_end_id": model.image_end,
-    }
-    from metamorph_jax.convert.metamorph import CONNECTOR, HEAD, REDUCER, sequential
-
-    D = model.llm.cfg.width
-    parts = [("connector", CONNECTOR, model.connector, {"kind": cfg.connector, "in": C, "out": D})]
-    if model.head is not None:
-        parts.append(("head", HEAD, model.head, {"kind": cfg.head, "in": D, "out": C}))
-    for name, prefix, part, what in parts:
-        tensors = names.lazy_torch_dict(part, prefix, rename=sequential(part.linears))
-        if name == "connector":  # what lies between tower and connector goes with it
-            tensors.update(names.lazy_torch_dict(model.vision.reducer, REDUCER))
-        total += write_weights(folder / name, tensors, dtype, most, progress)
-        write_json(folder / name / "config.json", {"part": name, **what, **visual})
-    if model.vision.tower is not None:
-        total += write_tower(folder / "tower", model.vision.tower, dtype, most, progress)
-    return total
-
-
-def write_tower(folder, tower, dtype, most, progress=_quiet) -> int:
-    """A folder for transformers' vision model of the tower's family, with its processor."""
-    cfg = tower.cfg
-    total = write_part(folder, FAMILIES[_TOWERS[cfg.layout]], tower, cfg, dtype, most, progress)
-    processor = {
-        "image_processor_type": _PROCESSORS[cfg.layout],
-        "do_resize": True,
-        "size": {"height": cfg.size, "width": cfg.size},
-        "resample": 3,
-        "do_center_crop": False,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [float(x) for x in np.broadcast_to(cfg.mean, 3)],
-        "image_std": [float(x) for x in np.broadcast_to(cfg.std, 3)],
-        "do_convert_rgb": True,
-    }
-    write_json(folder / "preprocessor_config.json", processor)
-    return total
-
-
-def write_decoder(folder, recipe, dtype, most, progress=_quiet) -> int:
-    """The parts of a diffusion decoder: a UNet and an autoencoder as diffusers has them, the rest
-    (projector, statistics, a transformer in place of the UNet) under our names."""
-    from metamorph_jax.models.diffusion.unet import UNet
-
-    total, parts = 0, {"projector": recipe.projector}
-    decoder, cfg, how = recipe.decoder, recipe.decoder.cfg, (dtype, most, progress)
-    if isinstance(decoder.denoiser, UNet):
-        family = FAMILIES["sd-unet"]
-        total += write_part(folder / "unet", family, decoder.denoiser, cfg.denoiser, *how)
-    else:
-        parts["denoiser"] = decoder.denoiser
-    if cfg.vae:
-        total += write_part(folder / "vae", FAMILIES["sd-vae"], decoder.vae, cfg.vae, *how)
-    for name, part in parts.items():
-        tensors = names.lazy_torch_dict(part)
-        total += write_weights(folder / name, tensors, dtype, most, progress)
-    statistics = names.Lazy()
-    for name, value in (
-        ("feature_mean", recipe.feature_mean),
-        ("feature_scale", recipe.feature_scale),
-        ("pixel_mean", decoder.pixel_mean),
-        ("pixel_scale", decoder.pixel_scale),
-    ):
-        statistics[name] = np.asarray(value[...])
-    return total + write_weights(folder / "statistics", statistics, "F32", most, progress)
-
-
-def write_part(folder, family, part, cfg, dtype, most, progress=_quiet, files=None) -> int:
+def save_part(family, folder: pathlib.Path, part, source: Source, writer: Writer) -> int:
     """config.json and weights of any family, under the file names that its library looks for.
 
-    `files` is a folder whose tokenizer and processor files are copied.
+    Args:
+        family: a `families.Family`.
+        part: a module of it, with its config as `cfg`.
+
+    Returns:
+        Bytes of all tensors.
     """
-    fields = family.config_to_hf(cfg)
-    if "_class_name" not in fields:
-        fields |= {"torch_dtype": _TORCH_NAMES[dtype], "dtype": _TORCH_NAMES[dtype]}
-    stem = "diffusion_pytorch_model" if "_class_name" in fields else "model"
-    tensors = family.export(part)
-    if not isinstance(tensors, names.Lazy):
-        tensors, found = names.Lazy(), tensors
-        tensors.update(found)
-    total = write_weights(folder, tensors, dtype, most, progress, stem)
+    fields = family.config_to_hf(part.cfg)
+    diffusers = "_class_name" in fields
+    if not diffusers:
+        fields |= {"torch_dtype": writer.torch_dtype, "dtype": writer.torch_dtype}
+    stem = "diffusion_pytorch_model" if diffusers else "model"
+    total = writer.weights(folder, family.export(part), stem)
     write_json(folder / "config.json", fields)
-    if files is not None:
-        copy_files(files, folder)
+    if source.folder is not None:
+        copy_files(source.folder, folder)
     return total
 
 
 def copy_files(source: pathlib.Path, folder: pathlib.Path) -> None:
-    """Tokenizer and processor files, as they are."""
-    for file in tokenizers.FILES:
+    """Tokenizer, processor and generation files, as they are."""
+    for file in (*tokenizers.FILES, "generation_config.json"):
         if (source / file).is_file():
             shutil.copyfile(source / file, folder / file)
 

@@ -1,109 +1,135 @@
-"""The model families whose published weights come in and go out, by name.
+"""The families of published checkpoints: how each is recognised, read, written and compared.
 
-A family is a handful of functions (`Family`). They live in the module that holds the family's key
-table, as `FAMILIES = {name: Family(...)}`; a module is imported when one of its families is asked
-for. A new family is one line in `MODULES`, one or more in `MODEL_TYPES`.
+A part (a language model, a tower, a UNet) has its family in the module of this folder that holds
+its key table; a whole system has it in its recipe, whose `FAMILIES` also say how its runs are
+written (`RunForm`). Nothing in `convert/` knows which recipes there are: it asks those that are
+installed.
 """
 
 import dataclasses
+import functools
 import importlib
-import json
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+from metamorph_jax import recipe
+from metamorph_jax.convert import export, hf
+from metamorph_jax.convert.export import Source, Writer
+from metamorph_jax.errors import UserError
+
+# Modules of this folder with a table `FAMILIES` of parts.
+PARTS = ("llama", "vit", "clip_text", "diffusion")
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """The library that a family's checkpoints were made for, to compare with (extra `oracle`).
+
+    Attributes:
+        load: folder -> its model, or whatever else `compare` takes.
+        compare: (our module, what `load` gave, numpy Generator) -> name -> (ours, theirs), arrays
+            that should be equal.
+        library: its name.
+    """
+
+    load: Callable[[pathlib.Path], Any]
+    compare: Callable[[Any, Any, Any], dict]
+    library: str = "transformers"
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """How one family of checkpoints is read and written.
+    """One family of checkpoints.
 
     Attributes:
-        name: as in `FAMILIES`.
+        name: short, unique.
+        kinds: values of `model_type` (transformers) or `_class_name` (diffusers) in a config.json.
         config_from_hf: fields of config.json -> our config; ValueError for what we don't support.
         config_to_hf: our config -> a config.json that transformers or diffusers reads unchanged.
         create: (cfg, *, rngs) -> module; works under `nnx.eval_shape`.
         load: (module, published name -> array) fills in place; one ValueError lists all keys that
             are missing, left over or of another shape.
-        export: module -> published name -> array.
+        export: module -> published name -> array (`names.Lazy`).
+        save: (family, folder, module, source, writer) -> bytes of all tensors: writes a folder that
+            the library loads unchanged. `export.save_part` unless there is more to write.
         sizes: name -> config of ours.
-        published: fields of config.json -> every key of the published checkpoint, or None.
+        published: fields of config.json -> every key of the published checkpoint.
+        reference: the library to compare with.
+        read: folder -> published name -> array.
     """
 
     name: str
-    config_from_hf: Callable[[Mapping], Any]
+    kinds: tuple[str, ...]
+    config_from_hf: Callable[..., Any]
     config_to_hf: Callable[[Any], dict]
     create: Callable[..., Any]
     load: Callable[[Any, Mapping], None]
     export: Callable[[Any], Mapping]
     sizes: Mapping[str, Any]
-    published: Callable[[Mapping], list[str]] | None = None
+    published: Callable[[Mapping], list[str]]
+    reference: Reference
+    save: Callable[["Family", pathlib.Path, Any, Source, Writer], int] = export.save_part
+    read: Callable[[pathlib.Path], Mapping] = hf.Tensors
+
+    def write(self, folder: pathlib.Path, module, source: Source, writer: Writer) -> int:
+        """Writes a folder of this family; see `save`."""
+        return self.save(self, folder, module, source, writer)
+
+    def matches(self, fields: Mapping) -> bool:
+        """Whether the fields of a config.json are of this family."""
+        return kind_of(fields) in self.kinds
 
 
-# Family -> module of this folder that has it in its `FAMILIES`.
-MODULES = {
-    "llama": "llama",
-    "qwen2": "llama",
-    "qwen3": "llama",
-    "siglip": "vit",
-    "clip-vision": "vit",
-    "dinov2": "vit",
-    "clip-text": "clip_text",
-    "sd-unet": "diffusion",
-    "sd-vae": "diffusion",
-    "llava": "llava",
-    "metamorph": "metamorph",
-}
+@dataclasses.dataclass(frozen=True)
+class RunForm:
+    """How the finished runs of a recipe are written.
 
-# `model_type` (transformers) or `_class_name` (diffusers) of a config.json -> family.
-MODEL_TYPES = {
-    "llama": "llama",
-    "mistral": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "siglip": "siglip",
-    "siglip_vision_model": "siglip",
-    "clip": "clip-vision",
-    "clip_vision_model": "clip-vision",
-    "clip_text_model": "clip-text",
-    "dinov2": "dinov2",
-    "dinov2_with_registers": "dinov2",
-    "UNet2DConditionModel": "sd-unet",
-    "AutoencoderKL": "sd-vae",
-    "llava": "llava",
-    "llava_llama": "llava",
-    "metamorph_llama": "metamorph",
-}
+    Attributes:
+        save: (folder, model, source, writer) -> bytes of all tensors.
+        source: the run's `Config` -> what the folder takes over beside the weights.
+        adapted: path of the part whose adapters are written to the folder itself; those of other
+            parts go into folders inside it.
+        beside: folder for an image decoder that is written beside another system; "" for all else.
+    """
+
+    save: Callable[[pathlib.Path, Any, Source, Writer], int]
+    source: Callable[[Any], Source]
+    adapted: tuple[str, ...]
+    beside: str = ""
 
 
-class _Registry(Mapping):
-    """name -> Family; its module is imported at the first look-up."""
-
-    def __getitem__(self, name: str) -> Family:
-        if name not in MODULES:
-            raise KeyError(f"no family {name!r}; known: {', '.join(MODULES)}")
-        module = importlib.import_module(f"metamorph_jax.convert.{MODULES[name]}")
-        return module.FAMILIES[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(MODULES)
-
-    def __len__(self) -> int:
-        return len(MODULES)
+def kind_of(fields: Mapping) -> str | None:
+    """`model_type` (transformers) or `_class_name` (diffusers) of a config.json's fields."""
+    return fields.get("model_type") or fields.get("_class_name")
 
 
-FAMILIES: Mapping[str, Family] = _Registry()
+@functools.cache
+def known() -> dict[str, Family]:
+    """name -> family, of all parts and of all installed recipes."""
+    groups = [importlib.import_module(f"metamorph_jax.convert.{m}").FAMILIES for m in PARTS]
+    groups += [recipe.find(name).FAMILIES for name in recipe.installed()]
+    return {f.name: f for group in groups for f in group if isinstance(f, Family)}
+
+
+def run_form(recipe) -> RunForm:
+    """How the runs of a recipe are written; UserError if its `FAMILIES` don't say."""
+    for form in recipe.FAMILIES:
+        if isinstance(form, RunForm):
+            return form
+    raise UserError(f"{recipe.__name__} does not say how its runs are written (no RunForm)")
 
 
 def of_fields(fields: Mapping, where: str = "config.json") -> Family:
     """The family that the fields of a config.json name; ValueError if it is none of ours."""
-    kind = fields.get("model_type") or fields.get("_class_name")
+    kind = kind_of(fields)
     if kind is None:
         raise ValueError(f"{where} has neither model_type nor _class_name")
-    if kind not in MODEL_TYPES:
-        raise ValueError(
-            f"{where}: model type {kind!r} is not supported; known: {', '.join(MODEL_TYPES)}"
-        )
-    return FAMILIES[MODEL_TYPES[kind]]
+    for family in known().values():
+        if family.matches(fields):
+            return family
+    kinds = sorted(kind for family in known().values() for kind in family.kinds)
+    raise ValueError(f"{where}: model type {kind!r} is not supported; known: {', '.join(kinds)}")
 
 
 def detect(folder: str | pathlib.Path) -> Family:
@@ -120,10 +146,4 @@ def detect(folder: str | pathlib.Path) -> Family:
         parts = sorted(path.parent.name for path in folder.glob("*/config.json"))
         hint = f"; name one of its parts: {', '.join(parts)}" if parts else ""
         raise FileNotFoundError(f"no config.json in {folder}{hint}")
-    try:
-        fields = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file} holds no table of fields")
-    return of_fields(fields, str(file))
+    return of_fields(hf.read_config(folder), str(file))

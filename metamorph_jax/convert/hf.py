@@ -149,12 +149,17 @@ def read_config(folder: pathlib.Path) -> dict:
     file = pathlib.Path(folder) / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"no config.json in {folder}")
+    return read_json(file)
+
+
+def read_json(file: pathlib.Path) -> dict:
+    """The fields of a JSON file; WeightError if it doesn't hold a table."""
     try:
         fields = json.loads(file.read_text())
     except ValueError as error:
-        raise WeightError(f"{file} is no JSON: {error}") from error
+        raise WeightError(f"{file} is not JSON: {error}") from error
     if not isinstance(fields, dict):
-        raise WeightError(f"{file} holds no table of fields")
+        raise WeightError(f"{file} does not hold a table of fields")
     return fields
 
 

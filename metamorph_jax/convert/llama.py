@@ -14,19 +14,21 @@ of ours from V to R (`vocab_multiple`) are zeros, and are cut off by the export.
 """
 
 import functools
+import pathlib
 from collections.abc import Mapping
 
 import jax
 import numpy as np
 from flax import nnx
 
-from metamorph_jax.convert import names
-from metamorph_jax.convert.families import Family
+from metamorph_jax.convert import compare, export, names
+from metamorph_jax.convert.export import Source, Writer
+from metamorph_jax.convert.families import Family, Reference
 from metamorph_jax.models.llm.llama import SIZES, Llama, LlamaConfig
 from metamorph_jax.nn.rope import RopeScaling
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-KINDS = ("llama", "mistral", "qwen2", "qwen3", "metamorph_llama", "llava_llama")
+KINDS = ("llama", "mistral", "qwen2", "qwen3")
 
 
 # ---- configs
@@ -276,15 +278,43 @@ def create(cfg: LlamaConfig, *, rngs: nnx.Rngs) -> Llama:
     return Llama(cfg, rngs=rngs)
 
 
-def _family(name: str, *starts: str) -> Family:
-    sizes = {k: v for k, v in SIZES.items() if k.startswith(starts)}
+def save_llm(family, folder: pathlib.Path, llm: Llama, source: Source, writer: Writer) -> int:
+    """Writes a folder for AutoModelForCausalLM and AutoTokenizer; see `Family.save`.
+
+    Added tokens become rows of the tables. The generation config is the source's, or the ids of
+    special tokens alone.
+    """
+    ids = export.special_ids(source.fields, source.tokenizer)
+    kind = writer.torch_dtype
+    fields = family.config_to_hf(llm.cfg) | ids | {"torch_dtype": kind, "dtype": kind}
+    export.write_json(folder / "config.json", fields)
+    export.write_json(folder / "generation_config.json", ids)
+    total = writer.weights(folder, export_llama(llm))
+    if source.folder is not None:
+        export.copy_files(source.folder, folder)
+    if source.tokenizer is not None:
+        source.tokenizer.save_pretrained(folder)
+    return total
+
+
+def _family(name: str, kinds: tuple[str, ...], *starts: str) -> Family:
     return Family(
-        name, config_from_hf, config_to_hf, create, load_llama, export_llama, sizes, published
+        name,
+        kinds,
+        config_from_hf,
+        config_to_hf,
+        create,
+        load_llama,
+        export_llama,
+        sizes={k: v for k, v in SIZES.items() if k.startswith(starts)},
+        published=published,
+        reference=Reference(compare.transformers_model("AutoModelForCausalLM"), compare.llama),
+        save=save_llm,
     )
 
 
-FAMILIES = {
-    "llama": _family("llama", "llama", "vicuna", "tinyllama", "smollm2"),
-    "qwen2": _family("qwen2", "qwen2.5"),
-    "qwen3": _family("qwen3", "qwen3"),
-}
+FAMILIES = (
+    _family("llama", ("llama", "mistral"), "llama", "vicuna", "tinyllama", "smollm2"),
+    _family("qwen2", ("qwen2",), "qwen2.5"),
+    _family("qwen3", ("qwen3",), "qwen3"),
+)

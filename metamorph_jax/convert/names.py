@@ -18,6 +18,7 @@ comes.
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
@@ -234,55 +235,81 @@ def load_torch_dict(
     """
     given = {k[len(prefix) :] for k in tensors if k.startswith(prefix)}
     given = {k for k in given if not ignore(k)}
-    missing, misshaped, used, leaves = [], [], set(), []
-    for path, variable in nnx.to_flat_state(nnx.state(module, only)):
-        leaf, keys, index = str(path[-1]), [], None
-        for one, index in _slices(path, variable.shape, stacked):
-            key = rename(torch_name(one))
-            shape = variable.shape if index is None else variable.shape[1:]
-            expected = _torch_shape(leaf, shape)
-            if key not in given:
-                missing.append(key)
-                continue
-            used.add(key)
-            found = shape_of(tensors, prefix + key)
-            if found != expected:
-                misshaped.append(f"{key}: {found}, expected {expected}")
-            keys.append(prefix + key)
-        leaves.append((path, index is not None, keys))
-    variable = None  # the old arrays belong to the module alone, so that they can go one by one
-    left = sorted(given - used)
-    if missing or misshaped or left:
-        lines = [f"weights do not fit {type(module).__name__} (prefix {prefix!r})"]
-        for title, keys in (("missing", missing), ("left over", left), ("wrong shape", misshaped)):
-            if keys:
-                lines.append(f"{title} ({len(keys)}): " + "; ".join(keys))
-        raise ValueError("\n".join(lines))
+    leaves = _plan(module, only, stacked, rename)
+    _check(f"{type(module).__name__} (prefix {prefix!r})", leaves, tensors, prefix, given)
     with_nan: list[str] = []
     spread = False
-    for path, many, keys in leaves:
-        _fill(module, path, tensors, keys, many, with_nan)
-        variable = _variable(module, path)
-        if "loaded" in variable.get_metadata():  # packed before the next one comes
-            variable.set_raw_value(variable.get_metadata("loaded")(variable.get_raw_value()))
-        filled = jax.tree.leaves(variable.get_raw_value())
-        spread |= not all(array.is_fully_addressable for array in filled)
-    if _nan_allowed.get():
+    for leaf in leaves:
+        keys = [prefix + key for key, _ in leaf.tensors]
+        spread |= not _fill(module, leaf.path, tensors, keys, leaf.many, with_nan)
+    if not _nan_allowed.get():
+        _refuse_nan(with_nan, spread)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+    """A parameter of ours, and the tensors that it is made of.
+
+    Attributes:
+        path: in the module.
+        many: whether the tensors are slices along its leading axis.
+        tensors: (published key without prefix, expected shape) each.
+    """
+
+    path: tuple
+    many: bool
+    tensors: list[tuple[str, tuple[int, ...]]]
+
+
+def _plan(module: nnx.Module, only, stacked, rename) -> list[_Leaf]:
+    """The parameters of a module, with the keys and shapes of their tensors."""
+    leaves = []
+    for path, variable in nnx.to_flat_state(nnx.state(module, only)):
+        found, index = [], None
+        for one, index in _slices(path, variable.shape, stacked):
+            shape = variable.shape if index is None else variable.shape[1:]
+            found.append((rename(torch_name(one)), _torch_shape(str(path[-1]), shape)))
+        leaves.append(_Leaf(path, index is not None, found))
+    return leaves
+
+
+def _check(what: str, leaves: list[_Leaf], tensors: Mapping, prefix: str, given: set[str]) -> None:
+    """Raises ValueError with every missing, left-over and mis-shaped key."""
+    wanted = [pair for leaf in leaves for pair in leaf.tensors]
+    missing = [key for key, _ in wanted if key not in given]
+    misshaped = []
+    for key, expected in wanted:
+        if key in given and (found := shape_of(tensors, prefix + key)) != expected:
+            misshaped.append(f"{key}: {found}, expected {expected}")
+    left = sorted(given - {key for key, _ in wanted})
+    if not (missing or misshaped or left):
         return
+    lines = [f"weights do not fit {what}"]
+    for title, keys in (("missing", missing), ("left over", left), ("wrong shape", misshaped)):
+        if keys:
+            lines.append(f"{title} ({len(keys)}): " + "; ".join(keys))
+    raise ValueError("\n".join(lines))
+
+
+def _refuse_nan(with_nan: list[str], spread: bool) -> None:
     if spread:  # each process has looked at its own shards only
         with_nan = sorted({key for keys in distributed.gather(with_nan) for key in keys})
     if with_nan:
         raise ValueError(f"NaN in {len(with_nan)} tensors: {'; '.join(with_nan)}")
 
 
-def _fill(module, path, tensors, keys, many: bool, with_nan: list[str]) -> None:
-    """Replaces one parameter by its tensor, or by many of them along its leading axis."""
+def _fill(module, path, tensors, keys, many: bool, with_nan: list[str]) -> bool:
+    """Replaces one parameter by its tensor, or by many of them along its leading axis.
+
+    Returns:
+        Whether this process has all of it.
+    """
     variable = _variable(module, path)
     old = variable.get_raw_value()
     shape, dtype = old.shape, np.dtype(old.dtype)
     # An array that no one committed to a device stays free to move.
     where = getattr(old, "sharding", None) if getattr(old, "committed", True) else None
-    old = jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+    old = jax.ShapeDtypeStruct(shape, dtype, sharding=where)  # the array goes before the new one
     variable.set_raw_value(old)
     leaf = str(path[-1])
 
@@ -295,13 +322,16 @@ def _fill(module, path, tensors, keys, many: bool, with_nan: list[str]) -> None:
 
     step = _layers_at_once(shape, dtype) if many else len(keys)
     if step >= len(keys):
-        variable.set_raw_value(read(keys).put(where))
-        return
-    whole = _zeros(shape, dtype, where)
-    for start in range(0, len(keys), step):
-        part = read(keys[start : start + step]).put(where)
-        whole = _writer(where)(whole, part, np.int32(start))
-    variable.set_raw_value(whole)
+        whole = read(keys).put(where)
+    else:
+        whole = _zeros(shape, dtype, where)
+        for start in range(0, len(keys), step):
+            part = read(keys[start : start + step]).put(where)
+            whole = _writer(where)(whole, part, np.int32(start))
+    complete = whole.is_fully_addressable
+    loaded = variable.get_metadata().get("loaded")
+    variable.set_raw_value(whole if loaded is None else loaded(whole))  # packed before the next one
+    return complete
 
 
 def _variable(module, path):

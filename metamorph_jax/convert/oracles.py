@@ -5,7 +5,8 @@ made for.
     FILE.gguf, gguf:FILE, pkg:NAME     transformers, by its own reader of GGUF files
     FILE.onnx, onnx:FILE, pkg:NAME     onnxruntime, the graph in the file as it is
 
-Torch and what stands on it is imported here only, and only when asked for (extra `oracle`).
+Torch and what stands on it is imported here and in `compare.py` only, and only when asked for
+(extra `oracle`).
 """
 
 import dataclasses
@@ -16,8 +17,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from metamorph_jax.convert import diffusion, families, gguf, hf, onnx, packages, specs
-
-INSTALL = "pip install 'metamorph_jax[oracle]'"
+from metamorph_jax.convert.compare import missing, oracle
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,20 +41,6 @@ class Pair:
     theirs: Callable
     library: str = "transformers"
     changes: Mapping = dataclasses.field(default_factory=dict)
-
-
-def oracle():
-    """(torch, transformers), or an ImportError that says what to install."""
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise _missing(error.name) from None
-    return torch, transformers
-
-
-def _missing(name) -> ImportError:
-    return ImportError(f"--check compares with {name}, which is not installed: {INSTALL}")
 
 
 def pairs(spec: str) -> list[Pair]:
@@ -106,40 +92,17 @@ def _parts(folder: pathlib.Path) -> list[tuple[str, families.Family, pathlib.Pat
     if not diffusion.is_pipeline(folder):
         return [("", families.detect(folder), folder)]
     names = diffusion.PARTS.items()
-    return [(f"/{part}", families.FAMILIES[name], folder / part) for part, name in names]
+    return [(f"/{part}", families.known()[name], folder / part) for part, name in names]
 
 
 def _of_folder(title: str, family: families.Family, folder: pathlib.Path) -> Pair:
-    fields, name = hf.read_config(folder), family.name
-    theirs = lambda: of_folder(name, folder)  # noqa: E731
-    library = "diffusers" if name.startswith("sd-") else "transformers"
-    return Pair(title, family, fields, hf.Tensors(folder), theirs, library)
+    fields, theirs = hf.read_config(folder), lambda: of_folder(family, folder)
+    return Pair(title, family, fields, family.read(folder), theirs, family.reference.library)
 
 
-def of_folder(name: str, folder: pathlib.Path):
-    """The library's model of a family. (MetaMorph, which no library has: its tensors.)"""
-    torch, transformers = oracle()
-    if name == "metamorph":
-        return hf.Tensors(folder)
-    if name.startswith("sd-"):
-        try:
-            import diffusers.models as library
-        except ImportError as error:
-            raise _missing(error.name) from None
-        kind = {"sd-unet": "UNet2DConditionModel", "sd-vae": "AutoencoderKL"}[name]
-        model = getattr(library, kind).from_pretrained(folder, torch_dtype=torch.float32)
-        return model.eval()
-    kind = {
-        "siglip": "SiglipVisionModel",
-        "clip-vision": "CLIPVisionModel",
-        "clip-text": "CLIPTextModel",
-        "dinov2": "AutoModel",
-        "llava": "LlavaForConditionalGeneration",
-    }.get(name, "AutoModelForCausalLM")
-    model = getattr(transformers, kind).from_pretrained(
-        str(folder), dtype=torch.float32, attn_implementation="eager"
-    )
-    return model.eval()
+def of_folder(family: families.Family, folder: pathlib.Path):
+    """The library's model of a folder."""
+    return family.reference.load(folder)
 
 
 # ---- GGUF
@@ -183,7 +146,7 @@ def _of_onnx(file: pathlib.Path) -> Pair:
     side = onnx.input_side(file) or fields["image_size"]
     changes = {"input_size": side, "whole": False}
     theirs = lambda: OnnxTower(file)  # noqa: E731
-    family = families.FAMILIES["dinov2"]
+    family = families.known()["dinov2"]
     return Pair("", family, fields, tensors, theirs, "onnxruntime", changes)
 
 
@@ -194,7 +157,7 @@ class OnnxTower:
         try:
             import onnxruntime
         except ImportError as error:
-            raise _missing(error.name) from None
+            raise missing(error.name) from None
         model, *names = onnx.with_hidden_states(file)
         self._input, self._names = names
         options = onnxruntime.SessionOptions()

@@ -176,10 +176,23 @@ def load_peft(module: nnx.Module, spec: str | pathlib.Path) -> lora.LoraConfig:
         ValueError: listing all names that have no place, lack their other half, or don't fit.
     """
     folder = hf.find(str(spec))
-    fields = read_config(folder)
-    found = hf.Tensors(folder)
-    places = _published(module)
-    wrong, halves = [], {}
+    fields, places = read_config(folder), _published(module)
+    halves = _read_halves(module, folder, places)
+    cfg = _lora_config(fields, halves, {places[name][0] for name in halves})
+    linears = _matching_linears(module, folder, cfg, {places[name][0] for name in halves})
+    values = _stacked_values(folder, fields, linears, places, halves)
+    for name, linear in linears.items():
+        for leaf in _ENDS:
+            _put(getattr(linear, leaf), values[name][leaf])
+    return cfg
+
+
+Halves = dict[str, dict[str, np.ndarray]]  # published name of a linear -> leaf of ours -> array
+
+
+def _read_halves(module: nnx.Module, folder: pathlib.Path, places: Mapping) -> Halves:
+    """A and B of every linear, float32 in our layout; ValueError for names that have no place."""
+    found, wrong, halves = hf.Tensors(folder), [], {}
     for key in found:
         end = next((leaf for leaf, e in _ENDS.items() if key.endswith(e)), None)
         name = key.removeprefix(PREFIX).removesuffix(_ENDS.get(end, ""))
@@ -190,35 +203,49 @@ def load_peft(module: nnx.Module, spec: str | pathlib.Path) -> lora.LoraConfig:
     wrong += [f"{name}: only half of an adapter" for name, h in halves.items() if len(h) < 2]
     if wrong or not halves:
         raise ValueError(f"{folder}: " + ("; ".join(sorted(wrong)) or "no adapters in it"))
+    return halves
 
-    have = dict(lora.adapters(module))
-    mine = {places[name][0] for name in halves}
-    if have and set(have) != mine:
-        raise ValueError(
-            f"{folder} has adapters of other linears than the model: "
-            f"only there: {sorted(mine - set(have))}; only here: {sorted(set(have) - mine)}"
-        )
-    rank = max(h["lora_a"].shape[1] for h in halves.values())
-    cfg = lora.LoraConfig(
-        target="|".join(re.escape(n) for n in sorted(mine)),
-        rank=rank,
+
+def _lora_config(fields: Mapping, halves: Halves, names: set[str]) -> lora.LoraConfig:
+    """The config of adapters of these linears, with the largest of the ranks."""
+    return lora.LoraConfig(
+        target="|".join(re.escape(n) for n in sorted(names)),
+        rank=max(half["lora_a"].shape[1] for half in halves.values()),
         alpha=float(fields["lora_alpha"]),
         dropout=float(fields.get("lora_dropout", 0.0)),
         rslora=bool(fields.get("use_rslora", False)),
     )
+
+
+def _matching_linears(module, folder, cfg: lora.LoraConfig, names: set[str]) -> dict:
+    """name -> linear with an adapter; they are added to a module that has none."""
+    have = dict(lora.adapters(module))
+    if have and set(have) != names:
+        raise ValueError(
+            f"{folder} has adapters of other linears than the model: "
+            f"only there: {sorted(names - set(have))}; only here: {sorted(set(have) - names)}"
+        )
     if not have:
         lora.add(module, cfg, rngs=nnx.Rngs(0))
         have = dict(lora.adapters(module))
-    values = {
+    return have
+
+
+def _stacked_values(folder, fields: Mapping, linears, places: Mapping, halves: Halves) -> Halves:
+    """Our name of a linear -> A and B of all its layers, zeros where theirs has none.
+
+    B takes up what differs in scale. ValueError for shapes and ranks that don't fit.
+    """
+    wrong, values = [], {
         name: {leaf: np.zeros(getattr(m, leaf).shape, np.float32) for leaf in _ENDS}
-        for name, m in have.items()
-    }
+        for name, m in linears.items()
+    }  # fmt: skip
     for published, half in halves.items():
         name, index = places[published]
-        a, b = half["lora_a"], half["lora_b"]
+        a, b, adapter = half["lora_a"], half["lora_b"], linears[name].adapter
         r = _own(fields.get("rank_pattern"), published, fields["r"])
         alpha = _own(fields.get("alpha_pattern"), published, fields["lora_alpha"])
-        scale = alpha / (math.sqrt(r) if cfg.rslora else r)
+        scale = alpha / (math.sqrt(r) if fields.get("use_rslora") else r)
         whole = values[name]["lora_a"], values[name]["lora_b"]
         to_a, to_b = whole if index is None else (whole[0][index], whole[1][index])
         fits = a.shape[0] == to_a.shape[0] and b.shape[1] == to_b.shape[1]
@@ -229,17 +256,18 @@ def load_peft(module: nnx.Module, spec: str | pathlib.Path) -> lora.LoraConfig:
             )
             continue
         to_a[:, :r] = a
-        to_b[:r] = b * (scale / have[name].adapter.scale)
+        to_b[:r] = b * (scale / adapter.scale)
     if wrong:
         raise ValueError(f"{folder}: " + "; ".join(sorted(wrong)))
-    for name, linear in have.items():
-        for leaf in _ENDS:
-            variable = getattr(linear, leaf)
-            where = getattr(variable.get_raw_value(), "sharding", None)
-            host = values[name][leaf].astype(variable.dtype)
-            variable.set_raw_value(
-                jnp.asarray(host)
-                if where is None
-                else jax.make_array_from_callback(host.shape, where, lambda i, x=host: x[i])
-            )
-    return cfg
+    return values
+
+
+def _put(variable: nnx.Variable, array: np.ndarray) -> None:
+    """Gives a variable an array in its dtype, on the devices where it lies."""
+    where = getattr(variable.get_raw_value(), "sharding", None)
+    host = array.astype(variable.dtype)
+    variable.set_raw_value(
+        jnp.asarray(host)
+        if where is None
+        else jax.make_array_from_callback(host.shape, where, lambda index: host[index])
+    )

@@ -47,6 +47,19 @@ def tower_tensors(spec: str) -> Mapping:
     return onnx.read_dinov2(file)[1] if file is not None else hf.Tensors(hf.find(spec))
 
 
+def processor_fields(spec: str) -> dict | None:
+    """Fields of the preprocessor_config.json beside a tower's weights; None without one.
+
+    Raises:
+        WeightError: the file isn't JSON.
+    """
+    if spec == RANDOM or packages.is_package(spec) or file_of(spec, ".onnx") is not None:
+        return None
+    folder = hf.find(spec)
+    file = folder / "preprocessor_config.json"
+    return hf.read_json(file) if folder.is_dir() and file.is_file() else None
+
+
 def tokenizer(spec: str):
     """A transformers tokenizer."""
     if spec == RANDOM:

@@ -1,5 +1,13 @@
-"""Vision encoders with the weights that their config names."""
+"""Vision encoders with the weights that their config names, and the preprocessing of these weights.
 
+Published weights come with a preprocessor_config.json, which is followed: how an image becomes
+square (stretched, padded, or cut out of a larger one), the resampling, mean and deviation. Its size
+is not: that of the tower counts, which a config may have changed. What the config states itself
+wins: mean and std in `tower_options`, and all of `config.data.images`.
+"""
+
+import dataclasses
+import sys
 from collections.abc import Callable
 
 import jax
@@ -7,8 +15,8 @@ from flax import nnx
 
 from metamorph_jax.convert import specs
 from metamorph_jax.convert.vit import load_vit
-from metamorph_jax.data.config import InputSpec
-from metamorph_jax.data.images import Preprocess
+from metamorph_jax.data.config import ImageConfig, InputSpec
+from metamorph_jax.data.images import Preprocess, preprocess_from_hf
 from metamorph_jax.data.views import Single
 from metamorph_jax.models.vision.encoder import VisionConfig, VisionEncoder
 
@@ -16,11 +24,16 @@ from metamorph_jax.models.vision.encoder import VisionConfig, VisionEncoder
 def load_vision(encoder: VisionEncoder, cfg: VisionConfig) -> None:
     """Fills the tower of an encoder in place from `cfg.weights`; "random" leaves it as it is.
 
+    The tower takes mean and deviation of pixels from the weights' own preprocessing, too.
+
     Raises:
         ValueError: with a list of all that doesn't fit.
     """
     if encoder.tower is not None and cfg.weights != specs.RANDOM:
         load_vit(encoder.tower, specs.tower_tensors(cfg.weights))
+        found = preprocessing(cfg)
+        changes = {"mean": found.mean, "std": found.std}
+        encoder.tower.cfg = dataclasses.replace(encoder.tower.cfg, **changes)
 
 
 def feature_function(cfg: VisionConfig) -> Callable:
@@ -32,10 +45,66 @@ def feature_function(cfg: VisionConfig) -> Callable:
     return lambda pixels: compute(weights, pixels)
 
 
-def input_spec(cfg: VisionConfig) -> InputSpec:
-    """What the encoder decides about its input: one view per image, features and their identity."""
+# ---- preprocessing
+
+
+def preprocessing(cfg: VisionConfig) -> Preprocess:
+    """How images are prepared for the tower of a config; see the module docstring.
+
+    Without a preprocessor_config.json, images are stretched to a square, and mean and deviation are
+    the tower's. So they are where the file asks for steps that we don't have, and that is printed.
+    """
+    tower = cfg.vit
+    own = Preprocess(tower.size, mean=tuple(tower.mean), std=tuple(tower.std))
+    fields = specs.processor_fields(cfg.weights)
+    if fields is None:
+        return own
+    try:
+        found = preprocess_from_hf(fields)
+    except ValueError as error:
+        _say(f"{cfg.weights}: {error}; images are stretched to a square")
+        return own
+    if found.size != tower.size:
+        resize = found.resize and round(found.resize * tower.size / found.size)
+        found = dataclasses.replace(found, size=tower.size, resize=resize)
+    stated = {n: tuple(cfg.tower_options[n]) for n in ("mean", "std") if n in cfg.tower_options}
+    for name, value in stated.items():
+        if value != getattr(found, name):
+            _say(f"config.model.vision.tower_options.{name} {value} takes the place of "
+                 f"{getattr(found, name)} in {cfg.weights}")  # fmt: skip
+    return dataclasses.replace(found, **stated)
+
+
+def report_changes(images: ImageConfig, cfg: VisionConfig) -> None:
+    """Prints where a data config asks for other preprocessing than the tower's weights."""
+    if cfg.vit is None or specs.processor_fields(cfg.weights) is None:
+        return
+    found = preprocessing(cfg)
+    asked = images.change(Single(1, found)).preprocess
+    for field, new in vars(asked).items():
+        if new != getattr(found, field):
+            _say(f"config.data.images.{field} {new!r} takes the place of "
+                 f"{getattr(found, field)!r} in {cfg.weights}")  # fmt: skip
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def input_spec(cfg: VisionConfig, read: bool = True) -> InputSpec:
+    """What the encoder decides about its input: one view per image, features and their identity.
+
+    Args:
+        read: follow the preprocessing of the weights, which must be at hand; without it, that of
+            the tower alone, which has the same shapes.
+    """
     tower, (tokens, width) = cfg.vit, cfg.feature_shape
     if tower is None:
         return InputSpec(Single(tokens), width)
-    preprocess = Preprocess(tower.size, mean=tuple(tower.mean), std=tuple(tower.std))
-    return InputSpec(Single(tokens, preprocess), width, cfg.identity)
+    if not read:
+        cfg = dataclasses.replace(cfg, weights=specs.RANDOM)
+    process = preprocessing(cfg)
+    if (process.mean, process.std) != (tuple(tower.mean), tuple(tower.std)):
+        options = cfg.tower_options | {"mean": process.mean, "std": process.std}
+        cfg = dataclasses.replace(cfg, tower_options=options)
+    return InputSpec(Single(tokens, process), width, cfg.identity)

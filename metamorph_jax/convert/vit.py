@@ -21,14 +21,17 @@ resized to the tower's grid. Configs made by `config_from_hf` hold everything an
 """  # noqa: E501
 
 import dataclasses
+import pathlib
 import re
 from collections.abc import Mapping
 
 import numpy as np
 from flax import nnx
 
-from metamorph_jax.convert import names
-from metamorph_jax.convert.families import Family
+from metamorph_jax.convert import compare, export, names
+from metamorph_jax.convert.export import Source, Writer
+from metamorph_jax.convert.families import Family, Reference
+from metamorph_jax.data import images
 from metamorph_jax.models.vision import vit
 from metamorph_jax.models.vision.vit import ViT, ViTConfig, resize_positions
 
@@ -341,7 +344,7 @@ def create(cfg: ViTConfig, *, rngs: nnx.Rngs) -> ViT:
     return ViT(cfg, rngs=rngs)
 
 
-def _family(name: str, layout: str) -> Family:
+def _family(name: str, layout: str, library: str) -> Family:
     # As published: with the layers behind the one that recipes take, and with the pooling head.
     whole = dict(whole=True, final_norm=True, pool=layout == "siglip")
     sizes = {
@@ -350,12 +353,36 @@ def _family(name: str, layout: str) -> Family:
         if cfg.layout == layout
     }
     return Family(
-        name, config_from_hf, config_to_hf, create, load_vit, export_complete, sizes, published
+        name,
+        tuple(kind for kind, its in _KINDS.items() if its == layout),
+        config_from_hf,
+        config_to_hf,
+        create,
+        load_vit,
+        export_complete,
+        sizes,
+        published,
+        Reference(compare.transformers_model(library), compare.vit),
     )
 
 
-FAMILIES = {
-    "siglip": _family("siglip", "siglip"),
-    "clip-vision": _family("clip-vision", "clip"),
-    "dinov2": _family("dinov2", "dinov2"),
-}
+FAMILIES = (
+    _family("siglip", "siglip", "SiglipVisionModel"),
+    _family("clip-vision", "clip", "CLIPVisionModel"),
+    _family("dinov2", "dinov2", "AutoModel"),
+)
+
+
+def save_tower(folder: pathlib.Path, tower: ViT, writer: Writer) -> int:
+    """Writes a folder for transformers' vision model of the tower's family, with its processor.
+
+    Returns:
+        Bytes of all tensors.
+    """
+    cfg = tower.cfg
+    family = next(f for f in FAMILIES if f.matches(config_to_hf(cfg)))
+    total = family.write(folder, tower, Source(), writer)
+    mean, std = (tuple(float(x) for x in np.broadcast_to(v, 3)) for v in (cfg.mean, cfg.std))
+    process = images.Preprocess(cfg.size, mean=mean, std=std)
+    export.write_json(folder / "preprocessor_config.json", images.preprocess_to_hf(process))
+    return total

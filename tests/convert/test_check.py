@@ -49,7 +49,7 @@ def test_a_changed_weight_is_found(kind, words, tiny, tmp_path, capsys, monkeypa
     good, bad = tiny(kind), tmp_path / "bad"
     tamper(good, bad, words)
     theirs = oracles.of_folder
-    monkeypatch.setattr(oracles, "of_folder", lambda name, folder: theirs(name, good))
+    monkeypatch.setattr(oracles, "of_folder", lambda family, folder: theirs(family, good))
     assert not check.run(str(bad), tolerance=1e-4)
     out = capsys.readouterr().out
     assert "> 0.0001" in out and "DIFFERENT" in out
@@ -143,7 +143,12 @@ def test_without_torch_it_says_what_to_install(monkeypatch, tmp_path):
 
 
 def test_every_family_has_a_comparison():
-    assert set(families.FAMILIES) == set(check._COMPARE)
+    """And one of its own name, kinds that no other has, and sizes that its keys are known for."""
+    known = families.known()
+    kinds = [kind for family in known.values() for kind in family.kinds]
+    assert len(kinds) == len(set(kinds))
+    for name, family in known.items():
+        assert family.name == name and callable(family.reference.compare)
 
 
 def test_unknown_folder(tmp_path):

@@ -188,7 +188,7 @@ def test_a_decoder_lies_beside(pixels, tmp_path):
 
     cfg = pixel_config() if pixels else latent_config()
     model = filled(lambda: decoder.create(cfg, nnx.Rngs(0)))
-    total = export.write_decoder(tmp_path, model, "F32", 10**9)
+    total = families.run_form(decoder).save(tmp_path, model, export.Source(), export.Writer())
     found = {p.name: hf.Tensors(p) for p in tmp_path.iterdir()}
     assert sum(v.nbytes for tensors in found.values() for v in tensors.values()) == total
     both = {"projector", "statistics"}
@@ -209,8 +209,8 @@ def test_a_decoder_lies_beside(pixels, tmp_path):
         (["--from", "x"], "--out DIR"),
         (["--from", "missing", "--out", "out"], "no folder missing"),
         (["--from", "hf:a", "--out", "out"], "expected hf:owner/name"),
-        (["--from", "workdir:missing", "--out", "out"], "no workdir of a training run"),
-        (["--from", "x", "--out", "out", "--max-shard-size", "big"], "'big' is no size"),
+        (["--from", "workdir:missing", "--out", "out"], "not the workdir of a training run"),
+        (["--from", "x", "--out", "out", "--max-shard-size", "big"], "'big' is not a size"),
         (["--from", "x", "--out", "out", "--decoder", "d"], "--from workdir:PATH"),
     ],
 )
@@ -227,7 +227,8 @@ def test_sizes():
 
 
 def test_list(monkeypatch):
-    monkeypatch.setattr(families, "MODULES", {"qwen3": "llama"})
+    qwen3 = families.known()["qwen3"]
+    monkeypatch.setattr(families, "known", lambda: {"qwen3": qwen3})
     lines = list(command.listing())
     assert lines[0].split() == ["family", "size", "parameters", "bf16", "fp32", "training"]
     row = next(line for line in lines if "qwen3-8b" in line).split()
@@ -236,8 +237,9 @@ def test_list(monkeypatch):
 
 def test_list_has_what_was_published(monkeypatch):
     """Whole towers, with what recipes leave out; no sizes that only tests know."""
-    towers = dict.fromkeys(["siglip", "clip-vision", "dinov2"], "vit")
-    monkeypatch.setattr(families, "MODULES", towers)
+    known = families.known()
+    towers = {name: known[name] for name in ("siglip", "clip-vision", "dinov2")}
+    monkeypatch.setattr(families, "known", lambda: towers)
     rows = {words[1]: words[2] for words in map(str.split, command.listing()) if len(words) == 6}
     assert rows["siglip-so400m-384"] == "428,225,600"
     assert rows["clip-l-336"] == "303,507,456"

@@ -10,6 +10,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from metamorph_jax.convert import command, diffusion, families, hf
+from metamorph_jax.convert.export import Source, Writer
 from metamorph_jax.models.diffusion import samplers
 from metamorph_jax.models.diffusion.decoder import guided
 from metamorph_jax.models.diffusion.schedule import Schedule
@@ -18,7 +19,7 @@ from metamorph_jax.models.diffusion.vae import VAEConfig
 from metamorph_jax.types import Conditioning
 from tests.convert.conftest import ORACLE, make
 
-FAMILIES = families.FAMILIES
+FAMILIES = families.known()
 # config.json of the published repositories, as they are.
 SD15_UNET = {
     "_class_name": "UNet2DConditionModel", "_diffusers_version": "0.6.0", "act_fn": "silu",
@@ -108,7 +109,7 @@ def test_tensors_survive_both_ways(kind, tiny, tmp_path):
     for key, value in tensors.items():
         assert out[key].tobytes() == np.ascontiguousarray(value).tobytes(), key
     part = "vae" if kind == "sd-vae" else "unet"
-    diffusion.save_part(model, tmp_path / part, part)
+    family.write(tmp_path / part, model, Source(), Writer())
     models = pytest.importorskip("diffusers.models", reason=ORACLE)
     name = hf.read_config(folder)["_class_name"]
     again, info = getattr(models, name).from_pretrained(tmp_path / part, output_loading_info=True)
@@ -257,7 +258,7 @@ def test_broken_pipelines(pipeline_folder, tmp_path):
         diffusion.load_pipeline(broken)
     ours = diffusion.load_pipeline(pipeline_folder)
     with pytest.raises(FileExistsError, match="not empty"):
-        diffusion.save_pipeline(ours, broken, pipeline_folder / "tokenizer")
+        diffusion.save_pipeline(ours, broken, pipeline_folder / "tokenizer", Writer())
 
 
 def test_a_text_tower_without_its_prefix_and_the_wrong_one(tiny):

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from metamorph_jax.convert import check, hf, llava, vit
-from metamorph_jax.recipes.metamorph import llm_config
+from metamorph_jax.convert import check, hf, vit
+from metamorph_jax.recipes.metamorph import llava, llm_config
 from tests.convert.conftest import ORACLE
 
 # config.json of llava-hf/llava-1.5-7b-hf, and of the original liuhaotian/llava-v1.5-7b.

@@ -11,15 +11,17 @@ in place of the whole context, in training and in sampling.
     config.py   the options, and those of the data
     model.py    projector and statistics around a diffusion decoder; what each stage trains
     weights.py  Stable Diffusion's weights, adapters, the statistics of the data
+    published.py  Stable Diffusion's folders, the reference's files, and what we write
     input.py    pairs of images and visual tokens
 """
 
+from metamorph_jax.recipes.decoder import published
 from metamorph_jax.recipes.decoder.config import Config, Data, DecoderLora
 from metamorph_jax.recipes.decoder.input import KINDS, batch_spec, open_data
 from metamorph_jax.recipes.decoder.model import STAGES, Decoder, create
 from metamorph_jax.recipes.decoder.weights import initialize, load_pretrained
 
-FAMILIES = ()
+FAMILIES = (published.RUN,)
 
 
 def generator(model, cfg, data, **options):

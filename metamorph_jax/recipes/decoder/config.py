@@ -38,7 +38,9 @@ class Config:
             0 up to this: what a language model predicts is never exactly a tower's feature.
         sd_weights: folder or "hf:OWNER/NAME" with unet/ and vae/ of Stable Diffusion, or "random".
         unet_from_scratch: take only the autoencoder from there.
-        weights: "workdir:PATH" of an earlier decoder stage, "" for none.
+        weights: "workdir:PATH" of an earlier decoder stage; or a folder with the files of
+            MetaMorph's public decoder, which take the place of the UNet in `sd_weights`; "" for
+            none.
         with_tower: run the tower on pixels; else features come from the cache.
         lora: adapters in place of the whole denoiser, see `DecoderLora`; None: no adapters.
 

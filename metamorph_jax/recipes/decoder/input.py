@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from metamorph_jax.convert.vision import feature_function, input_spec
+from metamorph_jax.convert.vision import feature_function, input_spec, report_changes
 from metamorph_jax.data import images, pipeline
 from metamorph_jax.data.decoder_pairs import DecoderPairs
 from metamorph_jax.data.predicted import Predicted
@@ -30,6 +30,7 @@ def open_data(data: Data, cfg: Config, shard: Shard) -> DecoderPairs:
     if cached and spec.tower:
         tower = functools.partial(feature_function, cfg.vision)
         pipeline.fill_feature_cache(data, spec, sources, tower)
+    report_changes(data.images, cfg.vision)
     side = cfg.decoder.image_side
     pairs = DecoderPairs(
         list(pipeline.all_refs(data, sources)),
@@ -49,7 +50,7 @@ def open_data(data: Data, cfg: Config, shard: Shard) -> DecoderPairs:
 
 def batch_spec(data: Data, cfg: Config, rows: int) -> DecoderBatch:
     """Shapes of a batch of so many images, from the configs alone."""
-    spec, cached = input_spec(cfg.vision), bool(data.cache.features)
+    spec, cached = input_spec(cfg.vision, read=False), bool(data.cache.features)
     side, seen = cfg.decoder.image_side, data.images.change(spec.views).preprocess.size
     return DecoderBatch(
         jax.ShapeDtypeStruct((rows, side, side, 3), jnp.uint8),

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from metamorph_jax.convert import diffusion, hf, load
+from metamorph_jax.convert import hf, load, specs
 from metamorph_jax.convert.peft import load_peft
 from metamorph_jax.convert.vision import load_vision
-from metamorph_jax.errors import ConfigError
 from metamorph_jax.models.build import is_open
 from metamorph_jax.recipes.decoder.config import Config
 from metamorph_jax.recipes.decoder.model import Decoder
+from metamorph_jax.recipes.decoder.published import load_reference, load_stable_diffusion
 from metamorph_jax.types import DecoderBatch
 
 
@@ -27,35 +27,13 @@ def load_pretrained(model: Decoder, cfg: Config) -> None:
 
 
 def _load_published(model: Decoder, cfg: Config) -> None:
-    """Tower, UNet and autoencoder."""
+    """Tower, UNet, autoencoder and projector."""
     if model.vision is not None:
         load_vision(model.vision, cfg.vision)
-    if cfg.sd_weights == "random":
-        return
-    folder = hf.find(cfg.sd_weights)
-    if not cfg.unet_from_scratch:
-        _same(cfg.decoder.denoiser, folder / "unet", diffusion.unet_from_hf, "denoiser")
-        diffusion.load_unet(model.decoder.denoiser, hf.Tensors(folder / "unet"))
-    if cfg.decoder.vae:
-        _same(cfg.decoder.vae, folder / "vae", diffusion.vae_from_hf, "vae")
-        diffusion.load_vae(model.decoder.vae, hf.Tensors(folder / "vae"))
-
-
-def _same(ours, folder, read, part: str) -> None:
-    """Raises for another structure: another number of heads or groups would fit, and draw nonsense.
-
-    Raises:
-        ConfigError: naming every field that differs.
-    """
-    theirs = vars(read(hf.read_config(folder)))
-    free = ("dtype", "sample_size", "upcast_attention")
-    wrong = [
-        f"{name} is {value!r}, in {folder / 'config.json'} {theirs[name]!r}"
-        for name, value in vars(ours).items()
-        if name not in free and value != theirs.get(name)
-    ]
-    if wrong:
-        raise ConfigError(f"config.model.decoder.{part}: " + "; ".join(wrong))
+    if cfg.sd_weights != specs.RANDOM:
+        load_stable_diffusion(model, cfg)
+    if cfg.weights:
+        load_reference(model, hf.find(cfg.weights))
 
 
 def initialize(model: Decoder, batches: Sequence[DecoderBatch]) -> None:

@@ -21,7 +21,7 @@ from jax import lax
 from metamorph_jax import sharding
 from metamorph_jax.recipes.metamorph.input import input_spec
 from metamorph_jax.recipes.metamorph.model import MetaMorph
-from metamorph_jax.recipes.metamorph.weights import load_tokenizer
+from metamorph_jax.recipes.metamorph.published import load_tokenizer
 from metamorph_jax.sampling.cached_llm import once, take_over
 from metamorph_jax.sampling.loop import Loop
 from metamorph_jax.sampling.policy import Emission, Model, Policy, Step, TextPolicy

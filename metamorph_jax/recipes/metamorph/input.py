@@ -13,8 +13,8 @@ from metamorph_jax.data.packing import PackedIterator
 from metamorph_jax.errors import ConfigError
 from metamorph_jax.recipe import Shard
 from metamorph_jax.recipes.metamorph.config import Config, llm_config
+from metamorph_jax.recipes.metamorph.published import load_tokenizer
 from metamorph_jax.recipes.metamorph.sources import KINDS
-from metamorph_jax.recipes.metamorph.weights import load_tokenizer
 from metamorph_jax.types import Batch
 
 
@@ -42,13 +42,13 @@ def markers(cfg: Config) -> Markers:
     return Markers((start,), (start + 1,))
 
 
-def input_spec(cfg: Config) -> InputSpec:
+def input_spec(cfg: Config, read: bool = True) -> InputSpec:
     """What the model decides about its input.
 
     Raises:
         ConfigError: if max_visual_targets leaves no room for a single image.
     """
-    spec = vision.input_spec(cfg.vision)
+    spec = vision.input_spec(cfg.vision, read)
     P = spec.views.tokens
     if 0 < cfg.max_visual_targets < P:
         raise ConfigError(
@@ -65,6 +65,7 @@ def open_data(data: DataConfig, cfg: Config, shard: Shard) -> PackedIterator:
     if data.cache.features and spec.tower:
         tower = functools.partial(vision.feature_function, cfg.vision)
         pipeline.fill_feature_cache(data, spec, sources, tower)
+    vision.report_changes(data.images, cfg.vision)
     llm, tokenizer = llm_config(cfg), load_tokenizer(cfg)
     if len(tokenizer) > llm.tokens:  # it may know the added tokens
         raise ConfigError(
@@ -77,4 +78,4 @@ def open_data(data: DataConfig, cfg: Config, shard: Shard) -> PackedIterator:
 
 def batch_spec(data: DataConfig, cfg: Config, rows: int) -> Batch:
     """Shapes of a batch of so many rows, from the configs alone."""
-    return pipeline.batch_spec(data, input_spec(cfg), rows)
+    return pipeline.batch_spec(data, input_spec(cfg, read=False), rows)

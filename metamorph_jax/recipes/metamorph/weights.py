@@ -16,6 +16,7 @@ from metamorph_jax.models.llm import llama
 from metamorph_jax.nn import quantized
 from metamorph_jax.recipes.metamorph.config import Config
 from metamorph_jax.recipes.metamorph.model import MetaMorph
+from metamorph_jax.recipes.metamorph.published import load_metamorph, read
 from metamorph_jax.types import Batch
 
 
@@ -36,20 +37,12 @@ def _fill(model: MetaMorph, cfg: Config) -> None:
             load_vision(model.vision, cfg.vision)  # the earlier stage had its features cached
         return
     if cfg.weights:
-        from metamorph_jax.convert.metamorph import load_metamorph, read
-
         load_metamorph(model, read(hf.find(cfg.weights)))
         return
     if cfg.llm_weights != "random":
         load_llama(model.llm, specs.llm_tensors(cfg.llm_weights))
         llama.init_added_tokens(model.llm)
     load_vision(model.vision, cfg.vision)
-
-
-def load_tokenizer(cfg: Config):
-    """The tokenizer that the config names, or that of its weights."""
-    whole = "" if cfg.weights.startswith(load.WORKDIR) else cfg.weights
-    return specs.tokenizer(cfg.tokenizer or whole or cfg.llm_weights)
 
 
 def calibrate_connector(model: MetaMorph, features: np.ndarray) -> None:

@@ -12,12 +12,12 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from metamorph_jax.convert.metamorph import load_metamorph
 from metamorph_jax.models.vision.encoder import VisionConfig
 from metamorph_jax.nn.rope import RopeScaling
 from metamorph_jax.platforms import has_matrix_units
 from metamorph_jax.recipes import metamorph as recipe
 from metamorph_jax.recipes.metamorph.decoding import VisualParts, make_loop, make_policy
+from metamorph_jax.recipes.metamorph.published import load_metamorph
 from metamorph_jax.sampling.loop import BUCKETS, bucket
 from metamorph_jax.sampling.policy import TextPolicy
 from metamorph_jax.sampling.segments import NOTHING, VISUAL, Text, VisualTokens

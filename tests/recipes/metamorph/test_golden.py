@@ -18,7 +18,6 @@ from flax import nnx
 from PIL import Image
 from safetensors.numpy import load_file
 
-from metamorph_jax.convert.metamorph import export_metamorph, load_metamorph, sequential
 from metamorph_jax.convert.names import load_torch_dict
 from metamorph_jax.convert.vit import load_vit
 from metamorph_jax.data.images import Preprocess
@@ -32,6 +31,7 @@ from metamorph_jax.models.vision.reduce import ReduceConfig, TokenReducer, norma
 from metamorph_jax.nn.rope import RopeScaling
 from metamorph_jax.recipes import metamorph as recipe
 from metamorph_jax.recipes.metamorph.input import AfterSupervisedStart
+from metamorph_jax.recipes.metamorph.published import export_metamorph, load_metamorph, sequential
 from metamorph_jax.train.state import trained_filter
 from metamorph_jax.types import Batch, Images
 from tests.recipes.metamorph.tiny import change

@@ -9,9 +9,9 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from metamorph_jax.convert.llama import export_llama
-from metamorph_jax.convert.metamorph import export_metamorph
 from metamorph_jax.convert.vit import export_vit
 from metamorph_jax.recipes import metamorph as recipe
+from metamorph_jax.recipes.metamorph.published import export_metamorph
 from metamorph_jax.recipes.metamorph.weights import calibrate_connector
 from metamorph_jax.types import Images
 from tests.recipes.metamorph.tiny import TINY, change, make, make_batch

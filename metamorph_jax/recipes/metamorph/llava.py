@@ -1,4 +1,4 @@
-"""LLaVA 1.5 in all namings that its checkpoints come in.
+"""LLaVA 1.5 in all namings that its checkpoints come in. It moves to a recipe of its own.
 
     part        original                        llava-hf                  llava-hf, transformers >= 4.52
     llm         model.layers.…, model.norm, …   language_model.model.…    model.language_model.…
@@ -23,20 +23,24 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from metamorph_jax.convert import compare, names, vit
 from metamorph_jax.convert import llama as llama_names
-from metamorph_jax.convert import names, vit
-from metamorph_jax.convert.families import Family
+from metamorph_jax.convert.families import Family, Reference
 from metamorph_jax.convert.llama import EMBED, HEAD, export_llama, load_llama
-from metamorph_jax.convert.metamorph import options
 from metamorph_jax.models.llm.llama import SIZES as LLM_SIZES
 from metamorph_jax.models.llm.llama import LlamaConfig
 from metamorph_jax.models.vision.encoder import VisionConfig
 from metamorph_jax.models.vision.vit import SIZES as TOWER_SIZES
 from metamorph_jax.models.vision.vit import ViTConfig
-from metamorph_jax.recipes import metamorph
+from metamorph_jax.recipes.metamorph.config import Config, llm_config
+from metamorph_jax.recipes.metamorph.model import MetaMorph
+from metamorph_jax.recipes.metamorph.model import create as model_of
+from metamorph_jax.recipes.metamorph.published import options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +80,7 @@ def naming_of(tensors: Mapping) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class LlavaConfig(metamorph.Config):
+class LlavaConfig(Config):
     """A MetaMorph config, and the id that stands for a picture in text."""
 
     image_token: int = 32000
@@ -154,7 +158,7 @@ def _only(fields: Mapping, name: str, accepted, default=None) -> None:
 
 def config_to_hf(cfg: LlavaConfig) -> dict:
     """A config.json that `LlavaForConditionalGeneration` reads."""
-    tower, llm = cfg.vision.vit, metamorph.llm_config(cfg)
+    tower, llm = cfg.vision.vit, llm_config(cfg)
     if cfg.connector != "mlp2x_gelu":
         raise ValueError(f"connector {cfg.connector!r}: transformers has only mlp2x_gelu")
     if cfg.image_token >= llm.tokens:
@@ -180,7 +184,7 @@ def config_to_hf(cfg: LlavaConfig) -> dict:
 # ---- weights
 
 
-def load_llava(model: metamorph.MetaMorph, tensors: Mapping, tower: Mapping | None = None) -> None:
+def load_llava(model: MetaMorph, tensors: Mapping, tower: Mapping | None = None) -> None:
     """Fills `model` in place, from any naming; reports what doesn't fit in all parts at once.
 
     Args:
@@ -241,7 +245,7 @@ def _llm_view(tensors: Mapping, naming: Naming) -> Mapping:
     return names.Mapped(tensors, changes, kept.__contains__)
 
 
-def export_llava(model: metamorph.MetaMorph, naming: str = "hf") -> names.Lazy:
+def export_llava(model: MetaMorph, naming: str = "hf") -> names.Lazy:
     """Published name -> array, in one of `NAMINGS`."""
     n, out = NAMINGS[naming], names.Lazy()
 
@@ -280,7 +284,7 @@ def published(fields: Mapping) -> list[str]:
     n = NAMINGS["original" if "mm_vision_tower" in fields else "hf"]
     keys = [
         n.table if key == HEAD else n.llm + key.removeprefix("model.")
-        for key in llama_names.published(llama_names.config_to_hf(metamorph.llm_config(cfg)))
+        for key in llama_names.published(llama_names.config_to_hf(llm_config(cfg)))
     ]
     keys += [f"{n.connector}{i}.{leaf}" for i in n.linears for leaf in ("weight", "bias")]
     return keys + [
@@ -291,8 +295,8 @@ def published(fields: Mapping) -> list[str]:
 # ---- family
 
 
-def create(cfg: LlavaConfig, *, rngs: nnx.Rngs) -> metamorph.MetaMorph:
-    return metamorph.create(cfg, rngs)
+def create(cfg: LlavaConfig, *, rngs: nnx.Rngs) -> MetaMorph:
+    return model_of(cfg, rngs)
 
 
 def _size(llm: str, rows: int = 32064) -> LlavaConfig:
@@ -304,8 +308,43 @@ def _size(llm: str, rows: int = 32064) -> LlavaConfig:
 
 SIZES = {"llava-1.5-7b": _size("llama2-7b"), "llava-1.5-13b": _size("llama2-13b")}
 
-FAMILIES = {
-    "llava": Family(
-        "llava", config_from_hf, config_to_hf, create, load_llava, export_llava, SIZES, published
-    )
-}
+def _compare(model, theirs, rng) -> compare.Rows:
+    torch, _ = compare.oracle()
+    tower = model.vision.tower
+    rows = {f"tower, {k}": v for k, v in compare.vit(tower, theirs.model.vision_tower, rng).items()}
+    side, token = tower.cfg.size, theirs.config.image_token_id
+    P = model.feature_shape[0]
+    pixels = rng.normal(size=(compare.BATCH, side, side, 3)).astype(np.float32)
+    ids = rng.integers(0, token, (compare.BATCH, P + compare.LENGTH))
+    ids[:, 3 : 3 + P] = token
+    with torch.no_grad():
+        images = compare.to_torch(pixels.transpose(0, 3, 1, 2))
+        projected = theirs.get_image_features(pixel_values=images)
+        tokens = compare.to_torch(ids)
+        out = theirs(input_ids=tokens, pixel_values=images, output_hidden_states=True)
+    projected = getattr(projected, "pooler_output", projected)
+    projected = torch.stack(list(projected)) if isinstance(projected, list | tuple) else projected
+
+    def embed(model, pixels, ids):
+        visual = model.project(model.visual_features(pixels))
+        text = model.embed_text(ids)
+        return visual, jax.lax.dynamic_update_slice(text, visual.astype(text.dtype), (0, 3, 0))
+
+    visual, embeds = compare.run(embed, model, jnp.asarray(pixels), jnp.asarray(ids))
+    wanted = compare.to_numpy(projected).reshape(visual.shape)
+    rows["projected"] = (compare.to_numpy(visual), wanted)
+    return rows | compare.llm_rows(*compare.hidden_states(model.llm, embeds), out)
+
+
+FAMILY = Family(
+    "llava",
+    ("llava", "llava_llama"),
+    config_from_hf,
+    config_to_hf,
+    create,
+    load_llava,
+    export_llava,
+    SIZES,
+    published,
+    Reference(compare.transformers_model("LlavaForConditionalGeneration"), _compare),
+)

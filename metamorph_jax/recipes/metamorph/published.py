@@ -8,15 +8,12 @@
 
 Dropped on purpose: `model.vision_proj`, which never had a gradient.
 
-The decoder is three files (`load_decoder`, `save_decoder`):
-
-    unet_checkpoint.{pt,safetensors}      UNet by diffusers' names           (convert/diffusion.py)
-    adapter_checkpoint.{pt,safetensors}   conditioning projector, names as in models/diffusion/projector
-    model_config.json                     fields of ProjectorConfig
+What we write instead is the language model for transformers, with its new tokens as rows of the
+tables, and tower/, connector/ and head/ beside it. Both are read. The image decoder's files are in
+`recipes/decoder/published.py`.
 """  # noqa: E501
 
 import dataclasses
-import json
 import pathlib
 import re
 from collections.abc import Callable, Mapping
@@ -25,17 +22,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from metamorph_jax.convert import hf, names, safetensors, vit
+from metamorph_jax.convert import compare, families, hf, names, specs, tokenizers, vit
 from metamorph_jax.convert import llama as llama_names
-from metamorph_jax.convert.families import Family
+from metamorph_jax.convert.export import Source, Writer, write_json
+from metamorph_jax.convert.families import Family, Reference, RunForm
 from metamorph_jax.convert.llama import export_llama, load_llama
+from metamorph_jax.convert.load import WORKDIR
 from metamorph_jax.convert.vit import export_complete, export_vit, load_vit
-from metamorph_jax.models.diffusion.projector import ProjectorConfig
-from metamorph_jax.models.diffusion.unet import UNet
+from metamorph_jax.data.chat import END_TOKEN, START_TOKEN
 from metamorph_jax.models.vision.encoder import VisionConfig
 from metamorph_jax.models.vision.vit import SIZES as TOWER_SIZES
-from metamorph_jax.models.vision.vit import ViTConfig
-from metamorph_jax.recipes import metamorph as recipe
+from metamorph_jax.models.vision.vit import ViT, ViTConfig
+from metamorph_jax.recipes.metamorph.config import Config, llm_config
+from metamorph_jax.recipes.metamorph.model import MetaMorph
+from metamorph_jax.recipes.metamorph.model import create as model_of
 
 TOWER, CONNECTOR, HEAD = "model.vision_tower.vision_tower.", "model.mm_projector.", "vision_head."
 REDUCER = "model.vision_tower."
@@ -121,7 +121,7 @@ def options(cfg) -> dict:
     return {k: v for k, v in vars(cfg).items() if k not in ("dtype", "remat")}
 
 
-def config_from_hf(fields: Mapping, dtype: str = "float32") -> recipe.Config:
+def config_from_hf(fields: Mapping, dtype: str = "float32") -> Config:
     """The config of a checkpoint's config.json: Llama's fields, and the recipe's among them.
 
     `vision_config` describes the tower in what we write; the reference only names it, and whatever
@@ -143,7 +143,7 @@ def config_from_hf(fields: Mapping, dtype: str = "float32") -> recipe.Config:
         softmax=fields.get("apply_softmax", False),
         dtype=dtype,
     )
-    return recipe.Config(
+    return Config(
         llm="tiny",  # every field of it is replaced
         llm_options=options(llm),
         vision=vision,
@@ -168,9 +168,9 @@ def _tower(fields: Mapping) -> ViTConfig | None:
     return dataclasses.replace(TOWER_SIZES[size], select_layer=layer, whole=True)
 
 
-def config_to_hf(cfg: recipe.Config) -> dict:
+def config_to_hf(cfg: Config) -> dict:
     """config.json of a checkpoint in the reference's names."""
-    llm, vision, tower = recipe.llm_config(cfg), cfg.vision, cfg.vision.vit
+    llm, vision, tower = llm_config(cfg), cfg.vision, cfg.vision.vit
     if llm.added_tokens != _ADDED:
         raise ValueError(f"{llm.added_tokens} added tokens; MetaMorph's two were expected")
     fields = llama_names.config_to_hf(llm) | {
@@ -199,7 +199,7 @@ def config_to_hf(cfg: recipe.Config) -> dict:
 def published(fields: Mapping) -> list[str]:
     """Every key of the checkpoint that a config.json belongs to."""
     cfg = config_from_hf(fields)
-    llm, tower = recipe.llm_config(cfg), cfg.vision.vit
+    llm, tower = llm_config(cfg), cfg.vision.vit
     keys = llama_names.published(llama_names.config_to_hf(llm))
     kind = cfg.connector
     count = int(kind[3 : kind.index("x_")]) if kind.endswith("x_gelu") else 1
@@ -221,106 +221,172 @@ def _sequential_keys(prefix: str, count: int) -> list[str]:
     return [f"{prefix}{place}{leaf}" for place in places for leaf in ("weight", "bias")]
 
 
-# ---- the decoder's files
-
-_FILES = {"unet": "unet_checkpoint", "adapter": "adapter_checkpoint"}
-# The first linear of each projector, which standardised features enter.
-_FIRST = {"mlp": "layers.0", "xattn": "proj", "xattnffn": "proj", "transformer": "fc"}
-
-
-def decoder_config(folder: str | pathlib.Path) -> ProjectorConfig:
-    """The projector's config, from model_config.json."""
-    file = pathlib.Path(folder) / "model_config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"no {file}")
-    return ProjectorConfig.from_dict(json.loads(file.read_text()))
-
-
-def _decoder_tensors(folder: pathlib.Path, part: str) -> Mapping:
-    for ending in ("safetensors", "pt"):
-        file = folder / f"{_FILES[part]}.{ending}"
-        if file.is_file():
-            tensors = hf.Tensors(file)
-            if all(key.startswith("module.") for key in tensors):  # saved out of a wrapper
-                short = {k.removeprefix("module."): (k, lambda x: x) for k in tensors}
-                return names.Mapped(tensors, short, only=lambda key: False)
-            return tensors
-    raise FileNotFoundError(f"no {_FILES[part]}.safetensors or .pt in {folder}")
-
-
-def load_decoder(model: nnx.Module, folder: str | pathlib.Path) -> None:
-    """Fills projector and UNet of a decoder in place from the reference's three files.
-
-    A folder without a UNet file leaves the UNet as it is (only the projector was trained). The
-    standardisation becomes that of the reference: none.
-    """
-    folder = pathlib.Path(folder)
-    cfg = decoder_config(folder)
-    if dataclasses.replace(cfg, dtype=model.cfg.projector.dtype) != model.cfg.projector:
-        raise ValueError(f"{folder}/model_config.json says {cfg}, the model {model.cfg.projector}")
-    names.load_torch_dict(model.projector, _decoder_tensors(folder, "adapter"))
-    if any((folder / f"{_FILES['unet']}.{ending}").is_file() for ending in ("safetensors", "pt")):
-        names.load_torch_dict(model.decoder.denoiser, _decoder_tensors(folder, "unet"))
-    width = (cfg.input_dim,)
-    model.feature_mean.set_raw_value(jnp.zeros(width))
-    model.feature_scale.set_raw_value(jnp.ones(width))
-
-
-def save_decoder(model: nnx.Module, folder: str | pathlib.Path, torch_files: bool = False) -> None:
-    """Writes the three files; a standardisation of the features is folded into the projector.
-
-    Args:
-        torch_files: `.pt` files, which the reference's demo reads (needs torch).
-    """
-    denoiser = model.decoder.denoiser
-    if not isinstance(denoiser, UNet):
-        raise ValueError(f"the reference knows no {type(denoiser).__name__}, only the UNet")
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    cfg = model.cfg.projector
-    fields = {k: v for k, v in vars(cfg).items() if k != "dtype"}
-    (folder / "model_config.json").write_text(json.dumps(fields, indent=2) + "\n")
-    adapter = names.lazy_torch_dict(model.projector)
-    mean, scale = (np.asarray(x[...]) for x in (model.feature_mean, model.feature_scale))
-    if mean.any() or (scale != 1).any():
-        weight, bias = (f"{_FIRST[cfg.mode]}.{leaf}" for leaf in ("weight", "bias"))
-        old = adapter[weight]
-        adapter[bias] = adapter[bias] - old @ (mean * scale)
-        adapter[weight] = old * scale
-    _save(adapter, folder / _FILES["adapter"], torch_files)
-    _save(names.lazy_torch_dict(denoiser), folder / _FILES["unet"], torch_files)
-
-
-def _save(tensors: names.Lazy, path: pathlib.Path, torch_file: bool) -> None:
-    if torch_file:
-        import torch
-
-        state = {key: torch.from_numpy(np.array(tensors[key])) for key in tensors}
-        torch.save(state, path.with_suffix(".pt"))
-        return
-    shapes = {k: tensors.shape_of(k) for k in tensors}
-    kinds = {k: tensors.dtype_of(k) for k in tensors}
-    file = path.with_suffix(".safetensors")
-    safetensors.write(file, tensors, shapes, kinds, tensors.__getitem__)
-
-
 # ---- family
 
 
-def export(model: recipe.MetaMorph) -> names.Lazy:
+def export(model: MetaMorph) -> names.Lazy:
     """As `config_to_hf` says it: with a final norm of the tower in any case."""
     return export_metamorph(model, export_complete)
 
 
-def create(cfg: recipe.Config, *, rngs: nnx.Rngs) -> recipe.MetaMorph:
-    return recipe.create(cfg, rngs)
+def create(cfg: Config, *, rngs: nnx.Rngs) -> MetaMorph:
+    return model_of(cfg, rngs)
 
 
-FAMILIES = {
-    "metamorph": Family(
-        "metamorph", config_from_hf, config_to_hf, create, load_metamorph, export,
-        {"metamorph-8b": recipe.Config(), "metamorph-tiny": recipe.Config(
-            llm="tiny", vision=VisionConfig("siglip-tiny", tokens=4))},
-        published,
-    )
-}  # fmt: skip
+# ---- against torch
+
+
+def _compare(model: MetaMorph, tensors: Mapping, rng) -> compare.Rows:
+    """Each part against a torch module made from the same tensors."""
+    llm, tower = _torch_llm(model.llm.cfg, tensors), model.vision.tower
+    rows = {f"llm, {k}": v for k, v in compare.llama(model.llm, llm, rng).items()}
+    if tower is not None:
+        theirs = _torch_tower(tower, tensors)
+        rows |= {f"tower, {k}": v for k, v in compare.vit(tower, theirs, rng).items()}
+    torch, _ = compare.oracle()
+    gelu, softmax = torch.nn.GELU(), model.cfg.connector == "mlpsoftmax"
+    for name, part, prefix, between in (
+        ("connector", model.connector, CONNECTOR, torch.nn.Softmax(-1) if softmax else gelu),
+        ("head", model.head, HEAD, gelu),
+    ):
+        if part is not None and len(part.linears):
+            rows[name] = _compare_linears(part, prefix, between, tensors, rng)
+    return rows
+
+
+def _compare_linears(part, prefix: str, between, tensors: Mapping, rng) -> tuple:
+    torch, _ = compare.oracle()
+    width = part.linears[0].kernel.shape[0]
+    x = rng.normal(size=(compare.BATCH, 3, width)).astype(np.float32)
+    own = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+    with torch.no_grad():
+        wanted = _torch_linears(own, between)(compare.to_torch(x))
+    found = compare.run(lambda part, x: part(x), part, jnp.asarray(x))
+    return compare.to_numpy(found), compare.to_numpy(wanted)
+
+
+def _torch_llm(cfg, tensors: Mapping):
+    _, transformers = compare.oracle()
+    fields = llama_names.config_to_hf(cfg)
+    own = {k: v for k, v in fields.items() if k not in ("model_type", "architectures")}
+    config = transformers.LlamaConfig(**own, attn_implementation="eager")
+    llm = transformers.LlamaForCausalLM(config)
+    compare.fill(llm, {k: v for k, v in tensors.items() if not k.startswith(OWN)})
+    return llm.eval()
+
+
+def _torch_tower(tower: ViT, tensors: Mapping):
+    _, transformers = compare.oracle()
+    fields = vit.config_to_hf(tower.cfg)
+    kind = fields.pop("architectures")[0]
+    own = {k: v for k, v in fields.items() if k not in ("model_type", "torch_dtype")}
+    config = getattr(transformers, kind.replace("Model", "Config"))(**own)
+    model = getattr(transformers, kind)._from_config(config, attn_implementation="eager")
+    inside = {
+        k[len(TOWER) :].removeprefix("vision_model."): v
+        for k, v in tensors.items()
+        if k.startswith(TOWER)
+    }
+    if kind.startswith("Dinov2"):  # transformers 5 has its own names for these in memory
+        renamed = (("attention.attention.query", "attention.q_proj"),
+                   ("attention.attention.key", "attention.k_proj"),
+                   ("attention.attention.value", "attention.v_proj"),
+                   ("attention.output.dense", "attention.o_proj"))  # fmt: skip
+        for old, new in renamed:
+            inside = {k.replace(old, new): v for k, v in inside.items()}
+    wanted = set(model.state_dict())
+    compare.fill(model, {k: v for k, v in inside.items() if k in wanted})
+    return model.eval()
+
+
+def _torch_linears(tensors: Mapping, between):
+    """Linear, activation, Linear … of a torch Sequential's tensors."""
+    torch, _ = compare.oracle()
+    parts = []
+    for key in sorted(k for k in tensors if k.endswith("weight")):
+        w, b = tensors[key], tensors[key.replace("weight", "bias")]
+        linear = torch.nn.Linear(w.shape[1], w.shape[0])
+        linear.weight.data, linear.bias.data = (
+            torch.tensor(np.asarray(x, np.float32)) for x in (w, b)
+        )
+        parts += [between, linear]
+    return torch.nn.Sequential(*parts[1:])
+
+
+# ---- what is written
+
+
+def save(folder: pathlib.Path, model: MetaMorph, source: Source, writer: Writer) -> int:
+    """The language model for transformers, and the other parts in folders of their own.
+
+    tower/ loads with transformers' vision model of its family; connector/ and head/ hold the
+    tensors under the names of the reference implementation, and a config.json that says what they
+    are.
+
+    Returns:
+        Bytes of all tensors.
+    """
+    llm = model.llm
+    added = [START_TOKEN, END_TOKEN][: llm.cfg.added_tokens]
+    tokenizer = tokenizers.extend(source.tokenizer, llm.cfg.vocab_size, added)
+    family = families.of_fields(llama_names.config_to_hf(llm.cfg))
+    total = family.write(folder, llm, Source(source.fields, tokenizer), writer)
+    (P, C), cfg, D = model.feature_shape, model.cfg, llm.cfg.width
+    visual = {
+        "image_tokens": P,
+        "reduction": cfg.vision.reduction,
+        "normalize_vision": cfg.vision.normalize,
+        "apply_softmax": cfg.vision.softmax,
+        "image_start_id": model.image_start,
+        "image_end_id": model.image_end,
+    }
+    parts = [("connector", CONNECTOR, model.connector, {"kind": cfg.connector, "in": C, "out": D})]
+    if model.head is not None:
+        parts.append(("head", HEAD, model.head, {"kind": cfg.head, "in": D, "out": C}))
+    for name, prefix, part, what in parts:
+        tensors = names.lazy_torch_dict(part, prefix, rename=sequential(part.linears))
+        if name == "connector":  # what stands between tower and connector goes with it
+            tensors.update(names.lazy_torch_dict(model.vision.reducer, REDUCER))
+        total += writer.weights(folder / name, tensors)
+        write_json(folder / name / "config.json", {"part": name, **what, **visual})
+    if model.vision.tower is not None:
+        total += vit.save_tower(folder / "tower", model.vision.tower, writer)
+    return total
+
+
+def _save_published(family, folder, model, source: Source, writer: Writer) -> int:
+    tokenizer = source.tokenizer or tokenizers.load(source.folder)
+    return save(folder, model, dataclasses.replace(source, tokenizer=tokenizer), writer)
+
+
+def load_tokenizer(cfg: Config):
+    """The tokenizer that the config names, or that of its weights."""
+    whole = "" if cfg.weights.startswith(WORKDIR) else cfg.weights
+    return specs.tokenizer(cfg.tokenizer or whole or cfg.llm_weights)
+
+
+def source(cfg: Config) -> Source:
+    """What the folder of a run takes over beside its weights."""
+    fields = specs.llm_fields(cfg.llm_weights) if cfg.llm == "auto" else {}
+    whole = cfg.weights and not cfg.weights.startswith(WORKDIR)
+    base = cfg.weights if whole else cfg.llm_weights
+    return Source(fields, load_tokenizer(cfg), base="" if base == specs.RANDOM else base)
+
+
+FAMILY = Family(
+    "metamorph",
+    ("metamorph_llama",),
+    config_from_hf,
+    config_to_hf,
+    create,
+    load_metamorph,
+    export,
+    {
+        "metamorph-8b": Config(),
+        "metamorph-tiny": Config(llm="tiny", vision=VisionConfig("siglip-tiny", tokens=4)),
+    },
+    published,
+    Reference(hf.Tensors, _compare, library="torch, part by part"),
+    _save_published,
+)
+RUN = RunForm(save, source, adapted=("llm",))

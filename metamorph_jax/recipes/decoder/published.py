@@ -1,0 +1,177 @@
+"""Stable Diffusion's folders, the files of MetaMorph's public decoder, and what we write.
+
+    sd_weights        a diffusers folder: unet/ and vae/
+    weights           the reference's three files:
+        unet_checkpoint.{pt,safetensors}      UNet by diffusers' names
+        adapter_checkpoint.{pt,safetensors}   projector, names as in models/diffusion/projector.py
+        model_config.json                     fields of ProjectorConfig
+
+What we write: unet/ and vae/ as diffusers has them; projector/, statistics/ and, in place of a
+UNet, denoiser/ under our names.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from metamorph_jax.convert import diffusion, families, hf, names, specs
+from metamorph_jax.convert.export import Source, Writer, write_json
+from metamorph_jax.convert.families import RunForm
+from metamorph_jax.errors import ConfigError
+from metamorph_jax.models.diffusion.projector import ProjectorConfig
+from metamorph_jax.models.diffusion.unet import UNet
+from metamorph_jax.recipes.decoder.config import Config
+from metamorph_jax.recipes.decoder.model import Decoder
+
+# ---- Stable Diffusion
+
+
+def load_stable_diffusion(model: Decoder, cfg: Config) -> None:
+    """Fills UNet (unless it is trained from scratch) and autoencoder from `cfg.sd_weights`.
+
+    Raises:
+        ConfigError: the folder holds a model of another structure.
+    """
+    folder = hf.find(cfg.sd_weights)
+    if not cfg.unet_from_scratch:
+        _same(cfg.decoder.denoiser, folder / "unet", diffusion.unet_from_hf, "denoiser")
+        diffusion.load_unet(model.decoder.denoiser, hf.Tensors(folder / "unet"))
+    if cfg.decoder.vae:
+        _same(cfg.decoder.vae, folder / "vae", diffusion.vae_from_hf, "vae")
+        diffusion.load_vae(model.decoder.vae, hf.Tensors(folder / "vae"))
+
+
+def _same(ours, folder, read, part: str) -> None:
+    """Raises for another structure: another number of heads or groups would fit, and draw nonsense.
+
+    Raises:
+        ConfigError: naming every field that differs.
+    """
+    theirs = vars(read(hf.read_config(folder)))
+    free = ("dtype", "sample_size", "upcast_attention")
+    wrong = [
+        f"{name} is {value!r}, in {folder / 'config.json'} {theirs[name]!r}"
+        for name, value in vars(ours).items()
+        if name not in free and value != theirs.get(name)
+    ]
+    if wrong:
+        raise ConfigError(f"config.model.decoder.{part}: " + "; ".join(wrong))
+
+
+# ---- the reference's files
+
+_FILES = {"unet": "unet_checkpoint", "adapter": "adapter_checkpoint"}
+# The first linear of each projector, which standardised features enter.
+_FIRST = {"mlp": "layers.0", "xattn": "proj", "xattnffn": "proj", "transformer": "fc"}
+
+
+def read_config(folder: str | pathlib.Path) -> ProjectorConfig:
+    """The projector's config, from model_config.json."""
+    file = pathlib.Path(folder) / "model_config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"no {file}")
+    return ProjectorConfig.from_dict(json.loads(file.read_text()))
+
+
+def _tensors(folder: pathlib.Path, part: str) -> Mapping:
+    for ending in ("safetensors", "pt"):
+        file = folder / f"{_FILES[part]}.{ending}"
+        if file.is_file():
+            tensors = hf.Tensors(file)
+            if all(key.startswith("module.") for key in tensors):  # saved out of a wrapper
+                short = {k.removeprefix("module."): (k, lambda x: x) for k in tensors}
+                return names.Mapped(tensors, short, only=lambda key: False)
+            return tensors
+    raise FileNotFoundError(f"no {_FILES[part]}.safetensors or .pt in {folder}")
+
+
+def load_reference(model: Decoder, folder: str | pathlib.Path) -> None:
+    """Fills projector and UNet of a decoder in place from the reference's three files.
+
+    A folder without a UNet file leaves the UNet as it is (only the projector was trained). The
+    standardisation becomes that of the reference: none.
+    """
+    folder = pathlib.Path(folder)
+    cfg = read_config(folder)
+    if dataclasses.replace(cfg, dtype=model.cfg.projector.dtype) != model.cfg.projector:
+        raise ValueError(f"{folder}/model_config.json says {cfg}, the model {model.cfg.projector}")
+    names.load_torch_dict(model.projector, _tensors(folder, "adapter"))
+    if any((folder / f"{_FILES['unet']}.{ending}").is_file() for ending in ("safetensors", "pt")):
+        names.load_torch_dict(model.decoder.denoiser, _tensors(folder, "unet"))
+    for buffer, value in ((model.feature_mean, 0), (model.feature_scale, 1)):
+        old = buffer.get_raw_value()
+        buffer.set_raw_value(jax.device_put(np.full(old.shape, value, np.float32), old.sharding))
+
+
+def save_reference(model: Decoder, folder: str | pathlib.Path, torch_files: bool = False) -> None:
+    """Writes the three files; a standardisation of the features is folded into the projector.
+
+    Args:
+        torch_files: `.pt` files, which the reference's demo reads (needs torch).
+    """
+    denoiser = model.decoder.denoiser
+    if not isinstance(denoiser, UNet):
+        raise ValueError(f"the reference knows no {type(denoiser).__name__}, only the UNet")
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    cfg = model.cfg.projector
+    fields = {k: v for k, v in vars(cfg).items() if k != "dtype"}
+    write_json(folder / "model_config.json", fields)
+    adapter = names.lazy_torch_dict(model.projector)
+    mean, scale = (np.asarray(x[...]) for x in (model.feature_mean, model.feature_scale))
+    if mean.any() or (scale != 1).any():
+        weight, bias = (f"{_FIRST[cfg.mode]}.{leaf}" for leaf in ("weight", "bias"))
+        old = adapter[weight]
+        adapter[bias] = adapter[bias] - old @ (mean * scale)
+        adapter[weight] = old * scale
+    _save(adapter, folder / _FILES["adapter"], torch_files)
+    _save(names.lazy_torch_dict(denoiser), folder / _FILES["unet"], torch_files)
+
+
+def _save(tensors: names.Lazy, path: pathlib.Path, torch_file: bool) -> None:
+    if torch_file:
+        import torch
+
+        state = {key: torch.from_numpy(np.array(tensors[key])) for key in tensors}
+        torch.save(state, path.with_suffix(".pt"))
+        return
+    Writer(most=2**62).weights(path.parent, tensors, path.name)
+
+
+# ---- what is written
+
+
+def save(folder: pathlib.Path, model: Decoder, source: Source, writer: Writer) -> int:
+    """Writes the parts of a decoder; see the module docstring. Returns bytes of all tensors."""
+    decoder, cfg, known = model.decoder, model.decoder.cfg, families.known()
+    total, parts = 0, {"projector": model.projector}
+    if isinstance(decoder.denoiser, UNet):
+        total += known["sd-unet"].write(folder / "unet", decoder.denoiser, Source(), writer)
+    else:
+        parts["denoiser"] = decoder.denoiser
+    if cfg.vae:
+        total += known["sd-vae"].write(folder / "vae", decoder.vae, Source(), writer)
+    for name, part in parts.items():
+        total += writer.weights(folder / name, names.lazy_torch_dict(part))
+    statistics = names.Lazy()
+    for name, value in (
+        ("feature_mean", model.feature_mean),
+        ("feature_scale", model.feature_scale),
+        ("pixel_mean", decoder.pixel_mean),
+        ("pixel_scale", decoder.pixel_scale),
+    ):
+        statistics[name] = np.asarray(value[...])
+    exact = dataclasses.replace(writer, dtype="F32")
+    return total + exact.weights(folder / "statistics", statistics)
+
+
+def source(cfg: Config) -> Source:
+    """What the folder of a run takes over beside its weights."""
+    return Source(base="" if cfg.sd_weights == specs.RANDOM else cfg.sd_weights)
+
+
+RUN = RunForm(save, source, adapted=("decoder", "denoiser"), beside="decoder")
