@@ -37,6 +37,7 @@ _TO_TORCH = {2: (1, 0), 3: (2, 1, 0), 4: (3, 2, 0, 1)}
 _PIECE = 2**26
 
 _nan_allowed = contextvars.ContextVar("nan_allowed", default=False)
+_passed_over = contextvars.ContextVar("passed_over", default=frozenset())
 
 
 @contextlib.contextmanager
@@ -47,6 +48,17 @@ def allow_nan():
         yield
     finally:
         _nan_allowed.reset(token)
+
+
+@contextlib.contextmanager
+def passing_over(variables: Iterable[nnx.Variable]):
+    """Inside, these parameters are checked against the tensors, but not read: something else will
+    fill them."""
+    token = _passed_over.set(_passed_over.get() | {id(v) for v in variables})
+    try:
+        yield
+    finally:
+        _passed_over.reset(token)
 
 
 # ---- lazy mappings
@@ -239,6 +251,8 @@ def load_torch_dict(
     with_nan: list[str] = []
     spread = False
     for leaf in leaves:
+        if id(_variable(module, leaf.path)) in _passed_over.get():
+            continue
         keys = [prefix + key for key, _ in leaf.tensors]
         spread |= not _fill(module, leaf.path, tensors, keys, leaf.many, with_nan)
     if not _nan_allowed.get():

@@ -85,7 +85,7 @@ def test_an_empty_folder_and_a_missing_one(tmp_path):
     with pytest.raises(FileNotFoundError, match="no config.json"):
         hf.read_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(WeightError, match="no JSON"):
+    with pytest.raises(WeightError, match="not JSON"):
         hf.read_config(tmp_path)
 
 

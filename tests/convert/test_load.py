@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from metamorph_jax import sharding
-from metamorph_jax.convert import load
+from metamorph_jax.convert import hf, load
 from metamorph_jax.convert.llama import export_llama
 from metamorph_jax.errors import ConfigError
 from metamorph_jax.models import build, lora
@@ -91,8 +91,8 @@ def test_floats_are_cast_but_buffers_and_scales_are_not(llm_folder):
     assert all(kind == jnp.bfloat16 for n, kind in kinds.items() if n not in scales)
 
 
-def finished(folder, cfg, model, **values):
-    """The workdir of a finished vpit stage."""
+def finished(folder, cfg, model, stage="vpit", **values):
+    """The workdir of a finished stage."""
     from orbax.checkpoint import v1 as ocp
 
     from metamorph_jax.train.state import trained_filter
@@ -100,7 +100,7 @@ def finished(folder, cfg, model, **values):
     folder.mkdir()
     values = {"recipe": "metamorph", "model": dataclasses.asdict(cfg), **values}
     (folder / "config.json").write_text(json.dumps(values))
-    chosen = trained_filter(recipe.STAGES["vpit"](cfg))
+    chosen = trained_filter(recipe.STAGES[stage](cfg))
     state = nnx.to_flat_state(nnx.state(model, chosen))
     ocp.save(folder / "final", {".".join(map(str, p)): v[...] for p, v in state})
     return folder
@@ -112,6 +112,24 @@ def test_a_run_comes_back_with_the_frozen_weights_of_its_seed(tmp_path):
     model.head.linears[0].bias[...] = 7.0
     workdir = finished(tmp_path / "run", TINY, model, seed=3)
     found = load.load_model(recipe, TINY, mesh(), workdir=workdir)
+    same(leaves(found), leaves(model))
+
+
+@pytest.mark.parametrize("stage, read", [("vpit", False), ("connector", True)])
+def test_what_a_run_trained_is_not_read_from_where_it_started(
+    stage, read, llm_folder, tmp_path, monkeypatch
+):
+    cfg = dataclasses.replace(TINY, llm_weights=str(llm_folder[0]))
+    model = load.load_model(recipe, cfg, mesh())
+    model.llm.embed_tokens.added[...] = 3.0
+    workdir = finished(tmp_path / "run", cfg, model, stage)
+    asked = []
+    monkeypatch.setattr(
+        hf.Tensors, "__getitem__", lambda self, key: asked.append(key) or self._where[key][key]
+    )
+    found = load.load_model(recipe, cfg, mesh(), workdir=workdir)
+    # The table is looked at in any case: its shape says whether it has rows for new tokens.
+    assert (set(asked) > {"model.embed_tokens.weight"}) is read
     same(leaves(found), leaves(model))
 
 
@@ -143,7 +161,7 @@ SCRIPT = """
 import dataclasses, json, sys
 import jax, numpy as np
 from metamorph_jax import sharding
-from metamorph_jax.convert import load
+from metamorph_jax.convert import hf, load
 from metamorph_jax.recipes import metamorph as recipe
 from tests.recipes.metamorph.tiny import TINY
 

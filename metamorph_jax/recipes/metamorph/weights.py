@@ -41,7 +41,8 @@ def _fill(model: MetaMorph, cfg: Config) -> None:
         return
     if cfg.llm_weights != "random":
         load_llama(model.llm, specs.llm_tensors(cfg.llm_weights))
-        llama.init_added_tokens(model.llm)
+        if not is_open(model.llm.embed_tokens):  # else an earlier stage has trained the table
+            llama.init_added_tokens(model.llm)
     load_vision(model.vision, cfg.vision)
 
 
