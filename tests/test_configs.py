@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import pathlib
 import re
+import shlex
 import typing
 
 import jax
@@ -16,6 +17,7 @@ from metamorph_jax.errors import ConfigError
 from metamorph_jax.recipe import find
 from metamorph_jax.train import optim, state
 from metamorph_jax.train.config import resolve
+from metamorph_jax.train.show_config import show
 
 ROOT = pathlib.Path(__file__).parents[1] / "configs"
 MODULES = {file: configs.load_module(file) for file in sorted(ROOT.glob("*/*.py"))}
@@ -51,12 +53,12 @@ def test_config_builds(file, size):
     run = resolve(configs.load_config(f"{file}:{size}"))
     recipe, model_cfg = run.recipe, run.model
     assert recipe.batch_spec(run.data, model_cfg, 2).counted
-    optim.make_schedule(run.cfg.optim, run.cfg.batch_size, run.cfg.steps)
 
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     model = nnx.eval_shape(lambda: recipe.create(model_cfg, nnx.Rngs(0)))
-    parts, trained, frozen = state.split(model, run.pattern, mesh)
-    optim.check_multipliers(run.cfg.optim, set(parts.part_of.values()))
+    _, trained, frozen = state.split(model, run.pattern, mesh)
+    optimizer = optim.build(run.cfg.optim, trained, run.cfg.batch_size, run.cfg.steps)
+    assert set(optimizer.shapes) == set(trained) and optimizer.rate(1) >= 0
     count = {True: 0, False: 0}
     for name, x in (trained | frozen).items():
         count[name in trained] += x.size
@@ -236,6 +238,20 @@ def test_every_option_can_be_changed(file, size):
             except ConfigError as refused:
                 name = each.path.rpartition(".")[2]
                 assert re.search(rf"\b{name}\b", str(refused)), (words, refused)
+
+
+@pytest.mark.parametrize(("file", "size"), **named(CASES))
+def test_lines_of_metamorph_config_can_be_given_back(file, size):
+    config = configs.load_config(f"{file}:{size}")
+    cls, values = configs.declared(config), config.to_dict()
+    lines = [
+        show(option).splitlines()[0].rpartition("   (")[0]
+        for option in options.listed(cls, values)
+        if option.used and not (option.is_table and option.value)
+    ]
+    overrides, rest = cli._take_overrides([word for line in lines for word in shlex.split(line)])
+    assert len(overrides) == len(lines) > 60 and not rest
+    assert options.change(cls, values, overrides) == values
 
 
 def test_every_dataclass_was_visited():

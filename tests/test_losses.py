@@ -143,6 +143,7 @@ def test_bfloat16_keeps_float32_sums():
 
 
 OVER_A_MESH = """
+import re
 import jax, numpy as np, jax.numpy as jnp
 from metamorph_jax import losses
 from metamorph_jax.nn import cross_entropy
@@ -166,12 +167,20 @@ for shape in ({"fsdp": 2, "tensor": 4}, {"data": 2, "fsdp": 2, "context": 2}, {"
         many, off = jax.jit(f)(h, t, a), jax.jit(frozen)(h)
     for x, z in zip(jax.tree.leaves((one, bare)), jax.tree.leaves((many, off)), strict=True):
         np.testing.assert_allclose(x, z, atol=1e-4)
+with jax.set_mesh(make_mesh({"fsdp": 2, "tensor": 4}, jax.devices())):
+    program = jax.jit(f).lower(h, t, a).compile().as_text()
+for kind, number in (("all-gather", 2), ("reduce-scatter", 2), ("all-to-all", 0)):
+    found = re.findall(rf"= \\S+ {kind}(?:-start)?\\(", program)
+    assert len(found) == number, (kind, found)
 print("same")
 """
 
 
 def test_rows_and_table_over_a_mesh_give_the_same_numbers():
-    """Run in a child process: eight virtual devices have to be asked for before JAX starts."""
+    """And the table and the added rows are each gathered once, and their gradients reduced once.
+
+    Run in a child process: eight virtual devices have to be asked for before JAX starts.
+    """
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
            "JAX_PLATFORMS": "cpu"}  # fmt: skip
     done = subprocess.run(

@@ -248,6 +248,19 @@ def test_what_is_written_is_read(values):
     assert config.build(Model, options.change(Model, options.complete(Model, {}), text)) == want
 
 
+@given(strategies.permutations([
+    ("model.count", "3"), ("model.adapter", "{'rank': 2}"), ("model.adapter.alpha", "3"),
+    ("model.net.size", "2"), ("model.net.levels", "(3,)"), ("model.groups", "{}"),
+    ("model.groups.a.rate", "2"), ("model.mesh", "{'data': 2}"), ("model.mesh.x", "4"),
+]))  # fmt: skip
+def test_the_order_of_changes_does_not_matter(changes):
+    got = config.build(Run, options.change(Run, BASE, dict(changes))).model
+    assert got == Model(
+        count=3, adapter=Adapter(2, 3.0), net=Grid(2, (3,)), groups=(Group(rate=2.0, name="a"),),
+        mesh={"data": 2, "x": 4},
+    )  # fmt: skip
+
+
 @given(strategies.text())
 def test_any_text_is_a_value_or_one_line(text):
     for name in options.fields(Model):

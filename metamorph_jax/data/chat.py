@@ -3,7 +3,7 @@
     llama3     <bos> <bos> [header user] \\n question <eot> [header assistant] \\n answer <eot> …
     chatml     [im_start] system \\n … [im_end] \\n [im_start] user \\n question [im_end] \\n …
 
-Supervised are the answer and the token that closes it, nothing else. `<image>` in a text becomes
+Only the answer and the token that closes it are supervised. `<image>` in a text becomes
 the markers of the recipe around a sentinel; `data/interleave.py` puts the image at the sentinel.
 """
 
@@ -109,8 +109,8 @@ class Chat:
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, without anything added."""
-        # The Rust tokenizer behind a transformers one, where it has no truncation or padding set,
-        # gives the same ids without most of the time.
+        # The Rust tokenizer inside a transformers one gives the same ids in a fraction of the time,
+        # as long as no truncation or padding is set.
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is not None and backend.truncation is None and backend.padding is None:
             return backend.encode(text, add_special_tokens=False).ids
@@ -131,13 +131,14 @@ class Chat:
         ids: list[int] = []
         labels: list[int] = []
         stretch: list[Piece] = []
+        before = ""  # special token directly before the stretch, if that matters
 
         def add(new: list[int], supervised: bool) -> None:
             ids.extend(new)
             labels.extend(new if supervised else [IGNORE] * len(new))
 
         def finish() -> None:
-            for new, supervised in self._stretch(stretch):
+            for new, supervised in self._stretch(before, stretch):
                 add(new, supervised)
             stretch.clear()
 
@@ -145,11 +146,13 @@ class Chat:
             if isinstance(piece, Special):
                 finish()
                 add([self._specials[piece]], supervised)
+                before = str(piece) if self.template.in_context else ""
                 continue
             for k, text in enumerate(piece.split(IMAGE)):
                 if k:
                     finish()
                     add(self._image, supervised)
+                    before = ""
                 if text and stretch and stretch[-1][1] == supervised:
                     stretch[-1] = (stretch[-1][0] + text, supervised)
                 elif text:
@@ -157,13 +160,15 @@ class Chat:
         finish()
         return ids, labels
 
-    def _stretch(self, pieces: list[Piece]) -> Iterable[tuple[list[int], bool]]:
-        """(ids, supervised) of parts of a text that is tokenised as a whole.
+    def _stretch(self, before: str, pieces: list[Piece]) -> Iterable[tuple[list[int], bool]]:
+        """(ids, supervised) of parts of a text that is tokenised as a whole, after `before`.
 
-        A token that reaches over the border of two pieces belongs to the first.
+        A token that spans two pieces belongs to the first.
         """
-        ids = self.encode("".join(text for text, _ in pieces)) if pieces else []
-        done, before = 0, ""
+        if not pieces:
+            return
+        done = 1 if before else 0
+        ids = self.encode(before + "".join(text for text, _ in pieces))
         for k, (text, supervised) in enumerate(pieces):
             before += text
             last = k == len(pieces) - 1
@@ -176,8 +181,8 @@ class Chat:
 
         With `independent`, and images at the start of the first question, every question and
         answer stands by itself after start, user header and those images: the second question
-        does not see the first answer (`turns` says who sees whom). Other conversations are encoded
-        as ever, with turns None.
+        does not see the first answer (see `Encoded.turns`). Other conversations are encoded as
+        without it, with turns None.
         """
         turns = [(role, text[:_LONG]) for role, text in turns]
         if independent and turns:

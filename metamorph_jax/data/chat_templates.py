@@ -2,13 +2,12 @@
 
     render(TEMPLATES["chatml"], turns, system) -> [(text or special token, supervised), …]
 
-A turn's row is a list of pieces, each with whether it is supervised. In its text, "{text}" stands
-for the message, "{images}" for the message's `<image>` markers alone, and "{system}" for the system
-message. Neighbouring texts are tokenised together. What is supervised is an answer and the token
-that closes it, nothing else.
+A turn is a list of pieces, each with whether it is supervised: the answer and the token that closes
+it. In a text, "{text}" stands for the message, "{images}" for the `<image>` markers of the message,
+and "{system}" for the system message. Neighbouring texts are tokenised together.
 
-An empty message writes the pieces before the one with "{text}" and no more, as the reference does;
-so the head of an answer is also how a prompt ends.
+Of a turn with an empty message, only the pieces before the one with "{text}" are written, as in the
+reference; a prompt ends with such a turn of the assistant.
 """
 
 import dataclasses
@@ -36,6 +35,8 @@ class ChatTemplate:
         system, user, assistant: pieces of a turn.
         first_user: pieces of the first turn, where they differ ("{system}" may stand there).
         default_system: the system message if none is given; None writes no system turn.
+        in_context: text after a special token is tokenised together with it. SentencePiece models
+            begin a text of its own with a blank, but not one that follows a special token.
     """
 
     name: str
@@ -45,6 +46,7 @@ class ChatTemplate:
     first_user: tuple[Piece, ...] | None = None
     start: tuple[Special, ...] = ()
     default_system: str | None = None
+    in_context: bool = False
 
     def row(self, role: str, first: bool = False) -> tuple[Piece, ...]:
         """The pieces of a turn by `role`."""

@@ -74,7 +74,7 @@ class OrderConfig:
         seed: of the order and of all random choices in a sample.
         shuffle: otherwise the order of the files.
         epochs: 0 is endless.
-        fixed_choices: draw wording and video frames once for each sample instead of anew in every
+        fixed_choices: draw wording and video frames once for each sample, not again in every
             epoch. Always on with a feature cache, which has to hold every frame that is drawn.
         padding_batches: continue with empty batches after the last epoch.
     """
@@ -94,7 +94,7 @@ class ReadingConfig:
         workers: processes; 0 reads in the main one.
         threads, ahead: threads, and samples read ahead, in each of them.
         max_bad_in_a_row: bad samples one after another before it is an error.
-        index_dir: folder for the byte-offset indices of JSONL files; beside the file if empty.
+        index_dir: folder for the byte-offset indices of JSONL files; the file's own if empty.
     """
 
     workers: int = 0

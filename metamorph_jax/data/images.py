@@ -48,10 +48,10 @@ def sniff(head: bytes) -> tuple[str, tuple[str, ...]] | None:
 
 
 def misnamed(path: str, head: bytes) -> bool:
-    """True if the extension promises another format than the bytes hold."""
-    promised = _EXTENSIONS.get(os.path.splitext(path)[1].lower())
+    """Whether the extension belongs to another format than that of the bytes."""
+    expected = _EXTENSIONS.get(os.path.splitext(path)[1].lower())
     found = sniff(head)
-    return promised is not None and found is not None and promised != found[0]
+    return expected is not None and found is not None and expected != found[0]
 
 
 def read_bytes(path: str) -> bytes:
@@ -92,8 +92,8 @@ def _opened(data: bytes, name: str, max_pixels: int) -> Iterator[Image.Image]:
         raise
     except Exception as e:  # Pillow's decoders raise many kinds of error on broken files
         reason = "truncated" if "truncated" in str(e).lower() else "broken_image"
-        said = str(e).split(" <_io.")[0]  # Pillow's name of the bytes says nothing
-        raise BadSample(reason, f"{name}: {said}") from e
+        message = str(e).split(" <_io.")[0]  # without Pillow's name of the bytes
+        raise BadSample(reason, f"{name}: {message}") from e
 
 
 def decode(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -183,7 +183,7 @@ class Preprocess:
         return (x - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
 
     def fingerprint(self) -> str:
-        """Says all that decides the uint8 result; caches are keyed by it."""
+        """Text that differs whenever the uint8 result does; caches are keyed by it."""
         pad = [int(255 * m) for m in self.mean] if self.mode == "pad" else None
         return f"v1 {self.mode} {self.size} {self.resize} {self.resample} {pad}"
 
@@ -205,7 +205,7 @@ def pad_to_square(
 ) -> Image.Image:
     """The image in the middle of a square of its longer side.
 
-    Where that square would have more than MAX_PIXELS, the image is shrunk to `size` first.
+    Where that square would have more than MAX_PIXELS, the image is first shrunk to `size`.
     """
     w, h = image.size
     if w == h:

@@ -50,7 +50,7 @@ class FirstFit:
         self.limit, self.open_rows = limit, max(open_rows, 1)
         self.rows: list[list] = []
         self.used: list[Size] = []  # of each open row
-        # A row this full isn't worth keeping open.
+        # A row as full as this is closed at once.
         self._full = limit.positions - limit.positions // 256
 
     def add(self, item, size: Size) -> list[list]:
@@ -116,7 +116,7 @@ class _Assembly:
             if name != "turns" or config.row.independent_turns
         }
         pixels = features = self.drawings = None
-        if config.cache.features:
+        if config.cache.features or (spec.feature_width and not spec.tower):
             features = np.zeros((B, I, *spec.feature_shape), np.float32)
         else:
             side = config.images.change(spec.views).preprocess.size
@@ -208,7 +208,7 @@ def assemble(
 
 
 class PackedIterator(grain.DatasetIterator):
-    """Batches from a stream, checkpointable.
+    """Batches from a stream, checkpointable: a `recipe.DataStream`.
 
     The state names the samples in the open rows by their numbers; `set_state` reads those again.
     It is a small JSON-able dict, and does not depend on worker processes or threads.
@@ -255,9 +255,19 @@ class PackedIterator(grain.DatasetIterator):
         self.counts: collections.Counter[str] = collections.Counter()
 
     @property
-    def source_names(self) -> list[str]:
+    def sources(self) -> list[str]:
         """Names of the sources, in the order that `Batch.sources` counts them."""
         return list(self._names)
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """`counts` as a plain dict."""
+        return dict(self.counts)
+
+    def sample_names(self) -> Callable[[], list[list[str]]]:
+        """A function that names the samples in each row of the batch that came last."""
+        rows, stream = self.last_rows, self._stream
+        return lambda: [[stream.name(n) for n in row] for row in rows]
 
     @property
     def samples_seen(self) -> int:

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import grain
+import jax
 import numpy as np
 
 from metamorph_jax.data import cache as caches
@@ -26,13 +27,14 @@ from metamorph_jax.data.config import (
     ReadingConfig,
     SourceConfig,
 )
-from metamorph_jax.data.packing import PackedDataset, PackedIterator
+from metamorph_jax.data.packing import PackedDataset, PackedIterator, assemble
 from metamorph_jax.data.sources import RecordSource, open_records
 from metamorph_jax.data.sources.base import ImageRef
 from metamorph_jax.data.sources.kinds import Files, Kind, known
 from metamorph_jax.data.stream import Mixture, SampleStream, choices
 from metamorph_jax.errors import BadSample, ConfigError
 from metamorph_jax.recipe import Shard
+from metamorph_jax.types import Batch
 
 __all__ = [
     "DataConfig", "InputConfig", "InputSpec", "SourceConfig", "all_refs", "make_pipeline",
@@ -95,6 +97,7 @@ def make_stream(
     process: tuple[int, int] = (0, 1),
 ) -> SampleStream:
     """The samples of one data shard, `process` = (index, count); see `make_pipeline`."""
+    _check_images(config, spec)
     weights = [s.weight for s in config.sources]
     mixture = Mixture(
         [len(s) for s in sources],
@@ -103,6 +106,18 @@ def make_stream(
         config.order.shuffle,
     )
     return SampleStream(sources, chat, config, spec, mixture, process, open_cache(config, spec))
+
+
+def _check_images(config: InputConfig, spec: InputSpec) -> None:
+    """Raises ConfigError where the config contradicts the tower, which scales pixels by its own."""
+    given, own = config.images.change(spec.views).preprocess, spec.views.preprocess
+    for name in ("size", "mean", "std") if spec.tower else ():
+        ours, theirs = getattr(given, name), getattr(own, name)
+        if np.any(np.asarray(ours) != np.asarray(theirs)):
+            raise ConfigError(
+                f"config.data.images.{name} is {ours}, but the model's tower takes {theirs}: "
+                "change it in the options of the tower"
+            )
 
 
 def open_cache(config: InputConfig, spec: InputSpec) -> caches.ArrayCache | None:
@@ -183,6 +198,12 @@ def make_pipeline(
     return iter(PackedDataset(stream, reader, config, spec, shard.rows, rows, layout))
 
 
+def batch_spec(config: DataConfig, spec: InputSpec, rows: int) -> Batch:
+    """Shapes of the batches that `make_pipeline` makes, from the configs alone."""
+    one = assemble([], 1, config, spec, source_names=source_names(config))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), one)
+
+
 class _Reader:
     """n -> iterator over stream[n:], by threads here or in worker processes; always in order."""
 
@@ -207,12 +228,12 @@ class _Reader:
 
 
 class _Restarting:
-    """Reads on with new worker processes when one has died (out of memory, say).
+    """Continues with new worker processes when one has died (for lack of memory, say).
 
     Args:
         read: n -> iterator from sample n.
         n: where to begin.
-        most: deaths with no sample in between that are too many.
+        most: this many deaths without a sample in between end the run.
     """
 
     def __init__(self, read, n: int, most: int = 3):
@@ -261,7 +282,7 @@ class _From:
 
 
 def _parse_flags() -> None:
-    """Worker processes want absl's flags parsed, which nobody does in a notebook or a test."""
+    """Grain's worker processes need parsed absl flags, which a notebook or a test lacks."""
     from absl import flags
 
     if not flags.FLAGS.is_parsed():

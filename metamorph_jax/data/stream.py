@@ -1,8 +1,8 @@
 """The endless deterministic stream of samples: number n is always the same sample.
 
-What sample n is follows from the seed alone: which source, which epoch of it, which record, and all
-random choices inside. So a pipeline that stopped can resume at any number, with any number of
-worker processes, and every host knows its own share without talking to the others.
+Sample n follows from the seed alone: its source, the epoch of that source, the record, and all
+random choices in it. So a pipeline that stopped can resume at any number, with any number of worker
+processes, and every host knows its own share without talking to the others.
 """
 
 import collections
@@ -116,7 +116,7 @@ class Mixture:
 
 
 class SampleStream:
-    """Random access to rows: `stream[n]` is a dict of arrays, or says why the sample is bad.
+    """Random access to rows: `stream[n]` is a dict of arrays, or tells why the sample is bad.
 
     A good item holds `index`, `source`, the arrays of a `Row` and, of the V views of its images,
     `cache` int64[V] (row in the cache, -1 if the view is in `pixels`) and `pixels` uint8[v, h, w,

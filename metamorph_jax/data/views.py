@@ -38,7 +38,7 @@ class Views(Protocol):
     def pixels(self, image: Image.Image) -> np.ndarray: ...
 
     def fingerprint(self) -> str:
-        """Says all that decides the pixels; caches are keyed by it."""
+        """Text that differs whenever the pixels do; caches are keyed by it."""
         ...
 
 

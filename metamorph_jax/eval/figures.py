@@ -74,7 +74,7 @@ def line_chart(
     """Curves as SVG.
 
     Args:
-        lines: label -> (x, y).
+        lines: label -> (x, y), x in whole steps.
         marks: label -> height of a dashed line.
     """
     with style():
@@ -88,6 +88,7 @@ def line_chart(
             handles.append(axes.axhline(height, color=DIM, linestyle=(0, (5, 3)), linewidth=1.3))
             labels.append(f"{label} ({height:.3g})")
         axes.set_xlabel(x_label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         figure.legend(handles, labels, loc="outside lower left", ncols=2, handlelength=1.6)
         return svg(figure)
 

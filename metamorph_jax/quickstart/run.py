@@ -1,16 +1,16 @@
 """`metamorph quickstart`: from an empty folder to a model that answers and draws, and a report.
 
-    data        easy-vqa as LLaVA files; features of its training pictures
-    connector   a connector learns to speak to the frozen language model      configs/…/connector.py
-    vpit        the language model learns to read and to predict pictures     configs/…/vpit.py
+    data        easy-vqa as LLaVA files; features of its training images
+    connector   trains the connector; the language model is frozen            configs/…/connector.py
+    vpit        the language model learns to read and to predict images       configs/…/vpit.py
     predict     the tuned model answers the training requests with visual tokens
     decoder     a diffusion model learns to draw, from real and from predicted visual tokens
                                                                               configs/…/decoder.py
-    evaluate    held-out questions, 24 requests for pictures
+    evaluate    held-out questions, 24 requests for images
     report      report.html
 
-Every step leaves `steps/NAME.json` when it is done and is then not run again. Training stages go on
-from their last checkpoint, the feature cache from its last row.
+A finished step writes `steps/NAME.json` and is not run again. Training stages resume from their
+last checkpoint, the feature cache from its last row.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ GOALS = {"accuracy": 0.9, "tokens_right": 0.85, "drawings_right": 0.8, "minutes"
 def add_arguments(parser) -> None:
     parser.description = (
         "Teaches a pretrained language model (SmolLM2-135M) to see and to draw, from weights and "
-        "data that come as Python packages, and writes report.html. Started again, it goes on."
+        "data that come as Python packages, and writes report.html. The same command resumes it."
     )
     parser.add_argument("--workdir", help="default: quickstart, or quickstart-smoke with --smoke")
     parser.add_argument(
@@ -47,10 +47,10 @@ def run(args) -> int:
 
 
 def quickstart(workdir, size: str = "quickstart", seed: int = 0) -> pathlib.Path:
-    """Runs what is not done yet and returns the path of the report.
+    """Runs the steps that are not finished and returns the path of the report.
 
     Args:
-        workdir: everything goes here.
+        workdir: for everything that is written.
         size: "quickstart" or "smoke".
         seed: of weights, order of the data and evaluation.
 
@@ -67,7 +67,7 @@ def quickstart(workdir, size: str = "quickstart", seed: int = 0) -> pathlib.Path
 
 @dataclasses.dataclass
 class Road:
-    """The steps and where they leave what they made."""
+    """The steps of the quick start, and the folder that holds their results."""
 
     workdir: pathlib.Path
     size: str
@@ -100,7 +100,7 @@ class Road:
         }
 
     def done(self, name: str) -> dict | None:
-        """What a finished step left, with `seconds`."""
+        """The record of a finished step, with its `seconds`; None if it is not finished."""
         file = self.workdir / "steps" / f"{name}.json"
         return json.loads(file.read_text()) if file.is_file() else None
 
@@ -123,7 +123,7 @@ class Road:
             return
         print(f"\n== {name}", flush=True)
         clock = time.perf_counter()
-        # An earlier try that was interrupted has used time, too.
+        # Earlier attempts that were interrupted took time, too.
         spent_file = self.workdir / "steps" / f"{name}.spent"
         tries = [float(x) for x in spent_file.read_text().split()] if spent_file.is_file() else []
         try:
@@ -149,19 +149,18 @@ class Road:
         return data.QuickstartData(self.workdir / "data")
 
     def data(self) -> dict:
-        from metamorph_jax import config
         from metamorph_jax.errors import UserError
         from metamorph_jax.quickstart import data
-        from metamorph_jax.recipes import metamorph
+        from metamorph_jax.recipe import Shard
+        from metamorph_jax.train.config import resolve
 
         pictures = (96, 48) if self.size == "smoke" else (0, 0)
         try:
             data.prepare(self.files.root, None, *pictures, seed=self.seed)
         except FileNotFoundError as error:
             raise UserError(error) from error
-        stage = self.config("connector").to_dict()
-        model = config.build(metamorph.Config, stage["model"], "config.model")
-        metamorph.make_data(stage["data"], model).close()  # fills the feature cache
+        run = resolve(self.config("connector"))
+        run.recipe.open_data(run.data, run.model, Shard(rows=1)).close()  # fills the feature cache
         return json.loads(self.files.manifest.read_text())["counts"]
 
     def config(self, stage: str):
@@ -178,7 +177,7 @@ class Road:
         if _bfloat16_is_faster():
             table.matmul_precision = "bfloat16"
             if stage != "decoder":
-                table.model.remat = "full"  # a forward pass costs little then, and memory much
+                table.model.remat = "full"  # then a forward pass is cheap, memory is not
         if stage == "vpit":
             table.model.weights = f"workdir:{self.workdir / 'connector'}"
         if stage == "decoder":
@@ -234,7 +233,7 @@ class Road:
 
 
 def _bfloat16_is_faster() -> bool:
-    """On a CPU with matrix units; other platforms know by themselves."""
+    """True on a CPU with matrix units; other platforms choose by themselves."""
     import jax
 
     from metamorph_jax.platforms import has_matrix_units

@@ -152,8 +152,12 @@ def _panel(axes, values: Sequence[Any], heights: Sequence[float]) -> None:
     axes.plot(places_once, [np.mean(means[x]) for x in places_once], color=color)
     axes.scatter(places, heights, 36, "white", edgecolors=color, linewidths=1.7, zorder=3)
     axes.set_xticks(ticks, labels)
+    if sum(map(len, labels)) > 20:  # side by side they might overlap
+        axes.tick_params(axis="x", labelrotation=30)
     axes.minorticks_off()
     axes.margins(0.08)
+    if not numbers:
+        axes.set_xlim(-0.5, len(labels) - 0.5)
 
 
 def write(folder: pathlib.Path, rows: Sequence[dict], metric: str) -> list[pathlib.Path]:

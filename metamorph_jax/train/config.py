@@ -283,7 +283,7 @@ class Run:
 
     @property
     def pattern(self) -> str:
-        """Of the parameters that are trained, see `Recipe.STAGES`."""
+        """Regular expression for what is trained, see `Recipe.STAGES`."""
         return self.recipe.STAGES[self.cfg.stage](self.model)
 
 
@@ -316,7 +316,7 @@ def resolve(config) -> Run:
     """
     from metamorph_jax import recipe as recipes
 
-    table = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    table = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
     cfg = configs.build(TrainConfig, table)
     recipe = recipes.find(cfg.recipe)
     if cfg.stage not in recipe.STAGES:

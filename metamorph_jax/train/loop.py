@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 
 from metamorph_jax import sharding
 from metamorph_jax.errors import BadStep, CheckpointError, ConfigError, Preempted
+from metamorph_jax.models.build import outline
 from metamorph_jax.recipe import Shard
 from metamorph_jax.train import checkpoint, local_checkpoints, optim, shards
 from metamorph_jax.train import state as states
@@ -167,7 +168,7 @@ def make_model(run: Run, mesh: Mesh, batches: list) -> tuple[Parts, Params, Para
         return recipe.create(run.model, rngs)
 
     # First of all, as a mistake in `optim` shouldn't come to light after the weights are loaded.
-    _, shapes, _ = states.outline(make, run.pattern, mesh)
+    _, shapes, _ = states.split(outline(make, mesh), run.pattern, mesh)
     optimizer = optim.build(cfg.optim, shapes, cfg.batch_size, cfg.steps)
     parts, params, frozen = states.create(
         make,

@@ -133,13 +133,6 @@ def split(model: nnx.Module, pattern: str, mesh: Mesh) -> tuple[Parts, Params, P
     )
 
 
-def outline(
-    make_model: Callable[[nnx.Rngs], nnx.Module], pattern: str, mesh: Mesh
-) -> tuple[Parts, Params, Params]:
-    """`split` of a model of which nothing but shapes is made."""
-    return split(nnx.eval_shape(lambda: make_model(nnx.Rngs(0))), pattern, mesh)
-
-
 def create(
     make_model: Callable[[nnx.Rngs], nnx.Module],
     pattern: str,

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -218,3 +219,22 @@ def test_a_prompt_ends_with_the_head_of_an_answer():
     assert readable(Chat(Letters(), LINES).question("Q", 1)) == "[Chat. USER: @\nQ ASSISTANT:"
     assert list(fill(LINES.assistant, "")) == [("ASSISTANT:", False)]
     assert render(INST, (), "Be kind") == []
+
+
+class Blanks(Letters):
+    """Begins a text with a blank "_", unless it follows a special token, as SentencePiece does."""
+
+    def encode(self, text, add_special_tokens=False):
+        for token in self.special:
+            if text.startswith(token):
+                return [self.convert_tokens_to_ids(token), *super().encode(text[len(token) :])]
+        return super().encode("_" + text)
+
+
+@pytest.mark.parametrize("in_context, second", [(False, "]_USER: R"), (True, "]USER: R")])
+def test_text_after_a_special_token(in_context, second):
+    chat = Chat(Blanks(), dataclasses.replace(LINES, in_context=in_context))
+    got = chat.conversation(TURNS)
+    want = f"[_Chat. USER: @_\nQ ASSISTANT: A {{system}}{second} ASSISTANT: B]"
+    assert readable(got.ids) == want
+    assert readable(got.labels[got.labels != IGNORE]) == " A {system}] B]"

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from metamorph_jax.data.chat import SENTINEL
 from metamorph_jax.data.config import (
     CacheConfig,
     DataConfig,
@@ -16,9 +17,12 @@ from metamorph_jax.data.config import (
     RowConfig,
 )
 from metamorph_jax.data.images import Preprocess
+from metamorph_jax.data.interleave import build_row, read_place
 from metamorph_jax.data.packing import FirstFit, PackedIterator, Size, assemble
-from metamorph_jax.data.views import Single
+from metamorph_jax.data.stream import ROW_FIELDS
+from metamorph_jax.data.views import AnyRes, Single
 from metamorph_jax.errors import TooManyBadSamples
+from metamorph_jax.types import TEXT
 
 P = 2
 
@@ -109,6 +113,68 @@ def test_every_sample_once_and_whole(sizes, B, open_rows, mode, limit):
             if mode == "pad":
                 assert segments.max() <= 1
     assert sorted(seen) == [n for n, size in enumerate(sizes) if size is not None]
+
+
+TILES = AnyRes(4, Preprocess(2), ((2, 4), (4, 2), (4, 4)))
+
+
+class Tiles(Stream):
+    """Items of (text, sizes of images) whose images are in tiles; each pixel names its view."""
+
+    def __getitem__(self, n):
+        text, images = self.sizes[n]
+        plans = [TILES.plan(size) for size in images]
+        ids = np.array([n + 1] * text + [SENTINEL] * len(images) + [n + 1])
+        rule = lambda labels, sentinels: np.arange(len(sentinels)) % 2 == 1  # noqa: E731
+        row = build_row(ids, ids, [read_place(*plan) for plan in plans], 4, 10**6, rule)
+        views = sum(count for count, _ in plans)
+        pixels = np.zeros((views, 2, 2, 3), np.uint8)
+        pixels[..., 0], pixels[..., 1] = n + 1, np.arange(views)[:, None, None]
+        item = {name: getattr(row, name) for name in ROW_FIELDS}
+        return item | {"index": n, "source": 0, "cache": np.full(views, -1), "pixels": pixels}
+
+
+side = st.integers(1, 9)
+tiled = st.lists(
+    st.tuples(st.integers(1, 9), st.lists(st.tuples(side, side), max_size=3)), max_size=20
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(tiled, st.integers(1, 3), st.integers(1, 5), st.sampled_from(["first_fit", "pad"]))
+def test_rows_of_tiles(sizes, B, open_rows, mode):
+    """Packed side by side, every slot still points into the views of its own image."""
+    stream = Tiles(sizes)
+    start = lambda n: iter([stream[k] for k in range(n, len(stream))])  # noqa: E731
+    config = rows_of(length=100, images=15, open_rows=open_rows, packing=mode)
+    it = PackedIterator(stream, start, config, InputSpec(TILES), B)
+    for batch in it:
+        images = batch.images
+        for b, row in enumerate(it.last_rows):
+            first = 0
+            for segment, n in enumerate(row, 1):
+                item = stream[n]
+                (where,) = np.nonzero(batch.segments[b] == segment)
+                views = np.arange(first, first + len(item["cache"]))
+                assert images.valid[b, views].all()
+                np.testing.assert_array_equal(images.pixels[b, views], item["pixels"])
+                starts = item["view_starts"] + where[0]
+                np.testing.assert_array_equal(images.start[b, views], starts)
+                for name in ("image_slots", "visual_targets"):
+                    own, here = item[name], getattr(batch, name)[b, where]
+                    assert ((own < 0) == (here < 0)).all() and (here[own < 0] == own[own < 0]).all()
+                    used = images.pixels[b, here[own >= 0] // 4, 0, 0]
+                    assert (used[:, 0] == n + 1).all()
+                    np.testing.assert_array_equal(used[:, 1], own[own >= 0] // 4)
+                    np.testing.assert_array_equal(here[own >= 0] % 4, own[own >= 0] % 4)
+                for view in views:  # `start` is the first column that reads the view, if one does
+                    (columns,) = np.nonzero(batch.image_slots[b] // 4 == view)
+                    assert not len(columns) or images.start[b, view] == columns[0]
+                first += len(views)
+            assert images.valid[b].sum() == first <= 15
+            slots = batch.image_slots[b]
+            assert len(set(slots[slots >= 0].tolist())) == (slots >= 0).sum()
+            assert (batch.image_slots[b, batch.segments[b] == 0] == TEXT).all()
 
 
 @settings(max_examples=30, deadline=None)

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from metamorph_jax.data import cache as caches
-from metamorph_jax.data import check, decoder_pairs
-from metamorph_jax.data.chat import Chat, Markers
+from metamorph_jax.data import check, decoder_pairs, images
+from metamorph_jax.data.chat import IGNORE, Chat, Markers
 from metamorph_jax.data.config import (
+    CacheConfig,
     DataConfig,
+    DrawingSpec,
     InputSpec,
     OrderConfig,
     ReadingConfig,
@@ -29,10 +31,11 @@ from metamorph_jax.data.pipeline import (
     open_sources,
 )
 from metamorph_jax.data.stream import Mixture, permute
-from metamorph_jax.data.views import Single
+from metamorph_jax.data.views import AnyRes, Single
 from metamorph_jax.errors import ConfigError
 from metamorph_jax.recipe import Shard
 from metamorph_jax.recipes.metamorph.input import AfterSupervisedStart
+from metamorph_jax.types import TEXT
 from tests.data.conftest import Letters, conversation, make_image, write_jsonl
 
 BAD = {"missing": 1, "zero_byte": 1, "truncated": 1, "marker_mismatch": 1, "fully_masked": 1}
@@ -40,6 +43,7 @@ BAD = {"missing": 1, "zero_byte": 1, "truncated": 1, "marker_mismatch": 1, "full
 
 VIEWS = Single(4, Preprocess(8))
 SPEC = InputSpec(VIEWS)
+NO_MARKERS = Markers()
 FEATURES = InputSpec(VIEWS, feature_width=3, tower="toy")
 
 
@@ -55,12 +59,12 @@ def config(path, *sources, **parts):
     return dataclasses.replace(usual, **changed)
 
 
-def stream_of(config, tokenizer, spec=SPEC, process=(0, 1), markers=Markers()):
+def stream_of(config, tokenizer, spec=SPEC, process=(0, 1), markers=NO_MARKERS):
     chat = Chat.of(tokenizer, config.row, markers)
     return make_stream(config, spec, chat, open_sources(config), process)
 
 
-def pipeline_of(config, tokenizer, spec=SPEC, markers=Markers()):
+def pipeline_of(config, tokenizer, spec=SPEC, markers=NO_MARKERS):
     chat = Chat.of(tokenizer, config.row, markers)
     return make_pipeline(config, spec, chat, open_sources(config), Shard(2))
 
@@ -78,11 +82,11 @@ def equal(a, b):
 
 @pytest.mark.parametrize("n", [1, 2, 5, 16, 17, 1000])
 def test_permute(n):
-    images = [permute(i, n, 12345) for i in range(n)]
-    assert sorted(images) == list(range(n))
+    places = [permute(i, n, 12345) for i in range(n)]
+    assert sorted(places) == list(range(n))
     if n == 1000:
-        assert images != [permute(i, n, 54321) for i in range(n)]
-        assert abs(np.corrcoef(images, range(n))[0, 1]) < 0.1
+        assert places != [permute(i, n, 54321) for i in range(n)]
+        assert abs(np.corrcoef(places, range(n))[0, 1]) < 0.1
 
 
 def test_mixture_by_size_and_by_weight():
@@ -273,6 +277,130 @@ def test_cache_goes_on_after_an_interruption(dataset, letters, tmp_path):
     assert list(cache.lookup(ref)) == [len(whole)]
 
 
+TILES = AnyRes(4, Preprocess(8, "crop"), ((8, 16), (16, 8), (16, 16)))
+
+
+def many_sizes(tmp_path):
+    """A file of samples with one to three images of several sizes; the last one is missing."""
+    records = []
+    for k in range(12):
+        names = [f"{k}_{i}.png" for i in range(1 + k % 3)]
+        for i, name in enumerate(names):
+            make_image(10 * k + i, 6 + 9 * (k % 4), 34 - 2 * k + i).save(tmp_path / name)
+        texts = conversation("<image>" * len(names) + "Q", "A" * (k + 1))
+        records.append({"id": str(k), "image": names, "conversations": texts})
+    (tmp_path / "11_0.png").unlink()
+    write_jsonl(tmp_path / "d.jsonl", records)
+    return config(tmp_path / "d.jsonl", row={"length": 200, "images": 16}, order={"epochs": 1})
+
+
+def test_images_of_several_views(tmp_path, letters):
+    """Tiles of an image are in the batch as `views.pixels` makes them, and slots point to them."""
+    cfg, spec = many_sizes(tmp_path), InputSpec(TILES)
+    stream, seen = stream_of(cfg, letters, spec), 0
+    it = pipeline_of(cfg, letters, spec)
+    for batch in it:
+        for b, row in enumerate(it.last_rows):
+            view = 0
+            for segment, n in enumerate(row, 1):
+                (here,) = np.nonzero(batch.segments[b] == segment)
+                slots, at = batch.image_slots[b, here], 0
+                for image in images.load(stream.sample(n).images):
+                    count, plan = TILES.plan(image.size)
+                    at += int(np.argmax(slots[at:] != TEXT))
+                    want = np.where(plan >= 0, plan + view * 4, plan)
+                    np.testing.assert_array_equal(slots[at : at + len(plan)], want)
+                    assert batch.images.start[b, view] == here[at]
+                    pixels = batch.images.pixels[b, view : view + count]
+                    np.testing.assert_array_equal(pixels, TILES.pixels(image))
+                    view, at, seen = view + count, at + len(plan), seen + 1
+            assert batch.images.valid[b].tolist() == [k < view for k in range(16)]
+    assert seen == 21 and it.counts == {"d/missing": 1}
+
+
+def test_caches_hold_all_views(tmp_path, letters):
+    """Pixels and features of tiles from caches; a build that was interrupted within an image."""
+    cfg, root, calls = many_sizes(tmp_path), str(tmp_path / "cache"), []
+    spec = InputSpec(TILES, feature_width=3, tower="toy")
+    refs = refs_of(cfg)
+    caches.build(root, caches.image_spec(TILES), refs, TILES, progress=False)
+    wanted = caches.feature_spec(TILES, spec)
+
+    def failing(pixels):
+        calls.append(len(pixels))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return features_of(pixels)
+
+    with pytest.raises(KeyboardInterrupt):
+        caches.build(root, wanted, refs, TILES, failing, batch_size=4, progress=False)
+    assert 0 < len(caches.ArrayCache(wanted.folder(root))) < 23
+    cache, _ = caches.build(root, wanted, refs, TILES, features_of, batch_size=4, progress=False)
+    whole, _ = caches.build(str(tmp_path / "other"), wanted, refs, TILES, features_of,
+                            batch_size=4, progress=False)  # fmt: skip
+    np.testing.assert_array_equal(cache.rows, whole.rows)
+    assert set(calls) == {4} and len(cache) == len(refs) - 1 == 23
+    direct = pipeline_of(cfg, letters, spec)
+    cached = pipeline_of(dataclasses.replace(cfg, cache=CacheConfig(images=root)), letters, spec)
+    given = pipeline_of(dataclasses.replace(cfg, cache=CacheConfig(features=root)), letters, spec)
+    for a, b, f in zip(direct, cached, given, strict=True):
+        equal(a, b)
+        np.testing.assert_array_equal(a.image_slots, f.image_slots)
+        valid = a.images.valid
+        want = features_of(a.images.pixels[valid])
+        np.testing.assert_array_equal(f.images.features[valid], want)
+    assert direct.counts == cached.counts == given.counts
+
+
+def every_image(labels, sentinels):
+    return np.ones(len(sentinels), bool)
+
+
+def answers(labels, sentinels):
+    return labels[sentinels] != IGNORE
+
+
+def caption(sample, k):
+    return np.array([len(sample.turns), k, 7], np.int32)
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_images_to_draw(read, tmp_path, letters):
+    """Every image after its marker, or only answers, with ids of their own in their stead."""
+    for k in range(4):
+        make_image(k).save(tmp_path / f"{k}.png")
+    texts = {"0 1": ("<image>Q", "B<image>"), "2 3": ("Draw", "<image>x<image>"),
+             "0 1 2 3": ("Draw", "<image>" * 4)}  # fmt: skip
+    write_jsonl(tmp_path / "d.jsonl", [
+        {"image": [f"{n}.png" for n in names.split()], "conversations": conversation(*turns)}
+        for names, turns in texts.items()
+    ])  # fmt: skip
+    extra = {} if read else {"ids": (700, 701), "caption": caption, "caption_length": 3}
+    places, rule = (3, every_image) if read else (2, answers)
+    drawings = DrawingSpec(places, rule, Preprocess(6), **extra)
+    cfg = config(tmp_path / "d.jsonl", order={"epochs": 1, "shuffle": False})
+    it = pipeline_of(cfg, letters, InputSpec(VIEWS, drawings=drawings), Markers((999,)))
+    batch = next(it)
+    assert it.counts == {"d/too_many_drawings": 1} and it.last_rows == [[0], [1]]
+    # Four drawings do not fit into one row of three, nor three (context is not drawn) into two.
+    for b, names in enumerate(([0, 1] if read else [1], [2, 3])):
+        n = len(names)
+        assert batch.drawings.valid[b].tolist() == [k < n for k in range(places)]
+        for j, name in enumerate(names):
+            start = batch.drawings.start[b, j]
+            assert batch.tokens[b, start] == 999  # conditioned on the state of the marker
+            assert batch.text_targets[b, start] == (-1 if read else 700)
+            want = Preprocess(6)(make_image(name))
+            np.testing.assert_array_equal(batch.drawings.pixels[b, j], want)
+        if read:
+            assert batch.drawings.captions is None and batch.images.valid[b].sum() == 2
+            continue
+        assert batch.images.valid[b].sum() == 1 - b  # the context image is read
+        assert (batch.tokens[b] == 701).sum() == n
+        assert batch.drawings.captions[b, :n].tolist() == [[[2, 1, 7]], [[2, 0, 7], [2, 1, 7]]][b]
+    assert batch.counted()["images"] == (4 + 4 if read else 1 + 3)
+
+
 def test_text_only_needs_no_pictures(tmp_path, letters):
     path = tmp_path / "t.json"
     path.write_text(json.dumps([{"id": "a", "conversations": conversation("Q", "A")}]))
@@ -302,6 +430,13 @@ def test_config_errors(tmp_path):
         RowConfig(packing="best")
     with pytest.raises(ConfigError, match="config.data.sources is empty"):
         open_sources(DataConfig())
+    (tmp_path / "a.json").write_text('[{"id": "a"}]')
+    with pytest.raises(ConfigError, match="a is of kind 'odd', expected one of auto, text, images"):
+        open_sources(DataConfig((SourceConfig(str(tmp_path / "a.json"), kind="odd"),)))
+    cfg = config(tmp_path / "a.json", images={"size": 9})
+    assert stream_of(cfg, Letters()).views.preprocess.size == 9
+    with pytest.raises(ConfigError, match="images.size is 9, but the model's tower takes 8"):
+        stream_of(cfg, Letters(), FEATURES)
 
 
 # ---- check ---------------------------------------------------------------------------------------

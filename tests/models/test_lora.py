@@ -22,6 +22,7 @@ from metamorph_jax.models.vision.encoder import VisionConfig
 from metamorph_jax.recipes import metamorph as recipe
 from metamorph_jax.train import checkpoint, loop, optim
 from metamorph_jax.train import state as states
+from metamorph_jax.train.config import OptimConfig
 from metamorph_jax.train.state import trained_filter
 
 CFG = lora.LoraConfig(target=r".*_proj", rank=3, alpha=6.0)
@@ -211,8 +212,8 @@ def test_adapters_lie_as_their_kernels():
     model = nnx.eval_shape(lambda: recipe.create(cfg, nnx.Rngs(0)))
     mesh = sharding.make_mesh({"fsdp": 1})
     parts, params, _ = states.split(model, recipe.STAGES["vpit"](cfg), mesh)
-    moments = optim.init({k: jnp.zeros(p.shape) for k, p in params.items()})
-    assert set(moments.first) == set(parts.names) == set(params)
+    opt_state = optim.build(OptimConfig(), params, 1, 1).state
+    assert set(opt_state[0][0].mu) == set(parts.names) == set(params)
 
     q, o = model.llm.layers.self_attn.q_proj, model.llm.layers.self_attn.o_proj
     names = [v.get_metadata()["logical"] for v in (q.lora_a, q.lora_b, o.lora_a, o.lora_b)]

@@ -45,7 +45,7 @@ class JsonRecords:
 
 
 class JsonlRecords:
-    """JSON lines, read lazily: an index of byte offsets is made once and kept beside the file.
+    """JSON lines, read lazily: an index of byte offsets is made once and kept next to the file.
 
     The index is trusted only while size and modification time of the file stay what they were. It
     lists every non-empty line; a line that isn't a JSON object raises BadSample("bad_json") when it
@@ -115,14 +115,14 @@ def _scan_lines(path: str):
 
 
 def _index_places(path: str, index_dir: str | None) -> list[str]:
-    """Where the index may lie: the given folder, or beside the file, or the user's cache."""
+    """Where the index may be: the given folder, or next to the file, or the user's cache."""
     name = os.path.basename(path) + ".offsets.npz"
     tag = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:12]
     if index_dir:
         return [os.path.join(index_dir, f"{tag}-{name}")]
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    beside = os.path.join(os.path.dirname(os.path.abspath(path)), "." + name)
-    return [beside, os.path.join(cache, "metamorph_jax", f"{tag}-{name}")]
+    own = os.path.join(os.path.dirname(os.path.abspath(path)), "." + name)
+    return [own, os.path.join(cache, "metamorph_jax", f"{tag}-{name}")]
 
 
 def _load_index(path: str, stamp: list[int]):

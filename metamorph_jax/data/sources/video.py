@@ -73,7 +73,7 @@ def frame_indices(info: VideoInfo, step: float, limit: int = 45) -> list[int]:
 def decode_frames(path: str, wanted: list[int], max_pixels: int) -> dict[int, np.ndarray]:
     """The wanted frames as {index: uint8[h, w, 3] RGB}; read in order from the start, so exact.
 
-    A container that promises more frames than it holds gives its last frame for those beyond.
+    Where a container has fewer frames than its header says, its last one stands for the missing.
     """
     av = _av()
     missing = sorted(set(wanted))

@@ -3,20 +3,19 @@
 import dataclasses
 import functools
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from metamorph_jax.convert import vision
 from metamorph_jax.data import pipeline
 from metamorph_jax.data.chat import Chat, Markers
 from metamorph_jax.data.config import DataConfig, InputSpec
+from metamorph_jax.data.packing import PackedIterator
 from metamorph_jax.errors import ConfigError
 from metamorph_jax.recipe import Shard
 from metamorph_jax.recipes.metamorph.config import Config, llm_config
 from metamorph_jax.recipes.metamorph.published import load_tokenizer
 from metamorph_jax.recipes.metamorph.sources import KINDS
-from metamorph_jax.types import Batch, Images
+from metamorph_jax.types import Batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +59,7 @@ def input_spec(cfg: Config, read: bool = True) -> InputSpec:
     return dataclasses.replace(spec, predicted=rule, visual_targets=cfg.max_visual_targets)
 
 
-def open_data(data: DataConfig, cfg: Config, shard: Shard) -> "Data":
+def open_data(data: DataConfig, cfg: Config, shard: Shard) -> PackedIterator:
     """The batches of one shard; the feature cache is filled first with what is missing in it."""
     spec, sources = input_spec(cfg), pipeline.open_sources(data, KINDS)
     if data.cache.features and spec.tower:
@@ -74,58 +73,9 @@ def open_data(data: DataConfig, cfg: Config, shard: Shard) -> "Data":
             "config.model.tokenizer, or vocab_size in config.model.llm_options"
         )
     chat = Chat.of(tokenizer, data.row, markers(cfg))
-    return Data(pipeline.make_pipeline(data, spec, chat, sources, shard))
+    return pipeline.make_pipeline(data, spec, chat, sources, shard)
 
 
 def batch_spec(data: DataConfig, cfg: Config, rows: int) -> Batch:
     """Shapes of a batch of so many rows, from the configs alone."""
-    spec = input_spec(cfg, read=False)
-    line = jax.ShapeDtypeStruct((rows, data.row.length), jnp.int32)
-    views = (rows, data.row.images)
-    cached = cfg.vision.tower == "none" or data.cache.features
-    side = data.images.change(spec.views).preprocess.size
-    pixels = jax.ShapeDtypeStruct((*views, side, side, 3), jnp.uint8)
-    features = jax.ShapeDtypeStruct((*views, *spec.feature_shape), jnp.float32)
-    images = Images(
-        valid=jax.ShapeDtypeStruct(views, bool),
-        start=jax.ShapeDtypeStruct(views, jnp.int32),
-        pixels=None if cached else pixels,
-        features=features if cached else None,
-    )
-    return Batch(
-        *7 * (line,),
-        images=images,
-        turns=line if data.row.independent_turns else None,
-        source_names=pipeline.source_names(data),
-    )
-
-
-class Data:
-    """An iterator of batches as the train loop wants it."""
-
-    def __init__(self, batches):
-        self._batches, self.sources = batches, batches.source_names
-
-    def __iter__(self):
-        return self
-
-    def __next__(self) -> Batch:
-        return next(self._batches)
-
-    @property
-    def skipped(self) -> dict[str, int]:
-        return dict(self._batches.counts)
-
-    def sample_names(self):
-        """A function that names the samples of the batch that came last, for each of its rows."""
-        rows, stream = self._batches.last_rows, self._batches._stream
-        return lambda: [[stream.name(n) for n in row] for row in rows]
-
-    def get_state(self) -> dict:
-        return self._batches.get_state()
-
-    def set_state(self, state: dict) -> None:
-        self._batches.set_state(state)
-
-    def close(self) -> None:
-        self._batches.close()
+    return pipeline.batch_spec(data, input_spec(cfg, read=False), rows)

@@ -21,7 +21,8 @@ from safetensors.numpy import load_file
 from metamorph_jax.convert.names import load_torch_dict
 from metamorph_jax.convert.vit import load_vit
 from metamorph_jax.data.images import Preprocess
-from metamorph_jax.data.interleave import build_row
+from metamorph_jax.data.interleave import build_row, read_place
+from metamorph_jax.data.views import Single
 from metamorph_jax.models.connectors.mlp import Connector
 from metamorph_jax.models.llm.llama import Llama, init_added_tokens
 from metamorph_jax.models.vision import vit
@@ -29,6 +30,7 @@ from metamorph_jax.models.vision.encoder import VisionConfig
 from metamorph_jax.models.vision.reduce import ReduceConfig, TokenReducer, normalize_features
 from metamorph_jax.nn.rope import RopeScaling
 from metamorph_jax.recipes import metamorph as recipe
+from metamorph_jax.recipes.metamorph.input import AfterSupervisedStart
 from metamorph_jax.recipes.metamorph.published import export_metamorph, load_metamorph, sequential
 from metamorph_jax.train.state import trained_filter
 from metamorph_jax.types import Batch, Images
@@ -122,27 +124,29 @@ class Golden:
         for b in range(B):
             row_ids = ids[b][mask[b]]
             row_labels = None if labels is None else labels[b][mask[b]]
-            start = self.meta["special_ids"]["image_start"]
-            rows.append(build_row(row_ids, row_labels, P, max_length, start))
             count = int((row_ids == self.meta["special_ids"]["image_placeholder"]).sum())
+            rule = AfterSupervisedStart(self.meta["special_ids"]["image_start"])
+            places = [read_place(*Single(P).plan())] * count
+            rows.append(build_row(row_ids, row_labels, places, P, max_length, rule))
             stacks.append(at + np.arange(count))
             at += max(count, 1)  # a sample without pictures owns one blank picture
         assert at == len(features if images is None else images)
-        L, I = max(map(len, rows)), max(1, max(len(r.kept) for r in rows))
+        L, I = max(map(len, rows)), max(1, max(len(r.view_starts) for r in rows))
         fill = {"tokens": 0, "positions": 0, "text_targets": -1, "image_slots": -1,
                 "visual_targets": -1}  # fmt: skip
         out = {k: np.full((B, L), v, np.int32) for k, v in fill.items()}
         segments, valid = np.zeros((B, L), np.int32), np.zeros((B, I), bool)
         pictures = features if images is None else images.transpose(0, 2, 3, 1)
-        places = np.zeros((B, I, *pictures.shape[1:]), np.float32)
+        views = np.zeros((B, I, *pictures.shape[1:]), np.float32)
         for b, row in enumerate(rows):
             here = slice(0, len(row)) if padding == "right" else slice(L - len(row), L)
             for k in fill:
                 out[k][b, here] = getattr(row, k)
             segments[b, here] = 1
-            valid[b, : len(row.kept)] = True
-            places[b, : len(row.kept)] = pictures[stacks[b][row.kept]]
-        visual = {"features" if images is None else "pixels": places}
+            kept = len(row.view_starts)
+            valid[b, :kept] = True
+            views[b, :kept] = pictures[stacks[b][:kept]]
+        visual = {"features" if images is None else "pixels": views}
         found = Images(valid, np.zeros((B, I), np.int32), **visual)
         return Batch(**out, segments=segments, sources=np.zeros((B, L), np.int32), images=found)
 

@@ -8,7 +8,6 @@ import pytest
 from metamorph_jax.data.sources import ImageRef, RecordSource, kinds, video
 from metamorph_jax.errors import BadSample
 from metamorph_jax.recipes.metamorph import KINDS, sources, wordings
-from metamorph_jax.sampling.speaker import THINK
 from tests.data.conftest import clip, conversation  # noqa: F401  (clip is a fixture)
 
 TABLE = kinds.known(KINDS)
@@ -120,7 +119,3 @@ def test_frame_prediction(clip):  # noqa: F811
         a, b = source.sample(0, rng(seed)), source.sample(0, rng(seed))
         assert a == b and len(a.images) >= 2
     assert len({source.sample(0, rng(seed)).turns for seed in range(20)}) > 5
-
-
-def test_generation_asks_to_think_in_a_wording_of_training():
-    assert THINK in wordings.THINK_HUMAN
