@@ -102,7 +102,7 @@ class Recipe(Protocol):
         Data: frozen dataclass of `config.data`.
         STAGES: stage -> (Config -> regular expression that the whole dotted name of a parameter
             must match to be trained). Packed weights (`nn/quantized.py`) are never trained.
-        FAMILIES: the published checkpoints that it reads and writes (`Family`), and how its runs are
+        FAMILIES: published checkpoints that it reads and writes (`Family`), and how its runs are
             written (`RunForm`), see `convert/families.py`.
         KINDS: kinds of records that it brings, besides those of `data/sources/kinds.py`: name ->
             `Kind`.
