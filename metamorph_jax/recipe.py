@@ -102,7 +102,8 @@ class Recipe(Protocol):
         Data: frozen dataclass of `config.data`.
         STAGES: stage -> (Config -> regular expression that the whole dotted name of a parameter
             must match to be trained). Packed weights (`nn/quantized.py`) are never trained.
-        FAMILIES: the published checkpoints that it reads and writes (`convert/families.py`).
+        FAMILIES: published checkpoints that it reads and writes (`Family`), and how its runs are
+            written (`RunForm`), see `convert/families.py`.
         KINDS: kinds of records that it brings, besides those of `data/sources/kinds.py`: name ->
             `Kind`.
     """
@@ -118,7 +119,11 @@ class Recipe(Protocol):
         ...
 
     def load_pretrained(self, model: Model, cfg) -> None:
-        """Fills the model in place as the weight specs of the config say."""
+        """Fills the model in place as the weight specs of the config say.
+
+        Its leaves may be shapes without values (`models/build.py`). What is left open gets its
+        random values afterwards.
+        """
         ...
 
     def initialize(self, model: Model, batches: Sequence) -> None:

@@ -5,7 +5,7 @@
     text_model.encoder.layers.N.…                   the same; matrices transposed
     text_model.final_layer_norm.scale               text_model.final_layer_norm.weight
 
-transformers 5 leaves `text_model.` away; both are read, the published names are written. Dropped on
+transformers 5 omits `text_model.`; both are read, the published names are written. Dropped on
 purpose: position ids, and of a two-tower checkpoint the vision half and the projections (`OTHER`).
 """
 
@@ -22,7 +22,7 @@ from metamorph_jax.models.diffusion.clip_text import CLIPTextConfig, CLIPTextMod
 PREFIX = "text_model."
 OTHER = ("vision_model.", "text_projection.", "visual_projection.", "logit_scale")
 _POSITION_IDS = "embeddings.position_ids"
-# What transformers assumes where config.json is silent.
+# What transformers assumes for fields that config.json lacks.
 _DEFAULTS = {
     "vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,
     "num_attention_heads": 8, "max_position_embeddings": 77, "hidden_act": "quick_gelu",

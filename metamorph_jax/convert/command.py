@@ -8,8 +8,8 @@
     metamorph convert --check --from hf:owner/name             ours against the reference library
 
 Sources: `hf:owner/name`, a folder, `gguf:FILE`, `pkg:NAME`, `workdir:PATH`. The language model
-of a run loads with `AutoModelForCausalLM.from_pretrained(DIR)`; its tower, connector and head lie
-in folders beside it. Nothing is left under DIR unless all of it was written.
+of a run loads with `AutoModelForCausalLM.from_pretrained(DIR)`; its other parts are in folders
+inside DIR. If anything fails, DIR is not created.
 """
 
 import pathlib
@@ -28,8 +28,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 def add_arguments(parser) -> None:
     parser.description = (
         "Reads published weights or a finished training run and writes a folder that transformers "
-        "loads unchanged. Takes about as long as reading and writing the weights once; says at "
-        "the end where the result lies."
+        "loads unchanged. Takes about as long as reading and writing the weights once."
     )
     parser.add_argument(
         "--from", dest="source", metavar="SPEC",
@@ -39,7 +38,7 @@ def add_arguments(parser) -> None:
         "--to", choices=("hf", "peft"), default="hf",
         help="format: hf, whole weights (default); peft, the adapters of a run",
     )  # fmt: skip
-    parser.add_argument("--out", metavar="DIR", help="where the result goes; must not exist yet")
+    parser.add_argument("--out", metavar="DIR", help="folder for the result; must not exist yet")
     parser.add_argument(
         "--dtype", choices=("same", "f32", "bf16", "f16"), default="same",
         help="of the written weights (default: that of the source's largest tensor)",
@@ -50,7 +49,7 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--decoder", metavar="WORKDIR", help="with workdir:…: the run of its diffusion decoder"
     )
-    parser.add_argument("--allow-nan", action="store_true", help="weights may hold NaN")
+    parser.add_argument("--allow-nan", action="store_true", help="accept weights with NaN")
     parser.add_argument("--list", action="store_true", help="families, sizes and memory needs")
     parser.add_argument(
         "--check", action="store_true",
@@ -65,7 +64,7 @@ def run(args) -> int:
             print(line, flush=True)
         return 0
     if not args.source:
-        raise UserError("say what to convert: --from SPEC (or --list)")
+        raise UserError("nothing to convert: give --from SPEC (or --list)")
     from metamorph_jax.convert import names
     from metamorph_jax.errors import HubError
 
@@ -75,7 +74,7 @@ def run(args) -> int:
 
             return 0 if check.run(args.source, tolerance=args.tolerance) else 1
         if not args.out:
-            raise UserError("say where to write: --out DIR")
+            raise UserError("no folder to write to: give --out DIR")
         most = parse_size(args.max_shard_size)
         start = time.perf_counter()
         with names.allow_nan() if args.allow_nan else _nothing():
@@ -160,7 +159,7 @@ def _from_gguf(spec: str, file, folder: pathlib.Path, dtype: str, most: int, tit
     fields = gguf.read_config(reader)
     source = export.Source(fields, gguf.read_tokenizer(reader))
     kinds = sorted({tensor.tensor_type.name for tensor in reader.tensors})
-    lines = [f"Dequantised from GGUF ({', '.join(kinds)}): what quantisation lost stays lost."]
+    lines = [f"Dequantised from GGUF ({', '.join(kinds)}): lost precision is not restored."]
     total = _rewrite(spec, families.of_fields(fields, spec), gguf.Weights(reader, fields), source,
                      folder, dtype, most)  # fmt: skip
     write_card(folder, title, spec, lines, packages.licence(spec))
@@ -241,7 +240,7 @@ def _load_run(workdir):
 def convert_adapters(source: str, out: str) -> int:
     """Writes the adapters of a run for PEFT and returns the bytes of all tensors.
 
-    Those of the part that the recipe names lie in `out`, those of other parts in folders there.
+    Those of the part that the recipe names go into `out`, those of other parts into folders there.
 
     Raises:
         UserError: `source` is not a run, or it has no adapters.
@@ -311,7 +310,7 @@ def _bytes(model) -> int:
 
 
 def licence_of_spec(spec: str) -> str:
-    """The licence of the weights that a run started from; "" if it isn't known."""
+    """The licence of the weights that a run started from; "" if unknown."""
     from metamorph_jax.convert import hf, packages
 
     if packages.is_package(spec):
@@ -322,7 +321,7 @@ def licence_of_spec(spec: str) -> str:
 
 
 def licence_of(folder: pathlib.Path) -> str:
-    """What the front matter of a folder's README.md says; "" if nothing."""
+    """The licence in the front matter of a folder's README.md; "" without one."""
     file = pathlib.Path(folder) / "README.md"
     if not file.is_file():
         return ""
@@ -335,8 +334,8 @@ def licence_of(folder: pathlib.Path) -> str:
 
 
 def listing() -> Iterator[str]:
-    """Families, their sizes, and the memory that weights and training state take; line by line,
-    for shapes of large models take a second."""
+    """Families, their sizes, and the memory of weights and training state, line by line: the shapes
+    of a large model take a second."""
     import jax
     from flax import nnx
 
@@ -346,7 +345,7 @@ def listing() -> Iterator[str]:
     yield line("family", "size", "parameters", "bf16", "fp32", "training")
     for family in known().values():
         for size, cfg in family.sizes.items():
-            if size.endswith(("tiny", "small")):  # for tests; nobody has published such weights
+            if size.endswith(("tiny", "small")):  # for tests: no such weights are published
                 continue
             make = lambda f=family, c=cfg: f.create(c, rngs=nnx.Rngs(0))  # noqa: E731
             state = nnx.state(nnx.eval_shape(make), nnx.Param)
@@ -356,5 +355,5 @@ def listing() -> Iterator[str]:
     yield "Stable Diffusion is clip-text, sd-unet and sd-vae of one size; llava and metamorph are"
     yield "tower, connector, language model and head together."
     yield "bf16, fp32: GiB of the weights. training: GiB of weights, gradients and two moments in"
-    yield "float32 if everything is trained, over all devices together and without activations"
-    yield "(`metamorph plan` compiles a step and says those, too)."
+    yield "float32 if everything is trained, over all devices together and without activations,"
+    yield "which `metamorph plan` computes, too."

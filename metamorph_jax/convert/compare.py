@@ -182,7 +182,7 @@ def llama(llm: llm_models.Llama, model, rng) -> Rows:
 
 
 def _packed_logits(llm, ids):
-    """Logits of BATCH samples of LENGTH that stand in one row."""
+    """Logits of BATCH samples of LENGTH that are packed into one row."""
     segments = jnp.repeat(jnp.arange(1, BATCH + 1), LENGTH)[None]
     mask = jnp.tril(jnp.ones((ids.shape[1],) * 2, bool)) & (
         segments[:, :, None] == segments[:, None]
@@ -232,7 +232,7 @@ def _hooked(model, names: dict[str, str], call: Callable) -> dict:
 
 def unet(unet, model, rng) -> Rows:
     cfg = unet.cfg
-    side = min(cfg.sample_size, 32)  # what is compared doesn't need the full picture
+    side = min(cfg.sample_size, 32)  # what is compared doesn't need the full size
     x = rng.normal(size=(BATCH, side, side, cfg.in_channels)).astype(np.float32)
     context = rng.normal(size=(BATCH, 7, cfg.cross_attention_dim)).astype(np.float32)
     t = np.array([10, 700])

@@ -2,9 +2,9 @@
 
     folder             ours                        published keys
     unet/              UNet                        our paths; matrices [o, i], convolutions [o, i, h, w]
-    vae/               AutoencoderKL               the same; older files name the parts of the middle
-                                                   attention query, key, value, proj_attn: to_q, to_k,
-                                                   to_v, to_out.0 here and in what is written
+    vae/               AutoencoderKL               the same; in older files the parts of the middle
+                                                   attention are query, key, value and proj_attn, here
+                                                   and in what is written to_q, to_k, to_v, to_out.0
     text_encoder/      CLIPTextModel               convert/clip_text.py
     scheduler/         Schedule and a sampler      fields of scheduler_config.json
     tokenizer/         (files, copied)
@@ -163,7 +163,7 @@ def published_vae(fields: Mapping, old: bool = False) -> list[str]:
 
 # ---- scheduler_config.json
 
-# The library's defaults, which count where a file is silent.
+# The library's defaults for fields that a file lacks.
 _SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02,
              "beta_schedule": "linear", "prediction_type": "epsilon"}  # fmt: skip
 _SAMPLERS = {
@@ -203,7 +203,7 @@ _FIELDS = {"timestep_spacing": "spacing", "steps_offset": "offset", "set_alpha_t
 def scheduler_from_hf(fields: Mapping) -> tuple[Schedule, samplers.Sampler]:
     """(training schedule, sampler) of a scheduler_config.json; ValueError for other rules.
 
-    Fields of other schedulers, which published files carry along, are passed over."""
+    Fields of other schedulers, which published files also contain, are ignored."""
     kind = fields.get("_class_name")
     if kind not in _SAMPLERS:
         raise ValueError(f"scheduler {kind!r} is none of {', '.join(_SAMPLERS)}")
@@ -285,7 +285,7 @@ def load_pipeline(folder: str | pathlib.Path) -> Pipeline:
     folder = pathlib.Path(folder)
     kind = _fields(folder / "model_index.json").get("_class_name")
     if kind != "StableDiffusionPipeline":
-        raise ValueError(f"{folder}: {kind!r} is no StableDiffusionPipeline")
+        raise ValueError(f"{folder}: {kind!r} is not a StableDiffusionPipeline")
     schedule, sampler = scheduler_from_hf(_fields(folder / "scheduler" / "scheduler_config.json"))
     return Pipeline(*(load_part(folder, part) for part in PARTS), schedule, sampler)
 
@@ -325,7 +325,7 @@ def save_pipeline(
     index["scheduler"] = ["diffusers", scheduler["_class_name"]]
     shutil.copytree(tokenizer, folder / "tokenizer")
     index["tokenizer"] = ["transformers", "CLIPTokenizer"]
-    export.write_json(folder / "model_index.json", index)  # last: a folder without it is not whole
+    export.write_json(folder / "model_index.json", index)  # last: a folder without it is incomplete
     return total
 
 

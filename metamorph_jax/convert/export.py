@@ -3,9 +3,9 @@
     config.json  generation_config.json  model.safetensors (or shards and their index)
     tokenizer files  README.md
 
-What more a system writes, its recipe says (`Family.save`). A folder is written under another name
-and renamed when it is whole, so that nothing half-written is ever found under the name that was
-asked for. One tensor at a time is fetched, cast and written.
+Recipes write more for their systems (`families.RunForm`). A folder is written under another name
+and renamed when it is complete, so that nothing half-written appears under the requested name. One
+tensor at a time is fetched, cast and written.
 """
 
 import contextlib
@@ -167,7 +167,7 @@ def copy_files(source: pathlib.Path, folder: pathlib.Path) -> None:
 
 
 def card(title: str, source: str, lines: list[str], licence: str = "", numbers=None) -> str:
-    """README.md: front matter that the hub reads, how it was made, what was measured."""
+    """README.md: front matter for the hub, where the weights come from, last metrics."""
     front = ["---", "library_name: transformers", "tags: [metamorph-jax]"]
     front += [f"license: {licence}"] if licence else []
     body = [*front, "---", "", f"# {title}", "", f"Written by `metamorph convert` from {source}."]
@@ -179,7 +179,7 @@ def card(title: str, source: str, lines: list[str], licence: str = "", numbers=N
 
 
 def run_lines(values: Mapping) -> list[str]:
-    """What a card says about a training run, from its saved config."""
+    """The lines of a card on a training run, from its saved config."""
     data = values.get("data") or {}
     sources = [s for s in data.get("sources") or () if isinstance(s, Mapping)]
     lines = ["## Recipe", "", f"`{values.get('recipe')}`, stage `{values.get('stage', '?')}`.", ""]

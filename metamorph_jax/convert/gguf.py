@@ -11,9 +11,10 @@ GGUF is llama.cpp's container: metadata and (quantised) tensors in one file. The
       file, one head of H = 6:   0 3 1 4 2 5      ->      0 1 2 3 4 5
 
 * metadata -> the fields of Hugging Face's LlamaConfig, and a tokenizer: byte-level BPE, or
-  SentencePiece's, whose file has scores in place of merges.
+  SentencePiece, whose files have scores instead of merges.
 
-4-bit weights come back as the float32 numbers they stand for; what quantisation lost stays lost.
+Quantised weights are returned as the float32 numbers that they encode; the precision that
+quantisation lost is not restored.
 """
 
 import pathlib
@@ -46,7 +47,7 @@ LAYER_KEYS = {
 }
 LAYER_NAME = re.compile(r"blk\.(\d+)\.([a-z_]+)\.(weight|bias)")
 
-# Values of `tokenizer.ggml.token_type`. CONTROL and USER_DEFINED make a token atomic.
+# Values of `tokenizer.ggml.token_type`. CONTROL and USER_DEFINED tokens are never split.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 
 # Text splitting before BPE, by `tokenizer.ggml.pre`.
@@ -88,7 +89,7 @@ def open_gguf(path):
 
 
 def field(reader, key: str, default=None):
-    """Value of one metadata key; GGUFError if it is absent and there is no default."""
+    """The value of a metadata key; GGUFError if it is absent and there is no default."""
     entry = reader.get_field(key)
     if entry is not None:
         return entry.contents()
@@ -150,7 +151,7 @@ def read_config(reader) -> dict:
 def llama3_scaling(factors: np.ndarray, head_dim: int, theta: float) -> dict:
     """The published rope scaling that has these divisors of the frequencies, float32[H/2].
 
-    Llama 3.1 stretches by 8, 3.2 by 32; llama.cpp stores the outcome, not the rule."""
+    Llama 3.1 stretches by 8, 3.2 by 32; llama.cpp stores the resulting factors, not the rule."""
     freq = theta ** (-np.arange(0, head_dim, 2) / head_dim)
     turns = 8192 * freq / (2 * np.pi)
     keep = np.clip((turns - 1.0) / (4.0 - 1.0), 0, 1)
@@ -240,11 +241,6 @@ class Weights(Mapping):
         return len(self._tensors)
 
 
-def read_tensors(reader, config: dict) -> dict[str, np.ndarray]:
-    """All of `Weights` at once, in memory of their own: the file may be closed or moved."""
-    return {k: np.array(v, np.float32) for k, v in Weights(reader, config).items()}
-
-
 def expected_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every weight that the config implies (biases aside)."""
     D, F, V = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
@@ -271,10 +267,9 @@ def expected_shapes(config: dict) -> dict[str, tuple[int, ...]]:
 def read_tokenizer(reader):
     """transformers.PreTrainedTokenizerFast with the file's special tokens and chat template.
 
-    encode() adds BOS and EOS as the file asks for; where it doesn't say, SentencePiece's kind gets
-    BOS, as llama.cpp has it.
+    encode() adds BOS and EOS as the file says; where it doesn't, a SentencePiece tokenizer adds
+    BOS, as in llama.cpp.
     """
-    from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
 
     model = field(reader, "tokenizer.ggml.model")
@@ -284,38 +279,15 @@ def read_tokenizer(reader):
             f"tokenizer model {model!r} is not supported, only byte-level BPE ('gpt2') and "
             "SentencePiece ('llama')"
         )
-    pieces = field(reader, "tokenizer.ggml.tokens")
-    kinds = field(reader, "tokenizer.ggml.token_type", [NORMAL] * len(pieces))
+    pieces, kinds = _pieces(reader)
     vocab = {piece: i for i, piece in enumerate(pieces)}
-    if len(vocab) != len(pieces):
-        raise GGUFError(f"{len(pieces) - len(vocab)} duplicate tokens in tokenizer.ggml.tokens")
-    if len(kinds) != len(pieces):
-        raise GGUFError(f"{len(kinds)} kinds of {len(pieces)} tokens in tokenizer.ggml.token_type")
     tokenizer = builders[model](reader, vocab, kinds)
-    for kind, special in ((CONTROL, True), (USER_DEFINED, False)):
-        atomic = [p for p, k in zip(pieces, kinds, strict=True) if k == kind]
-        add = tokenizer.add_special_tokens if special else tokenizer.add_tokens
-        add([AddedToken(piece, special=special, normalized=False) for piece in atomic])
-
-    def named(what: str) -> str | None:
-        entry = reader.get_field(f"tokenizer.ggml.{what}_token_id")
-        return None if entry is None else pieces[int(entry.contents())]
-
-    def wanted(what: str, default: bool) -> list[str]:
-        token = named(what)
-        add = field(reader, f"tokenizer.ggml.add_{what}_token", default)
-        return [token] if add and token is not None else []
-
-    bos, eos = wanted("bos", model == "llama"), wanted("eos", False)
-    if bos or eos:
-        from tokenizers.processors import TemplateProcessing
-
-        single, second = ([*bos, f"${name}", *eos] for name in "AB")
-        tokenizer.post_processor = TemplateProcessing(
-            single=single, pair=single + second, special_tokens=[(t, vocab[t]) for t in bos + eos]
-        )
-    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    special = {f"{ours}_token": named(theirs) for ours, theirs in names.items()}
+    _add_atomic(tokenizer, pieces, kinds)
+    special = {
+        f"{ours}_token": _token(reader, pieces, theirs)
+        for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+    }
+    _add_ends(tokenizer, reader, vocab, special, bos_default=model == "llama")
     out = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         clean_up_tokenization_spaces=False,
@@ -328,11 +300,49 @@ def read_tokenizer(reader):
     return out
 
 
-def read_llama(path) -> tuple[dict, dict[str, np.ndarray]]:
-    """(config fields, weights by Hugging Face name) of a GGUF file."""
-    reader = open_gguf(path)
-    config = read_config(reader)
-    return config, read_tensors(reader, config)
+def _pieces(reader) -> tuple[list[str], list[int]]:
+    """(text, kind) of every token."""
+    pieces = field(reader, "tokenizer.ggml.tokens")
+    kinds = field(reader, "tokenizer.ggml.token_type", [NORMAL] * len(pieces))
+    twice = len(pieces) - len(set(pieces))
+    if twice:
+        raise GGUFError(f"{twice} duplicate tokens in tokenizer.ggml.tokens")
+    if len(kinds) != len(pieces):
+        raise GGUFError(f"{len(kinds)} kinds of {len(pieces)} tokens in tokenizer.ggml.token_type")
+    return pieces, kinds
+
+
+def _token(reader, pieces: list[str], what: str) -> str | None:
+    """The token with this role (bos, eos, …), if the file names one."""
+    entry = reader.get_field(f"tokenizer.ggml.{what}_token_id")
+    return None if entry is None else pieces[int(entry.contents())]
+
+
+def _add_atomic(tokenizer, pieces: list[str], kinds: list[int]) -> None:
+    """Tells a tokenizer which tokens are never split."""
+    from tokenizers import AddedToken
+
+    for kind, special in ((CONTROL, True), (USER_DEFINED, False)):
+        atomic = [p for p, k in zip(pieces, kinds, strict=True) if k == kind]
+        add = tokenizer.add_special_tokens if special else tokenizer.add_tokens
+        add([AddedToken(piece, special=special, normalized=False) for piece in atomic])
+
+
+def _add_ends(tokenizer, reader, vocab, special: Mapping, bos_default: bool) -> None:
+    """Makes a tokenizer add BOS and EOS, where the file asks for it."""
+    from tokenizers.processors import TemplateProcessing
+
+    def wanted(what: str, default: bool) -> list[str]:
+        token = special[f"{what}_token"]
+        add = field(reader, f"tokenizer.ggml.add_{what}_token", default)
+        return [token] if add and token is not None else []
+
+    bos, eos = wanted("bos", bos_default), wanted("eos", False)
+    if bos or eos:
+        single, second = ([*bos, f"${name}", *eos] for name in "AB")
+        tokenizer.post_processor = TemplateProcessing(
+            single=single, pair=single + second, special_tokens=[(t, vocab[t]) for t in bos + eos]
+        )
 
 
 def load_tokenizer(path):
@@ -351,8 +361,8 @@ def _byte_level(reader, vocab: dict[str, int], kinds):
 
 
 def _sentencepiece(reader, vocab: dict[str, int], kinds):
-    """As transformers has Llama 2's: a space is "▁", one stands before the text, and characters
-    that no piece has are spelled in bytes."""
+    """As Llama 2's in transformers: a space is "▁", one is put before the text, and characters that
+    are in no token are spelled in bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     given = field(reader, "tokenizer.ggml.merges", [])
@@ -374,10 +384,10 @@ def _sentencepiece(reader, vocab: dict[str, int], kinds):
 
 
 def implied_merges(vocab: dict[str, int], scores, kinds) -> list[tuple[str, str]]:
-    """The merges of a SentencePiece vocabulary: of all neighbours that make a piece together, those
-    with the highest score go first.
+    """The merges of a SentencePiece vocabulary: of all neighbours that together make a token, those
+    with the highest score are merged first.
 
-    Tokens that only stand for themselves (control tokens, bytes, ...) are made by no merge.
+    Control tokens, bytes and other tokens of a special kind don't take part.
     """
     if len(scores) != len(vocab):
         raise GGUFError(f"{len(scores)} scores of {len(vocab)} tokens in tokenizer.ggml.scores")

@@ -24,9 +24,8 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*")
 _STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
 _TORCH = (".bin", ".pt", ".pth")
-# Weights in another precision, of another training state, or no weights at all.
+# Weights in another precision, other states of training, or files that are not weights.
 _OTHERS = ("*.fp16.*", "*non_ema*", "training_args.bin", "optimizer.*", "scheduler.*", "rng_state*")
-
 
 
 def find(spec: str) -> pathlib.Path:
@@ -51,7 +50,7 @@ def fetch(repository: str) -> pathlib.Path:
             revision doesn't exist, or is gated.
     """
     if not _REPOSITORY.fullmatch(repository):
-        raise HubError(f"hf:{repository} is no repository; expected hf:owner/name[@revision]")
+        raise HubError(f"hf:{repository} is not a repository; expected hf:owner/name[@revision]")
     try:
         import huggingface_hub as hub
         from huggingface_hub import errors
@@ -88,7 +87,7 @@ def fetch(repository: str) -> pathlib.Path:
         raise HubError(
             f"hf:{repository} can't be fetched and is not in the cache ({why.splitlines()[0]}). "
             "Fetch it where there is a network (`hf download " + name + "`), copy the folder here "
-            "and name that in place of hf:…"
+            "and name it instead of hf:…"
         ) from error
 
 
@@ -196,10 +195,10 @@ def _shards(index: pathlib.Path) -> tuple[list[pathlib.Path], list[str]]:
         table = json.loads(index.read_text(), object_pairs_hook=safetensors.unique)["weight_map"]
         names = sorted(set(table.values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise WeightError(f"{index} is no index of shards: {error}") from error
+        raise WeightError(f"{index} is not an index of shards: {error}") from error
     for name in names:
         if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*", name):
-            raise WeightError(f"{index} names the file {name!r}, which is no plain file name")
+            raise WeightError(f"{index} names the file {name!r}, which is not a plain file name")
     absent = [name for name in names if not (index.parent / name).is_file()]
     if absent:
         raise FileNotFoundError(f"{index.parent} lacks shards of its index: {', '.join(absent)}")
@@ -221,7 +220,8 @@ class Tensors(Mapping):
                     twice.append(f"{name} in {file.name} and {self._where[name].path.name}")
                 self._where[name] = opened
         if twice:
-            raise WeightError(f"{where} has {len(twice)} tensors twice: {'; '.join(twice[:8])}")
+            listed = "; ".join(twice[:8])
+            raise WeightError(f"{where} has {len(twice)} tensors in several files: {listed}")
         lost = [name for name in promised if name not in self._where]
         if lost:
             raise WeightError(
@@ -242,7 +242,7 @@ class Tensors(Mapping):
 
 
 class TorchFile(Mapping):
-    """name -> array of a file that torch.save wrote; nothing in it is run."""
+    """name -> array of a file that torch.save wrote; no code in it is run."""
 
     def __init__(self, path: pathlib.Path):
         self.path = pathlib.Path(path)
@@ -265,10 +265,10 @@ class TorchFile(Mapping):
         if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
             found = found["state_dict"]
         if not isinstance(found, dict):
-            raise WeightError(f"{path} holds a {type(found).__name__}, no table of tensors")
+            raise WeightError(f"{path} holds a {type(found).__name__}, not a table of tensors")
         odd = [str(k) for k, v in found.items() if not isinstance(v, torch.Tensor)]
         if odd:
-            raise WeightError(f"{path} holds entries that are no tensors: {', '.join(odd[:8])}")
+            raise WeightError(f"{path} has entries that are not tensors: {', '.join(odd[:8])}")
         self._tensors = {str(name): tensor for name, tensor in found.items()}
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -276,7 +276,7 @@ class TorchFile(Mapping):
 
         tensor = self._tensors[name].detach()
         if tensor.layout != torch.strided or tensor.is_quantized:
-            raise WeightError(f"{name} in {self.path} is sparse or quantised, which is not read")
+            raise WeightError(f"{name} in {self.path} is sparse or quantised: not supported")
         if tensor.dtype == torch.bfloat16:
             import ml_dtypes
 

@@ -2,15 +2,15 @@
 
     ours                                   published
     embed_tokens.embedding [R, D]          model.embed_tokens.weight, rows below V
-    embed_tokens.added     [n, D]          model.embed_tokens.weight, the rows behind them
+    embed_tokens.added     [n, D]          model.embed_tokens.weight, the rows after them
     layers.(stack).self_attn.q_proj.kernel model.layers.N.self_attn.q_proj.weight   (transposed)
     layers.(stack).self_attn.q_norm.scale  model.layers.N.self_attn.q_norm.weight   (Qwen3)
     norm.scale                             model.norm.weight
     lm_head.kernel / .added                lm_head.weight, cut the same way
 
-A published table of V rows leaves `added` as it is (their mean, in a module without values). Rows
-of ours from V to R (`vocab_multiple`) are zeros, and are cut off by the export. Dropped on purpose:
-`rotary_emb.inv_freq`, and `lm_head.weight` where the model ties it.
+Where a published table has V rows, `added` keeps its values, or gets the mean of the rows if it has
+none yet. Our rows from V to R (`vocab_multiple`) are zeros, and are not written. Dropped on
+purpose: `rotary_emb.inv_freq`, and `lm_head.weight` where the model ties it.
 """
 
 import functools
@@ -39,11 +39,11 @@ def config_from_hf(fields: Mapping, **overrides) -> LlamaConfig:
 
     Args:
         fields: of the file.
-        overrides: fields of LlamaConfig that take the place of the file's.
+        overrides: fields of LlamaConfig that replace the file's.
 
     Raises:
-        ValueError: for another family, or for an option that would change the numbers and that we
-            don't have (sliding windows, other activations and rope scalings, …).
+        ValueError: for another family, or for an option that changes the numbers and that we don't
+            support (sliding windows, other activations and rope scalings, …).
     """
     kind = fields.get("model_type", "llama")
     if kind not in KINDS:
@@ -113,7 +113,7 @@ def _scaling(fields: Mapping) -> RopeScaling:
 
 
 def kind_of(cfg: LlamaConfig) -> str:
-    """The model type whose layout holds this model: llama, qwen2 or qwen3.
+    """The model type that can express this model: llama, qwen2 or qwen3.
 
     Raises:
         ValueError: for a combination of biases and norms that none of them has.
@@ -196,12 +196,12 @@ def published(fields: Mapping) -> list[str]:
 # ---- weights
 
 
-def _rename(key: str) -> str:
+STACKED = ("layers",)
+
+
+def published_name(key: str) -> str:
+    """The published name of one of our (torch-style) names."""
     return key if key.startswith("lm_head") else "model." + key
-
-
-def _stacked(llm: Llama) -> tuple[str, ...]:
-    return () if isinstance(llm.layers, nnx.List) else ("layers",)
 
 
 def _fit_tables(tensors: Mapping, llm: Llama) -> Mapping:
@@ -214,7 +214,7 @@ def _fit_tables(tensors: Mapping, llm: Llama) -> Mapping:
             continue
         rows, added = names.shape_of(tensors, key)[0], key.replace("weight", "added")
         if rows not in (V, V + n):
-            continue  # a wrong number, which the shape check will name
+            continue  # a wrong number: the shape check reports it
         if (rows, cfg.rows) != (V, V):
             changes[key] = functools.partial(_table, V=V, R=cfg.rows)
         if n and rows == V + n:
@@ -244,8 +244,8 @@ def load_llama(llm: Llama, tensors: Mapping[str, np.ndarray]) -> None:
     names.load_torch_dict(
         llm,
         _fit_tables(tensors, llm),
-        stacked=_stacked(llm),
-        rename=_rename,
+        stacked=STACKED,
+        rename=published_name,
         ignore=lambda key: key.endswith("rotary_emb.inv_freq") or (tied and key == HEAD),
     )
 
@@ -256,7 +256,7 @@ def export_llama(llm: Llama) -> names.Lazy:
     Added tokens are the last rows of the tables; rows that only pad them are cut off.
     """
     cfg = llm.cfg
-    out = names.lazy_torch_dict(llm, stacked=_stacked(llm), rename=_rename)
+    out = names.lazy_torch_dict(llm, stacked=STACKED, rename=published_name)
     for key in (EMBED, HEAD):
         added = key.replace("weight", "added")
         if key not in out or (added not in out and cfg.rows == cfg.vocab_size):
@@ -269,7 +269,7 @@ def export_llama(llm: Llama) -> names.Lazy:
 
 
 def _joined(table, added, V: int) -> np.ndarray:
-    """The table's first V rows and the added ones; both are functions, the second may be None."""
+    """The table's first V rows and the added ones; both arguments are functions, or None."""
     rows = table()[:V]
     return rows if added is None else np.concatenate([rows, added()])
 

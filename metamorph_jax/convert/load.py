@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from metamorph_jax import config
 from metamorph_jax import recipe as recipes
+from metamorph_jax.convert import names
 from metamorph_jax.errors import ConfigError
 from metamorph_jax.models import lora
 from metamorph_jax.models.build import build, is_open
@@ -73,9 +74,9 @@ def open_run(workdir: str | pathlib.Path):
 def load_workdir(model: nnx.Module, workdir: str | pathlib.Path) -> None:
     """Fills a model, in place, with the weights that an earlier stage ended with.
 
-    First the weights that the earlier stage itself started from, as its saved config names them,
-    then what it trained. Its adapters stay adapters if the model has the same ones; otherwise they
-    are merged into the kernels.
+    First the weights that the earlier stage itself started from, as its saved config names them
+    (but for what it trained), then what it trained. Its adapters stay adapters if the model has the
+    same ones; otherwise they are merged into the kernels.
 
     Args:
         model: of the same recipe; it may have parts that the earlier stage lacked, which are left
@@ -88,10 +89,13 @@ def load_workdir(model: nnx.Module, workdir: str | pathlib.Path) -> None:
     """
     recipe, cfg, values = open_run(workdir)
     earlier = nnx.eval_shape(lambda: recipe.create(cfg, nnx.Rngs(0)))
+    shapes = checkpoint.export_shapes(workdir)
     with quantized.unpacked(model):
-        recipe.load_pretrained(model, cfg)
+        trained = [v for n, v in named_leaves(model).items() if n in shapes and is_open(v)]
+        with names.passing_over(trained):  # they would only be replaced
+            recipe.load_pretrained(model, cfg)
         merging = {} if lora.same(model, earlier) else lora.scales(earlier)
-        adapters = _read_trained(model, workdir, checkpoint.export_shapes(workdir), bool(merging))
+        adapters = _read_trained(model, workdir, shapes, bool(merging))
         if merging:
             make = lambda rngs: recipe.create(cfg, rngs)  # noqa: E731
             _fill_kernels(model, merging, make, values.get("seed", 0))
@@ -116,11 +120,11 @@ def _read_trained(model, workdir, shapes: Mapping, merging: bool) -> dict[str, j
     return {name: values[name] for name in apart}
 
 
-def _fill_kernels(model, names, make, seed: int) -> None:
+def _fill_kernels(model, linears, make, seed: int) -> None:
     """Gives kernels that take up adapters, and that no file had, the random values that they had in
     the earlier stage."""
     leaves = named_leaves(model)
-    wanted = {n: v for n in names if (v := leaves.get(f"{n}.kernel")) is not None and is_open(v)}
+    wanted = {n: v for n in linears if (v := leaves.get(f"{n}.kernel")) is not None and is_open(v)}
     if not wanted:
         return
 

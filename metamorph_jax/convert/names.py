@@ -10,10 +10,9 @@
 Stacked layers, with `stacked=("layers",)`: the leaf `layers.q.kernel [n, i, o]` stands for the n
 tensors `layers.0.q.weight` ... Every missing, left-over and mis-shaped key is reported at once.
 
-Nothing is held twice. A leaf is filled in pieces of a few layers, each cast on the host and put
-where the leaf lies (a sharded leaf gets each shard's part of it), and the leaf it replaces is given
-up first. Both sides are lazy mappings: a tensor is read, or fetched from the device, when its turn
-comes.
+No array is held twice. A leaf is filled in pieces of a few layers, each cast on the host and put on
+the leaf's devices (of a sharded leaf, each shard gets its part), and the old leaf is dropped first.
+Both sides are lazy mappings: a tensor is read, or fetched from the device, when its turn comes.
 """
 
 import contextlib
@@ -34,20 +33,32 @@ from metamorph_jax.models import lora
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 # Linear, 1-D and 2-D convolution: ours -> theirs. The way back is the inverse permutation.
 _TO_TORCH = {2: (1, 0), 3: (2, 1, 0), 4: (3, 2, 0, 1)}
-# Bytes of a leaf that are filled or fetched at once; a leaf below it needs no device program.
+# Bytes that are filled or fetched at once; a smaller leaf needs no device program.
 _PIECE = 2**26
 
 _nan_allowed = contextvars.ContextVar("nan_allowed", default=False)
+_passed_over = contextvars.ContextVar("passed_over", default=frozenset())
 
 
 @contextlib.contextmanager
 def allow_nan():
-    """Within it, tensors that hold NaN are loaded."""
+    """Inside, tensors with NaN are loaded instead of refused."""
     token = _nan_allowed.set(True)
     try:
         yield
     finally:
         _nan_allowed.reset(token)
+
+
+@contextlib.contextmanager
+def passing_over(variables: Iterable[nnx.Variable]):
+    """Inside, these parameters are checked against the tensors, but not read: something else will
+    fill them."""
+    token = _passed_over.set(_passed_over.get() | {id(v) for v in variables})
+    try:
+        yield
+    finally:
+        _passed_over.reset(token)
 
 
 # ---- lazy mappings
@@ -64,9 +75,9 @@ class Mapped(Mapping):
 
     Args:
         tensors: key -> array.
-        changes: key -> function of the tensor that has this key; or (source key, function) for a
-            tensor that is made of another one. Keys of the first kind that are absent stay so.
-        only: which keys of `tensors` are seen at all.
+        changes: key -> function of the tensor with this key; or (source key, function) for a
+            tensor that is made from another one. An absent key of the first kind stays absent.
+        only: which keys of `tensors` are visible.
     """
 
     def __init__(self, tensors: Mapping, changes: Mapping | None = None, only=lambda key: True):
@@ -128,7 +139,7 @@ class Joined(Mapping):
 
 
 class Lazy(MutableMapping):
-    """key -> array, where a value may be a function that makes the array when it is asked for."""
+    """key -> array, where a value may be a function that makes the array on request."""
 
     def __init__(self, makers: Mapping[str, tuple[Callable, tuple, np.dtype]] | None = None):
         self._makers = dict(makers or {})
@@ -170,7 +181,7 @@ class Lazy(MutableMapping):
 
 
 def torch_name(path: Iterable) -> str:
-    """The published key of one of our parameters, stacked axes left aside."""
+    """The published key of one of our parameters, ignoring stacked axes."""
     *parts, leaf = (str(p) for p in path)
     return ".".join([*parts, _LEAVES.get(leaf, leaf)])
 
@@ -219,7 +230,7 @@ def load_torch_dict(
     Names and shapes are checked before anything changes.
 
     Args:
-        module: receives the tensors, in the dtype and where its parameters lie; these may be
+        module: receives the tensors, with the dtypes and shardings of its parameters. These may be
             ShapeDtypeStructs, with a sharding or without (then: the default device).
         tensors: published key -> array.
         prefix: only keys that start with it belong to this module; it is cut off.
@@ -230,8 +241,8 @@ def load_torch_dict(
 
     Raises:
         ValueError: listing every missing, left-over and mis-shaped key; or every tensor that holds
-            NaN (see `allow_nan`), after which the module is partly filled. Where the module lies on
-            several processes, all raise it, whichever of them saw the NaN.
+            NaN (see `allow_nan`), after which the module is partly filled. Where the module is
+            spread over several processes, all raise it, whichever of them saw the NaN.
     """
     given = {k[len(prefix) :] for k in tensors if k.startswith(prefix)}
     given = {k for k in given if not ignore(k)}
@@ -240,6 +251,8 @@ def load_torch_dict(
     with_nan: list[str] = []
     spread = False
     for leaf in leaves:
+        if id(_variable(module, leaf.path)) in _passed_over.get():
+            continue
         keys = [prefix + key for key, _ in leaf.tensors]
         spread |= not _fill(module, leaf.path, tensors, keys, leaf.many, with_nan)
     if not _nan_allowed.get():
@@ -307,7 +320,7 @@ def _fill(module, path, tensors, keys, many: bool, with_nan: list[str]) -> bool:
     variable = _variable(module, path)
     old = variable.get_raw_value()
     shape, dtype = old.shape, np.dtype(old.dtype)
-    # An array that no one committed to a device stays free to move.
+    # An array that is not committed to a device stays free to move.
     where = getattr(old, "sharding", None) if getattr(old, "committed", True) else None
     old = jax.ShapeDtypeStruct(shape, dtype, sharding=where)  # the array goes before the new one
     variable.set_raw_value(old)
@@ -330,7 +343,7 @@ def _fill(module, path, tensors, keys, many: bool, with_nan: list[str]) -> bool:
             whole = _writer(where)(whole, part, np.int32(start))
     complete = whole.is_fully_addressable
     loaded = variable.get_metadata().get("loaded")
-    variable.set_raw_value(whole if loaded is None else loaded(whole))  # packed before the next one
+    variable.set_raw_value(whole if loaded is None else loaded(whole))  # before the next one
     return complete
 
 
@@ -402,7 +415,7 @@ def _zeros(shape, dtype, where):
 
 @functools.cache
 def _writer(where):
-    """(whole, part, first layer) -> whole with the part in it; `whole` is given up."""
+    """(whole, part, first layer) -> whole with the part in it; `whole` is donated."""
     update = lambda whole, part, at: jax.lax.dynamic_update_slice_in_dim(whole, part, at, 0)  # noqa: E731
     return jax.jit(update, donate_argnums=0, out_shardings=where)
 
@@ -425,7 +438,7 @@ def lazy_torch_dict(
 ) -> Lazy:
     """The inverse of `load_torch_dict`: published key -> numpy array in PyTorch's layout.
 
-    An array is fetched from its devices when it is asked for.
+    An array is fetched from its devices on request.
 
     Raises:
         ValueError: if the module has adapters or packed kernels, which no published layout has.

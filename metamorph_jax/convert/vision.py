@@ -13,11 +13,13 @@ from collections.abc import Callable
 import jax
 from flax import nnx
 
+from metamorph_jax import sharding
 from metamorph_jax.convert import specs
 from metamorph_jax.convert.vit import load_vit
 from metamorph_jax.data.config import ImageConfig, InputSpec
 from metamorph_jax.data.images import Preprocess, preprocess_from_hf
 from metamorph_jax.data.views import Single
+from metamorph_jax.models.build import build
 from metamorph_jax.models.vision.encoder import VisionConfig, VisionEncoder
 
 
@@ -37,9 +39,13 @@ def load_vision(encoder: VisionEncoder, cfg: VisionConfig) -> None:
 
 
 def feature_function(cfg: VisionConfig) -> Callable:
-    """pixels uint8[N, h, w, 3] -> float32[N, P, C], compiled, for filling feature caches."""
-    encoder = VisionEncoder(cfg, rngs=nnx.Rngs(0))
-    load_vision(encoder, cfg)
+    """pixels uint8[N, h, w, 3] -> float32[N, P, C], compiled, for filling feature caches.
+
+    It runs on the first device of this process.
+    """
+    mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
+    make = lambda rngs: VisionEncoder(cfg, rngs=rngs)  # noqa: E731
+    encoder = build(make, mesh, 0, fill=lambda encoder: load_vision(encoder, cfg))
     graph, weights = nnx.split(encoder)
     compute = jax.jit(lambda weights, pixels: nnx.merge(graph, weights)(pixels))
     return lambda pixels: compute(weights, pixels)

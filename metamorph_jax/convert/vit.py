@@ -11,13 +11,13 @@
     post_layernorm           post_layernorm                          layernorm
     head.…                   head.… (siglip)                         -
 
-Keys of siglip and clip start with `vision_model.`; transformers 5 leaves that away. Both are read,
+Keys of siglip and clip start with `vision_model.`; transformers 5 omits it. Both are read,
 the former is written.
 
 Dropped on purpose: position ids, a classifier, the text half of a two-tower checkpoint (`OTHER`);
-and what the tower doesn't hold: layers behind the selected one, a final norm it doesn't use, DINOv2's
+and what the tower doesn't hold: layers after the selected one, a final norm it doesn't use, DINOv2's
 mask token (unless it is `whole`), SigLIP's pooling head (without `pool`). The position table is
-resized to the tower's grid. Configs made by `config_from_hf` hold everything and give it back.
+resized to the tower's grid. Configs made by `config_from_hf` keep everything.
 """  # noqa: E501
 
 import dataclasses
@@ -97,7 +97,7 @@ def _position_table(cfg: ViTConfig, table) -> np.ndarray:
 
 def tower_prefix(cfg: ViTConfig, tensors: Mapping, start: str) -> str:
     """The prefix of a tower's keys inside a larger checkpoint: `start`, with or without the
-    layout's own behind it."""
+    layout's own after it."""
     longer = start + PREFIXES[cfg.layout]
     return longer if any(k.startswith(longer) for k in tensors) else start
 
@@ -152,8 +152,8 @@ def export_vit(tower: ViT, prefix: str | None = None) -> names.Lazy:
 
 
 def export_complete(tower: ViT, prefix: str | None = None) -> names.Lazy:
-    """`export_vit`, and where the tower has no final norm one that changes nothing: transformers
-    wants it, hidden states never pass it."""
+    """`export_vit`, plus an identity final norm where the tower has none: transformers expects one,
+    though hidden states don't pass through it."""
     cfg, out = tower.cfg, export_vit(tower, prefix)
     if not cfg.has_norm:
         norm = (PREFIXES[cfg.layout] if prefix is None else prefix) + _NORMS[cfg.layout]
@@ -173,7 +173,7 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
     "quick_gelu": "quick_gelu", "gelu": "gelu",
 }  # fmt: skip
-# What transformers assumes where config.json is silent.
+# What transformers assumes for fields that config.json lacks.
 _COMMON = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
            "num_attention_heads": 12, "image_size": 224, "num_channels": 3}  # fmt: skip
 _DEFAULTS = {
@@ -345,7 +345,7 @@ def create(cfg: ViTConfig, *, rngs: nnx.Rngs) -> ViT:
 
 
 def _family(name: str, layout: str, library: str) -> Family:
-    # As published: with the layers behind the one that recipes take, and with the pooling head.
+    # As published: with the layers after the one that recipes take, and with the pooling head.
     whole = dict(whole=True, final_norm=True, pool=layout == "siglip")
     sizes = {
         size: dataclasses.replace(cfg, **whole)

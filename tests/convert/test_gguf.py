@@ -87,6 +87,13 @@ def foreign_name(name):
     return f"blk.{layer}.{short}.{leaf}"
 
 
+def read_llama(path):
+    """(config, weights by Hugging Face name) of a GGUF file."""
+    file = reader.open_gguf(path)
+    config = reader.read_config(file)
+    return config, {k: np.array(v) for k, v in reader.Weights(file, config).items()}
+
+
 def byte_pieces():
     from tokenizers.pre_tokenizers import ByteLevel
 
@@ -103,7 +110,7 @@ def tiny(tmp_path):
 
 def test_weights_and_config_come_back(tiny):
     path, weights = tiny
-    config, tensors = reader.read_llama(path)
+    config, tensors = read_llama(path)
     assert config["num_key_value_heads"] == K and config["tie_word_embeddings"]
     assert config["rms_norm_eps"] == 1e-5 and config["rope_theta"] == 1e5
     assert set(tensors) == set(weights)
@@ -245,14 +252,14 @@ def test_truncated_file(tiny, tmp_path, keep):
     path = tmp_path / "cut.gguf"
     path.write_bytes(tiny[0].read_bytes()[:keep])
     with pytest.raises(reader.GGUFError, match="truncated or damaged"):
-        reader.read_llama(path)
+        read_llama(path)
 
 
 def test_other_architecture(tmp_path):
     path = tmp_path / "x.gguf"
     write_tiny(path, tiny_weights(), arch="mamba")
     with pytest.raises(reader.GGUFError, match="mamba"):
-        reader.read_llama(path)
+        read_llama(path)
 
 
 def test_missing_weight_is_named(tmp_path):
@@ -260,14 +267,14 @@ def test_missing_weight_is_named(tmp_path):
     del weights["model.layers.1.mlp.up_proj.weight"]
     write_tiny(path, weights)
     with pytest.raises(reader.GGUFError, match=r"layers\.1\.mlp\.up_proj"):
-        reader.read_llama(path)
+        read_llama(path)
 
 
 def test_unsupported_rope_scaling(tmp_path):
     path = tmp_path / "x.gguf"
     write_tiny(path, tiny_weights(), extra={"llama.rope.scaling.type": "yarn"})
     with pytest.raises(reader.GGUFError, match="yarn"):
-        reader.read_llama(path)
+        read_llama(path)
 
 
 def nibbles(q):
@@ -395,7 +402,7 @@ def test_smollm2_answers_through_the_oracle():
     torch = pytest.importorskip("torch", reason="pip install 'metamorph_jax[oracle]'")
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config, tensors = reader.read_llama(path)
+    config, tensors = read_llama(path)
     tokenizer = reader.load_tokenizer(path)
     assert (config["num_hidden_layers"], config["vocab_size"]) == (30, 49152)
     with torch.no_grad():

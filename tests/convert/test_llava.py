@@ -175,7 +175,7 @@ def test_problems_of_all_parts_are_listed_together(loaded):
         llava.load_llava(abstract(cfg), bad)
     for words in ("model.extra", "stray", "linear_2.bias", "layers.1.mlp.fc1.bias"):
         assert words in str(error.value)
-    with pytest.raises(ValueError, match="no LLaVA checkpoint"):
+    with pytest.raises(ValueError, match="not a LLaVA checkpoint"):
         llava.load_llava(abstract(cfg), {"a": np.zeros(1)})
 
 

@@ -101,7 +101,7 @@ def test_wrong_and_truncated_files(tmp_path):
         reader.read_dinov2(path)
     write_tiny(path, tiny_weights())
     path.write_bytes(path.read_bytes()[:-5000])
-    with pytest.raises(reader.ONNXError, match="whole ONNX file"):
+    with pytest.raises(reader.ONNXError, match="complete ONNX file"):
         reader.read_dinov2(path)
     with pytest.raises(FileNotFoundError):
         reader.read_dinov2(tmp_path / "absent.onnx")

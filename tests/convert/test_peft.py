@@ -13,7 +13,7 @@ from metamorph_jax.convert import llama as convert
 from metamorph_jax.convert import peft
 from metamorph_jax.models import lora
 from metamorph_jax.models.diffusion.unet import UNet, UNetConfig
-from metamorph_jax.models.llm.llama import Llama, unstack
+from metamorph_jax.models.llm.llama import Llama
 from metamorph_jax.models.vision import vit
 
 ORACLE = "needs the oracle extra: pip install 'metamorph_jax[oracle]'"
@@ -114,18 +114,16 @@ def test_import(oracle, tmp_path, case):
     np.testing.assert_allclose(our_logits(other), want, atol=1e-5)
 
 
-@pytest.mark.parametrize("stacked", [True, False])
 @pytest.mark.parametrize(
     "target, rslora", [(r"layers.*self_attn\.(q|v)_proj", False), (r".*_proj", True)]
 )
-def test_export(oracle, tmp_path, target, rslora, stacked):
+def test_export(oracle, tmp_path, target, rslora):
     from peft import PeftModel
 
     llm = oracle[1]()
     lora.add(llm, lora.LoraConfig(target, rank=3, alpha=5.0, rslora=rslora), rngs=nnx.Rngs(1))
     for i, (_, linear) in enumerate(lora.adapters(llm)):
         linear.lora_b[...] = 0.3 * jax.random.normal(jax.random.key(i), linear.lora_b.shape)
-    llm = llm if stacked else unstack(llm)
     peft.export_peft(llm, tmp_path, base="some/model")
     theirs = PeftModel.from_pretrained(oracle[0](), tmp_path).eval()
     np.testing.assert_allclose(our_logits(llm), their_logits(theirs), atol=1e-5)

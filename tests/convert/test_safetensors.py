@@ -81,7 +81,7 @@ HOSTILE = {
     "no JSON": (b"{broken", 8, None, "unreadable"),
     "a name twice": (
         b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
-        b'"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}', 8, None, "a stands twice"),
+        b'"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}', 8, None, "a occurs twice"),
     "deep": (b"[" * 100_000, 8, None, "unreadable"),
 }  # fmt: skip
 
@@ -107,7 +107,7 @@ def test_other_formats_under_this_name(tmp_path):
     with pytest.raises(WeightError, match="git lfs pull"):
         safetensors.File(path)
     path.write_bytes(b"")
-    with pytest.raises(WeightError, match="no whole safetensors file"):
+    with pytest.raises(WeightError, match="not a complete safetensors file"):
         safetensors.File(path)
 
 

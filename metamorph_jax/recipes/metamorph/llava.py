@@ -8,13 +8,14 @@
     tower       model.vision_tower.             vision_tower.…            model.vision_tower.…
                 vision_tower.…
 
-Behind the tower's prefix stands `vision_model.` or nothing; both are read. What goes out is the second
-naming, as llava-hf/llava-1.5-* is published, or the first on demand.
+The tower's prefix is followed by `vision_model.` or not; both are read. The second naming is written,
+as llava-hf/llava-1.5-* is published, or the first on request.
 
 A model is a MetaMorph without head: CLIP, its layer -2 without the class token, all patches, no
-normalisation. Original checkpoints have no row for the picture token, which transformers wants: they
-come in with one added row, the mean of the others, which the original naming leaves out again. Their
-config names the tower; where its weights are not in the checkpoint, `load_llava` takes them apart.
+normalisation. Original checkpoints have no row for the image token, which transformers needs: they
+are read with one added row, the mean of the others, which is not written in the original naming.
+Their config names the tower; where its weights are not in the checkpoint, `load_llava` takes them as
+an argument.
 
 Dropped on purpose: `rotary_emb.inv_freq`, position ids, `image_newline` (1.6 only).
 """  # noqa: E501
@@ -73,7 +74,7 @@ def naming_of(tensors: Mapping) -> str:
         if any(key.startswith(naming.connector) for key in tensors):
             return name
     known = ", ".join(naming.connector + "…" for naming in NAMINGS.values())
-    raise ValueError(f"no LLaVA checkpoint: none of {known} is in it")
+    raise ValueError(f"not a LLaVA checkpoint: it has none of {known}")
 
 
 # ---- configs
@@ -81,7 +82,7 @@ def naming_of(tensors: Mapping) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class LlavaConfig(Config):
-    """A MetaMorph config, and the id that stands for a picture in text."""
+    """A MetaMorph config, and the id of an image in the text."""
 
     image_token: int = 32000
 
@@ -300,7 +301,7 @@ def create(cfg: LlavaConfig, *, rngs: nnx.Rngs) -> MetaMorph:
 
 
 def _size(llm: str, rows: int = 32064) -> LlavaConfig:
-    """As published by llava-hf: 64 more rows, the first of them for the picture token."""
+    """As published by llava-hf: 64 more rows, the first of them for the image token."""
     cfg = dataclasses.replace(LLM_SIZES[llm], vocab_size=rows, max_positions=4096)
     tower = dataclasses.replace(TOWER_SIZES["clip-l-336"], whole=True)
     return make_config(tower, cfg, 32000)

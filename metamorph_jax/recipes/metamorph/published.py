@@ -44,7 +44,7 @@ OWN = (REDUCER, CONNECTOR, HEAD, *DROPPED)  # TOWER starts with REDUCER; the res
 
 
 def sequential(linears) -> Callable[[str], str]:
-    """Our `linears.i` are items 0, 2, 4 … of a torch Sequential; a single one stands alone."""
+    """Our `linears.i` are items 0, 2, 4 … of a torch Sequential; a single one has no number."""
     if len(linears) == 1:
         return lambda key: key.removeprefix("linears.0.")
     return lambda key: re.sub(r"^linears\.(\d+)", lambda m: str(2 * int(m[1])), key)
@@ -113,7 +113,7 @@ def export_metamorph(model: nnx.Module, tower=export_vit) -> names.Lazy:
 # ---- configs
 
 TOWERS = {"CLIP-ViT-SO400M-14-384": "siglip-so400m-384", "CLIP-ViT-SO400M-14": "siglip-so400m-384"}
-_ADDED = 2  # start and end of a picture
+_ADDED = 2  # start and end of an image
 
 
 def options(cfg) -> dict:
@@ -124,10 +124,10 @@ def options(cfg) -> dict:
 def config_from_hf(fields: Mapping, dtype: str = "float32") -> Config:
     """The config of a checkpoint's config.json: Llama's fields, and the recipe's among them.
 
-    `vision_config` describes the tower in what we write; the reference only names it, and whatever
-    the name, loads SigLIP SO400M at 384 pixels."""
+    `vision_config` describes the tower in what we write. The reference only names it, and loads
+    SigLIP SO400M at 384 pixels whatever the name."""
     if not fields.get("mm_use_im_start_end", True):
-        raise ValueError("mm_use_im_start_end false: MetaMorph needs both tokens of a picture")
+        raise ValueError("mm_use_im_start_end false: MetaMorph needs image start and end tokens")
     llm = llama_names.config_from_hf(dict(fields) | {"model_type": "llama"})
     llm = dataclasses.replace(llm, vocab_size=llm.vocab_size - _ADDED, added_tokens=_ADDED)
     tower = _tower(fields)
@@ -225,7 +225,7 @@ def _sequential_keys(prefix: str, count: int) -> list[str]:
 
 
 def export(model: MetaMorph) -> names.Lazy:
-    """As `config_to_hf` says it: with a final norm of the tower in any case."""
+    """As `config_to_hf` describes it: always with a final norm of the tower."""
     return export_metamorph(model, export_complete)
 
 

@@ -1,4 +1,4 @@
-"""What a MetaMorph model starts from: pretrained weights, a tokenizer, a connector in scale."""
+"""What a MetaMorph model starts from: pretrained weights, and a connector at the right scale."""
 
 from collections.abc import Sequence
 
@@ -41,7 +41,8 @@ def _fill(model: MetaMorph, cfg: Config) -> None:
         return
     if cfg.llm_weights != "random":
         load_llama(model.llm, specs.llm_tensors(cfg.llm_weights))
-        llama.init_added_tokens(model.llm)
+        if not is_open(model.llm.embed_tokens):  # else an earlier stage has trained the table
+            llama.init_added_tokens(model.llm)
     load_vision(model.vision, cfg.vision)
 
 
@@ -49,7 +50,7 @@ def calibrate_connector(model: MetaMorph, features: np.ndarray) -> None:
     """Starts the connector from the statistics of the features; in place.
 
     Unit-norm features of one tower share a large mean and have small deviations, from which a fresh
-    connector makes nearly the same embedding for every picture, at another scale than text. Here
+    connector makes nearly the same embedding for every image, at another scale than text. Here
     the first linear takes whitened features (the whitening is folded into its weights), and the
     last one's outputs get mean 0 and the standard deviation of the token embeddings.
 
@@ -73,7 +74,7 @@ def calibrate_connector(model: MetaMorph, features: np.ndarray) -> None:
 
 
 def initialize(model: MetaMorph, batches: Sequence[Batch]) -> None:
-    """Before the first step: fits the connector's start to the pictures of these batches."""
+    """Before the first step: fits the connector's start to the images of these batches."""
     graph, weights = nnx.split(model)
     compute = jax.jit(lambda weights, batch: nnx.merge(graph, weights).batch_features(batch))
     found = []
