@@ -158,8 +158,9 @@ class Generator:
         if encoder is not None:
             graph, self._encoder = nnx.split(encoder)
             merged = lambda weights: nnx.merge(graph, weights)  # noqa: E731
-            self._see = jax.jit(lambda weights, x: merged(weights).visual_features(x))
-            self._project = jax.jit(lambda weights, x: merged(weights).project(x))
+            whole = lambda x: sharding.constrain(x, None, None, None)  # noqa: E731
+            self._see = jax.jit(lambda weights, x: whole(merged(weights).visual_features(x)))
+            self._project = jax.jit(lambda weights, x: whole(merged(weights).project(x)))
 
     def generate(
         self,

@@ -225,8 +225,7 @@ def generator(
         weights: how those of the language model are kept, see `take_over`.
         force_end, parity: see `make_policy`.
     """
-    views = input_spec(cfg).views
-    views = dataclasses.replace(views, preprocess=data.images.change(views.preprocess))
+    views = data.images.change(input_spec(cfg).views)
     chat = Chat.of(load_tokenizer(cfg), data.row, markers(cfg))
     parts = None if model.head is None else VisualParts(model)
     loop = make_loop(model, parts, weights)
