@@ -68,24 +68,26 @@ print("same")
 """
 
 MEMORY = """
-import gc, sys
+import gc, math
 from metamorph_jax.sampling import cached_llm
 
 def held(devices):
     gc.collect()
     total = dict.fromkeys(devices, 0)
     for x in jax.live_arrays():
-        for shard in x.addressable_shards:
-            if shard.device in total:
-                total[shard.device] += shard.data.nbytes
+        for device in x.sharding.device_set & total.keys():
+            total[device] += on_each(x)
     return max(total.values())
+
+def on_each(x):
+    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
 
 mesh = sharding.make_mesh({"tensor": 2}, jax.devices()[:2])
 model = make_model(mesh, width=256, mlp_width=1024, layers=8, vocab_size=1000, tied=False)
 gc.collect()
 devices = jax.devices()[:2]
 before = held(devices)
-largest = max(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(nnx.state(model)))
+largest = max(map(on_each, jax.tree.leaves(nnx.state(model))))
 peak = before
 original = cached_llm._Taking._run
 def watched(self, *args):

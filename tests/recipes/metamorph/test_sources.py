@@ -4,7 +4,6 @@ import os
 
 import numpy as np
 import pytest
-from metamorph_jax.sampling.speaker import THINK
 
 from metamorph_jax.data.sources import ImageRef, RecordSource, kinds, video
 from metamorph_jax.errors import BadSample
