@@ -58,6 +58,7 @@ class Config:
 
 
 Data = DataConfig
+KINDS = {}  # no kinds of records of its own
 STAGES = {
     "eye": lambda cfg: r"eye\..*",  # the language model stays as it is
     "all": lambda cfg: r".*",
@@ -125,7 +126,7 @@ def input_spec(cfg: Config) -> InputSpec:
 
 def open_data(data: DataConfig, cfg: Config, shard: Shard):
     chat = Chat.of(specs.tokenizer(cfg.tokenizer), data.row)
-    sources = pipeline.open_sources(data)
+    sources = pipeline.open_sources(data, KINDS)
     return pipeline.make_pipeline(data, input_spec(cfg), chat, sources, shard)
 
 
