@@ -29,6 +29,7 @@ IGNORE = -100
 SENTINEL = -200
 START_TOKEN, END_TOKEN = "<image_start>", "<image_end>"  # names of markers in exported tokenizers
 _LONG = 100_000  # characters of one message; longer ones would only be cut later
+_SHORT = 32  # characters of a text that may well be a header
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +95,8 @@ class Chat:
         }
         closing = [p for p, answer in template.assistant if answer and isinstance(p, Special)]
         self.close = self._specials[closing[-1]] if closing else None
-        # Beginnings of a stretch of text are tokenised for the number of their ids only.
-        self._count = functools.lru_cache(maxsize=256)(lambda text: len(self.encode(text)))
+        # Headers of turns, and beginnings of texts whose ids are only counted, come up repeatedly.
+        self._repeated = functools.lru_cache(maxsize=1024)(self.encode)
 
     @classmethod
     def of(cls, tokenizer, row, markers: Markers = Markers()) -> "Chat":
@@ -126,55 +127,61 @@ class Chat:
             )
         return int(id_)
 
-    def _pieces(self, pieces: Iterable[Piece]) -> tuple[list[int], list[int]]:
-        """(ids, labels) of pieces; neighbouring texts are tokenised as one stretch."""
-        ids: list[int] = []
-        labels: list[int] = []
+    def _write(self, ids: list[int], pieces: Iterable[Piece]) -> list[slice]:
+        """Appends the ids of pieces; returns which of them are supervised.
+
+        Neighbouring texts are tokenised as one stretch.
+        """
+        supervised: list[slice] = []
         stretch: list[Piece] = []
         before = ""  # special token directly before the stretch, if that matters
 
-        def add(new: list[int], supervised: bool) -> None:
+        def add(new: Sequence[int], answer: bool) -> None:
+            if answer:
+                supervised.append(slice(len(ids), len(ids) + len(new)))
             ids.extend(new)
-            labels.extend(new if supervised else [IGNORE] * len(new))
 
         def finish() -> None:
-            for new, supervised in self._stretch(before, stretch):
-                add(new, supervised)
-            stretch.clear()
+            if stretch:
+                for new, answer in self._stretch(before, stretch):
+                    add(new, answer)
+                stretch.clear()
 
-        for piece, supervised in pieces:
+        for piece, answer in pieces:
             if isinstance(piece, Special):
                 finish()
-                add([self._specials[piece]], supervised)
+                add((self._specials[piece],), answer)
                 before = str(piece) if self.template.in_context else ""
                 continue
             for k, text in enumerate(piece.split(IMAGE)):
                 if k:
                     finish()
-                    add(self._image, supervised)
+                    add(self._image, answer)
                     before = ""
-                if text and stretch and stretch[-1][1] == supervised:
-                    stretch[-1] = (stretch[-1][0] + text, supervised)
+                if text and stretch and stretch[-1][1] == answer:
+                    stretch[-1] = (stretch[-1][0] + text, answer)
                 elif text:
-                    stretch.append((text, supervised))
+                    stretch.append((text, answer))
         finish()
-        return ids, labels
+        return supervised
 
-    def _stretch(self, before: str, pieces: list[Piece]) -> Iterable[tuple[list[int], bool]]:
+    def _stretch(self, before: str, pieces: list[Piece]) -> list[tuple[list[int], bool]]:
         """(ids, supervised) of parts of a text that is tokenised as a whole, after `before`.
 
         A token that spans two pieces belongs to the first.
         """
-        if not pieces:
-            return
         done = 1 if before else 0
-        ids = self.encode(before + "".join(text for text, _ in pieces))
-        for k, (text, supervised) in enumerate(pieces):
+        if len(pieces) == 1:
+            text, supervised = pieces[0]
+            encode = self._repeated if len(text) < _SHORT else self.encode
+            return [(encode(before + text)[done:], supervised)]
+        ids, parts = self.encode(before + "".join([text for text, _ in pieces])), []
+        for text, supervised in pieces[:-1]:
             before += text
-            last = k == len(pieces) - 1
-            end = len(ids) if last else min(self._count(before), len(ids))
-            yield ids[done:end], supervised
-            done = max(done, end)
+            end = max(done, min(len(self._repeated(before)), len(ids)))
+            parts.append((ids[done:end], supervised))
+            done = end
+        return [*parts, (ids[done:], pieces[-1][1])]
 
     def conversation(self, turns: Sequence[Turn], independent: bool = False) -> Encoded:
         """ids and labels of a whole conversation.
@@ -189,37 +196,45 @@ class Chat:
             lead, rest = _leading_images(turns[0][1])
             if lead and rest and len(turns) > 2 and len(turns) % 2 == 0:
                 return self._independent(turns, lead, rest)
-        ids, labels = self._pieces(render(self.template, turns, self.system))
-        ids, labels = self._start + ids, [IGNORE] * len(self._start) + labels
-        return Encoded(np.array(ids, np.int32), np.array(labels, np.int32))
+        ids = list(self._start)
+        supervised = self._write(ids, render(self.template, turns, self.system))
+        return _encoded(ids, supervised)
 
     def _independent(self, turns: Sequence[Turn], lead: str, rest: str) -> Encoded:
-        system = render(self.template, (), self.system)
         first, of_all = self.template.row("user", first=True), self.system or ""
         opening, _ = split(first, lead, "", of_all)
-        ids, labels = self._pieces([*system, *opening])
-        ids, labels = self._start + ids, [IGNORE] * (len(self._start) + len(labels))
-        numbers = [0] * len(ids)
+        ids = list(self._start)
+        self._write(ids, [*render(self.template, (), self.system), *opening])
+        numbers, supervised = [0] * len(ids), []
         gap = rest[: len(rest) - len(rest.lstrip())]  # between the images and the question
         for k in range(0, len(turns), 2):
             question = rest if k == 0 else gap + turns[k][1].lstrip()
             _, asked = split(first, "", question, of_all)
             answer = fill(self.template.assistant, turns[k + 1][1])
-            new_ids, new_labels = self._pieces([*asked, *answer])
-            ids, labels = ids + new_ids, labels + new_labels
-            numbers += [k // 2 + 1] * len(new_ids)
-        return Encoded(*(np.array(x, np.int32) for x in (ids, labels, numbers)))
+            supervised += self._write(ids, [*asked, *answer])
+            numbers += [k // 2 + 1] * (len(ids) - len(numbers))
+        return dataclasses.replace(_encoded(ids, supervised), turns=np.array(numbers, np.int32))
 
     def prompt(self, turns: Sequence[Turn]) -> np.ndarray:
         """int32[n]: the turns, then the header of an answer that is still to come."""
         turns = [(role, text[:_LONG]) for role, text in turns]
         pieces = render(self.template, [*turns, ("assistant", "")], self.system)
-        return np.array(self._start + self._pieces(pieces)[0], np.int32)
+        ids = list(self._start)
+        self._write(ids, pieces)
+        return np.array(ids, np.int32)
 
     def question(self, text: str, images: int = 0) -> np.ndarray:
         """int32[n]: prompt of one question, its images in front on a line of their own."""
         lead = IMAGE * images + "\n" if images else ""
         return self.prompt([("user", lead + text)])
+
+
+def _encoded(ids: list[int], supervised: Iterable[slice]) -> Encoded:
+    found = np.array(ids, np.int32)
+    labels = np.full(len(ids), IGNORE, np.int32)
+    for part in supervised:
+        labels[part] = found[part]
+    return Encoded(found, labels)
 
 
 def _leading_images(text: str) -> tuple[str, str]:

@@ -59,7 +59,7 @@ def fill(row: Sequence[Piece], text: str, system: str = "") -> Iterator[Piece]:
     """The pieces of one turn with its message put in."""
     images = IMAGE * text.count(IMAGE)
     for piece, supervised in row:
-        if isinstance(piece, Special):
+        if "{" not in piece or isinstance(piece, Special):
             yield piece, supervised
             continue
         if "{text}" in piece and not text:

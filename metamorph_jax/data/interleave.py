@@ -14,6 +14,7 @@ to be predicted is the recipe's rule, and what stands in an image's place is a `
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -30,7 +31,7 @@ def no_image(labels: np.ndarray, sentinels: np.ndarray) -> np.ndarray:
     return np.zeros(len(sentinels), bool)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Place:
     """What stands where an image is in the text.
 
@@ -118,26 +119,27 @@ def build_row(
     """
     ids = np.asarray(ids, np.int32)
     labels = np.full(len(ids), IGNORE, np.int32) if labels is None else np.asarray(labels, np.int32)
-    fitting = _count_fitting(ids, places, length)
+    sentinels = np.flatnonzero(ids == SENTINEL)
+    starts, fitting = _fit(sentinels, places, length)
     cut = fitting < len(places)
     if cut:
-        end = np.flatnonzero(ids == SENTINEL)[fitting]
-        ids, labels, places = ids[:end], labels[:end], places[:fitting]
-    sentinels = np.flatnonzero(ids == SENTINEL)
+        ids, labels = ids[: sentinels[fitting]], labels[: sentinels[fitting]]
+        sentinels, starts, places = sentinels[:fitting], starts[:fitting], places[:fitting]
     predicted = np.asarray(rule(labels, sentinels), bool)
 
     # `at`: which of the ids stands at each position; those of a place share a sentinel.
     widths = np.ones(len(ids), np.int64)
     widths[sentinels] = [len(place) for place in places]
     at = np.repeat(np.arange(len(ids)), widths)[:length]
-    tokens, slots = _contents(ids, at, places, tokens_per_view)
-    text = _text_labels(ids, labels, at, tokens, slots)
+    in_place = ids[at] == SENTINEL
+    tokens, slots = _contents(ids[at], in_place, places, tokens_per_view)
+    text = _text_labels(labels[at], in_place, tokens, slots)
     if cut and mask_dangling and tokens[-len(mask_dangling) :].tolist() == list(mask_dangling):
         text[-len(mask_dangling) :] = -1
     visual = np.full(len(at), -1, np.int32)
-    answers = np.repeat(predicted, widths[sentinels])
-    in_place = ids[at] == SENTINEL
-    visual[in_place] = np.where(answers & (slots[in_place] >= 0), slots[in_place], -1)
+    if predicted.any():
+        answers = np.repeat(predicted, widths[sentinels])
+        visual[in_place] = np.where(answers & (slots[in_place] >= 0), slots[in_place], -1)
 
     text_targets, visual_targets = _shifted(text), _shifted(visual)
     positions = np.arange(len(at), dtype=np.int32)
@@ -145,48 +147,62 @@ def build_row(
         turns = np.asarray(turns, np.int32)[at]
         positions, last = _restart(turns)
         text_targets[last] = visual_targets[last] = -1
-    starts = np.searchsorted(at, sentinels).astype(np.int32)
+    P = tokens_per_view
+    views = [start + _view_starts(place, P) for start, place in zip(starts, places, strict=True)]
     return Row(
-        tokens, positions, text_targets, slots, visual_targets,
-        starts, _view_starts(slots, starts, places, tokens_per_view), predicted, turns,
+        tokens, positions, text_targets, slots, visual_targets, starts,
+        np.concatenate(views) if views else np.zeros(0, np.int32), predicted, turns,
     )  # fmt: skip
 
 
-def _count_fitting(ids: np.ndarray, places: Sequence[Place], length: int) -> int:
-    """How many images, from the first, have their places within the first `length` positions."""
-    sentinels = np.flatnonzero(ids == SENTINEL)
+def _fit(sentinels, places: Sequence[Place], length: int) -> tuple[np.ndarray, int]:
+    """(column at which each place begins, how many of them, from the first, fit into `length`)."""
     if len(sentinels) != len(places):
         raise ValueError(f"{len(sentinels)} images in the text, places for {len(places)}")
     widths = np.array([len(place) for place in places], np.int64)
-    ends = sentinels - np.arange(len(places)) + np.cumsum(widths)
-    return int(np.searchsorted(ends, length, side="right"))
+    ends = np.cumsum(widths) + sentinels - np.arange(len(places))
+    starts = (ends - widths).astype(np.int32)
+    return starts, int(np.searchsorted(ends, length, side="right"))
 
 
-def _contents(ids, at, places, P: int) -> tuple[np.ndarray, np.ndarray]:
+@functools.lru_cache(maxsize=64)  # where images have one view, they share one place
+def _view_starts(place: Place, P: int) -> np.ndarray:
+    """int32[views] where in the place each view's first visual token is; 0 if none is read."""
+    starts = np.zeros(place.views, np.int32)
+    columns = np.flatnonzero(place.slots >= 0)
+    views, first = np.unique(place.slots[columns] // P, return_index=True)
+    starts[views] = columns[first]
+    return starts
+
+
+def _contents(tokens, in_place, places, P: int) -> tuple[np.ndarray, np.ndarray]:
     """(tokens, image_slots), int32[n] each."""
-    tokens, slots = ids[at], np.full(len(at), TEXT, np.int32)
+    slots = np.full(len(tokens), TEXT, np.int32)
     if places:
-        views = np.cumsum([0, *(place.views for place in places)])
-        moved = [np.where(p.slots >= 0, p.slots + v * P, p.slots) for p, v in zip(places, views)]  # noqa: B905
-        in_place = tokens == SENTINEL
+        view, moved = 0, []
+        for place in places:
+            offset = view * P
+            moved.append(np.where(place.slots >= 0, place.slots + offset, place.slots))
+            view += place.views
         slots[in_place] = np.concatenate(moved)
         tokens[in_place] = np.concatenate([place.tokens for place in places])
     return tokens, slots
 
 
-def _text_labels(ids, labels, at, tokens, slots) -> np.ndarray:
+def _text_labels(labels, in_place, tokens, slots) -> np.ndarray:
     """int32[n]: the token that the state before is to predict, -1 for none.
 
     Tokens in an image's stead are supervised where the image's sentinel is.
     """
-    here = labels[at]
-    here = np.where((ids[at] == SENTINEL) & (here != IGNORE), tokens, here)
+    here = np.where(in_place & (labels != IGNORE), tokens, labels)
     return np.where((slots == TEXT) & (here >= 0), here, -1).astype(np.int32)
 
 
 def _shifted(labels: np.ndarray) -> np.ndarray:
     """What the state at each position is to predict: the label of the next one."""
-    return np.append(labels[1:], np.int32(-1))[: len(labels)]
+    targets = np.full(len(labels), -1, np.int32)
+    targets[:-1] = labels[1:]
+    return targets
 
 
 def _restart(turns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -202,12 +218,3 @@ def _restart(turns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     origin = np.maximum.accumulate(np.where(first, positions, 0))
     last = np.append(first[1:], False)[: len(turns)] & (turns > 0)
     return np.where(turns > 0, positions - origin + prefix, positions).astype(np.int32), last
-
-
-def _view_starts(slots, starts, places, P: int) -> np.ndarray:
-    """int32[V], see `Row`."""
-    found = np.repeat(starts, [place.views for place in places]).astype(np.int32)
-    columns = np.flatnonzero(slots >= 0)
-    views, first = np.unique(slots[columns] // P, return_index=True)
-    found[views] = columns[first]
-    return found

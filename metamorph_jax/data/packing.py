@@ -34,8 +34,14 @@ class Size(NamedTuple):
     def __add__(self, other: "Size") -> "Size":
         return Size(*(a + b for a, b in zip(self, other, strict=True)))
 
-    def fits(self, limit: "Size") -> bool:
-        return all(a <= b for a, b in zip(self, limit, strict=True))
+    def fits(self, limit: "Size", used: "Size" = (0, 0, 0, 0)) -> bool:
+        """Whether a row of `limit`, of which some is used, has room for it."""
+        return (
+            used[0] + self[0] <= limit[0]
+            and used[1] + self[1] <= limit[1]
+            and used[2] + self[2] <= limit[2]
+            and used[3] + self[3] <= limit[3]
+        )
 
 
 class FirstFit:
@@ -58,7 +64,7 @@ class FirstFit:
         if not size.fits(self.limit):
             raise ValueError(f"a sample of {size} does not fit into a row of {self.limit}")
         closed = []
-        fitting = (r for r, used in enumerate(self.used) if (used + size).fits(self.limit))
+        fitting = (r for r, used in enumerate(self.used) if size.fits(self.limit, used))
         row = next(fitting, None)
         if row is None:
             if len(self.rows) >= self.open_rows:

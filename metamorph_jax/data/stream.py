@@ -15,7 +15,7 @@ from metamorph_jax.data import images
 from metamorph_jax.data.cache import ArrayCache
 from metamorph_jax.data.chat import SENTINEL, Chat, Encoded
 from metamorph_jax.data.config import DataConfig, InputSpec
-from metamorph_jax.data.interleave import Place, Row, build_row, no_image, read_place, text_place
+from metamorph_jax.data.interleave import Place, Row, build_row, read_place, text_place
 from metamorph_jax.data.sources.base import ImageRef, Sample
 from metamorph_jax.errors import BadSample
 
@@ -146,6 +146,9 @@ class SampleStream:
         self.sources, self.chat, self.mixture, self.process = sources, chat, mixture, process
         self.config, self.spec, self.cache = config, spec, cache
         self.views = config.images.change(spec.views)
+        self._place = None  # of every image, where it doesn't depend on their sizes
+        if not self.views.needs_size:
+            self._place = read_place(*self.views.plan(None))
         self.fixed_choices = config.order.fixed_choices or bool(config.cache.features)
         index, count = process
         total = config.order.epochs * mixture.total
@@ -183,7 +186,7 @@ class SampleStream:
     def _item(self, sample: Sample) -> dict:
         """Sizes of the images -> row -> pixels: what does not fit is never decoded."""
         encoded = self.chat.conversation(sample.turns, self.config.row.independent_turns)
-        drawn = self._drawn(encoded)
+        drawn = self._drawn(encoded, len(sample.images))
         places = self._places(sample.images, drawn)
         row = build_row(
             encoded.ids,
@@ -203,21 +206,23 @@ class SampleStream:
         read = [(sample.images[k], place.views) for k, place in enumerate(places) if place.views]
         return item | self._pixels(read) | self._drawings(sample, row, np.flatnonzero(drawn))
 
-    def _drawn(self, encoded: Encoded) -> np.ndarray:
-        """bool[k]: which images of a sample are to be drawn."""
+    def _drawn(self, encoded: Encoded, count: int) -> np.ndarray:
+        """bool[count]: which images of a sample are to be drawn."""
+        if self.spec.drawings is None:
+            return np.zeros(count, bool)
         sentinels = np.flatnonzero(encoded.ids == SENTINEL)
-        rule = no_image if self.spec.drawings is None else self.spec.drawings.rule
-        return np.asarray(rule(encoded.labels, sentinels), bool)
+        return np.asarray(self.spec.drawings.rule(encoded.labels, sentinels), bool)
 
     def _places(self, refs: Sequence[ImageRef], drawn: np.ndarray) -> list[Place]:
-        sizes: Sequence = [None] * len(refs)
-        if self.views.needs_size:
+        if self._place is not None:
+            places = [self._place] * len(refs)
+        else:
             sizes = images.sizes(refs, self.config.images.max_pixels)
-        ids = () if self.spec.drawings is None else self.spec.drawings.ids
-        return [
-            text_place(ids) if ids and draw else read_place(*self.views.plan(size))
-            for size, draw in zip(sizes, drawn, strict=True)
-        ]
+            places = [read_place(*self.views.plan(size)) for size in sizes]
+        if self.spec.drawings is not None and self.spec.drawings.ids:
+            own = text_place(self.spec.drawings.ids)
+            places = [own if draw else place for draw, place in zip(drawn, places, strict=True)]
+        return places
 
     def _check(self, sample: Sample, row: Row, drawn: np.ndarray) -> None:
         """Raises BadSample where no row has room for the sample, or nothing is learnt from it."""
