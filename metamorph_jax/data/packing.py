@@ -139,8 +139,8 @@ class _Assembly:
             self._views(b, at, view, item)
             if "drawings" in item:
                 self._draw(b, at, drawing, item)
-            size = _size(item)
-            at, view, drawing = at + size.positions, view + size.views, drawing + size.drawings
+                drawing += len(item["drawings"])
+            at, view = at + len(item["tokens"]), view + len(item["cache"])
 
     def _text(self, b: int, at: int, segment: int, view: int, item: dict) -> None:
         here = (b, slice(at, at + len(item["tokens"])))
@@ -158,11 +158,9 @@ class _Assembly:
         here = (b, slice(view, view + len(cached)))
         images.valid[here], images.start[here] = True, item["view_starts"] + at
         into = images.pixels if images.features is None else images.features
-        found = cached >= 0
-        if found.any():
-            into[here][found] = self.cache_rows[cached[found]]
-        if not found.all():
-            into[here][~found] = item["pixels"]
+        fresh = iter(item.get("pixels", ()))
+        for k, row in enumerate(cached.tolist(), view):
+            into[b, k] = self.cache_rows[row] if row >= 0 else next(fresh)
 
     def _draw(self, b: int, at: int, drawing: int, item: dict) -> None:
         here = (b, slice(drawing, drawing + len(item["drawings"])))
