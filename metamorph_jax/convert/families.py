@@ -87,6 +87,7 @@ class RunForm:
 
     Attributes:
         save: (folder, model, source, writer) -> bytes of all tensors.
+        reference: the same, but in the files of the system's public implementation.
         source: the run's `Config` -> what the folder takes over beside the weights.
         adapted: path of the part whose adapters are written to the folder itself; those of other
             parts go into folders inside it.
@@ -94,6 +95,7 @@ class RunForm:
     """
 
     save: Callable[[pathlib.Path, Any, Source, Writer], int]
+    reference: Callable[[pathlib.Path, Any, Source, Writer], int]
     source: Callable[[Any], Source]
     adapted: tuple[str, ...]
     beside: str = ""
