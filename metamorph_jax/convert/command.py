@@ -217,7 +217,8 @@ def _from_workdir(workdir, folder, dtype, most, decoder, title, reference) -> in
     recipe, cfg, model, values = _load_run(workdir)
     print(f"workdir:{workdir}: recipe {values['recipe']}; writing {kind}", flush=True)
     form, model = families.run_form(recipe), lora.merged(model)
-    source, progress = form.source(cfg), Progress("writing", _bytes(model))
+    source, licence = form.source(cfg), licence_of_spec(form.base(cfg))
+    progress = Progress("writing", _bytes(model))
     writer = export.Writer(kind, most, progress)
     save = lambda form: form.reference if reference else form.save  # noqa: E731
     total = save(form)(folder, model, source, writer)
@@ -230,7 +231,7 @@ def _from_workdir(workdir, folder, dtype, most, decoder, title, reference) -> in
         total += save(form)(folder / form.beside, model, other, writer)
     progress.close()
     lines, numbers = export.run_lines(values), export.last_numbers(workdir)
-    write_card(folder, title, "", lines, licence_of_spec(source.base), numbers)
+    write_card(folder, title, "", lines, licence, numbers)
     return total
 
 
@@ -263,7 +264,7 @@ def convert_adapters(source: str, out: str) -> int:
         raise UserError("--to peft goes with --from workdir:PATH")
     recipe, cfg, model, _ = _load_run(source.removeprefix(WORKDIR))
     form = families.run_form(recipe)
-    base = form.source(cfg).base.removeprefix(hf.PREFIX)
+    base = form.base(cfg).removeprefix(hf.PREFIX)
     main, total = form.adapted, 0
     parts = {main if name.split(".")[: len(main)] == list(main) else (name.partition(".")[0],)
              for name, _ in lora.adapters(model)}  # fmt: skip

@@ -178,8 +178,13 @@ def save(folder: pathlib.Path, model: Decoder, source: Source, writer: Writer) -
 
 
 def source(cfg: Config) -> Source:
-    """What the folder of a run takes over beside its weights."""
-    return Source(base="" if cfg.sd_weights == specs.RANDOM else cfg.sd_weights)
+    """What the folder of a run takes over beside its weights: nothing."""
+    return Source()
 
 
-RUN = RunForm(save, save_reference, source, adapted=("decoder", "denoiser"), beside="decoder")
+def base(cfg: Config) -> str:
+    """Spec of the published weights that a run started from, or ""."""
+    return "" if cfg.sd_weights == specs.RANDOM else cfg.sd_weights
+
+
+RUN = RunForm(save, save_reference, source, base, adapted=("decoder", "denoiser"), beside="decoder")

@@ -380,9 +380,14 @@ def load_tokenizer(cfg: Config):
 def source(cfg: Config) -> Source:
     """What the folder of a run takes over beside its weights."""
     fields = specs.llm_fields(cfg.llm_weights) if cfg.llm == "auto" else {}
+    return Source(fields, load_tokenizer(cfg))
+
+
+def base(cfg: Config) -> str:
+    """Spec of the published weights that a run started from, or ""."""
     whole = cfg.weights and not cfg.weights.startswith(WORKDIR)
-    base = cfg.weights if whole else cfg.llm_weights
-    return Source(fields, load_tokenizer(cfg), base="" if base == specs.RANDOM else base)
+    spec = cfg.weights if whole else cfg.llm_weights
+    return "" if spec == specs.RANDOM else spec
 
 
 FAMILY = Family(
@@ -401,4 +406,4 @@ FAMILY = Family(
     Reference(hf.Tensors, _compare, library="torch, part by part"),
     _save_published,
 )
-RUN = RunForm(save, save_reference, source, adapted=("llm",))
+RUN = RunForm(save, save_reference, source, base, adapted=("llm",))
