@@ -13,6 +13,7 @@ from metamorph_jax.convert import diffusion, export, hf, peft
 from metamorph_jax.errors import ConfigError
 from metamorph_jax.models import lora
 from metamorph_jax.recipes import decoder
+from metamorph_jax.recipes.decoder import published as files
 from metamorph_jax.types import Conditioning
 from tests.convert.conftest import make as published
 from tests.recipes.decoder.tiny import fast, latent_config
