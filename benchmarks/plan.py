@@ -52,7 +52,7 @@ PLANS |= {
     f"vpit-8b-v5e-64-{lever}": (f"{VPIT}:8b", "v5e-64", 1, changes)
     for lever, changes in _LEVERS.items()
 }
-# `metamorph generate` on one chip, by how the language model's weights are kept.
+# `metamorph generate`, by how the language model's weights are kept.
 _DECODING = {
     "decode-8b-v5e-1-int8": "v5e:1x1",
     "decode-8b-v6e-1-bfloat16": "v6e:1x1",
@@ -77,7 +77,7 @@ def make(name: str) -> dict:
     loaded = load_config(f"{ROOT / path}{mark}{arg}", changes)
     decoding = {}
     if name in _DECODING:
-        decoding = {"what": "decode", "weights": name.rsplit("-", 1)[1]}
+        decoding = {"what": "generate", "weights": name.rsplit("-", 1)[1]}
     return command.plan(loaded, chips.parse(topology), config, rows, **decoding)
 
 

@@ -86,10 +86,10 @@ STABLE_DIFFUSION = dict(
 
 def _transformer(features: int, tokens: int, width: int, *, steps: int, **denoiser) -> dict:
     """Differences of a size: `tokens` visual tokens of `features` channels, `steps` to draw."""
-    sizes = dict(num_context=tokens, cross_attention_dim=width, width=width, sample_size=64)
+    shape = dict(num_context=tokens, cross_attention_dim=width, width=width, sample_size=64)
     return dict(
         projector=dict(input_dim=features, hidden_dim=width, output_dim=width),
-        decoder=dict(denoiser=sizes | denoiser),
+        decoder=dict(denoiser=shape | denoiser),
         sampling=dict(steps=steps),
     )
 

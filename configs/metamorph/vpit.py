@@ -52,7 +52,7 @@ QUICKSTART = dict(
         schedule="wsd",  # the last skill, saying yes or no, comes while the learning rate falls
         b2=0.98,
         groups=dict(
-            connector=dict(match=r"(connector|reducer)\..*", rate=7.0),
+            connector=dict(match=r"(connector|vision\.reducer)\..*", rate=7.0),
             head=dict(match=r"head\..*", rate=7.0),
             tokens=dict(match=r".*\.added", rate=7.0),
         ),

@@ -29,17 +29,21 @@ from metamorph_jax.train import checkpoint
 WORKDIR = "workdir:"
 
 
-def load_model(recipe, cfg, mesh: Mesh, *, dtype=None, workdir=None) -> nnx.Module:
+def load_model(
+    recipe, cfg, mesh: Mesh, *, dtype=None, workdir=None, pack: str = ""
+) -> nnx.Module:
     """A model on a mesh with its weights.
 
     Args:
         recipe: a `recipe.Recipe`.
         cfg: its `Config`.
         mesh: for the shardings.
-        dtype: of floating-point weights; None: as the recipe makes them. Buffers and the scales of
-            packed kernels keep theirs.
+        dtype: of floating-point weights, or a function from a dotted name to it; None: as the
+            recipe makes them. Buffers and the scales of packed kernels keep theirs.
         workdir: of a finished run of this config, whose weights are read; None: those that the
             config names.
+        pack: regular expression; kernels of linears whose dotted name it matches are kept in 8 bits
+            and packed one by one, as they are read. Linears with adapters are left as they are.
 
     Raises:
         ConfigError: `workdir` is not that of a finished run.
@@ -53,8 +57,14 @@ def load_model(recipe, cfg, mesh: Mesh, *, dtype=None, workdir=None) -> nnx.Modu
         else:
             load_workdir(model, workdir)
 
+    def make(rngs):
+        model = recipe.create(cfg, rngs)
+        if pack:
+            quantized.quantize(model, "int8", pack)
+        return model
+
     seed = 0 if workdir is None else open_run(workdir)[2].get("seed", 0)
-    return build(lambda rngs: recipe.create(cfg, rngs), mesh, seed, fill, dtype)
+    return build(make, mesh, seed, fill, dtype)
 
 
 def open_run(workdir: str | pathlib.Path):
@@ -90,7 +100,7 @@ def load_workdir(model: nnx.Module, workdir: str | pathlib.Path) -> None:
     recipe, cfg, values = open_run(workdir)
     earlier = nnx.eval_shape(lambda: recipe.create(cfg, nnx.Rngs(0)))
     shapes = checkpoint.export_shapes(workdir)
-    with quantized.unpacked(model):
+    with quantized.unpacked(model, empty=is_open(model)):
         trained = [v for n, v in named_leaves(model).items() if n in shapes and is_open(v)]
         with names.passing_over(trained):  # they would only be replaced
             recipe.load_pretrained(model, cfg)
@@ -114,9 +124,14 @@ def _read_trained(model, workdir, shapes: Mapping, merging: bool) -> dict[str, j
     everywhere = lora.replicated(model)
     for name, x in apart.items():
         wanted[name] = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
-    values = checkpoint.read_export(workdir, wanted)
+    alone = {n: v for n, v in leaves.items() if "loaded" in v.get_metadata()}
+    values = checkpoint.read_export(workdir, {n: x for n, x in wanted.items() if n not in alone})
     for name, variable in leaves.items():
-        variable.set_raw_value(values[name])
+        if name not in alone:
+            variable.set_raw_value(values[name])
+    for name, variable in alone.items():  # packed before the next one comes
+        read = checkpoint.read_export(workdir, {name: wanted[name]})[name]
+        variable.set_raw_value(variable.get_metadata("loaded")(read))
     return {name: values[name] for name in apart}
 
 

@@ -37,7 +37,8 @@ def build(
         mesh: for the shardings.
         seed: of the random weights.
         fill: reads weights into an outline, in place; it may leave some open.
-        dtype: of floating-point weights; None: as the model makes them.
+        dtype: of floating-point weights, or a function from a dotted name to it; None: as the model
+            makes them.
     """
     model = outline(make, mesh, dtype)
     if fill is not None:
@@ -49,9 +50,10 @@ def build(
 def outline(make: Make, mesh: Mesh, dtype=None) -> nnx.Module:
     """The model with shapes, dtypes and shardings in place of arrays; arguments as of `build`."""
     model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
-    for _, variable in _leaves(model):
+    for path, variable in _leaves(model):
         value = variable.get_raw_value()
-        kind = value.dtype if dtype is None or not _is_weight(variable) else jnp.dtype(dtype)
+        asked = dtype(".".join(map(str, path))) if callable(dtype) else dtype
+        kind = value.dtype if asked is None or not _is_weight(variable) else jnp.dtype(asked)
         where = sharding.variable_sharding(variable, mesh)
         variable.set_raw_value(jax.ShapeDtypeStruct(value.shape, kind, sharding=where))
     return model

@@ -30,8 +30,8 @@ def add_arguments(parser) -> None:
     )
     parser.add_argument("--slices", type=int, default=1, help="so many of these topologies")
     parser.add_argument(
-        "--what", choices=("train", "decode"), default="train",
-        help="decode: one token a row, on the first of the chips, as `metamorph generate` does",
+        "--what", choices=("train", "generate"), default="train",
+        help="generate: a step of `metamorph generate`, one token for each row, and its loading",
     )  # fmt: skip
     parser.add_argument(
         "--rows-per-device", type=float, metavar="N", help="in place of config.batch_size"
@@ -94,8 +94,8 @@ def plan(config, topology, name="", rows=None, what="train", length=4096, hlo=No
     from metamorph_jax.plan import programs, report
 
     devices = chips.devices(topology)
-    if what == "decode":
-        program = programs.decode_step(config, devices, rows, length, weights)
+    if what == "generate":
+        program = programs.generate_step(config, devices, rows, length, weights)
     else:
         program = programs.train_step(config, devices, rows)
     compiled = programs.compile_program(program)

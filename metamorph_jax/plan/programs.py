@@ -1,15 +1,18 @@
-"""The programs that a plan compiles: the train step as `train` runs it, and a step of decoding.
+"""The programs that a plan compiles: the step of `train`, and the step of `generate`.
 
 Nothing is computed and no weight is made: states and batches are shapes with shardings.
 """
 
 import dataclasses
+import math
 import time
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from metamorph_jax import flops, sharding
 from metamorph_jax.errors import ConfigError
@@ -29,6 +32,8 @@ class Program:
         positions, rows: of a step, over all devices.
         options: of the model, as its config says; arithmetic: of a step.
         length, weights: of a step of decoding: slots of the cache, and how weights are kept.
+        beside: bytes on each device that are held beside the step's arguments.
+        loading: bytes on each device at the worst moment of loading; 0 if that is not planned.
     """
 
     call: Any
@@ -45,6 +50,8 @@ class Program:
     arithmetic: flops.Flops
     length: int = 0
     weights: str = ""
+    beside: int = 0
+    loading: int = 0
 
 
 def train_step(config, devices, rows_per_device: float | None = None) -> Program:
@@ -58,8 +65,6 @@ def train_step(config, devices, rows_per_device: float | None = None) -> Program
     Raises:
         ConfigError: as `train` would.
     """
-    from flax import nnx
-
     from metamorph_jax.train import optim
     from metamorph_jax.train import state as states
     from metamorph_jax.train.config import resolve
@@ -106,64 +111,126 @@ def train_step(config, devices, rows_per_device: float | None = None) -> Program
     )  # fmt: skip
 
 
-def decode_step(
+def generate_step(
     config, devices, rows_per_device: float | None = None, length=4096, weights="auto"
 ) -> Program:
-    """A step of `metamorph generate`, which runs on one chip: each row reads and emits a token.
+    """The step of `metamorph generate`, in which each row reads and emits a text token.
+
+    Devices on config.mesh.tensor share the language model, all others share the rows. What lies in
+    memory beside it (tower, connector, head) is counted, and so is the worst moment of loading.
 
     Args:
         config: ConfigDict or nested dict.
-        devices: of which the first is compiled for.
+        devices: to compile for.
         rows_per_device: decoded together, default 1.
         length: slots of the cache.
-        weights: how the language model's are kept, see `sampling.layers.layout`.
+        weights: how the language model's are kept, see `cached_llm.take_over`.
 
     Raises:
         ConfigError: the recipe has no language model.
     """
-    from flax import nnx
-
-    from metamorph_jax.sampling.interleaved import Decoder, Options
+    from metamorph_jax.models.build import outline
+    from metamorph_jax.models.llm.llama import Llama
+    from metamorph_jax.nn import quantized
+    from metamorph_jax.sampling.loop import Loop
+    from metamorph_jax.sampling.policy import TextPolicy
+    from metamorph_jax.sampling.trained import reading
     from metamorph_jax.train.config import resolve
 
     run = resolve(config)
-    cfg, recipe, model_cfg = run.cfg, run.recipe, run.model
-    mesh = sharding.make_mesh(devices=devices[:1])
-    rows = round(rows_per_device or 1)
-    made = []
-
-    def prepared():
-        model = recipe.create(model_cfg, nnx.Rngs(0))
-        made.append(Decoder(model, weights))
-        return made[0].weights
-
+    mesh = _mesh_to_generate(run.cfg, devices)
+    rows = round((rows_per_device or 1) * mesh.size)
     with jax.set_mesh(mesh):  # whose kind of device decides how weights are kept
-        kept = jax.eval_shape(prepared)
-    decoder, options = made[0], Options()
-    new = length // 2
-    begin = partial(decoder._run_prompt, options=options, capacity=length - new)
-    number = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    state = jax.eval_shape(
-        begin, kept, jax.ShapeDtypeStruct((rows, new, decoder.cfg.width), jnp.float32), number,
-        number, jax.ShapeDtypeStruct((rows,), jnp.uint32),
-        jax.ShapeDtypeStruct((rows, length - new), jnp.int32),
-    )  # fmt: skip
-    everywhere = sharding.replicated(mesh)
-    place = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype,
-                                                                 sharding=everywhere))  # fmt: skip
-    kept, state = place(kept), place(state)
-    call = jax.jit(partial(decoder.step, options=options), donate_argnums=(1,))
-    size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
-    parts = {"llm": (0, size(kept["llm"])), "connector and head": (0, size(kept["parts"]))}
-    model = nnx.eval_shape(lambda: recipe.create(model_cfg, nnx.Rngs(0)))
-    traced = jax.make_jaxpr(partial(decoder.step, options=options))(kept, state)
+        dtype, pack = reading(run.recipe, run.model, weights, run.cfg.recipe)
+
+        def make(rngs):
+            model = run.recipe.create(run.model, rngs)
+            if pack:
+                quantized.quantize(model, "int8", pack)
+            return model
+
+        model = outline(make, mesh, dtype)
+        llama = next(m for _, m in nnx.iter_modules(model) if type(m) is Llama)
+        loading = _loading_bytes(model, mesh)
+        llm, kept = _taken_over(llama, weights, mesh)
+        beside = _bytes(nnx.state(model)) - _bytes(nnx.state(llama))
+        loop, policy = Loop(llm, kept, None, mesh), TextPolicy()
+        state = _decoding_state(loop, policy, rows, length)
+        call = jax.jit(partial(loop.step, policy=policy), donate_argnums=(1,))
+        traced = jax.make_jaxpr(partial(loop.step, policy=policy))(loop.weights, state)
     forward = flops.of_jaxpr(traced.jaxpr)
-    arithmetic = flops.Flops(forward, 0.0, {"step": forward})
+    size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
+    rest = size(nnx.state(model)) - size(nnx.state(llama))
     groups = {"weights": kept, "cache": (state.keys, state.values)}
     return Program(
-        call, (kept, state), mesh, model, parts, groups, rows, rows, False, cfg,
-        run.table["model"], arithmetic, length=length, weights=weights,
+        call, (loop.weights, state), mesh, model,
+        {"llm": (0, size(kept)), "rest of the model": (0, rest)}, groups, rows, rows, False,
+        run.cfg, run.table["model"], flops.Flops(forward, 0.0, {"step": forward}), length=length,
+        weights=weights, beside=beside, loading=loading,
     )  # fmt: skip
+
+
+def _mesh_to_generate(cfg, devices):
+    tensor = cfg.mesh.get("tensor", 1)
+    if tensor < 1 or len(devices) % tensor:
+        raise ConfigError(f"config.mesh.tensor {tensor} does not divide {len(devices)} devices")
+    return sharding.make_mesh({"tensor": tensor, "data": -1}, devices)
+
+
+def _taken_over(llama, weights: str, mesh):
+    """(functions, shapes) that `take_over` gives for a language model of shapes."""
+    from metamorph_jax.sampling.cached_llm import take_over
+
+    graph, leaves = nnx.split(llama)
+    made = []
+
+    def take(leaves):
+        llm, kept = take_over(nnx.merge(graph, leaves), weights, mesh)
+        made.append(llm)
+        return kept
+
+    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), leaves)
+    kept = jax.eval_shape(take, plain)
+    where = jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), made[0].specs(kept),
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )  # fmt: skip
+    return made[0], _place(kept, where)
+
+
+def _decoding_state(loop, policy, rows: int, length: int):
+    """Shapes of the loop's state after prompts of half the length."""
+    new = length // 2
+    number = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    line = lambda n: jax.ShapeDtypeStruct((rows, n), jnp.int32)  # noqa: E731
+    state = jax.eval_shape(
+        partial(loop._run_prefill, policy=policy, capacity=length - new, slots=length),
+        loop.weights, jax.ShapeDtypeStruct((rows, new, loop.llm.cfg.width), jnp.float32), number,
+        number, jax.ShapeDtypeStruct((rows,), jnp.uint32), line(new), line(length - new),
+    )  # fmt: skip
+    everywhere = sharding.replicated(loop.mesh)
+    where = jax.tree.map(lambda _: everywhere, state)
+    cache = NamedSharding(loop.mesh, loop.llm.cache_spec(rows, loop.mesh))
+    cut = {name: [cache] * len(state.keys) for name in ("keys", "values")}
+    return _place(state, dataclasses.replace(where, **cut))
+
+
+def _bytes(tree) -> int:
+    """Bytes of structs on each device."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+
+def _loading_bytes(model, mesh) -> int:
+    """Bytes on each device at the worst moment of loading: all weights, and one kernel twice.
+
+    That kernel is being packed, or is being laid out for decoding.
+    """
+    leaves = jax.tree.leaves(nnx.state(model))
+    packed = [x for x in leaves if x.dtype == jnp.int8]
+    each = [_bytes(x) for x in leaves] + [2 * _bytes(x) for x in packed]  # bfloat16 until packed
+    return _bytes(leaves) + max(each)
 
 
 @dataclasses.dataclass

@@ -26,14 +26,17 @@ def make(program: Program, compiled: Compiled, topology: Topology, name="") -> d
         "topology": str(topology),
         "devices": devices,
         "mesh": {axis: n for axis, n in program.mesh.shape.items() if n > 1},
-        "what": "train" if program.training else "decode",
+        "what": "train" if program.training else "generate",
         "rows": program.rows,
         "rows_per_device": program.rows / devices,
         "accumulate": cfg.accumulate if program.training else 1,
         "remat": program.options.get("remat", "none"),
         "momentum_dtype": cfg.optim.momentum_dtype,
         "dtype": program.options.get("dtype", ""),
-        **({} if program.training else {"length": program.length, "weights": program.weights}),
+        **({} if program.training else {
+            "length": program.length, "weights": program.weights, "beside_bytes": program.beside,
+            "loading_bytes": program.loading,
+        }),
         "parameters": {part: {"trained": a, "frozen": b} for part, (a, b) in program.parts.items()},
         "hbm_capacity_bytes": chip.hbm,
         "arguments_by_part": {
@@ -54,7 +57,7 @@ def make(program: Program, compiled: Compiled, topology: Topology, name="") -> d
     peak = getattr(memory, "peak_memory_in_bytes", 0) or argument + temp + (
         output - memory.alias_size_in_bytes
     )  # fmt: skip
-    total = peak + memory.generated_code_size_in_bytes
+    total = max(peak + memory.generated_code_size_in_bytes + program.beside, program.loading)
     moved = argument + output + 2 * (sum(sent.size.values()) + temp)
     terms = {
         "compute": (flops.model + flops.recomputed) / devices / chip.flops,
@@ -155,7 +158,10 @@ def table(plan: dict) -> str:
         return _lines(rows)
     rows += [
         ("memory", f"arguments {gib(plan['argument_bytes'])}, temporaries "
-         f"{gib(plan['temp_bytes'])}, peak with code {gib(plan['total_bytes'])} of "
+         f"{gib(plan['temp_bytes'])}, "
+         + (f"beside them {gib(plan['beside_bytes'])}, loading {gib(plan['loading_bytes'])}, "
+            if plan.get("loading_bytes") else "") +
+         f"peak with code {gib(plan['total_bytes'])} of "
          f"{gib(plan['hbm_capacity_bytes'])}"),
         ("FITS", f"{'yes' if plan['fits'] else 'NO'}, {plan['free_share']:.0%} free"),
         ("model FLOPs", f"{plan['model_flops'] / 1e12:,.1f} T a step ("

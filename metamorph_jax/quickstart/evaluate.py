@@ -11,14 +11,15 @@ import pathlib
 
 import jax
 import numpy as np
+from PIL import Image
 
 from metamorph_jax.data import predicted
 from metamorph_jax.eval import probe, scorers
 from metamorph_jax.quickstart import data as qdata
+from metamorph_jax.sampling.generator import Generator, Options
 from metamorph_jax.sampling.image_decoder import ImageDecoder
 from metamorph_jax.sampling.requests import Request
-from metamorph_jax.sampling.segments import Picture, Text
-from metamorph_jax.sampling.speaker import Speaker
+from metamorph_jax.sampling.results import TextPart
 
 ANSWER_TOKENS = 8  # "rectangle" and the end of the turn are fewer
 SEEDS = (0, 1)
@@ -41,35 +42,30 @@ class Settings:
     seed: int = 0
 
 
-def answer_questions(speaker: Speaker, data: qdata.QuickstartData, settings: Settings, say):
+def answer_questions(generator: Generator, data: qdata.QuickstartData, settings: Settings, say):
     """Rows of `questions_test` with `predicted`: a list of dicts."""
     rows = qdata.read_jsonl(data.questions_test)
     rng = np.random.default_rng(settings.seed)
     if 0 < settings.questions < len(rows):
         chosen = np.sort(rng.choice(len(rows), settings.questions, replace=False))
         rows = [rows[i] for i in chosen]
+    options = Options(ANSWER_TOKENS, batch_size=settings.batch)
     for start in range(0, len(rows), settings.batch):
         part = rows[start : start + settings.batch]
-        prompts = [
-            speaker.prompt(
-                Request(r["id"], f"<image>\n{r['question']}", (str(data.images / r["image"]),)),
-                ANSWER_TOKENS,
-            )
-            for r in part
-        ]
-        fill = settings.batch - len(part)  # so that the last batch compiles nothing
-        results = speaker.decoder(
-            prompts + prompts[:1] * fill,
-            [ANSWER_TOKENS] * len(part) + [1] * fill,
-            speaker.options,
-        )
-        for row, result in zip(part, results, strict=False):
-            ids = [i for s in result.segments if isinstance(s, Text) for i in s.ids.tolist()]
-            row["predicted"] = speaker.tokenizer.decode(ids)
+        # The last ones are asked together with earlier ones, so that their batch compiles nothing.
+        asked = rows[-settings.batch :] if len(part) < settings.batch else part
+        replies = generator.generate([_question(row, data) for row in asked], options)
+        for row, reply in zip(part, replies[-len(part) :], strict=True):
+            words = [p.text for p in reply.segments if isinstance(p, TextPart)]
+            row["predicted"] = "".join(words)
         done = start + len(part)
         right = accuracy(rows[:done])
         say(f"questions {done}/{len(rows)}: {100 * right:.1f} % right so far")
     return rows
+
+
+def _question(row: dict, data: qdata.QuickstartData) -> Request:
+    return Request(row["id"], f"<image>\n{row['question']}", (str(data.images / row["image"]),))
 
 
 def accuracy(rows: list[dict]) -> float:
@@ -77,28 +73,25 @@ def accuracy(rows: list[dict]) -> float:
     return sum(scorers.is_right(r["predicted"], r["answer"]) for r in rows) / len(rows)
 
 
-def ask_for_pictures(speaker: Speaker, prompts: list[str], batch: int = 24):
-    """(float32[n, P, C] visual tokens, bool[n] whether a whole picture came), greedy."""
-    P, C = speaker.model.feature_shape
-    budget = P + 24
+def ask_for_images(generator: Generator, prompts: list[str], batch: int = 24):
+    """(float32[n, P, C] visual tokens, bool[n] whether a whole image came), greedy."""
+    P, C = generator.feature_shape
     features, whole = np.zeros((len(prompts), P, C), np.float32), np.zeros(len(prompts), bool)
-    rows = [speaker.prompt(Request(str(i), p), budget) for i, p in enumerate(prompts)]
-    rows += rows[:1] * (-len(rows) % batch)
-    for start in range(0, len(rows), batch):
-        results = speaker.decoder(rows[start : start + batch], budget, speaker.options)
-        for i, result in enumerate(results[: len(prompts) - start], start):
-            made = [s for s in result.segments if isinstance(s, Picture) and s.complete]
-            if made:
-                features[i], whole[i] = made[0].features, True
+    requests = [Request(str(i), prompt) for i, prompt in enumerate(prompts)]
+    replies = generator.generate(requests, Options(P + 24, batch_size=batch), draw=False)
+    for i, reply in enumerate(replies):
+        made = [part for part in reply.image_parts if part.complete]
+        if made:
+            features[i], whole[i] = made[0].features, True
     return features, whole
 
 
-def predict(speaker: Speaker, data: qdata.QuickstartData, path: str) -> dict:
+def predict(generator: Generator, data: qdata.QuickstartData, path: str) -> dict:
     """Saves the model's visual tokens for every training request; see `data.predicted`."""
     samples = qdata.read_jsonl(data.draw_train)
     asked = [s["conversations"][0]["value"] for s in samples]
     prompts = sorted(set(asked))
-    features, whole = ask_for_pictures(speaker, prompts)
+    features, whole = ask_for_images(generator, prompts)
     numbers = {prompt: i if whole[i] else -1 for i, prompt in enumerate(prompts)}
     rows = [numbers[prompt] for prompt in asked]
     predicted.save(path, [str(data.images / s["image"]) for s in samples], rows, features)
@@ -111,50 +104,45 @@ def drawings(image_decoder: ImageDecoder, features: np.ndarray) -> np.ndarray:
     return np.stack([image_decoder.draw_many(features, None, seed) for seed in SEEDS], axis=1)
 
 
-def judges(speaker: Speaker, data: qdata.QuickstartData, settings: Settings):
+def judges(generator: Generator, data: qdata.QuickstartData, settings: Settings):
     """(linear probe, picture classifier, their accuracy on real held-out pictures)."""
     _, train_pixels, *train_labels = qdata.labelled_pictures(data, "train")
     _, test_pixels, *test_labels = qdata.labelled_pictures(data, "test")
-    reader = probe.fit_probe(see_all(speaker, train_pixels), train_labels)
+    reader = probe.fit_probe(see_all(generator, train_pixels), train_labels)
     config = dataclasses.replace(probe.ClassifierConfig(), steps=settings.judge_steps)
     classifier = probe.train_classifier(train_pixels, train_labels, settings.seed, config)
     judged = {
         "linear probe on visual tokens": probe.agreement(
-            reader.predict(see_all(speaker, test_pixels)), test_labels
+            reader.predict(see_all(generator, test_pixels)), test_labels
         ),
         "classifier on pictures": probe.agreement(classifier.predict(test_pixels), test_labels),
     }
     return reader, classifier, judged
 
 
-def see_all(speaker: Speaker, pixels: np.ndarray, batch: int = 64) -> np.ndarray:
+def see_all(generator: Generator, pixels: np.ndarray, batch: int = 64) -> np.ndarray:
     """float32[n, P, C] visual tokens of uint8[n, h, w, 3] pictures of any size."""
-    ready = np.stack([speaker.preprocess(as_picture(p)) for p in pixels])
+    ready = np.stack([generator.prompts.views.pixels(Image.fromarray(p))[0] for p in pixels])
     fill = -len(ready) % batch
     ready = np.concatenate([ready, ready[:1].repeat(fill, 0)])
-    parts = [speaker.see(ready[i : i + batch]) for i in range(0, len(ready), batch)]
+    parts = [generator.see(ready[i : i + batch]) for i in range(0, len(ready), batch)]
     return np.concatenate(parts)[: len(pixels)]
 
 
-def as_picture(pixels: np.ndarray):
-    from PIL import Image
-
-    return Image.fromarray(pixels)
-
-
 def evaluate(
-    speaker, image_decoder, data, folder: pathlib.Path, settings: Settings, say=print
-) -> dict:
+    generator: Generator, image_decoder: ImageDecoder, data, folder: pathlib.Path,
+    settings: Settings, say=print,
+) -> dict:  # fmt: skip
     """Measures everything, saves it in `folder`, and returns the JSON-able part.
 
     folder gets evaluation.json and drawings.npz (visual tokens, drawings).
     """
-    rows = answer_questions(speaker, data, settings, say)
+    rows = answer_questions(generator, data, settings, say)
     requests = qdata.read_jsonl(data.draw_test)
-    features, whole = ask_for_pictures(speaker, [r["prompt"] for r in requests])
+    features, whole = ask_for_images(generator, [r["prompt"] for r in requests])
     say(f"{whole.sum()} of {len(whole)} requests were answered with a whole picture")
     drawn = drawings(image_decoder, features)
-    reader, classifier, judged = judges(speaker, data, settings)
+    reader, classifier, judged = judges(generator, data, settings)
     by_type = scorers.score_by_type(rows, qdata.QUESTION_TYPES)
 
     wanted = [

@@ -186,10 +186,10 @@ class Road:
 
     def predict(self) -> dict:
         from metamorph_jax.quickstart import evaluate
-        from metamorph_jax.sampling.speaker import load_speaker
+        from metamorph_jax.sampling.trained import load_generator
 
-        speaker = load_speaker(str(self.workdir / "vpit"), None)
-        return evaluate.predict(speaker, self.files, str(self.workdir / "predicted.npz"))
+        generator = load_generator(str(self.workdir / "vpit"))
+        return evaluate.predict(generator, self.files, str(self.workdir / "predicted.npz"))
 
     def train(self, stage: str) -> dict:
         from metamorph_jax.train.loop import train
@@ -199,17 +199,17 @@ class Road:
     def evaluate(self) -> dict:
         from metamorph_jax.quickstart import evaluate
         from metamorph_jax.sampling.image_decoder import load_image_decoder
-        from metamorph_jax.sampling.speaker import load_speaker
+        from metamorph_jax.sampling.trained import load_generator
 
         settings = evaluate.Settings(seed=self.seed)
         if self.size == "smoke":
             settings = evaluate.Settings(
                 questions=16, batch=8, judge_steps=20, seed=self.seed
             )
-        speaker = load_speaker(str(self.workdir / "vpit"), None)
+        generator = load_generator(str(self.workdir / "vpit"))
         image_decoder = load_image_decoder(str(self.workdir / "decoder"))
         result = evaluate.evaluate(
-            speaker, image_decoder, self.files, self.workdir / "evaluation", settings
+            generator, image_decoder, self.files, self.workdir / "evaluation", settings
         )
         for name in ("accuracy", "tokens_right", "drawings_right"):
             print(f"{name}: {100 * result[name]:.1f} % (goal {100 * GOALS[name]:.0f} %)")

@@ -82,14 +82,6 @@ class CachedLLM:
         real = jnp.arange(self.table_rows)[:, None] < self.cfg.tokens
         return jnp.where(real, logits, -jnp.inf)
 
-    def empty_cache(self, rows: int, slots: int, dtype) -> tuple[list, list]:
-        """(keys [B, K, H, S], values [B, K, S, H]) of each layer."""
-        K, H = self.cfg.kv_heads, self.cfg.head_dim
-        make = lambda *shape: [  # noqa: E731
-            self._cut(jnp.zeros((rows, K, *shape), dtype)) for _ in range(self.cfg.layers)
-        ]
-        return make(H, slots), make(slots, H)
-
     def read_prompts(self, weights: dict, embeds, lengths, slots: int):
         """Reads rows into a new cache.
 
@@ -200,7 +192,8 @@ class CachedLLM:
 
     # ---- on a mesh
 
-    def _cache_spec(self, rows: int, mesh) -> P:
+    def cache_spec(self, rows: int, mesh) -> P:
+        """Where keys and values of so many rows lie."""
         batch = sharding.fit(P(BATCH_AXES), (rows,), mesh)
         return P(*batch, "tensor" if self.head_shards > 1 else None, None, None)
 
@@ -208,7 +201,7 @@ class CachedLLM:
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.size == 1:
             return cache
-        return lax.with_sharding_constraint(cache, self._cache_spec(len(cache), mesh))
+        return lax.with_sharding_constraint(cache, self.cache_spec(len(cache), mesh))
 
     def _local(self, function, cache, new, slots):
         """`function(cache, new: [B, L, K, H], slots)` on each device's own rows and heads.
@@ -218,13 +211,23 @@ class CachedLLM:
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.size == 1:
             return function(cache, new, slots)
-        spec = self._cache_spec(len(cache), mesh)
+        spec = self.cache_spec(len(cache), mesh)
         rows = P(spec[0], *(None for _ in slots.shape[1:]))
         run = jax.shard_map(
             function, mesh=mesh, in_specs=(spec, P(spec[0], None, spec[1], None), rows),
             out_specs=spec, check_vma=False,
         )  # fmt: skip
         return run(cache, new, slots)
+
+    def specs(self, weights: dict) -> dict:
+        """Where the leaves of weights lie: a PartitionSpec for each."""
+        each = lambda name, kept: (  # noqa: E731
+            {leaf: self.spec(name, leaf) for leaf in kept}
+            if isinstance(kept, dict) else self.spec(name)
+        )  # fmt: skip
+        outer = {name: each(name, kept) for name, kept in weights.items() if name != "layers"}
+        inner = [{name: each(name, kept) for name, kept in w.items()} for w in weights["layers"]]
+        return outer | {"layers": inner}
 
     def spec(self, name: str, leaf: str = "w") -> P:
         """Where a leaf of the weights lies."""

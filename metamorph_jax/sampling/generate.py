@@ -4,30 +4,26 @@
     metamorph generate --workdir RUN --decoder RUN2 --prompt "Draw a red circle." --out drawings
     metamorph generate --workdir RUN --prompts questions.jsonl --out answers
 
-Pictures stand where the prompt says `<image>`, else in front of it on a line of their own. A line
-of a JSONL file is {"id": …, "prompt": …, "images": […] or "image": …, "video": …}, paths relative
-to the file. What comes out, in `--out`:
+Images stand where the prompt has `<image>`, else before it on a line of their own. A line of a
+JSONL file is {"id": …, "prompt": …, "images": […] or "image": …, "video": …}, paths relative to the
+file. In `--out` there will be:
 
-    results.jsonl        one line per prompt as soon as it is done; started again, these are skipped
-    segments.json        all of them as one list, at the end
-    ID_picture0.npy      the visual tokens of a picture, float32[P, C]
-    ID_picture0_scale7.5.png   drawn from them, for each guidance scale
+    results.jsonl              one line per prompt as soon as it is done; the same command started
+                               again skips these
+    segments.json              all of them as one list, at the end
+    ID_image0.npy              the visual tokens of an image, float32[P, C]
+    ID_image0_scale7.5.png     drawn from them, for each guidance scale
 """
 
-import collections
-import dataclasses
 import sys
-from collections.abc import Iterable, Iterator
 
-import numpy as np
-
-from metamorph_jax.errors import BadSample, UserError
+from metamorph_jax.errors import UserError
 from metamorph_jax.sampling import WEIGHTS
 from metamorph_jax.sampling.requests import Request, read_requests
 
 
 def add_arguments(parser) -> None:
-    parser.description = "Answers prompts with text and pictures."
+    parser.description = "Answers prompts with text and images."
     group = parser.add_argument_group("model")
     group.add_argument("--workdir", help="of a finished training stage")
     group.add_argument(
@@ -35,7 +31,7 @@ def add_arguments(parser) -> None:
     )
     group.add_argument("--config", metavar="FILE[:SIZE]", help="the config of --checkpoint")
     group.add_argument(
-        "--decoder", metavar="WORKDIR", help="of a decoder stage: draws the pictures"
+        "--decoder", metavar="WORKDIR", help="of a decoder stage: draws the images"
     )
     group = parser.add_argument_group("prompts")
     group.add_argument("--prompt", help="one prompt")
@@ -43,7 +39,7 @@ def add_arguments(parser) -> None:
     group.add_argument("--image", action="append", default=[], metavar="FILE", help="repeatable")
     group.add_argument("--video", metavar="FILE", help="one frame a second of it")
     group.add_argument(
-        "--think", action="store_true", help="ask the model to picture the detail first"
+        "--think", action="store_true", help="ask the model to draw the relevant detail first"
     )
     group = parser.add_argument_group("decoding")
     group.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
@@ -59,12 +55,28 @@ def add_arguments(parser) -> None:
         help="how the language model's are kept (auto: as it computes); with int8 a TPU or GPU has "
         "half as much to read for each token, a CPU is slower",
     )  # fmt: skip
-    group.add_argument("--force-end", action="store_true", help="end pictures after P tokens")
-    group.add_argument("--parity", action="store_true", help="faults of the reference included")
+    group.add_argument("--min-new-tokens", type=int, default=0)
+    group.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="X",
+        help="divides the scores of tokens that appeared before; 1 (default) changes nothing",
+    )  # fmt: skip
+    group.add_argument("--force-end", action="store_true", help="end images after P tokens")
+    group.add_argument(
+        "--parity", action="store_true",
+        help="reproduce the reference decoder, including its known bugs",
+    )  # fmt: skip
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--batch-size", type=int, default=8, help="for --prompts")
-    group.add_argument("--context", type=int, default=0, help="most positions; 0 as in training")
-    group = parser.add_argument_group("drawing")
+    group.add_argument(
+        "--context", type=int, default=0,
+        help="maximum sequence length (default: as in training)",
+    )  # fmt: skip
+    group.add_argument(
+        "--mesh", metavar="AXIS=SIZE,…",
+        help="devices, e.g. tensor=4 or tensor=2,data=-1 (default: tensor as in config.mesh, all "
+        "others share the prompts)",
+    )  # fmt: skip
+    group = parser.add_argument_group("images")
     group.add_argument(
         "--guidance", type=float, nargs="+", metavar="SCALE",
         help="draw once with each (default: config.model.sampling of --decoder)",
@@ -86,17 +98,21 @@ def run(args) -> int:
     if args.checkpoint and not args.config:
         raise UserError("--checkpoint needs --config FILE[:SIZE], which says what the model is")
     if args.prompts and (args.image or args.video):
-        raise UserError("with --prompts, pictures are named in the file, not by --image or --video")
+        raise UserError("with --prompts, images are named in the file, not by --image or --video")
     bad = 0
     if args.prompts:
         requests, bad = read_requests(args.prompts, args.think)
     else:
         requests = [Request("0", args.prompt, tuple(args.image), args.video or "", args.think)]
+    from metamorph_jax.sampling.generator import Options
     from metamorph_jax.sampling.results import Output
-    from metamorph_jax.sampling.text import Sampler
 
     try:
-        sampler = Sampler(args.temperature, args.top_k, args.top_p)
+        options = Options(
+            args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.min_new_tokens,
+            args.repetition_penalty, args.seed, tuple(args.guidance or ()),
+            args.batch_size if args.prompts else 1,
+        )  # fmt: skip
     except ValueError as error:
         raise UserError(error) from error
     out = Output(args.out, settings(args)) if args.out else None
@@ -104,85 +120,76 @@ def run(args) -> int:
     if len(todo) < len(requests):
         print(f"{len(requests) - len(todo)} of {len(requests)} were done before", file=sys.stderr)
     if todo:
-        from metamorph_jax.sampling.image_decoder import load_image_decoder
-        from metamorph_jax.sampling.speaker import load_speaker
-
-        speaker = load_speaker(
-            args.workdir, args.checkpoint, args.config, args.overrides, args.weights
-        )
-        speaker.options = dataclasses.replace(
-            speaker.options, sampler=sampler, force_end=args.force_end, parity=args.parity
-        )
-        speaker.context = args.context or speaker.context
-        if args.max_new_tokens is None:
-            args.max_new_tokens = min(512, speaker.context // 2)
-        image_decoder = load_image_decoder(args.decoder, args.steps) if args.decoder else None
-        bad += answer(speaker, image_decoder, todo, args, out, alone=args.prompts is None)
+        bad += answer(load(args), todo, options, out, alone=args.prompts is None)
     if out is not None:
         out.finish(requests)
     return 1 if bad else 0
 
 
+def load(args):
+    """The generator that the command line names."""
+    import dataclasses
+
+    from metamorph_jax.sampling.image_decoder import load_image_decoder
+    from metamorph_jax.sampling.trained import load_generator
+
+    asked = {"force_end": args.force_end, "parity": args.parity}
+    generator = load_generator(
+        args.workdir, weights_of=args.checkpoint, config=args.config, overrides=args.overrides,
+        weights=args.weights, mesh=parse_mesh(args.mesh), **{k: v for k, v in asked.items() if v},
+    )  # fmt: skip
+    if args.context:
+        generator.prompts = dataclasses.replace(generator.prompts, length=args.context)
+    if args.decoder:
+        generator.image_decoder = load_image_decoder(args.decoder, args.steps)
+    return generator
+
+
+def parse_mesh(text: str | None) -> dict[str, int] | None:
+    """{"tensor": 2, "data": -1} of "tensor=2,data=-1"."""
+    if not text:
+        return None
+    try:
+        pairs = [part.split("=") for part in text.split(",")]
+        return {axis.strip(): int(size) for axis, size in pairs}
+    except ValueError:
+        raise UserError(f"--mesh {text!r}: expected AXIS=SIZE, e.g. tensor=4") from None
+
+
 def settings(args) -> dict:
-    """What decides the results, apart from the prompts."""
+    """The options that results depend on, apart from the prompts."""
     names = (
         "workdir checkpoint config decoder temperature top_k top_p max_new_tokens force_end parity"
-        " seed context guidance steps weights"
+        " seed context guidance steps weights min_new_tokens repetition_penalty"
     )
     return {name: getattr(args, name) for name in names.split()}
 
 
-def answer(speaker, image_decoder, requests, args, out, alone: bool) -> int:
-    """Decodes all requests, writing each as it is done; returns how many were bad."""
-    from metamorph_jax.sampling.results import Voice, describe
+def answer(generator, requests, options, out, alone: bool) -> int:
+    """Answers all requests, writing each reply as it comes; returns how many were bad.
+
+    `alone`: a single prompt, whose text is printed token by token.
+    """
+    import jax
+
+    from metamorph_jax.sampling.results import Stream
 
     bad = 0
+    speaks = jax.process_index() == 0  # all hosts decode, one of them prints and writes
 
-    def prompts() -> Iterator[tuple[Request, np.ndarray]]:
+    def failed(request, error) -> None:
         nonlocal bad
-        for request in requests:
-            try:
-                yield request, speaker.prompt(request, args.max_new_tokens)
-            except (BadSample, ValueError, OSError, ImportError) as error:
-                if alone:
-                    raise UserError(error) from error
-                print(f"{request.id}: {error}; skipped", file=sys.stderr, flush=True)
-                bad += 1
+        if alone:
+            raise UserError(error) from error
+        print(f"{request.id}: {error}; skipped", file=sys.stderr, flush=True)
+        bad += 1
 
-    size = 1 if alone else args.batch_size
-    for batch in batches(prompts(), size):
-        # A short batch is filled up, so that it needs no compilation of its own.
-        rows = [prompt for _, prompt in batch]
-        fill = size - len(rows)
-        budgets = [args.max_new_tokens] * len(rows) + [1] * fill
-        rows += rows[:1] * fill
-        voice = Voice(speaker) if alone else None
-        results = speaker.decoder(
-            rows, budgets, speaker.options, seeds=[args.seed] * size,
-            stream=voice and (lambda new, say=voice: say(new[0])),
-        )  # fmt: skip
-        if voice:
-            voice.end()
-        for (request, _), result in zip(batch, results, strict=False):
-            record, drawings = describe(speaker, image_decoder, request, result, args)
-            if out is not None:
-                out.write(request, record, drawings)
-            if not alone:
-                print(f"{request.id}: {record['text']}", flush=True)
+    stream = Stream(generator) if alone and speaks else None
+    for request, reply in generator.replies(requests, options, failed, stream):
+        if stream is not None:
+            stream.end()
+        if out is not None and speaks:
+            out.write(request, reply)
+        if not alone and speaks:
+            print(f"{request.id}: {reply.text}", flush=True)
     return bad
-
-
-def batches(prompts: Iterable, size: int) -> Iterator[list]:
-    """Groups (request, prompt) pairs whose prompts fall into the same bucket."""
-    from metamorph_jax.sampling.interleaved import bucket
-
-    waiting = collections.defaultdict(list)
-    for pair in prompts:
-        group = waiting[bucket(len(pair[1]))]
-        group.append(pair)
-        if len(group) == size:
-            yield list(group)
-            group.clear()
-    for group in waiting.values():
-        if group:
-            yield group

@@ -255,7 +255,8 @@ class Loop:
         padded = np.zeros(n, np.int32)
         padded[: len(ids)] = ids
         with self._on_mesh():
-            return np.asarray(self._embed(self.weights["llm"], padded), np.float32)[: len(ids)]
+            embeds = self._embed(self.weights["llm"], padded)
+        return np.array(self.read(embeds)[0], np.float32)[: len(ids)]
 
     def _on_mesh(self):
         return jax.set_mesh(self.mesh or sharding.mesh_of(self.weights))

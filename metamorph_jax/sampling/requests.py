@@ -1,4 +1,4 @@
-"""What `metamorph generate` is asked: prompts from a file, and the pictures that go with them."""
+"""Requests to a generator: prompts, and the images that go with them."""
 
 import dataclasses
 import json
@@ -11,6 +11,15 @@ from metamorph_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Request:
+    """One prompt.
+
+    Attributes:
+        id: names the reply, and its files.
+        prompt: text; images stand where it has `<image>`, else before it.
+        images: files; video: a file, of which one frame a second is read.
+        think: ask the model to draw the relevant detail before it answers.
+    """
+
     id: str
     prompt: str
     images: tuple[str, ...] = ()
@@ -31,7 +40,7 @@ def read_requests(path: str, think: bool = False) -> tuple[list[Request], int]:
             try:
                 request = _request(json.loads(line), number, file.parent, think)
                 if request.id in ids:
-                    raise ValueError(f"id {request.id!r} is there twice")
+                    raise ValueError(f"id {request.id!r} appears twice")
             except ValueError as error:  # JSONDecodeError is one
                 print(f"{path}, line {number}: {error}; skipped", file=sys.stderr)
                 bad += 1
@@ -63,19 +72,19 @@ def _request(value, number: int, folder: pathlib.Path, think: bool) -> Request:
     )
 
 
-def place_pictures(text: str, count: int) -> str:
-    """The prompt with one <image> for each picture: where it says so, else in front of it."""
+def place_images(text: str, count: int) -> str:
+    """The prompt with one `<image>` for each image: where it has them, else before it."""
     markers = text.count(IMAGE)
     if not markers:
         return IMAGE * count + "\n" + text if count else text
     if markers != count:
         raise ValueError(
-            f"the prompt has {markers} {IMAGE} markers, but {count} pictures are given"
+            f"the prompt has {markers} {IMAGE} markers, but {count} images are given"
         )
     return text
 
 
-def picture_refs(request: Request) -> list[ImageRef]:
+def image_refs(request: Request) -> list[ImageRef]:
     refs = [ImageRef(path) for path in request.images]
     if request.video:
         from metamorph_jax.data.sources import video

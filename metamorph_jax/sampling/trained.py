@@ -1,14 +1,26 @@
-"""A finished training stage as a model, from its workdir."""
+"""Trained models, from a workdir or from published weights, made ready for use."""
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Mapping
 
 import jax
+from flax import nnx
+from jax.sharding import Mesh
 
+from metamorph_jax import config as configs
+from metamorph_jax import recipe as recipes
 from metamorph_jax import sharding
 from metamorph_jax.convert import load
 from metamorph_jax.errors import CheckpointError, UserError
+from metamorph_jax.models.llm.llama import Llama
+from metamorph_jax.sampling.cached_llm import kernel_dtype
+from metamorph_jax.sampling.generator import Generator
 
 
 def load_trained(workdir: str):
-    """(recipe module, its Config, model, saved config) of a finished stage."""
+    """(recipe module, its Config, model, saved config) of a finished stage, on one device."""
     recipe, cfg, values = load.open_run(workdir)
     mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
     try:
@@ -16,3 +28,88 @@ def load_trained(workdir: str):
     except CheckpointError as error:
         raise UserError(error) from error
     return recipe, cfg, model, values
+
+
+def load_generator(
+    workdir: str | None = None,
+    *,
+    weights_of: str | None = None,
+    config: str | None = None,
+    overrides: Mapping[str, str] | None = None,
+    weights: str = "auto",
+    mesh: Mapping[str, int] | None = None,
+    **options,
+) -> Generator:
+    """A trained model that generates; its language model exists once, in the form it decodes in.
+
+    Args:
+        workdir: of a finished stage; or
+        weights_of, config, overrides: published weights ("hf:OWNER/NAME" or a folder), the config
+            file that says what the model is, and changes to it.
+        weights: how those of the language model are kept, one of `sampling.WEIGHTS`.
+        mesh: axis -> size; default: as many devices on "tensor" as `config.mesh` says, all others
+            share the rows.
+        options: of the recipe's generator.
+
+    Raises:
+        UserError: there is no such model, or it does not generate.
+    """
+    if workdir:
+        recipe, cfg, values = load.open_run(workdir)
+    else:
+        values = configs.load_config(config, overrides).to_dict()
+        recipe = recipes.find(values["recipe"])
+        cfg = configs.build(recipe.Config, values["model"], "config.model")
+        cfg = dataclasses.replace(
+            cfg, weights=weights_of, tokenizer=cfg.tokenizer or weights_of
+        )
+    unknown = options.keys() - inspect.signature(recipe.generator).parameters.keys()
+    if unknown:
+        raise UserError(f"recipe {values['recipe']} has no option {', '.join(sorted(unknown))}")
+    devices = generation_mesh(mesh, values.get("mesh") or {})
+    dtype, pack = reading(recipe, cfg, weights, values["recipe"])
+    try:
+        model = load.load_model(
+            recipe, cfg, devices, dtype=dtype, workdir=workdir or None, pack=pack
+        )
+    except CheckpointError as error:
+        raise UserError(error) from error
+    data = configs.build(recipe.Data, values["data"], "config.data")
+    made = recipe.generator(model, cfg, data, weights=weights, **options)
+    if made is None:
+        raise UserError(f"the recipe {values['recipe']!r} does not generate text and images")
+    return made
+
+
+def generation_mesh(shape: Mapping[str, int] | None, trained: Mapping[str, int]) -> Mesh:
+    """The mesh to generate on: `shape`, or what fits the devices that are here.
+
+    Args:
+        shape: axis -> size, or None.
+        trained: the mesh of the run; of it, only "tensor" is taken over.
+    """
+    if shape is None:
+        tensor = int(trained.get("tensor", 1))
+        tensor = tensor if tensor > 0 and jax.device_count() % tensor == 0 else 1
+        shape = {"tensor": tensor, "data": -1}
+    try:
+        return sharding.make_mesh(shape)
+    except ValueError as error:
+        raise UserError(f"--mesh: {error}") from error
+
+
+def reading(recipe, cfg, weights: str, name: str):
+    """(dtype by name of a weight, pattern of linears that are packed as they are read).
+
+    Raises:
+        UserError: the model has no language model.
+    """
+    outline = nnx.eval_shape(lambda: recipe.create(cfg, nnx.Rngs(0)))
+    llms = [(".".join(map(str, p)), m) for p, m in nnx.iter_modules(outline) if type(m) is Llama]
+    if not llms:
+        raise UserError(f"the recipe {name!r} does not generate text and images")
+    prefix, llm = llms[0]
+    kept = kernel_dtype(llm.cfg, weights)
+    kernels = re.compile(rf"{re.escape(prefix)}\.(layers\..*|lm_head)\.kernel")
+    pack = rf"{re.escape(prefix)}\.layers\..*" if weights == "int8" else ""
+    return (lambda leaf: kept if kernels.fullmatch(leaf) else None), pack

@@ -442,8 +442,8 @@ def read_export(
 
     Args:
         workdir: of the stage.
-        wanted: the dtype and the sharding that each of them gets; a process reads its shards only.
-            Default: all as they are, on the first device.
+        wanted: those to be read, and the dtype and the sharding that each of them gets; a process
+            reads its shards only. Default: all as they are, on the first device.
 
     Raises:
         ConfigError, CheckpointError: see `export_shapes`.
@@ -453,8 +453,13 @@ def read_export(
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)  # noqa: E731
         wanted = {k: place(x) for k, x in export_shapes(workdir).items()}
+    if not wanted:
+        return {}
     try:
-        return ocp.load(folder, wanted)
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        with context:
+            return ocp.load(folder, wanted)
     except Exception as error:
         raise _damaged(folder, error) from error
 

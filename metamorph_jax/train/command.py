@@ -15,7 +15,8 @@ from metamorph_jax.errors import BadStep, JoinError, Preempted, UserError
 def add_arguments(parser) -> None:
     parser.description = (
         "Trains the stage that a config file describes. The same command with the same workdir "
-        "goes on where it stopped. Any option of the config can be changed: --config.a.b=value."
+        "resumes where it stopped. Any option of the config can be changed: --config.a.b=value; "
+        "metamorph config lists them."
     )
     parser.add_argument(
         "--config", required=True, metavar="FILE[:SIZE]", help="e.g. configs/metamorph/vpit.py:8b"

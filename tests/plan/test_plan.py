@@ -68,14 +68,15 @@ def test_out_of_memory_says_what_to_do():
 
 def test_decoding_reads_packed_weights_as_they_are():
     needs_compiler()
-    smoke = "--config=configs/metamorph/vpit.py:smoke", "--topology=v5e:1x1", "--what=decode"
+    smoke = "--config=configs/metamorph/vpit.py:smoke", "--topology=v5e:1x1", "--what=generate"
     kept = {}
     for weights in ("bfloat16", "int8"):
         done = run(*smoke, "--rows-per-device=2", "--length=64", f"--weights={weights}", "--json=-")
         assert done.returncode == 0, done.stderr
         found = json.loads(done.stdout)
-        assert (found["what"], found["weights"], found["rows"]) == ("decode", weights, 2)
+        assert (found["what"], found["weights"], found["rows"]) == ("generate", weights, 2)
         assert found["total_wire_bytes"] == 0
+        assert found["total_bytes"] >= found["loading_bytes"] > found["beside_bytes"] > 0
         kept[weights] = found["arguments_by_part"]["weights"]
     assert kept["int8"] < 0.9 * kept["bfloat16"]  # tables and connector stay
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from metamorph_jax import config
 from metamorph_jax.recipes import metamorph as recipe
-from metamorph_jax.sampling.speaker import load_speaker
+from metamorph_jax.sampling.trained import load_generator
 
 
 @pytest.fixture(scope="session")
@@ -39,15 +39,15 @@ def workdir(tmp_path_factory, golden_root):
 
 
 @pytest.fixture(scope="session")
-def speaker(workdir):
-    return load_speaker(str(workdir), None)
+def generator(workdir):
+    return load_generator(str(workdir))
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
+def image_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for name in ("a.png", "b.jpg"):
         Image.fromarray(rng.integers(0, 255, (20, 30, 3), np.uint8)).save(folder / name)
-    (folder / "c.png").write_bytes(b"hello, I am no picture")
+    (folder / "c.png").write_bytes(b"hello, I am not an image")
     return folder

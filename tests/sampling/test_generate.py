@@ -6,15 +6,14 @@ import json
 import pytest
 
 from metamorph_jax import cli
-from metamorph_jax.sampling import generate
-from metamorph_jax.sampling import speaker as speakers
+from metamorph_jax.sampling import generate, trained
 
 
 @pytest.fixture
-def loaded(monkeypatch, speaker):
+def loaded(monkeypatch, generator):
     """Loads the model once for all runs."""
-    monkeypatch.setattr(speakers, "load_speaker", lambda *args: speaker)
-    return speaker
+    monkeypatch.setattr(trained, "load_generator", lambda *_, **__: generator)
+    return generator
 
 
 def _parse(*words):
@@ -29,9 +28,9 @@ def _run(workdir, *words):
     return generate.run(_parse("--workdir", workdir, *words))
 
 
-def test_one_prompt(workdir, loaded, pictures, tmp_path, capsys):
+def test_one_prompt(workdir, loaded, image_files, tmp_path, capsys):
     out = tmp_path / "out"
-    words = ["--prompt", "What is it?", "--image", pictures / "a.png", "--max-new-tokens", 8]
+    words = ["--prompt", "What is it?", "--image", image_files / "a.png", "--max-new-tokens", 8]
     assert _run(workdir, *words, "--out", out) == 0
     said = capsys.readouterr().out
     (record,) = json.loads((out / "segments.json").read_text())
@@ -41,16 +40,16 @@ def test_one_prompt(workdir, loaded, pictures, tmp_path, capsys):
     assert 1 <= len(ids) <= 8
 
 
-def test_new_tokens_fit_into_a_short_context(workdir, loaded, pictures, capsys):
-    before, loaded.context = loaded.context, 48
+def test_new_tokens_fit_into_a_short_context(workdir, loaded, image_files, capsys):
+    before = loaded.prompts
     try:
-        assert _run(workdir, "--prompt", "What is it?") == 0
+        assert _run(workdir, "--prompt", "What is it?", "--context", 48) == 0
     finally:
-        loaded.context = before
+        loaded.prompts = before
     assert capsys.readouterr().out
 
 
-def test_jsonl(workdir, loaded, pictures, tmp_path, capsys):
+def test_jsonl(workdir, loaded, image_files, tmp_path, capsys):
     lines = [
         json.dumps({"id": "one", "prompt": "Hello"}),
         "{broken",
@@ -60,7 +59,7 @@ def test_jsonl(workdir, loaded, pictures, tmp_path, capsys):
         json.dumps({"id": "odd", "prompt": "?", "image": "c.png"}),
         json.dumps({"id": "last", "prompt": "Bye"}),
     ]
-    file = pictures / "prompts.jsonl"
+    file = image_files / "prompts.jsonl"
     file.write_text("\n".join(lines))
     out = tmp_path / "out"
     words = ["--prompts", file, "--out", out, "--max-new-tokens", 6, "--batch-size", 2]
@@ -92,7 +91,7 @@ def test_jsonl(workdir, loaded, pictures, tmp_path, capsys):
     "words, message",
     [
         (["--prompt", "x", "--image", "missing.png"], "missing.png"),
-        (["--prompt", "<image>"], "1 <image> markers, but 0 pictures"),
+        (["--prompt", "<image>"], "1 <image> markers, but 0 images"),
         (["--prompt", "x", "--prompts", "y"], "either --prompt or --prompts"),
         (["--prompts", "missing.jsonl"], "no file missing.jsonl"),
         (["--prompt", "x", "--decoder", "d"], "--out"),
@@ -105,17 +104,17 @@ def test_errors(workdir, loaded, words, message):
         _run(workdir, "--max-new-tokens", 8, *words)
 
 
-def test_too_many_pictures(workdir, loaded, pictures):
-    many = ["--image", pictures / "a.png"] * 30
-    with pytest.raises(cli.UserError, match=r"30 pictures .* \d+ pictures fit"):
+def test_too_many_images(workdir, loaded, image_files):
+    many = ["--image", image_files / "a.png"] * 30
+    with pytest.raises(cli.UserError, match=r"30 images .* \d+ images fit"):
         _run(workdir, "--prompt", "x", "--max-new-tokens", 8, *many)
 
 
-def test_unknown_format(workdir, loaded, pictures):
+def test_unknown_format(workdir, loaded, image_files):
     with pytest.raises(cli.UserError, match=r"c\.png"):
-        _run(workdir, "--prompt", "x", "--image", pictures / "c.png", "--max-new-tokens", 8)
+        _run(workdir, "--prompt", "x", "--image", image_files / "c.png", "--max-new-tokens", 8)
 
 
 def test_no_workdir(tmp_path):
-    with pytest.raises(cli.UserError, match="no workdir"):
+    with pytest.raises(cli.UserError, match="not the workdir"):
         _run(tmp_path, "--prompt", "x")

@@ -1,18 +1,18 @@
-"""Prompts from a file, and where their pictures stand."""
+"""Prompts from a file, and where their images stand."""
 
 import json
 
 import pytest
 
-from metamorph_jax.sampling.requests import Request, place_pictures, read_requests
+from metamorph_jax.sampling.requests import Request, place_images, read_requests
 
 
-def test_place_pictures():
-    assert place_pictures("look", 0) == "look"
-    assert place_pictures("look", 2) == "<image><image>\nlook"
-    assert place_pictures("a <image> b", 1) == "a <image> b"
-    with pytest.raises(ValueError, match="1 <image> markers, but 2 pictures"):
-        place_pictures("a <image> b", 2)
+def test_place_images():
+    assert place_images("look", 0) == "look"
+    assert place_images("look", 2) == "<image><image>\nlook"
+    assert place_images("a <image> b", 1) == "a <image> b"
+    with pytest.raises(ValueError, match="1 <image> markers, but 2 images"):
+        place_images("a <image> b", 2)
 
 
 def test_read_requests(tmp_path, capsys):
@@ -40,7 +40,7 @@ def test_read_requests(tmp_path, capsys):
     assert bad == len(said) == 6
     for line, text in zip(
         said,
-        ["4: id 'v' is there twice", "5: expected", "6: unknown key picture", "7: images must be",
+        ["4: id 'v' appears twice", "5: expected", "6: unknown key picture", "7: images must be",
          "8: video must be", "10: "],
         strict=True,
     ):  # fmt: skip

@@ -1,6 +1,5 @@
-"""Results as files and on the terminal."""
+"""Replies as files and on the terminal."""
 
-import argparse
 import io
 
 import numpy as np
@@ -11,58 +10,62 @@ from PIL import Image
 from metamorph_jax.errors import UserError
 from metamorph_jax.recipes import decoder
 from metamorph_jax.recipes.decoder.config import pixels
+from metamorph_jax.sampling.generator import Options
 from metamorph_jax.sampling.image_decoder import ImageDecoder
 from metamorph_jax.sampling.requests import Request
-from metamorph_jax.sampling.results import Output, Voice, describe
-from metamorph_jax.sampling.segments import Picture, Result, Text
+from metamorph_jax.sampling.results import Output, Reply, Stream, TextPart, describe
+from metamorph_jax.sampling.segments import Result, Text, VisualTokens
 
 
-def test_drawing(speaker, tmp_path):
+def test_drawing(generator, tmp_path, monkeypatch):
     """Images are drawn per guidance scale; the same seed draws the same."""
-    P, C = speaker.decoder.P, speaker.decoder.C
+    P, C = generator.feature_shape
     cfg = pixels(C, P, side=16, width=64)
     image_decoder = ImageDecoder(decoder.create(cfg, nnx.Rngs(0)), steps=2)
+    monkeypatch.setattr(generator, "image_decoder", image_decoder)
     features = np.random.default_rng(0).normal(size=(P, C)).astype(np.float32)
     none = np.zeros(0, np.int32)
-    segments = (
-        Text(np.array([65, 66], np.int32)), Picture(features, True), Picture(features[:2], False)
-    )  # fmt: skip
+    segments = Text.of([65, 66]), VisualTokens(features, True), VisualTokens(features[:2], False)
     result = Result(segments, none, features, none, True)
-    args = argparse.Namespace(guidance=[1.5, 3.0], seed=0)
-    request = Request("a/b", "draw")
-    record, files = describe(speaker, image_decoder, request, result, args)
-    drawn = ["a_b_picture0_scale1.5.png", "a_b_picture0_scale3.png"]
+    options = Options(guidance=(1.5, 3.0))
+    reply = generator._reply(result, options, draw=True)
+    record, files = describe(reply, "a/b")
+    drawn = ["a_b_image0_scale1.5.png", "a_b_image0_scale3.png"]
     assert [f for f in files if f.endswith("png")] == drawn
     assert files[drawn[0]].shape == (16, 16, 3) and files[drawn[0]].dtype == np.uint8
     assert [s.get("complete") for s in record["segments"]] == [None, True, False]
-    args.guidance = None  # as the decoder's config says
-    assert [f for f in describe(speaker, image_decoder, request, result, args)[1]] == [
-        "a_b_picture0.npy", "a_b_picture0_scale7.5.png", "a_b_picture1.npy"
-    ]  # fmt: skip
-    args.guidance = [1.5]
-    again = describe(speaker, image_decoder, request, result, args)[1]
+    assert record["text"].endswith("[image 0][image 1]") and record["ended"] == "eos"
+    again = describe(generator._reply(result, options, draw=True), "a/b")[1]
     np.testing.assert_array_equal(files[drawn[0]], again[drawn[0]])
     out = Output(tmp_path / "out", {})
-    out.write(request, record, files)
+    out.write(Request("a/b", "draw"), reply)
     assert Image.open(tmp_path / "out" / drawn[1]).size == (16, 16)
+    (image,) = reply.images
+    np.testing.assert_array_equal(np.asarray(image), files[drawn[0]])
+    reply.save(tmp_path / "saved", "one")
+    assert (tmp_path / "saved" / "one.json").is_file()
+    assert Image.open(tmp_path / "saved" / "one_image0_scale1.5.png").size == (16, 16)
+    assert not generator._reply(result, options, draw=False).images
+    reply = generator._reply(result, Options(), draw=True)  # guidance as the decoder's config says
+    assert [*describe(reply, "a")[1]] == ["a_image0.npy", "a_image0_scale7.5.png", "a_image1.npy"]
 
 
 def test_a_folder_with_results_keeps_its_settings(tmp_path):
     Output(tmp_path, {"seed": 0})
     out = Output(tmp_path, {"seed": 1})  # nothing was made with the other seed
-    out.write(Request("0", "draw"), {"id": "0"}, {})
+    out.write(Request("0", "draw"), Reply((TextPart("no", (1,)),), True))
     Output(tmp_path, {"seed": 1})
     with pytest.raises(UserError, match="other settings .seed"):
         Output(tmp_path, {"seed": 2})
 
 
-def test_voice_keeps_split_characters_back(speaker):
-    heard = io.StringIO()
-    voice = Voice(speaker, heard)
-    ids = speaker.chat.encode("naïve ☂ text")
-    for token in ids:
-        voice([token])
-        assert "\ufffd" not in heard.getvalue()
-    voice([speaker.decoder.start, -1, -1, speaker.decoder.end])
-    voice.end()
-    assert heard.getvalue() == "naïve ☂ text[picture 0]\n"
+def test_a_stream_keeps_split_characters_back(generator):
+    written = io.StringIO()
+    stream = Stream(generator, written)
+    chat = generator.prompts.chat
+    for token in chat.encode("naïve ☂ text"):
+        stream([token])
+        assert "\ufffd" not in written.getvalue()
+    stream([*chat.markers.before, -1, -1, *chat.markers.after])
+    stream.end()
+    assert written.getvalue() == "naïve ☂ text[image 0]\n"

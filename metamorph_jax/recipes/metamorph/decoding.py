@@ -19,13 +19,17 @@ from flax import nnx
 from jax import lax
 
 from metamorph_jax import sharding
-from metamorph_jax.recipes.metamorph.input import input_spec
+from metamorph_jax.data.chat import Chat
+from metamorph_jax.recipes.metamorph.input import input_spec, markers
 from metamorph_jax.recipes.metamorph.model import MetaMorph
 from metamorph_jax.recipes.metamorph.published import load_tokenizer
 from metamorph_jax.sampling.cached_llm import once, take_over
+from metamorph_jax.sampling.generator import Generator, Prompts
 from metamorph_jax.sampling.loop import Loop
 from metamorph_jax.sampling.policy import Emission, Model, Policy, Step, TextPolicy
 from metamorph_jax.sampling.segments import VISUAL, Result, read_record
+
+THINK = "Look closely before you answer. "  # before a prompt, to have the model draw first
 
 
 @jax.tree_util.register_dataclass
@@ -214,27 +218,21 @@ def make_policy(
 
 def generator(
     model: MetaMorph, cfg, data, *, weights: str = "auto", force_end=False, parity=False
-):
+) -> Generator:
     """A generator over this model, whose language model it takes over.
 
     Args:
         weights: how those of the language model are kept, see `take_over`.
         force_end, parity: see `make_policy`.
     """
-    from metamorph_jax.data.chat import Chat
-    from metamorph_jax.sampling.generator import Generator, Prompts
-
-    row, spec = data.row, input_spec(cfg)
-    chat = Chat(
-        load_tokenizer(cfg), row.template, row.system, row.single_bos,
-        image_start=model.image_start, image_end=model.image_end,
-    )  # fmt: skip
+    views = data.images.change(input_spec(cfg).views)
+    chat = Chat.of(load_tokenizer(cfg), data.row, markers(cfg))
     parts = None if model.head is None else VisualParts(model)
     loop = make_loop(model, parts, weights)
-    prompts = Prompts(
-        chat, data.images.change(spec.views.preprocess), spec.views.tokens, model.image_start,
-        data.images.max_pixels, row.length,
-    )  # fmt: skip
+    encoder = None
+    if model.vision.tower is not None:
+        encoder = nnx.merge(*nnx.split(model))
+        del encoder.llm
     policy = partial(make_policy, parts, force_end=force_end, parity=parity)
-    encoder = None if model.vision.tower is None else model
-    return Generator(loop, policy, prompts, encoder)
+    prompts = Prompts(chat, views, data.images, data.row.length, THINK)
+    return Generator(loop, policy, prompts, encoder, model.feature_shape[1])

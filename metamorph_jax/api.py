@@ -1,0 +1,113 @@
+"""The Python API: load a trained model, ask it."""
+
+import itertools
+import pathlib
+import tempfile
+from collections.abc import Mapping, Sequence
+
+from PIL import Image
+
+from metamorph_jax.errors import UserError
+from metamorph_jax.sampling.generator import Generator, Options
+from metamorph_jax.sampling.image_decoder import load_image_decoder
+from metamorph_jax.sampling.requests import Request
+from metamorph_jax.sampling.results import Reply, Stream
+from metamorph_jax.sampling.trained import load_generator
+
+
+class Model:
+    """A trained model that answers prompts with text and images.
+
+    Attributes:
+        generator: what it stands on; for many requests at a time.
+    """
+
+    def __init__(self, generator: Generator):
+        self.generator = generator
+        self._numbers = itertools.count()
+
+    def generate(
+        self,
+        prompt: str,
+        images: Sequence[str | pathlib.Path | Image.Image] = (),
+        *,
+        think: bool = False,
+        stream: bool = False,
+        **options,
+    ) -> Reply:
+        """The reply to one prompt.
+
+        Args:
+            prompt: text; images stand where it has `<image>`, else before it.
+            images: files, or Pillow images.
+            think: ask the model to draw the relevant detail first.
+            stream: print text as it comes.
+            options: fields of `sampling.generator.Options`: max_new_tokens, temperature, top_k,
+                top_p, seed, guidance, …
+
+        Returns:
+            `reply.text`, `reply.images` (Pillow images, if an image decoder was loaded),
+            `reply.show()`, `reply.save(folder)`.
+
+        Raises:
+            ValueError, BadSample: the prompt does not fit, or an image can't be read.
+            TypeError: no such option.
+        """
+        chosen = Options(**{"batch_size": 1, **options})
+        with tempfile.TemporaryDirectory() as folder:
+            files = [_file(image, folder, i) for i, image in enumerate(images)]
+            request = Request(str(next(self._numbers)), prompt, tuple(files), think=think)
+            printer = Stream(self.generator) if stream else None
+            (reply,) = self.generator.generate([request], chosen, printer)
+        if printer is not None:
+            printer.end()
+        return reply
+
+
+def _file(image, folder: str, number: int) -> str:
+    if not isinstance(image, Image.Image):
+        return str(image)
+    path = pathlib.Path(folder) / f"{number}.png"
+    image.convert("RGB").save(path)
+    return str(path)
+
+
+def load(
+    model: str | pathlib.Path,
+    decoder: str | pathlib.Path | None = None,
+    *,
+    config: str | None = None,
+    mesh: Mapping[str, int] | None = None,
+    weights: str = "auto",
+    steps: int | None = None,
+    **options,
+) -> Model:
+    """A trained model, ready to generate.
+
+    Args:
+        model: workdir of a finished stage; or published weights ("hf:OWNER/NAME" or a folder) of
+            the model that `config` describes.
+        decoder: workdir of a decoder stage, which draws the images; None: nothing is drawn.
+        config: FILE[:SIZE] of published weights.
+        mesh: axis -> size, e.g. {"tensor": 4}; default: as many devices on "tensor" as the run
+            had, all others share the rows.
+        weights: how the language model's are kept: "auto" (as it computes), "float32", "bfloat16"
+            or "int8".
+        steps: of the diffusion sampler; None: as the config of `decoder` says.
+        options: of the recipe's generator, e.g. `force_end=True`.
+
+    Raises:
+        UserError: there is no such model, or it does not generate.
+    """
+    where = str(model)
+    if config is None:
+        if where.startswith("hf:"):
+            raise UserError(f"{where} are published weights: say what the model is with config=")
+        generator = load_generator(where, weights=weights, mesh=mesh, **options)
+    else:
+        generator = load_generator(
+            weights_of=where, config=config, weights=weights, mesh=mesh, **options
+        )
+    if decoder is not None:
+        generator.image_decoder = load_image_decoder(str(decoder), steps)
+    return Model(generator)

@@ -1,0 +1,297 @@
+"""`Generator`: from requests to replies, with batching, streaming and drawn images.
+
+What is particular to a system (its policy, its chat markers, how it reads images) comes from its
+recipe, which makes the generator; everything that generates talks to this class only: the command
+`generate`, the Python API, evaluation.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+
+from metamorph_jax import sharding
+from metamorph_jax.data import images
+from metamorph_jax.data.chat import Chat
+from metamorph_jax.data.config import ImageConfig
+from metamorph_jax.data.interleave import build_row, read_place
+from metamorph_jax.data.views import Views
+from metamorph_jax.errors import BadSample
+from metamorph_jax.sampling.loop import Loop, bucket
+from metamorph_jax.sampling.policy import Policy, TextPolicy
+from metamorph_jax.sampling.requests import Request, image_refs, place_images
+from metamorph_jax.sampling.results import ImagePart, Reply, TextPart
+from metamorph_jax.sampling.segments import Result, Text
+from metamorph_jax.sampling.text import Sampler
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How requests are answered.
+
+    Attributes:
+        max_new_tokens: visual tokens count; None: 512, or half of the length if that is less.
+        temperature, top_k, top_p: see `text.Sampler`; the default is greedy.
+        min_new_tokens, repetition_penalty: see `policy.TextPolicy`.
+        seed: of text that is drawn by chance, and of drawings.
+        guidance: scales with which each image is drawn; (): the one of the image decoder's config.
+        batch_size: requests that are decoded together.
+    """
+
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_new_tokens: int = 0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    guidance: tuple[float, ...] = ()
+    batch_size: int = 8
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {self.batch_size}")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        self.text(())
+
+    def text(self, eos: tuple[int, ...]) -> TextPolicy:
+        sampler = Sampler(self.temperature, self.top_k, self.top_p)
+        return TextPolicy(sampler, eos, self.min_new_tokens, self.repetition_penalty)
+
+
+DEFAULTS = Options()
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """How requests become rows, as in training.
+
+    Attributes:
+        chat: template, tokenizer and markers.
+        views: how an image becomes views.
+        images: limits of images that are read.
+        length: most positions of prompt and reply together.
+        think: text that asks the model to draw the relevant detail before it answers.
+    """
+
+    chat: Chat
+    views: Views
+    images: ImageConfig
+    length: int
+    think: str = ""
+
+    @property
+    def tokenizer(self):
+        return self.chat.tokenizer
+
+    @property
+    def eos(self) -> tuple[int, ...]:
+        """Ids that end a reply."""
+        ends = {self.chat.close, self.tokenizer.eos_token_id}
+        return tuple(sorted(ends - {None}))
+
+    def row(self, request: Request, max_new_tokens: int):
+        """(`interleave.Row`, uint8[views, h, w, 3] or None) of a request.
+
+        Raises:
+            ValueError, BadSample: with a message for the user.
+        """
+        refs = image_refs(request)
+        text = place_images((self.think if request.think else "") + request.prompt, len(refs))
+        ids = self.chat.prompt([("user", text)])
+        loaded = images.load(refs, self.images.max_pixels)
+        places = [read_place(*self.views.plan(image.size)) for image in loaded]
+        sizes = [len(place.slots) for place in places]
+        need = len(ids) - len(refs) + sum(sizes)
+        if need > self.length - max_new_tokens:
+            raise ValueError(self._too_long(sizes, len(ids) - len(refs), max_new_tokens))
+        row = build_row(ids, None, places, self.views.tokens, max(need, 1))
+        pixels = [self.views.pixels(image) for image in loaded]
+        return row, np.concatenate(pixels) if pixels else None
+
+    def _too_long(self, sizes: list[int], words: int, max_new_tokens: int) -> str:
+        room = max(self.length - max_new_tokens, 0)
+        advice = "shorten the prompt or --max-new-tokens"
+        if sizes:
+            fit = int((np.cumsum(sizes) + words <= room).sum())
+            advice = f"{fit} images fit"
+        return (
+            f"{len(sizes)} images and {words} text tokens make {sum(sizes) + words} positions, but "
+            f"beside {max_new_tokens} new tokens the context of {self.length} has room for {room}: "
+            f"{advice}"
+        )
+
+
+class Generator:
+    """A model that answers requests.
+
+    Args:
+        loop: over its language model.
+        policy: makes its policy from the one for text.
+        prompts: how its requests are written.
+        encoder: a module with `visual_features` (uint8[n, h, w, 3] -> float32[n, P, C]) and
+            `project` (-> float[n, P, D]); None if the model can't read images.
+        feature_width: C.
+
+    Attributes:
+        feature_shape: (P, C) of an image's visual tokens.
+        image_decoder: draws visual tokens (`load_image_decoder`), or None: nothing is drawn.
+        prompts: may be replaced, for another length.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        policy: Callable[[TextPolicy], Policy],
+        prompts: Prompts,
+        encoder: nnx.Module | None = None,
+        feature_width: int = 0,
+    ):
+        self.feature_shape = prompts.views.tokens, feature_width
+        self.loop, self.prompts, self.image_decoder = loop, prompts, None
+        self._policy = policy
+        self._see = self._project = None
+        if encoder is not None:
+            graph, self._encoder = nnx.split(encoder)
+            merged = lambda weights: nnx.merge(graph, weights)  # noqa: E731
+            whole = lambda x: sharding.constrain(x, None, None, None)  # noqa: E731
+            self._see = jax.jit(lambda weights, x: whole(merged(weights).visual_features(x)))
+            self._project = jax.jit(lambda weights, x: whole(merged(weights).project(x)))
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        options: Options = DEFAULTS,
+        stream: Callable[[np.ndarray], None] | None = None,
+        draw: bool = True,
+    ) -> list[Reply]:
+        """Replies in the order of the requests, whose ids differ.
+
+        Args:
+            draw: have the image decoder draw images, if there is one.
+            stream: given what the first request's reply consists of, as it comes: int32[n] ids, -1
+                for a visual token. Only for a single request.
+
+        Raises:
+            ValueError, BadSample: a request can't be answered; with a message for the user.
+        """
+
+        def raise_it(request, error):
+            raise error
+
+        pairs = self.replies(requests, options, raise_it, stream, draw)
+        found = {request.id: reply for request, reply in pairs}
+        return [found[request.id] for request in requests]
+
+    def replies(
+        self,
+        requests: Iterable[Request],
+        options: Options,
+        failed: Callable[[Request, Exception], None],
+        stream: Callable[[np.ndarray], None] | None = None,
+        draw: bool = True,
+    ) -> Iterator[tuple[Request, Reply]]:
+        """(request, reply) as batches get done, those of similar length together.
+
+        Args:
+            failed: told about a request that can't be answered, which is then left out.
+            stream, draw: see `generate`.
+        """
+        requests = list(requests)
+        size = min(options.batch_size, max(len(requests), 1))
+        budget = self.budget(options)
+        policy = self._policy(options.text(self.prompts.eos))
+        prompts = self._all_prompts(requests, budget, failed)
+        for batch in batches(prompts, size):
+            # A short batch is filled up, so that it needs no compilation of its own.
+            fill = size - len(batch)
+            rows = [prompt for _, prompt, _ in batch] + [batch[0][1]] * fill
+            results = self.loop(
+                rows, [budget] * len(batch) + [1] * fill, policy, seeds=[options.seed] * size,
+                prompt_ids=[ids for *_, ids in batch] + [batch[0][2]] * fill,
+                stream=stream and (lambda new: stream(new[0])),
+            )  # fmt: skip
+            for (request, *_), result in zip(batch, results, strict=False):
+                yield request, self._reply(result, options, draw)
+
+    def budget(self, options: Options) -> int:
+        """New tokens that a reply may have."""
+        return options.max_new_tokens or min(512, self.prompts.length // 2)
+
+    def _all_prompts(self, requests, budget: int, failed):
+        for request in requests:
+            try:
+                yield request, *self.prompt(request, budget)
+            except (BadSample, ValueError, OSError, ImportError) as error:
+                failed(request, error)
+
+    def prompt(self, request: Request, max_new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """(float32[L, D] what the language model reads, int32[L] ids, -1 at visual tokens).
+
+        Raises:
+            ValueError, BadSample: with a message for the user.
+        """
+        row, pixels = self.prompts.row(request, max_new_tokens)
+        embeds = self.loop.embed(row.tokens)
+        visual = row.image_slots >= 0
+        if pixels is not None:
+            features = self.see(pixels)
+            tokens = self._run(self._project, features)
+            tokens = np.asarray(tokens, np.float32).reshape(-1, embeds.shape[-1])
+            embeds[visual] = tokens[row.image_slots[visual]]
+        return embeds, np.where(visual, -1, row.tokens)
+
+    def see(self, pixels: np.ndarray) -> np.ndarray:
+        """float32[n, P, C] visual tokens of uint8[n, h, w, 3].
+
+        Compiled at numbers of images that are powers of two.
+
+        Raises:
+            ValueError: the model can't read images.
+        """
+        if self._see is None:
+            raise ValueError(
+                "this model was trained on cached features and has no tower to read images with"
+            )
+        n = len(pixels)
+        size = 1 << max(n - 1, 0).bit_length()
+        padded = np.concatenate([pixels, np.zeros((size - n, *pixels.shape[1:]), np.uint8)])
+        return np.asarray(self._run(self._see, padded))[:n]
+
+    def _run(self, function, x):
+        with jax.set_mesh(sharding.mesh_of(self._encoder)):
+            return function(self._encoder, x)
+
+    def _reply(self, result: Result, options: Options, draw: bool) -> Reply:
+        parts = []
+        for segment in result.segments:
+            if isinstance(segment, Text):
+                ids = segment.ids.tolist()
+                parts.append(TextPart(self.prompts.tokenizer.decode(ids), tuple(ids)))
+                continue
+            number = sum(isinstance(part, ImagePart) for part in parts)
+            drawn = {}
+            if draw and self.image_decoder is not None and segment.complete:
+                one = self.image_decoder.draw
+                for scale in options.guidance or (self.image_decoder.sampling.guidance,):
+                    drawn[scale] = one(segment.features, scale, options.seed + number)
+            parts.append(ImagePart(segment.features, segment.complete, drawn))
+        return Reply(tuple(parts), result.ended)
+
+
+def batches(prompts: Iterable[tuple], size: int) -> Iterator[list]:
+    """Groups (request, prompt, …) whose prompts fall into the same bucket."""
+    waiting = collections.defaultdict(list)
+    for item in prompts:
+        group = waiting[bucket(len(item[1]))]
+        group.append(item)
+        if len(group) == size:
+            yield list(group)
+            group.clear()
+    for group in waiting.values():
+        if group:
+            yield group
