@@ -2,6 +2,7 @@
 
     metamorph convert --from workdir:RUN --out DIR             a training run, for transformers
     metamorph convert --from workdir:RUN --to peft --out DIR   its adapters, for PEFT
+    metamorph convert --from workdir:RUN --to reference --out DIR   for the system's public code
     metamorph convert --from hf:owner/name --out DIR --dtype bf16
     metamorph convert --from gguf:model.gguf --out DIR         dequantised
     metamorph convert --list                                   families, sizes, memory
@@ -35,8 +36,9 @@ def add_arguments(parser) -> None:
         help="hf:OWNER/NAME, a folder, gguf:FILE, pkg:NAME, or workdir:PATH of a finished run",
     )  # fmt: skip
     parser.add_argument(
-        "--to", choices=("hf", "peft"), default="hf",
-        help="format: hf, whole weights (default); peft, the adapters of a run",
+        "--to", choices=("hf", "peft", "reference"), default="hf",
+        help="format: hf, for transformers or diffusers (default); peft, the adapters of a run; "
+        "reference, a run in the files of its system's public implementation",
     )  # fmt: skip
     parser.add_argument("--out", metavar="DIR", help="folder for the result; must not exist yet")
     parser.add_argument(
@@ -81,7 +83,8 @@ def run(args) -> int:
             if args.to == "peft":
                 total = convert_adapters(args.source, args.out)
             else:
-                total = convert(args.source, args.out, args.dtype, most, args.decoder)
+                reference = args.to == "reference"
+                total = convert(args.source, args.out, args.dtype, most, args.decoder, reference)
         seconds = time.perf_counter() - start
         print(f"{total / 1e9:.2f} GB in {seconds:.0f} s -> {args.out}")
         return 0
@@ -132,17 +135,21 @@ class Progress:
 # ---- conversions
 
 
-def convert(source: str, out: str, dtype: str = "same", most: int = 5 * 10**9, decoder=None) -> int:
+def convert(
+    source: str, out: str, dtype="same", most: int = 5 * 10**9, decoder=None, reference=False
+) -> int:
     """Writes `out` and returns the bytes of all tensors; see the module docstring."""
     from metamorph_jax.convert import diffusion, export, hf, specs
 
     title = pathlib.Path(out).name
     if decoder and not source.startswith(WORKDIR):
         raise UserError("--decoder goes with --from workdir:PATH")
+    if reference and not source.startswith(WORKDIR):
+        raise UserError("--to reference goes with --from workdir:PATH")
     with export.whole_or_nothing(out) as folder:
         if source.startswith(WORKDIR):
             path = pathlib.Path(source.removeprefix(WORKDIR))
-            return _from_workdir(path, folder, dtype, most, decoder, title)
+            return _from_workdir(path, folder, dtype, most, decoder, title, reference)
         file = specs.file_of(source, ".gguf")
         if file is not None:
             return _from_gguf(source, file, folder, dtype, most, title)
@@ -201,7 +208,7 @@ def _rewrite(spec, family, tensors: Mapping, source, folder, dtype: str, most: i
     return total
 
 
-def _from_workdir(workdir, folder, dtype, most, decoder, title) -> int:
+def _from_workdir(workdir, folder, dtype, most, decoder, title, reference) -> int:
     """A finished run as its recipe writes it, and its image decoder in decoder/."""
     from metamorph_jax.convert import export, families
     from metamorph_jax.models import lora
@@ -210,18 +217,21 @@ def _from_workdir(workdir, folder, dtype, most, decoder, title) -> int:
     recipe, cfg, model, values = _load_run(workdir)
     print(f"workdir:{workdir}: recipe {values['recipe']}; writing {kind}", flush=True)
     form, model = families.run_form(recipe), lora.merged(model)
-    source, progress = form.source(cfg), Progress("writing", _bytes(model))
+    source, licence = form.source(cfg), licence_of_spec(form.base(cfg))
+    progress = Progress("writing", _bytes(model))
     writer = export.Writer(kind, most, progress)
-    total = form.save(folder, model, source, writer)
+    save = lambda form: form.reference if reference else form.save  # noqa: E731
+    total = save(form)(folder, model, source, writer)
     if decoder:
         recipe, cfg, model, _ = _load_run(decoder)
         form = families.run_form(recipe)
         if not form.beside:
             raise UserError(f"--decoder {decoder} is not a run of an image decoder")
-        total += form.save(folder / form.beside, lora.merged(model), form.source(cfg), writer)
+        model, other = lora.merged(model), form.source(cfg)
+        total += save(form)(folder / form.beside, model, other, writer)
     progress.close()
     lines, numbers = export.run_lines(values), export.last_numbers(workdir)
-    write_card(folder, title, "", lines, licence_of_spec(source.base), numbers)
+    write_card(folder, title, "", lines, licence, numbers)
     return total
 
 
@@ -254,7 +264,7 @@ def convert_adapters(source: str, out: str) -> int:
         raise UserError("--to peft goes with --from workdir:PATH")
     recipe, cfg, model, _ = _load_run(source.removeprefix(WORKDIR))
     form = families.run_form(recipe)
-    base = form.source(cfg).base.removeprefix(hf.PREFIX)
+    base = form.base(cfg).removeprefix(hf.PREFIX)
     main, total = form.adapted, 0
     parts = {main if name.split(".")[: len(main)] == list(main) else (name.partition(".")[0],)
              for name, _ in lora.adapters(model)}  # fmt: skip

@@ -111,13 +111,11 @@ class Source:
         fields: of the source's config.json, or {}: for ids of special tokens.
         tokenizer: a transformers tokenizer, or None.
         folder: whose tokenizer, processor and generation files are copied, or None.
-        base: spec of the published weights that a run started from; "" if there are none.
     """
 
     fields: Mapping = dataclasses.field(default_factory=dict)
     tokenizer: Any = None
     folder: pathlib.Path | None = None
-    base: str = ""
 
 
 # ---- what goes beside the weights

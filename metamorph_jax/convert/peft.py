@@ -178,8 +178,9 @@ def load_peft(module: nnx.Module, spec: str | pathlib.Path) -> lora.LoraConfig:
     folder = hf.find(str(spec))
     fields, places = read_config(folder), _published(module)
     halves = _read_halves(module, folder, places)
-    cfg = _lora_config(fields, halves, {places[name][0] for name in halves})
-    linears = _matching_linears(module, folder, cfg, {places[name][0] for name in halves})
+    chosen = {places[name][0] for name in halves}
+    cfg = _lora_config(fields, halves, chosen)
+    linears = _matching_linears(module, folder, cfg, chosen)
     values = _stacked_values(folder, fields, linears, places, halves)
     for name, linear in linears.items():
         for leaf in _ENDS:
@@ -206,10 +207,10 @@ def _read_halves(module: nnx.Module, folder: pathlib.Path, places: Mapping) -> H
     return halves
 
 
-def _lora_config(fields: Mapping, halves: Halves, names: set[str]) -> lora.LoraConfig:
+def _lora_config(fields: Mapping, halves: Halves, chosen: set[str]) -> lora.LoraConfig:
     """The config of adapters of these linears, with the largest of the ranks."""
     return lora.LoraConfig(
-        target="|".join(re.escape(n) for n in sorted(names)),
+        target="|".join(re.escape(n) for n in sorted(chosen)),
         rank=max(half["lora_a"].shape[1] for half in halves.values()),
         alpha=float(fields["lora_alpha"]),
         dropout=float(fields.get("lora_dropout", 0.0)),
@@ -217,13 +218,13 @@ def _lora_config(fields: Mapping, halves: Halves, names: set[str]) -> lora.LoraC
     )
 
 
-def _matching_linears(module, folder, cfg: lora.LoraConfig, names: set[str]) -> dict:
+def _matching_linears(module, folder, cfg: lora.LoraConfig, chosen: set[str]) -> dict:
     """name -> linear with an adapter; they are added to a module that has none."""
     have = dict(lora.adapters(module))
-    if have and set(have) != names:
+    if have and set(have) != chosen:
         raise ValueError(
             f"{folder} has adapters of other linears than the model: "
-            f"only there: {sorted(names - set(have))}; only here: {sorted(set(have) - names)}"
+            f"only there: {sorted(chosen - set(have))}; only here: {sorted(set(have) - chosen)}"
         )
     if not have:
         lora.add(module, cfg, rngs=nnx.Rngs(0))

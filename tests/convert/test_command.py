@@ -97,7 +97,17 @@ def test_a_run_becomes_a_folder_for_transformers(run, tmp_path, capsys):
     for text in ("`metamorph`, stage `vpit`", "- cats: `cats.jsonl`", "| text_loss | 1.25 |"):
         assert text in card
 
-    cfg = dataclasses.replace(model.cfg, weights=str(out))  # as --checkpoint names it
+    comes_back(model, out)
+    words = ["--from", f"workdir:{workdir}", "--to", "reference", "--out", tmp_path / "reference"]
+    assert convert(*words) == 0
+    comes_back(model, tmp_path / "reference")
+    fields = hf.read_config(tmp_path / "reference")
+    assert fields["model_type"] == "metamorph_llama" and fields["vocab_size"] == ids[1] + 1
+
+
+def comes_back(model, folder):
+    """The folder has all weights of the model; it is named as by --checkpoint."""
+    cfg = dataclasses.replace(model.cfg, weights=str(folder))
     again = nnx.eval_shape(lambda: recipe.create(cfg, nnx.Rngs(0)))
     recipe.load_pretrained(again, cfg)
     mine, came = (dict(nnx.to_flat_state(nnx.state(m, nnx.Param))) for m in (model, again))
@@ -212,6 +222,7 @@ def test_a_decoder_lies_beside(pixels, tmp_path):
         (["--from", "workdir:missing", "--out", "out"], "not the workdir of a training run"),
         (["--from", "x", "--out", "out", "--max-shard-size", "big"], "'big' is not a size"),
         (["--from", "x", "--out", "out", "--decoder", "d"], "--from workdir:PATH"),
+        (["--from", "x", "--out", "out", "--to", "reference"], "--from workdir:PATH"),
     ],
 )
 def test_errors(words, message, tmp_path, monkeypatch, capsys):

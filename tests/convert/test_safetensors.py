@@ -72,12 +72,12 @@ HOSTILE = {
     "overlapping": ({"a": entry(0, 8), "b": entry(4, 12)}, 12, None, "b overlaps a"),
     "outside": ({"a": entry(0, 8), "b": entry(8, 16)}, 12, None, "cut off"),
     "a hole": ({"a": entry(0, 8), "b": entry(12, 16)}, 16, None, "between a and b"),
-    "data behind the last": (WHOLE, 20, None, "4 bytes behind b"),
+    "data after the last": (WHOLE, 20, None, "4 bytes after b"),
     "size and shape differ": ({"a": entry(0, 8, [3])}, 8, None, r"F32 \[3\], but has 8"),
     "negative offset": ({"a": entry(-8, 0, [2])}, 8, None, "a is not described"),
     "backward offsets": ({"a": entry(8, 0, [2])}, 8, None, r"data_offsets \[8, 0\]"),
     "no shape": ({"a": {"dtype": "F32", "data_offsets": [0, 8]}}, 8, None, "a is not described"),
-    "a list": ([1, 2], 8, None, "no table"),
+    "a list": ([1, 2], 8, None, "not a table"),
     "no JSON": (b"{broken", 8, None, "unreadable"),
     "a name twice": (
         b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'

@@ -107,17 +107,20 @@ def load_reference(model: Decoder, folder: str | pathlib.Path) -> None:
         buffer.set_raw_value(jax.device_put(np.full(old.shape, value, np.float32), old.sharding))
 
 
-def save_reference(model: Decoder, folder: str | pathlib.Path, torch_files: bool = False) -> None:
+def save_reference(
+    folder: pathlib.Path, model: Decoder, source: Source, writer: Writer, torch_files: bool = True
+) -> int:
     """Writes the three files; a standardisation of the features is folded into the projector.
 
     Args:
-        torch_files: `.pt` files, which the reference's demo reads (needs torch).
+        torch_files: `.pt` files, which the reference's demo reads (needs torch); else safetensors.
+
+    Returns:
+        Bytes of all tensors.
     """
     denoiser = model.decoder.denoiser
     if not isinstance(denoiser, UNet):
         raise ValueError(f"the reference knows no {type(denoiser).__name__}, only the UNet")
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     cfg = model.cfg.projector
     fields = {k: v for k, v in vars(cfg).items() if k != "dtype"}
     write_json(folder / "model_config.json", fields)
@@ -128,18 +131,23 @@ def save_reference(model: Decoder, folder: str | pathlib.Path, torch_files: bool
         old = adapter[weight]
         adapter[bias] = adapter[bias] - old @ (mean * scale)
         adapter[weight] = old * scale
-    _save(adapter, folder / _FILES["adapter"], torch_files)
-    _save(names.lazy_torch_dict(denoiser), folder / _FILES["unet"], torch_files)
+    parts = {"adapter": adapter, "unet": names.lazy_torch_dict(denoiser)}
+    if torch_files:
+        return sum(_save_torch(x, folder / f"{_FILES[name]}.pt") for name, x in parts.items())
+    one_file = dataclasses.replace(writer, most=2**62)
+    return sum(one_file.weights(folder, x, _FILES[name]) for name, x in parts.items())
 
 
-def _save(tensors: names.Lazy, path: pathlib.Path, torch_file: bool) -> None:
-    if torch_file:
+def _save_torch(tensors: names.Lazy, file: pathlib.Path) -> int:
+    """Writes a file for torch.load, in float32; returns its bytes."""
+    try:
         import torch
-
-        state = {key: torch.from_numpy(np.array(tensors[key])) for key in tensors}
-        torch.save(state, path.with_suffix(".pt"))
-        return
-    Writer(most=2**62).weights(path.parent, tensors, path.name)
+    except ImportError:
+        raise ImportError(f"{file.name} is a torch file: pip install torch") from None
+    state = {k: torch.from_numpy(np.array(tensors[k], np.float32)) for k in tensors}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, file)
+    return sum(x.nbytes for x in state.values())
 
 
 # ---- what is written
@@ -170,8 +178,13 @@ def save(folder: pathlib.Path, model: Decoder, source: Source, writer: Writer) -
 
 
 def source(cfg: Config) -> Source:
-    """What the folder of a run takes over beside its weights."""
-    return Source(base="" if cfg.sd_weights == specs.RANDOM else cfg.sd_weights)
+    """What the folder of a run takes over beside its weights: nothing."""
+    return Source()
 
 
-RUN = RunForm(save, source, adapted=("decoder", "denoiser"), beside="decoder")
+def base(cfg: Config) -> str:
+    """Spec of the published weights that a run started from, or ""."""
+    return "" if cfg.sd_weights == specs.RANDOM else cfg.sd_weights
+
+
+RUN = RunForm(save, save_reference, source, base, adapted=("decoder", "denoiser"), beside="decoder")

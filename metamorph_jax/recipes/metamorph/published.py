@@ -24,7 +24,7 @@ from flax import nnx
 
 from metamorph_jax.convert import compare, families, hf, names, specs, tokenizers, vit
 from metamorph_jax.convert import llama as llama_names
-from metamorph_jax.convert.export import Source, Writer, write_json
+from metamorph_jax.convert.export import Source, Writer, save_part, write_json
 from metamorph_jax.convert.families import Family, Reference, RunForm
 from metamorph_jax.convert.llama import export_llama, load_llama
 from metamorph_jax.convert.load import WORKDIR
@@ -354,6 +354,18 @@ def save(folder: pathlib.Path, model: MetaMorph, source: Source, writer: Writer)
     return total
 
 
+def save_reference(folder: pathlib.Path, model: MetaMorph, source: Source, writer: Writer) -> int:
+    """One checkpoint of the whole model in the names of the public implementation.
+
+    Returns:
+        Bytes of all tensors.
+    """
+    llm = model.llm.cfg
+    added = [START_TOKEN, END_TOKEN][: llm.added_tokens]
+    tokenizers.extend(source.tokenizer, llm.vocab_size, added).save_pretrained(folder)
+    return save_part(FAMILY, folder, model, Source(), writer)
+
+
 def _save_published(family, folder, model, source: Source, writer: Writer) -> int:
     tokenizer = source.tokenizer or tokenizers.load(source.folder)
     return save(folder, model, dataclasses.replace(source, tokenizer=tokenizer), writer)
@@ -368,9 +380,14 @@ def load_tokenizer(cfg: Config):
 def source(cfg: Config) -> Source:
     """What the folder of a run takes over beside its weights."""
     fields = specs.llm_fields(cfg.llm_weights) if cfg.llm == "auto" else {}
+    return Source(fields, load_tokenizer(cfg))
+
+
+def base(cfg: Config) -> str:
+    """Spec of the published weights that a run started from, or ""."""
     whole = cfg.weights and not cfg.weights.startswith(WORKDIR)
-    base = cfg.weights if whole else cfg.llm_weights
-    return Source(fields, load_tokenizer(cfg), base="" if base == specs.RANDOM else base)
+    spec = cfg.weights if whole else cfg.llm_weights
+    return "" if spec == specs.RANDOM else spec
 
 
 FAMILY = Family(
@@ -389,4 +406,4 @@ FAMILY = Family(
     Reference(hf.Tensors, _compare, library="torch, part by part"),
     _save_published,
 )
-RUN = RunForm(save, source, adapted=("llm",))
+RUN = RunForm(save, save_reference, source, base, adapted=("llm",))

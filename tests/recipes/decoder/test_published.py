@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from metamorph_jax.convert.export import Source, Writer
 from metamorph_jax.models.diffusion.decoder import DiffusionConfig
 from metamorph_jax.models.diffusion.projector import ProjectorConfig
 from metamorph_jax.models.diffusion.schedule import Schedule
@@ -36,12 +37,16 @@ def small_decoder(mode="mlp", seed=0):
     return decoder.create(cfg, nnx.Rngs(seed))
 
 
+def save(model, folder, torch_files=False):
+    return published.save_reference(folder, model, Source(), Writer(), torch_files)
+
+
 @pytest.mark.parametrize("torch_files", [False, True])
 def test_decoder_files_survive_both_ways(torch_files, tmp_path):
     if torch_files:
         pytest.importorskip("torch", reason=ORACLE)
     first, second = small_decoder(seed=0), small_decoder(seed=1)
-    published.save_reference(first, tmp_path, torch_files)
+    save(first, tmp_path, torch_files)
     ending = ".pt" if torch_files else ".safetensors"
     names = {"model_config.json", "unet_checkpoint" + ending, "adapter_checkpoint" + ending}
     assert {file.name for file in tmp_path.iterdir()} == names
@@ -61,7 +66,7 @@ def test_standardisation_is_folded_into_the_projector(mode, tmp_path):
     rng = np.random.default_rng(0)
     features = rng.normal(2, 3, (2, 5, 24)).astype(np.float32)
     first.set_statistics(features)
-    published.save_reference(first, tmp_path)
+    save(first, tmp_path)
     published.load_reference(second, tmp_path)
     assert not np.asarray(second.feature_mean[...]).any()
     context = [np.asarray(m.conditioning(jnp.asarray(features)).context) for m in (first, second)]
@@ -71,7 +76,7 @@ def test_standardisation_is_folded_into_the_projector(mode, tmp_path):
 def test_decoder_files_out_of_a_wrapper_and_without_a_unet(tmp_path):
     torch = pytest.importorskip("torch", reason=ORACLE)
     first, second = small_decoder(seed=0), small_decoder(seed=1)
-    published.save_reference(first, tmp_path, torch_files=True)
+    save(first, tmp_path, torch_files=True)
     state = torch.load(tmp_path / "adapter_checkpoint.pt", weights_only=True)
     torch.save({"module." + k: v for k, v in state.items()}, tmp_path / "adapter_checkpoint.pt")
     (tmp_path / "unet_checkpoint.pt").unlink()
@@ -87,7 +92,7 @@ def test_wrong_decoder_folders(tmp_path):
     model = small_decoder()
     with pytest.raises(FileNotFoundError, match="model_config.json"):
         published.load_reference(model, tmp_path)
-    published.save_reference(model, tmp_path)
+    save(model, tmp_path)
     with pytest.raises(ValueError, match="num_layers=2"):
         published.load_reference(small_decoder("xattn"), tmp_path)
     (tmp_path / "adapter_checkpoint.safetensors").unlink()
@@ -95,4 +100,4 @@ def test_wrong_decoder_folders(tmp_path):
         published.load_reference(model, tmp_path)
     cfg = pixels(8, 4, side=8, width=64)
     with pytest.raises(ValueError, match="DiT"):
-        published.save_reference(decoder.create(cfg, nnx.Rngs(0)), tmp_path / "b")
+        save(decoder.create(cfg, nnx.Rngs(0)), tmp_path / "b")

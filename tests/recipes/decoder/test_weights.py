@@ -13,6 +13,7 @@ from metamorph_jax.convert import diffusion, export, hf, peft
 from metamorph_jax.errors import ConfigError
 from metamorph_jax.models import lora
 from metamorph_jax.recipes import decoder
+from metamorph_jax.recipes.decoder import published as files
 from metamorph_jax.types import Conditioning
 from tests.convert.conftest import make as published
 from tests.recipes.decoder.tiny import fast, latent_config
@@ -87,7 +88,7 @@ def test_sd_weights_go_beneath_adapters(sd_folder, tmp_path):
     cfg = sd_config(sd_folder, lora=dict(rank=2))
     model = decoder.create(cfg, nnx.Rngs(0))
     decoder.load_pretrained(model, cfg)
-    published.save(tmp_path / "out", lora.merged(model), export.Source(), export.Writer())
+    files.save(tmp_path / "out", lora.merged(model), export.Source(), export.Writer())
     written, came = (hf.Tensors(f / "unet") for f in (tmp_path / "out", sd_folder))
     assert set(written) == set(came)
     for key in came:
