@@ -19,42 +19,45 @@ import common
 import jax
 import numpy as np
 from flax import nnx
-from metamorph_jax.sampling.interleaved import Options, prepare
 
 from metamorph_jax.models.vision.encoder import VisionConfig
 from metamorph_jax.platforms import has_matrix_units
 from metamorph_jax.recipes import metamorph as recipe
+from metamorph_jax.recipes.metamorph.decoding import VisualParts, make_loop, make_policy
+from metamorph_jax.sampling.policy import TextPolicy
 from metamorph_jax.sampling.segments import VISUAL
 
 PROMPT, NEW, TOKENS, WIDTH = 200, 200, 64, 1152
 
 
-def make_decoder(size: str, tokens: int, precision: str):
-    """Random weights; the head is small, so that free ids never hit start or end."""
+def make_loops(size: str, tokens: int, precision: str):
+    """(loop, policy) with random weights; free ids never hit start or end."""
     cfg = recipe.Config(llm=size, vision=VisionConfig("none", feature_width=WIDTH, tokens=tokens))
     with jax.default_matmul_precision(precision):
-        return prepare(recipe.create(cfg, nnx.Rngs(0)))
+        model = recipe.create(cfg, nnx.Rngs(0))
+        parts = VisualParts(model)
+        return make_loop(model, parts), make_policy(parts, TextPolicy())
 
 
-def forced(decoder, batch: int, new: int, tokens: int) -> np.ndarray:
-    """Ids of all text steps; the picture begins in the middle."""
-    ids = np.random.default_rng(1).integers(10, decoder.cfg.vocab_size, (batch, new))
-    ids[:, (new - tokens) // 2] = decoder.start
+def forced(policy, vocabulary: int, batch: int, new: int, tokens: int) -> np.ndarray:
+    """Ids of all text steps; the image begins in the middle."""
+    ids = np.random.default_rng(1).integers(10, vocabulary, (batch, new))
+    ids[:, (new - tokens) // 2] = policy.parts.start
     return ids.astype(np.int32)
 
 
-def bytes_read(decoder, batch: int, prompt: int, new: int, tokens: int) -> float:
-    """What all steps behind the prompt's pass must read at least."""
+def bytes_read(loop, batch: int, prompt: int, new: int, tokens: int) -> float:
+    """What all steps after the prompt's pass must read at least."""
     nbytes = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))  # noqa: E731
-    llm = decoder.weights["llm"]
-    cfg = decoder.cfg
+    llm = loop.weights["llm"]
+    cfg = loop.llm.cfg
     slot = 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * llm["table"].dtype.itemsize
     filled = sum(range(prompt + 1, prompt + new))
     steps = new - 1
     return (
         steps * nbytes(llm["layers"])
         + (steps - tokens) * nbytes(llm["head"])
-        + tokens * nbytes(decoder.weights["parts"])
+        + tokens * nbytes(loop.weights["parts"])
         + batch * slot * filled
     )
 
@@ -97,26 +100,27 @@ def make_peer(cfg, prompt: int, new: int, batch: int, precision: str):
 
 def measure(batch: int, precision: str, shape: tuple, bandwidth: float, args) -> common.Case:
     size, prompt, new, tokens = shape
-    decoder = make_decoder(size, tokens, precision)
+    loop, policy = make_loops(size, tokens, precision)
+    cfg = loop.llm.cfg
     rng = np.random.default_rng(0)
-    prompts = list(rng.normal(size=(batch, prompt, decoder.cfg.width)).astype(np.float32))
-    ids = forced(decoder, batch, new, tokens)
+    prompts = list(rng.normal(size=(batch, prompt, cfg.width)).astype(np.float32))
+    ids = forced(policy, cfg.vocab_size, batch, new, tokens)
 
     def ours():
         with jax.default_matmul_precision(precision):
-            results = decoder(prompts, new, forced_ids=ids)
+            results = loop(prompts, new, policy, forced_ids=ids)
         assert all((r.record == VISUAL).sum() == tokens for r in results)
         assert all(len(r.record) == new for r in results)
 
     def read_prompt():
         with jax.default_matmul_precision(precision):
-            return decoder.begin(prompts, new, Options(), forced_ids=ids).embed
+            return loop.prefill(prompts, new, policy, forced_ids=ids).embed
 
     runs = {"ours": ours, "prompt": read_prompt}
     if not args.no_peer and common.has("torch", "transformers"):
-        runs["peer"] = make_peer(decoder.cfg, prompt, new, batch, precision)
+        runs["peer"] = make_peer(cfg, prompt, new, batch, precision)
     times = common.interleaved(runs, args.rounds)
-    needed = bytes_read(decoder, batch, prompt, new, tokens) / bandwidth
+    needed = bytes_read(loop, batch, prompt, new, tokens) / bandwidth
     made = batch * new
     return common.emit(
         common.Case(

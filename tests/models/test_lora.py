@@ -75,16 +75,13 @@ def test_one_linear(rslora):
     np.testing.assert_allclose(adapted(x), want, atol=1e-5)
 
 
-@pytest.mark.parametrize("stacked", [True, False])
-def test_merged_equals_adapted(stacked):
+def test_merged_equals_adapted():
     llm = random_b(make_llm())
-    if not stacked:
-        llm = llama.unstack(llm)
     plain = make_llm(None)
     merged = lora.merged(llm)
     assert not list(lora.adapters(merged)) and list(lora.adapters(llm))
     assert [str(p) for p, _ in nnx.to_flat_state(nnx.state(merged))] == [
-        str(p) for p, _ in nnx.to_flat_state(nnx.state(plain if stacked else llama.unstack(plain)))
+        str(p) for p, _ in nnx.to_flat_state(nnx.state(plain))
     ]
     np.testing.assert_allclose(states_of(merged), states_of(llm), atol=2e-5)
     assert np.abs(states_of(llm) - states_of(plain)).max() > 0.1

@@ -1,5 +1,8 @@
 """`metamorph_jax.load` and what it gives."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -23,3 +26,15 @@ def test_load_and_generate(workdir, image_files, capsys):
         model.generate("x", surprise=1)
     with pytest.raises(UserError, match="config="):
         metamorph_jax.load("hf:owner/name")
+
+
+def test_importing_the_package_starts_nothing():
+    code = (
+        "import sys, metamorph_jax; "
+        "found = {'jax', 'torch', 'flax', 'numpy', 'transformers'} & set(sys.modules); "
+        "assert not found, found"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert "load" in metamorph_jax.__all__
+    with pytest.raises(AttributeError, match="no attribute 'unload'"):
+        metamorph_jax.unload  # noqa: B018

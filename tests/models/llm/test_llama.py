@@ -1,4 +1,4 @@
-"""Llama against transformers on tiny random weights: scalings, ties, biases, packing, cache."""
+"""Llama against transformers on tiny random weights: scalings, ties, biases, packing."""
 
 import dataclasses
 import json
@@ -125,28 +125,6 @@ def test_turns_equal_each_turn_alone_behind_the_prefix():
         alone = np.concatenate([prefix, turn])[None]
         logits = run(llm, alone, np.arange(alone.shape[1])[None], np.ones_like(alone))[0]
         np.testing.assert_allclose(part, logits[5:], atol=1e-5)
-
-
-@pytest.mark.parametrize("listed", [False, True])
-def test_cached_steps_equal_the_whole_row(listed):
-    llm = llama.Llama(llama.SIZES["tiny"], rngs=nnx.Rngs(0))
-    if listed:
-        llm = llama.unstack(llm)
-    tokens = np.random.default_rng(0).integers(0, 320, (2, 7))
-    positions = np.tile(np.arange(7), (2, 1))
-    whole = run(llm, tokens, positions, np.ones_like(tokens))
-    advance = fast(lambda t, p, m, c: llm(llm.embed_tokens(t), p, m, c))
-    cache = llm.empty_cache(2, 8)
-    out, at = [], 0
-    for step in (4, 1, 1, 1):
-        here = slice(at, at + step)
-        slots = jnp.arange(8)[None, None] <= jnp.arange(at, at + step)[None, :, None]
-        mask = jnp.broadcast_to(slots, (2, step, 8))
-        hidden, cache = advance(tokens[:, here], positions[:, here], mask, cache)
-        out.append(llm.logits(hidden))
-        at += step
-    assert int(cache.filled) == 7
-    np.testing.assert_allclose(np.concatenate(out, 1), whole, atol=1e-5)
 
 
 def test_added_tokens_are_rows_behind_the_table():
