@@ -12,7 +12,6 @@ import pathlib
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from metamorph_jax.sampling.generator import Generator, Prompts
 
 from metamorph_jax import losses, sharding
 from metamorph_jax.convert import hf, load, names, specs
@@ -29,6 +28,7 @@ from metamorph_jax.models.llm import llama
 from metamorph_jax.nn.attention import row_mask
 from metamorph_jax.recipe import Shard
 from metamorph_jax.sampling.cached_llm import take_over
+from metamorph_jax.sampling.generator import Generator, Prompts
 from metamorph_jax.sampling.loop import Loop
 from metamorph_jax.types import Batch
 
