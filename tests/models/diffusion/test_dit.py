@@ -37,7 +37,7 @@ def test_shape_and_that_context_and_time_matter_after_a_step(grid, local):
 
 
 def test_a_grid_that_does_not_tile_is_refused():
-    with pytest.raises(ValueError, match="tile"):
+    with pytest.raises(ValueError, match="num_context 9 is not a square"):
         dataclasses.replace(TINY, grid_context=True, num_context=9)
 
 
