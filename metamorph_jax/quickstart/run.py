@@ -180,9 +180,31 @@ class Road:
                 table.model.remat = "full"  # then a forward pass is cheap, memory is not
         if stage == "vpit":
             table.model.weights = f"workdir:{self.workdir / 'connector'}"
+            with table.unlocked():
+                table.evals = self.evals()
         if stage == "decoder":
             table.data.predicted = str(self.workdir / "predicted.npz")
         return table
+
+    def evals(self) -> dict:
+        """Held-out losses and answers while the language model is trained."""
+        smoke = self.size == "smoke"
+        source = dict(path=str(self.files.vqa_test), root=str(self.files.images))
+        questions = dict(data=str(self.files.root), seed=self.seed)
+        questions |= dict(questions=8, batch=8) if smoke else dict(questions=50, batch=50)
+        return dict(
+            heldout=dict(
+                every=3 if smoke else 130,
+                data=dict(sources=dict(vqa=source)),
+                batches=2 if smoke else 16,
+            ),
+            answers=dict(
+                kind="task",
+                every=6 if smoke else 260,
+                task="metamorph_jax.quickstart.evaluate:QuestionAccuracy",
+                options=questions,
+            ),
+        )
 
     def predict(self) -> dict:
         from metamorph_jax.quickstart import evaluate

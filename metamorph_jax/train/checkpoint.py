@@ -91,7 +91,7 @@ class Checkpoints:
 
     def keep_also(self, step: int) -> None:
         """Keeps this one, the best so far, until there is a better one that is complete."""
-        self._best[:] = [*self._best[-1:], step]
+        self._best[:] = [step] if step in self.steps else [*self._best[-1:], step]
 
     def save(
         self, step: int, state: TrainState, buffers: Params, data: dict[int, dict], notes: dict
@@ -148,6 +148,8 @@ class Checkpoints:
             saving.result()
         except Exception as error:
             raise self._not_written(step, error) from error
+        if step in self._best:
+            self._best[:] = [step]
         return step
 
     def _not_written(self, step: int, error: Exception) -> CheckpointError:

@@ -1,8 +1,8 @@
-"""`metamorph train`: runs a config in a workdir, or goes on there.
+"""`metamorph train`: runs a config in a workdir, or resumes the run there.
 
-Exit codes: 0 done; 2 the user has to change something; 3 a bad step ended the run; and those after
-which the same command is to be started again: 75 another host was lost (134 if JAX itself noticed
-first, and aborted), 143 SIGTERM came.
+Exit codes: 0, done; 2, the user has to change something; 3, a bad step ended the run. After these,
+start the same command again: 75, another host was lost (134 if JAX itself noticed it first and
+aborted); 143, SIGTERM came.
 """
 
 import argparse
@@ -21,10 +21,10 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--config", required=True, metavar="FILE[:SIZE]", help="e.g. configs/metamorph/vpit.py:8b"
     )
-    parser.add_argument("--workdir", required=True, help="checkpoints, metrics and weights go here")
+    parser.add_argument("--workdir", required=True, help="folder of checkpoints, metrics, weights")
     parser.add_argument(
         "--profile", metavar="START:STOP",
-        help="write a trace of these steps into the workdir's profile/, for xprof",
+        help="write a trace of these steps to WORKDIR/profile, for xprof",
     )  # fmt: skip
     group = parser.add_argument_group(
         "several hosts",
@@ -33,22 +33,22 @@ def add_arguments(parser) -> None:
     group.add_argument(
         "--distributed",
         action=argparse.BooleanOptionalAction,
-        help="insist on other hosts, or never join any; default: as the platform says",
+        help="require other hosts, or never join any; default: what the platform says",
     )
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
-    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
-    group.add_argument("--process", type=int, metavar="K", help="number of this one, from 0")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    group.add_argument("--processes", type=int, metavar="N", help="number of processes")
+    group.add_argument("--process", type=int, metavar="K", help="number of this process, from 0")
     group.add_argument(
         "--hint-after", type=float, default=60.0, metavar="SECONDS",
-        help="say what to check when hosts are still missing (60)",
+        help="if hosts are still missing then, print what to check (60)",
     )  # fmt: skip
     group.add_argument(
         "--join-timeout", type=float, default=600.0, metavar="SECONDS",
-        help="give up waiting for them (600)",
+        help="stop waiting for missing hosts (600)",
     )  # fmt: skip
     group.add_argument(
         "--heartbeat", type=int, default=100, metavar="SECONDS",
-        help="a host that is silent for so long is lost, and the others end (100)",
+        help="a host that is silent for this long counts as lost, and the others exit (100)",
     )  # fmt: skip
 
 
@@ -102,7 +102,7 @@ def _join(args, config):
 
 
 def _leave(place, error: Exception) -> None:
-    """Ends one of several processes, which others may wait for, or which waits for others."""
+    """Ends this process of several; others may be waiting for it, or it for others."""
     import jax
 
     from metamorph_jax import distributed
@@ -115,7 +115,7 @@ def _leave(place, error: Exception) -> None:
         distributed.leave(1)
     print(
         f"metamorph train: process {place.process} lost contact with another host, see its log. "
-        "Start the same command again on all hosts: it goes on from the last checkpoint.",
+        "Start the same command again on all hosts: it resumes from the last checkpoint.",
         file=sys.stderr,
     )
     distributed.leave(distributed.LOST_HOST)

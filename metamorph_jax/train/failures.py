@@ -1,4 +1,4 @@
-"""What can go wrong in a run, and what is kept of it: bad steps, and the signal to stop."""
+"""Bad steps, with the record that is kept of them, and the signal to stop."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from metamorph_jax.errors import LossSpike, NonFiniteError
 
 @dataclasses.dataclass
 class Pending:
-    """A step whose values are not read yet.
+    """A step whose values have not been read yet.
 
     Attributes:
         step: its number, from 1.
@@ -37,13 +37,13 @@ class Pending:
 
 
 class BadSteps:
-    """Stops the run at a bad step, or writes it down and goes on.
+    """Stops the run at a bad step, or writes it down and lets the run continue.
 
     Args:
         workdir: gets `bad_step_<step>_process_<k>.npz` (the rows of this process without pixels)
-            and `.json` (what was wrong, and the samples of each row), whether it stops or not.
-        skip: go on; else the first bad step ends the run.
-        most: so many bad steps in a row end it all the same.
+            and `.json` (what was wrong, and the samples of each row) in both cases.
+        skip: skip bad steps; else the first one ends the run.
+        most: this many bad steps in a row end the run even with `skip`.
         sources: names of the data sources.
     """
 
@@ -60,15 +60,16 @@ class BadSteps:
         if report["finite"] and not report["spike"]:
             self._in_a_row = 0
             return None
-        kind, said = self._explain(pending, report)
+        kind, message = self._explain(pending, report)
         self.total += 1
         self._in_a_row += 1
         if not self.skip:
-            raise kind(f"{said} Nothing was applied since step {pending.step - 1}. Look at the "
+            raise kind(f"{message} Nothing was applied since step {pending.step - 1}. Look at the "
                        "samples, or set guard.on_bad=skip to leave such batches out")  # fmt: skip
         if self._in_a_row >= self.most:
-            raise kind(f"{said} That was bad step {self._in_a_row} in a row, guard.most_in_a_row")
-        return f"{said} Skipped"
+            count = self._in_a_row
+            raise kind(f"{message} That was bad step {count} in a row, guard.most_in_a_row")
+        return f"{message} Skipped"
 
     def _explain(self, pending: Pending, report) -> tuple[type, str]:
         file = self.workdir / f"bad_step_{pending.step}_process_{jax.process_index()}.npz"
@@ -79,22 +80,23 @@ class BadSteps:
         blamed = blamed or pending.batch.sources_present()
         wrong = [k for k, v in report["sums"].items() if not np.isfinite(v)]
         if report["finite"]:
-            mean, deviation = report["usual"][:2]
+            mean, deviation = report["loss_statistics"][:2]
             kind, what = LossSpike, (
-                f"loss {float(report['loss']):.5g} is a spike (usual {mean:.5g} ± {deviation:.2g})"
+                f"loss {float(report['loss']):.5g} is a spike "
+                f"(running mean {mean:.5g} ± {deviation:.2g})"
             )  # fmt: skip
         elif wrong:
             kind, what = NonFiniteError, f"not finite: losses {', '.join(wrong)}"
         else:
             kind, what = NonFiniteError, "not finite: gradients (all losses are finite)"
-        said = (
+        message = (
             f"step {pending.step}: {what}; data source: {', '.join(blamed) or 'unknown'}; "
             f"gradient norm {float(report['grad_norm']):.5g}. The batch is in {file}, its samples "
             f"in {file.with_suffix('.json').name}."
         )
         note = {"step": pending.step, "what": what, "samples": pending.samples()}
         file.with_suffix(".json").write_text(json.dumps(note, indent=1) + "\n")
-        return kind, said
+        return kind, message
 
 
 def _small_arrays(batch) -> dict[str, np.ndarray]:

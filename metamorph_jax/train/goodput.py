@@ -1,9 +1,9 @@
-"""Where the time of a run went, over all its starts.
+"""How the time of a run was spent, over all its starts.
 
 workdir/goodput.json holds when the run was started and, for the steps of its checkpoints, the
-seconds that had gone into steps, waiting and saving by then. A run that goes on from a checkpoint
-takes its sums from there: what was computed after it and lost does not count. Goodput is the share
-of the wall time since the very first start that went into steps which count.
+seconds spent on steps, waiting and saving by then. A run that resumes from a checkpoint takes its
+sums from there: what was computed after it and lost does not count. Goodput is the share of the
+wall time since the first start that went into steps that count.
 """
 
 import json
@@ -18,7 +18,7 @@ class Goodput:
 
     Args:
         workdir: of the run.
-        first: step from which it goes on.
+        first: step that it starts or resumes from.
         began: when this process began, as `time.time()`.
         active: False on all processes but the first, which then have no numbers.
     """
@@ -32,7 +32,7 @@ class Goodput:
                 saved = json.loads(self.file.read_text())
                 self.starts, self.sums = saved["starts"], saved["sums"]
             except (ValueError, KeyError):
-                pass  # an account that can't be read must not keep a run from going on
+                pass  # a damaged account must not stop a run from resuming
         self.sums = {step: x for step, x in self.sums.items() if int(step) <= first}
         self.steps, self.waiting, self.saving = self.sums.get(str(first), [0.0, 0.0, 0.0])
         self.starts.append([began, first, None])
@@ -50,7 +50,7 @@ class Goodput:
         self._write()
 
     def step(self, waited: float) -> None:
-        """One more step was read, whose data were waited for so long."""
+        """One more step was read; `waited` seconds went into waiting for its data."""
         if self._last is None:
             return
         now = time.perf_counter()
@@ -60,12 +60,12 @@ class Goodput:
         self._last = now
 
     def pause(self, seconds: float) -> None:
-        """So long the loop did something else (it counts as lost)."""
+        """The loop did something else for some seconds, which count as lost."""
         if self._last is not None:
             self._last += seconds
 
     def saved(self, step: int, seconds: float) -> None:
-        """A checkpoint after `step` stopped the loop for so long."""
+        """A checkpoint after `step` stopped the loop for some seconds."""
         self.saving += seconds
         self.pause(seconds)
         self.sums[str(step)] = [self.steps, self.waiting, self.saving]

@@ -1,6 +1,6 @@
 """`--profile=START:STOP`: a trace of some steps for xprof, in workdir/profile.
 
-To look at it: `pip install xprof`, then `xprof --logdir WORKDIR/profile`.
+To view it: `pip install xprof`, then `xprof --logdir WORKDIR/profile`.
 """
 
 import contextlib
@@ -27,15 +27,15 @@ class Trace:
     Args:
         workdir: of the run.
         span: (first, last) step, or None for no trace.
-        done: steps that are done already.
-        say: where to report.
+        done: steps that are already done.
+        say: function that logs a line.
     """
 
     def __init__(self, workdir, span: tuple[int, int] | None, done: int, say: Callable):
         self.folder, self.span, self.say = pathlib.Path(workdir) / "profile", span, say
         self.running = False
         if span and span[0] <= done:
-            say(f"no trace: step {span[0]} is over, the run goes on after step {done}")
+            say(f"no trace: step {span[0]} is over, the run resumes after step {done}")
             self.span = None
 
     def step(self, number: int):

@@ -1,4 +1,4 @@
-"""Batches that don't depend on the number of hosts.
+"""Batches that do not depend on the number of hosts.
 
 The rows of a batch come from data shards. Data shard k of n is a stream of its own: it reads
 samples k, k + n, k + 2 n, … and packs them into its share of the rows. A process reads the data
@@ -9,7 +9,7 @@ shards that the rows of its devices come from:
     2 processes             |---- process 0 ----|---- process 1 ----|   each sample read by one
     8 processes             |p0 |p1 |p2 |p3 |p4 |p5 |p6 |p7 |           p0 and p1 both read shard 0
 
-So the same batches come out of any number of processes, and a checkpoint, which holds the position
+So any number of processes makes the same batches, and a checkpoint, which holds the position
 of each data shard, can be read by any number. Processes that share rows (tensor parallel ones) read
 the same data shards; a sample that can't be read is skipped by all that read its data shard.
 """
@@ -41,7 +41,7 @@ class DataShards:
         mine: which of them this process wants, ascending.
 
     Attributes:
-        dry: all data shards that this process reads are at their end; what comes is padding.
+        dry: all data shards that this process reads have ended; what follows is padding.
 
     Raises:
         ConfigError: if the rows don't divide over the data shards.
@@ -78,8 +78,8 @@ class DataShards:
         return self
 
     def __next__(self):
-        """The rows; after the end of all data shards StopIteration, or, as other processes may have
-        samples left, padding where there are several."""
+        """The next rows. After the end of all data shards: StopIteration, or, with several
+        processes (others may have samples left), padding."""
         for i, data in enumerate(self._data):
             if self._ended[i]:
                 continue
@@ -101,7 +101,7 @@ class DataShards:
         return jax.tree.map(lambda *x: np.concatenate(x)[self._take], *self._last)
 
     def sample_names(self) -> Callable[[], list]:
-        """A function that names the samples of the batch that came last, for each of its rows."""
+        """A function that names the samples in each row of the last batch."""
         rows = [data.sample_names() for data in self._data]
         ended, each, take = tuple(self._ended), self.each, self._take
 
@@ -113,11 +113,11 @@ class DataShards:
         return name
 
     def get_state(self) -> dict[int, dict]:
-        """Data shard -> where it stands, of the data shards that this process reads."""
+        """Data shard -> its state, of the data shards that this process reads."""
         return {k: data.get_state() for k, data in zip(self.numbers, self._data, strict=True)}
 
     def set_state(self, states) -> None:
-        """Goes on where the states (of all data shards, or of the data shards read here) stand."""
+        """Continues from these states (of all data shards, or of those read here)."""
         for k, data in zip(self.numbers, self._data, strict=True):
             data.set_state(states[k])
         self._ended = [False] * len(self._data)

@@ -22,7 +22,7 @@ from metamorph_jax.errors import (  # noqa: E402
     LossSpike,
     NonFiniteError,
 )
-from metamorph_jax.train import loop  # noqa: E402
+from metamorph_jax.train import checkpoint, loop  # noqa: E402
 from metamorph_jax.train.checkpoint import Checkpoints  # noqa: E402
 from tests.train import forked  # noqa: E402
 from tests.train.test_loop import config, final, lines, same  # noqa: E402
@@ -286,3 +286,17 @@ def test_save_in_the_background_fails_loudly(tmp_path, monkeypatch):
 def test_unlimited_files():
     """The limit of the disk test didn't leak into this process."""
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+def test_a_run_of_an_earlier_version(tmp_path, monkeypatch):
+    """Checkpoints had AdamW's own moments then; both the workdir and the checkpoint say so."""
+    monkeypatch.setattr(checkpoint, "FORMAT", 1)
+    loop.train(config(steps=2), tmp_path / "w")
+    monkeypatch.undo()
+    message = "w was written by another version .* format 1, this version reads format 2 .*--workdir"
+    with pytest.raises(CheckpointError, match=message):
+        loop.train(config(), tmp_path / "w")
+    for name in ("config.json", "versions.json"):
+        (tmp_path / "w" / name).unlink()
+    with pytest.raises(CheckpointError, match="checkpoints/2 was written by another version"):
+        loop.train(config(), tmp_path / "w")
