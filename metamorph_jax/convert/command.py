@@ -220,19 +220,25 @@ def _from_workdir(workdir, folder, dtype, most, decoder, title, reference) -> in
     source, licence = form.source(cfg), licence_of_spec(form.base(cfg))
     progress = Progress("writing", _bytes(model))
     writer = export.Writer(kind, most, progress)
-    save = lambda form: form.reference if reference else form.save  # noqa: E731
-    total = save(form)(folder, model, source, writer)
+    total = _save_of(form, recipe, reference)(folder, model, source, writer)
     if decoder:
         recipe, cfg, model, _ = _load_run(decoder)
         form = families.run_form(recipe)
         if not form.beside:
             raise UserError(f"--decoder {decoder} is not a run of an image decoder")
         model, other = lora.merged(model), form.source(cfg)
-        total += save(form)(folder / form.beside, model, other, writer)
+        total += _save_of(form, recipe, reference)(folder / form.beside, model, other, writer)
     progress.close()
     lines, numbers = export.run_lines(values), export.last_numbers(workdir)
     write_card(folder, title, "", lines, licence, numbers)
     return total
+
+
+def _save_of(form, recipe, reference: bool):
+    """What writes a run: `form.save`, or `form.reference` where that is asked for."""
+    if reference and form.reference is None:
+        raise UserError(f"{recipe.__name__} has no public form to write with --to reference")
+    return form.reference if reference else form.save
 
 
 def _load_run(workdir):

@@ -87,19 +87,20 @@ class RunForm:
 
     Attributes:
         save: (folder, model, source, writer) -> bytes of all tensors.
-        reference: the same, but in the files of the system's public implementation.
         source: the run's `Config` -> what the folder takes over beside the weights.
-        base: the run's `Config` -> spec of the published weights that it started from, or "".
         adapted: path of the part whose adapters are written to the folder itself; those of other
             parts go into folders inside it.
+        base: the run's `Config` -> spec of the published weights that it started from, or "".
+        reference: as `save`, but in the files of the system's public implementation; None if there
+            is none.
         beside: folder for an image decoder that is written beside another system; "" for all else.
     """
 
     save: Callable[[pathlib.Path, Any, Source, Writer], int]
-    reference: Callable[[pathlib.Path, Any, Source, Writer], int]
     source: Callable[[Any], Source]
-    base: Callable[[Any], str]
     adapted: tuple[str, ...]
+    base: Callable[[Any], str] = lambda cfg: ""
+    reference: Callable[[pathlib.Path, Any, Source, Writer], int] | None = None
     beside: str = ""
 
 

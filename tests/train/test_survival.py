@@ -293,7 +293,8 @@ def test_a_run_of_an_earlier_version(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "FORMAT", 1)
     loop.train(config(steps=2), tmp_path / "w")
     monkeypatch.undo()
-    message = "w was written by another version .* format 1, this version reads format 2 .*--workdir"
+    message = "w was written by another version .* format 1, this version reads format 2"
+    message += " .*--workdir"
     with pytest.raises(CheckpointError, match=message):
         loop.train(config(), tmp_path / "w")
     for name in ("config.json", "versions.json"):

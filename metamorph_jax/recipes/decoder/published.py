@@ -187,4 +187,4 @@ def base(cfg: Config) -> str:
     return "" if cfg.sd_weights == specs.RANDOM else cfg.sd_weights
 
 
-RUN = RunForm(save, save_reference, source, base, adapted=("decoder", "denoiser"), beside="decoder")
+RUN = RunForm(save, source, ("decoder", "denoiser"), base, save_reference, beside="decoder")

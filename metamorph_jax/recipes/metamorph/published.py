@@ -406,4 +406,4 @@ FAMILY = Family(
     Reference(hf.Tensors, _compare, library="torch, part by part"),
     _save_published,
 )
-RUN = RunForm(save, save_reference, source, base, adapted=("llm",))
+RUN = RunForm(save, source, ("llm",), base, save_reference)
