@@ -71,11 +71,13 @@ def make_report(workdir: pathlib.Path, data: qdata.QuickstartData, timings, fact
 
 
 def curves(workdir: pathlib.Path) -> list[report.Curve]:
-    """Loss curves of the three stages."""
+    """Loss curves of the three stages, and what was evaluated on held-out images on the way."""
     out = []
     for stage, title, names in (
         ("connector", "Connector: text loss of the answers", ["text_loss"]),
         ("vpit", "VPiT: text loss", ["text_loss/vqa", "text_loss/draw"]),
+        ("vpit", "VPiT: text loss of held-out questions", ["evals.heldout.text_loss"]),
+        ("vpit", "VPiT: share of held-out questions answered right", ["evals.answers.accuracy"]),
         ("vpit", "VPiT: visual loss (minus cosine)", ["visual_loss", "visual_cosine_floor"]),
         ("decoder", "Decoder: error of the predicted velocity", ["mse"]),
     ):

@@ -4,12 +4,14 @@ started again."""
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from metamorph_jax.convert import packages
 from metamorph_jax.quickstart import run as quickstart
@@ -101,6 +103,22 @@ def test_command_killed_twice_gives_the_same_numbers(whole, tmp_path):
     assert ours[0] == theirs[0]
     for name, array in theirs[1].items():
         np.testing.assert_array_equal(ours[1][name], array)
+
+
+def test_the_python_of_the_readme(whole, monkeypatch, capsys):
+    """The lines under "From Python", on the models of the smoke run."""
+    readme = (NOTEBOOK.parents[1] / "README.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", readme, re.M | re.S)
+    assert code.count('"quickstart/') == 3 and 8 <= len(code.splitlines()) <= 12
+    image = sorted((whole[0] / "data/images/test").glob("*.png"))[0]
+    code = code.replace("quickstart/data/images/test/0.png", str(image))
+    code = code.replace('"quickstart/', f'"{whole[0]}/')
+    shown = []
+    monkeypatch.setattr(Image.Image, "show", lambda self: shown.append(self.size))
+    scope = {}
+    exec(compile(code, "README.md", "exec"), scope)
+    assert capsys.readouterr().out.endswith("\n")  # random weights may answer with nothing
+    assert len(shown) == len(scope["reply"].images)
 
 
 def test_another_seed_in_the_same_workdir_is_refused(whole):
