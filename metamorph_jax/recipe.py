@@ -98,7 +98,9 @@ class Recipe(Protocol):
     """The names at the top of a recipe's module.
 
     Attributes:
-        Config: frozen dataclass of `config.model`, with defaults for all fields.
+        Config: frozen dataclass of `config.model`, with defaults for all fields. That of a recipe
+            which generates has the fields `weights` and `tokenizer`, specs of the whole model's
+            weights and of its tokenizer, which `metamorph generate --checkpoint` sets.
         Data: frozen dataclass of `config.data`.
         STAGES: stage -> (Config -> regular expression that the whole dotted name of a parameter
             must match to be trained). Packed weights (`nn/quantized.py`) are never trained.

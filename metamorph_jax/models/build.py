@@ -9,6 +9,7 @@ whole on one device unless its sharding says so. The random values are those of 
 initialisation, whatever was loaded.
 """
 
+import types
 from collections.abc import Callable
 
 import jax
@@ -50,9 +51,11 @@ def build(
 def outline(make: Make, mesh: Mesh, dtype=None) -> nnx.Module:
     """The model with shapes, dtypes and shardings in place of arrays; arguments as of `build`."""
     model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+    # jnp.bfloat16 and its like are callable, too.
+    rule = dtype if isinstance(dtype, types.FunctionType) else lambda name: dtype
     for path, variable in _leaves(model):
         value = variable.get_raw_value()
-        asked = dtype(".".join(map(str, path))) if callable(dtype) else dtype
+        asked = rule(".".join(map(str, path)))
         kind = value.dtype if asked is None or not _is_weight(variable) else jnp.dtype(asked)
         where = sharding.variable_sharding(variable, mesh)
         variable.set_raw_value(jax.ShapeDtypeStruct(value.shape, kind, sharding=where))
