@@ -3,7 +3,7 @@
     python benchmarks/decoder.py [--rounds 5] [--smoke]
 
 UNet with channels 128/256/384/384 on 32x32x4 latents, batch 4, context 77x768, float32; sampling is
-20 guided steps of DPM-Solver++ 2M for four pictures (so batch 8 in the network). The peer runs
+20 guided steps of DPM-Solver++ 2M for four images (so batch 8 in the network). The peer runs
 beside ours, in turns, when torch and diffusers are installed. `limit_fraction`: FLOP/s of the
 network's products and convolutions against the measured peak of a matrix product.
 """

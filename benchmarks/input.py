@@ -2,7 +2,7 @@
 
     python benchmarks/input.py [--rounds 5] [--smoke]
 
-500 synthetic JPEGs of 640x480 (noise of several octaves, quality 90), one picture and two questions
+500 synthetic JPEGs of 640x480 (noise of several octaves, quality 90), one image and two questions
 with answers each, JSON lines, a byte-level BPE of 8000 entries, 384 px SigLIP, `llama3` template.
 Ours packs rows of 4096; the peer does what the reference loader does (transformers'
 SigLIP processor on Pillow, tokenising each piece and then each round again for the masks, padding)
@@ -12,7 +12,7 @@ share of what decoding and resizing alone allow on the cores in use.
 
 Useful positions: real positions among those computed, on a mixture of lengths, in packed rows of
 4096 against batches of 6 padded to their longest. Text log-normal (median 150, sigma 0.8); 30 % of
-samples without a picture, 50 % with one, the rest with 2 to 10; each takes 64 + 2 positions.
+samples without an image, 50 % with one, the rest with 2 to 10; each takes 64 + 2 positions.
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ def noise(rng, w=640, h=480) -> Image.Image:
 
 
 def make_data(folder: pathlib.Path, count: int, seed: int = 0):
-    """Writes pictures, records and a tokenizer; returns the tokenizer."""
+    """Writes images, records and a tokenizer; returns the tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -202,7 +202,7 @@ class Share(common.Case):
 
 
 def decode_limit(folder: pathlib.Path, size: int) -> float:
-    """Pictures a second that one core decodes and resizes, doing nothing else."""
+    """Images a second that one core decodes and resizes, doing nothing else."""
     process = images.Preprocess(size)
     paths = sorted(folder.glob("*.jpg"))[:60]
     start = time.perf_counter()
@@ -212,7 +212,7 @@ def decode_limit(folder: pathlib.Path, size: int) -> float:
 
 
 def lengths(n: int, seed: int = 0, limit: int = 4096):
-    """(positions, pictures) of n samples of the mixture in the docstring."""
+    """(positions, images) of n samples of the mixture in the docstring."""
     rng = np.random.default_rng(seed)
     text = np.maximum(np.exp(np.log(150) + 0.8 * rng.standard_normal(n)).astype(int), 8)
     kind = rng.random(n)
@@ -271,8 +271,8 @@ def main():
             "jpeg_0_workers": (read(), 0),
             "jpeg_2_threads": (read(threads=2), 2),
             "jpeg_2_workers": (read(workers=2, ahead=8), 2),
-            "cached_pictures_0_workers": (read("images"), 0),
-            "cached_pictures_2_threads": (read("images", threads=2), 2),
+            "cached_images_0_workers": (read("images"), 0),
+            "cached_images_2_threads": (read("images", threads=2), 2),
             "cached_features_0_workers": (read("features"), 0),
             "cached_features_2_threads": (read("features", threads=2), 2),
         }
@@ -296,7 +296,7 @@ def main():
     common.report(cases)
     starts = ", ".join(f"{key} {value:.1f}" for key, value in first.items())
     print(f"\nfirst {count} samples, with the start of the workers, in seconds: {starts}")
-    print(f"decoding and resizing alone, one core: {limit:.0f} pictures/s")
+    print(f"decoding and resizing alone, one core: {limit:.0f} images/s")
 
 
 if __name__ == "__main__":

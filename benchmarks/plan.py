@@ -110,7 +110,7 @@ def overview(plans: dict[str, dict]) -> str:
             continue
         tokens = p["tokens_per_second_per_chip"]
         speed = f"{tokens:,.0f} tokens" if tokens else (
-            f"{p['rows_per_second'] / p['devices']:.1f} pictures")  # fmt: skip
+            f"{p['rows_per_second'] / p['devices']:.1f} images")  # fmt: skip
         lines.append(
             f"| {name} | {p['rows_per_device']:g} | {p['total_bytes'] / 2**30:.2f} of "
             f"{p['hbm_capacity_bytes'] / 2**30:.2f} | {p['free_share']:.0%} | "

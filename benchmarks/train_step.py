@@ -3,7 +3,7 @@
     python benchmarks/train_step.py [--rounds 5] [--smoke] [--no-peer]
 
 68 M parameters: hidden 512, 8 layers, 8 heads, MLP 2048, vocabulary 32000, untied; connector and
-visual head of two layers. 2 rows of 512 positions, each with a context and an answer picture of 64
+visual head of two layers. 2 rows of 512 positions, each with a context and an answer image of 64
 tokens 1152 wide, and some 300 supervised positions. Text loss and cosine loss, no clipping, all
 parameters train, float32. The peer is transformers' LlamaForCausalLM with two torch MLPs, logits
 at all positions, and torch's fused AdamW; both take the same batch.
@@ -37,7 +37,7 @@ SMOKE = dict(llm="tiny", length=256, rows=2)
 
 
 def make_batch(vocab: int, rows: int, L: int) -> Batch:
-    """question with a picture | answer text, then a picture."""
+    """question with an image | answer text, then an image."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, vocab, (rows, L)).astype(np.int32)
     slots = np.full((rows, L), -1, np.int32)
@@ -132,8 +132,8 @@ def peer(llm: str, batch: Batch, params, precision: str):
 
     def forward():
         embeds = model.model.embed_tokens(t["tokens"]).clone()
-        pictures = connector(features).to(embeds.dtype)
-        embeds[is_image] = pictures[rows[is_image], t["image_slots"][is_image]]
+        images = connector(features).to(embeds.dtype)
+        embeds[is_image] = images[rows[is_image], t["image_slots"][is_image]]
         hidden = model.model(inputs_embeds=embeds).last_hidden_state
         logits = model.lm_head(hidden).float()
         loss = functional.cross_entropy(

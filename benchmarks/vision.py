@@ -1,4 +1,4 @@
-"""Vision towers, forward: seconds a picture, beside transformers on the same weights.
+"""Vision towers, forward: seconds an image, beside transformers on the same weights.
 
     python benchmarks/vision.py [--smoke] [--batch 4] [--rounds 3]
 
@@ -21,7 +21,7 @@ SMOKE = ("siglip-tiny", "clip-tiny")
 
 
 def flops(cfg: vit.ViTConfig) -> float:
-    """Floating-point operations of one picture's matrix products."""
+    """Floating-point operations of one image's matrix products."""
     T, D, F = cfg.tokens + cfg.class_token, cfg.width, cfg.mlp_width
     layer = 2 * T * (4 * D * D + 2 * D * F) + 4 * T * T * D
     return cfg.depth * layer + 2 * cfg.tokens * 3 * cfg.patch**2 * D
@@ -82,7 +82,7 @@ def bench(name: str, batch: int, rounds: int, peer: bool, peak: float) -> Case:
     seconds = {k: v / batch for k, v in interleaved(runs, rounds).items()}
     fraction = flops(cfg) / seconds["ours"] / peak
     title = f"{name} batch {batch}"
-    return emit(Case(title, "s/picture", seconds["ours"], seconds.get("peer"), fraction))
+    return emit(Case(title, "s/image", seconds["ours"], seconds.get("peer"), fraction))
 
 
 def main():

@@ -26,7 +26,7 @@ RULES: dict[str, tuple[str, ...] | str | None] = {
     "heads": "tensor",  # query, key and value heads
     "mlp": "tensor",  # hidden units
     "norm": None,  # vectors: too small to cut
-    "added": None,  # a handful of rows for the picture tokens
+    "added": None,  # a handful of rows for the image tokens
     # activations
     "act_batch": BATCH_AXES,  # rows of the batch over everything that is data parallel
     "act_len": "context",  # sequence parallelism

@@ -51,7 +51,7 @@ TRANSFORMER = dict(
         feature_noise=0.3,
     ),
     data=dict(
-        sources=dict(pictures=sizes.DRAW),
+        sources=dict(images=sizes.DRAW),
         cache=sizes.CACHE,
         # `predicted`: visual tokens that the tuned language model gave for its training requests,
         # in a file that the quick start makes after the VPiT stage.
@@ -70,7 +70,7 @@ STABLE_DIFFUSION = dict(
         sd_weights="hf:stable-diffusion-v1-5/stable-diffusion-v1-5",
         with_tower=True,
     ),
-    data=dict(sources=dict(main=dict(path="data/pictures.jsonl", root="data"))),
+    data=dict(sources=dict(main=dict(path="data/images.jsonl", root="data"))),
     optim=dict(
         learning_rate=1.1e-5,
         base_batch=2112,

@@ -181,7 +181,7 @@ def table(plan: dict) -> str:
     if plan["tokens_per_second_per_chip"]:
         rows.append(("tokens/s/chip", f"at most {plan['tokens_per_second_per_chip']:,.0f}"))
     else:
-        rows.append(("pictures/s", f"at most {plan['rows_per_second']:,.0f}"))
+        rows.append(("images/s", f"at most {plan['rows_per_second']:,.0f}"))
     rows.append(("compiled in", f"{plan['compile_seconds']:.0f} s"))
     return _lines(rows)
 

@@ -1,18 +1,18 @@
-"""easy-vqa as LLaVA files: questions about a picture, requests to draw one, and what is true of it.
+"""easy-vqa as LLaVA files: questions about an image, requests to draw one, and what is true of it.
 
     root/
       images/{train,test}/17.png     64x64, one shape of one colour on a nearly white ground
-      vqa_train.jsonl                one sample a picture, every question of it as a turn
+      vqa_train.jsonl                one sample an image, every question of it as a turn
       vqa_test.jsonl                 the same for the held-out split
       questions_test.jsonl           the held-out questions one a line, with answer and type
-      draw_train.jsonl               "Draw a teal circle." -> picture, one sample a picture
+      draw_train.jsonl               "Draw a teal circle." -> image, one sample an image
       draw_test.jsonl                24 requests in wordings that training never saw
       labels.json                    {"train": {"17": ["teal", "circle"]}, "test": ...}
       manifest.json                  parameters and counts; same parameters = nothing is rewritten
 
-The turns of a `vqa_*` sample are meant to be independent: each sees the picture and itself only
+The turns of a `vqa_*` sample are meant to be independent: each sees the image and itself only
 (an earlier turn that names the colour gives the answer of a later one away). The files are plain
-LLaVA; the data config's `independent_turns` says so. Colour and shape of a picture are read off its
+LLaVA; the data config's `independent_turns` says so. Colour and shape of an image are read off its
 questions and answers, not its pixels. The held-out split is never written to a training file.
 """
 
@@ -50,7 +50,7 @@ TEST_WORDINGS = (
     "Can you draw me {a} {color} {shape}?",
     "Generate a picture with {a} {color} {shape} in it.",
 )
-# The reply says what it is about to draw, so that the words stand right before the picture.
+# The reply says what it is about to draw, so that the words stand right before the image.
 DRAW_REPLY = "Here is {a} {color} {shape}: <image>"
 
 QUESTION_TYPES = (
@@ -114,7 +114,7 @@ def question_type(question: str) -> str:
     return f"is it {'not ' if _NEGATED.search(question) else ''}this {noun}?"
 
 
-def picture_labels(turns: list[tuple[str, str]]) -> tuple[str | None, str | None]:
+def image_labels(turns: list[tuple[str, str]]) -> tuple[str | None, str | None]:
     """(colour, shape) that questions and answers imply; None where they leave it open.
 
     Raises ValueError when they contradict each other."""
@@ -139,11 +139,11 @@ def picture_labels(turns: list[tuple[str, str]]) -> tuple[str | None, str | None
 
 
 def read_source(source, split: str) -> dict[int, list[tuple[str, str]]]:
-    """Questions and answers of every picture of a split, by picture number, in file order."""
+    """Questions and answers of every image of a split, by image number, in file order."""
     path = pathlib.Path(source) / split / "questions.json"
     out: dict[int, list[tuple[str, str]]] = {}
-    for question, answer, picture in json.loads(path.read_text()):
-        out.setdefault(int(picture), []).append((question, answer))
+    for question, answer, image in json.loads(path.read_text()):
+        out.setdefault(int(image), []).append((question, answer))
     return dict(sorted(out.items()))
 
 
@@ -162,20 +162,20 @@ def draw_requests(wordings=TEST_WORDINGS) -> list[dict]:
     return out
 
 
-def prepare(root, source=None, train_pictures: int = 0, test_pictures: int = 0,
+def prepare(root, source=None, train_images: int = 0, test_images: int = 0,
             seed: int = 0) -> QuickstartData:  # fmt: skip
     """Writes the files under `root` and returns where they are.
 
     source: the data folder of easy-vqa; None finds the installed package.
-    train_pictures, test_pictures: how many pictures to take (0 = all); a smaller set is taken
+    train_images, test_images: how many images to take (0 = all); a smaller set is taken
       evenly from every colour x shape. The same parameters write the same bytes."""
     if source is None:
         from metamorph_jax.convert import packages
 
         source = packages.find("pkg:easy-vqa")
     source, data = pathlib.Path(source), QuickstartData(pathlib.Path(root))
-    wanted = {"train": int(train_pictures), "test": int(test_pictures)}
-    parameters = {"format": FORMAT, "pictures": wanted, "seed": int(seed), "wordings":
+    wanted = {"train": int(train_images), "test": int(test_images)}
+    parameters = {"format": FORMAT, "images": wanted, "seed": int(seed), "wordings":
                   [*TRAIN_WORDINGS, *TEST_WORDINGS, DRAW_REPLY]}  # fmt: skip
     if _done(data, parameters):
         return data
@@ -184,30 +184,30 @@ def prepare(root, source=None, train_pictures: int = 0, test_pictures: int = 0,
     labels, counts = {}, {}
     for split in SPLITS:
         turns = read_source(source, split)
-        truth = {picture: picture_labels(qa) for picture, qa in turns.items()}
+        truth = {image: image_labels(qa) for image, qa in turns.items()}
         chosen = _choose(truth, wanted[split])
-        labels[split] = {str(picture): list(truth[picture]) for picture in chosen}
+        labels[split] = {str(image): list(truth[image]) for image in chosen}
         (data.images / split).mkdir(parents=True, exist_ok=True)
-        for picture in chosen:
-            target = data.images / split / f"{picture}.png"
+        for image in chosen:
+            target = data.images / split / f"{image}.png"
             if not target.exists():
-                _copy(source / split / "images" / f"{picture}.png", target)
-        samples = [_vqa_sample(split, picture, turns[picture]) for picture in chosen]
+                _copy(source / split / "images" / f"{image}.png", target)
+        samples = [_vqa_sample(split, image, turns[image]) for image in chosen]
         _write_lines(data.root / f"vqa_{split}.jsonl", samples)
         counts[split] = {
-            "pictures": len(chosen),
-            "questions": sum(len(turns[picture]) for picture in chosen),
-            "unknown_labels": sum(None in truth[picture] for picture in chosen),
+            "images": len(chosen),
+            "questions": sum(len(turns[image]) for image in chosen),
+            "unknown_labels": sum(None in truth[image] for image in chosen),
         }
         if split == "train":
-            drawn = [_draw_sample(picture, *truth[picture], seed)
-                     for picture in chosen if None not in truth[picture]]  # fmt: skip
+            drawn = [_draw_sample(image, *truth[image], seed)
+                     for image in chosen if None not in truth[image]]  # fmt: skip
             _write_lines(data.draw_train, drawn)
         else:
             _write_lines(data.questions_test, [
-                {"id": f"vqa-test-{picture}-{i}", "image": f"test/{picture}.png",
+                {"id": f"vqa-test-{image}-{i}", "image": f"test/{image}.png",
                  "question": question, "answer": answer, "type": question_type(question)}
-                for picture in chosen for i, (question, answer) in enumerate(turns[picture])
+                for image in chosen for i, (question, answer) in enumerate(turns[image])
             ])  # fmt: skip
     _write_lines(data.draw_test, draw_requests())
     _write_text(data.labels, json.dumps(labels))
@@ -221,10 +221,10 @@ def read_jsonl(path) -> list[dict]:
         return [json.loads(line) for line in f]
 
 
-def labelled_pictures(data: QuickstartData, split: str):
-    """(picture numbers int[n], pixels uint8[n,64,64,3], colour int[n], shape int[n]).
+def labelled_images(data: QuickstartData, split: str):
+    """(image numbers int[n], pixels uint8[n,64,64,3], colour int[n], shape int[n]).
 
-    Colours and shapes index COLORS and SHAPES; pictures whose label is unknown are left out."""
+    Colours and shapes index COLORS and SHAPES; images whose label is unknown are left out."""
     from PIL import Image
 
     table = json.loads(data.labels.read_text())[split]
@@ -239,22 +239,22 @@ def labelled_pictures(data: QuickstartData, split: str):
     )
 
 
-def _vqa_sample(split: str, picture: int, turns) -> dict:
+def _vqa_sample(split: str, image: int, turns) -> dict:
     conversation = []
     for i, (question, answer) in enumerate(turns):
         conversation.append({"from": "human", "value": ("<image>\n" if i == 0 else "") + question})
         conversation.append({"from": "gpt", "value": answer})
-    return {"id": f"vqa-{split}-{picture}", "image": f"{split}/{picture}.png",
+    return {"id": f"vqa-{split}-{image}", "image": f"{split}/{image}.png",
             "conversations": conversation}  # fmt: skip
 
 
-def _draw_sample(picture: int, color: str, shape: str, seed: int) -> dict:
-    # A hash, not a generator: the wording of a picture doesn't depend on which others are taken.
-    digest = hashlib.sha256(f"{seed}-{picture}".encode()).digest()
+def _draw_sample(image: int, color: str, shape: str, seed: int) -> dict:
+    # A hash, not a generator: the wording of an image doesn't depend on which others are taken.
+    digest = hashlib.sha256(f"{seed}-{image}".encode()).digest()
     wording = TRAIN_WORDINGS[digest[0] % len(TRAIN_WORDINGS)]
     return {
-        "id": f"draw-train-{picture}",
-        "image": f"train/{picture}.png",
+        "id": f"draw-train-{image}",
+        "image": f"train/{image}.png",
         "conversations": [
             {"from": "human", "value": draw_request(color, shape, wording)},
             {"from": "gpt", "value": draw_request(color, shape, DRAW_REPLY)},
@@ -263,13 +263,13 @@ def _draw_sample(picture: int, color: str, shape: str, seed: int) -> dict:
 
 
 def _choose(truth: dict[int, tuple], count: int) -> list[int]:
-    """The first `count` pictures, going round the colour x shape classes; 0 = all."""
+    """The first `count` images, going round the colour x shape classes; 0 = all."""
     if count <= 0 or count >= len(truth):
         return list(truth)
     classes: dict[tuple, list[int]] = {}
-    for picture, label in truth.items():
+    for image, label in truth.items():
         if None not in label:
-            classes.setdefault(label, []).append(picture)
+            classes.setdefault(label, []).append(image)
     queues = [classes[label] for label in sorted(classes)]
     out: list[int] = []
     for depth in range(max(map(len, queues))):

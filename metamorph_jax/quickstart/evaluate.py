@@ -1,6 +1,6 @@
 """What the quick start's models can do, measured on what they never saw.
 
-Answers: held-out questions about held-out pictures, one question per prompt, greedy. Visual tokens:
+Answers: held-out questions about held-out images, one question per prompt, greedy. Visual tokens:
 24 requests in held-out wordings, read by a linear probe. Drawings: the decoder paints each of these
 token sets with two seeds, none picked, and a small classifier says what it sees.
 """
@@ -112,8 +112,8 @@ def predict(generator: Generator, data: qdata.QuickstartData, path: str) -> dict
     numbers = {prompt: i if whole[i] else -1 for i, prompt in enumerate(prompts)}
     rows = [numbers[prompt] for prompt in asked]
     predicted.save(path, [str(data.images / s["image"]) for s in samples], rows, features)
-    print(f"{whole.sum()} of {len(prompts)} training requests were answered with a whole picture")
-    return {"requests": len(prompts), "whole_pictures": int(whole.sum())}
+    print(f"{whole.sum()} of {len(prompts)} training requests were answered with a whole image")
+    return {"requests": len(prompts), "whole_images": int(whole.sum())}
 
 
 def drawings(image_decoder: ImageDecoder, features: np.ndarray) -> np.ndarray:
@@ -122,9 +122,9 @@ def drawings(image_decoder: ImageDecoder, features: np.ndarray) -> np.ndarray:
 
 
 def judges(generator: Generator, data: qdata.QuickstartData, settings: Settings):
-    """(linear probe, picture classifier, their accuracy on real held-out pictures)."""
-    _, train_pixels, *train_labels = qdata.labelled_pictures(data, "train")
-    _, test_pixels, *test_labels = qdata.labelled_pictures(data, "test")
+    """(linear probe, image classifier, their accuracy on real held-out images)."""
+    _, train_pixels, *train_labels = qdata.labelled_images(data, "train")
+    _, test_pixels, *test_labels = qdata.labelled_images(data, "test")
     reader = probe.fit_probe(see_all(generator, train_pixels), train_labels)
     config = dataclasses.replace(probe.ClassifierConfig(), steps=settings.judge_steps)
     classifier = probe.train_classifier(train_pixels, train_labels, settings.seed, config)
@@ -132,13 +132,13 @@ def judges(generator: Generator, data: qdata.QuickstartData, settings: Settings)
         "linear probe on visual tokens": probe.agreement(
             reader.predict(see_all(generator, test_pixels)), test_labels
         ),
-        "classifier on pictures": probe.agreement(classifier.predict(test_pixels), test_labels),
+        "classifier on images": probe.agreement(classifier.predict(test_pixels), test_labels),
     }
     return reader, classifier, judged
 
 
 def see_all(generator: Generator, pixels: np.ndarray, batch: int = 64) -> np.ndarray:
-    """float32[n, P, C] visual tokens of uint8[n, h, w, 3] pictures of any size."""
+    """float32[n, P, C] visual tokens of uint8[n, h, w, 3] images of any size."""
     ready = np.stack([generator.prompts.views.pixels(Image.fromarray(p))[0] for p in pixels])
     fill = -len(ready) % batch
     ready = np.concatenate([ready, ready[:1].repeat(fill, 0)])
@@ -157,7 +157,7 @@ def evaluate(
     rows = answer_questions(generator, data, settings, say)
     requests = qdata.read_jsonl(data.draw_test)
     features, whole = ask_for_images(generator, [r["prompt"] for r in requests])
-    say(f"{whole.sum()} of {len(whole)} requests were answered with a whole picture")
+    say(f"{whole.sum()} of {len(whole)} requests were answered with a whole image")
     drawn = drawings(image_decoder, features)
     reader, classifier, judged = judges(generator, data, settings)
     by_type = scorers.score_by_type(rows, qdata.QUESTION_TYPES)

@@ -111,7 +111,7 @@ def examples(data: qdata.QuickstartData, rows: list[dict]) -> list[report.Exampl
 
 def drawings(data: qdata.QuickstartData, requests: list[dict], drawn) -> list[report.Drawing]:
     """Every request, with a real held-out image of what was asked for."""
-    _, pixels, color, shape = qdata.labelled_pictures(data, "test")
+    _, pixels, color, shape = qdata.labelled_images(data, "test")
     out = []
     for request, images in zip(requests, drawn, strict=True):
         same = (color == qdata.COLORS.index(request["color"])) & (

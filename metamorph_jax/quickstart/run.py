@@ -58,15 +58,15 @@ def quickstart(workdir, size: str = "quickstart", seed: int = 0) -> pathlib.Path
         UserError: the workdir belongs to another size or seed, or a package is missing.
     """
     figures.import_matplotlib()  # so that its absence is not noticed at the very end
-    road = Road(pathlib.Path(workdir), size, seed)
-    road.say_plan()
-    for name, step in road.steps.items():
-        road.once(name, step)
-    return road.workdir / "report.html"
+    start = QuickStart(pathlib.Path(workdir), size, seed)
+    start.say_plan()
+    for name, step in start.steps.items():
+        start.once(name, step)
+    return start.workdir / "report.html"
 
 
 @dataclasses.dataclass
-class Road:
+class QuickStart:
     """The steps of the quick start, and the folder that holds their results."""
 
     workdir: pathlib.Path
@@ -154,9 +154,9 @@ class Road:
         from metamorph_jax.recipe import Shard
         from metamorph_jax.train.config import resolve
 
-        pictures = (96, 48) if self.size == "smoke" else (0, 0)
+        counts = (96, 48) if self.size == "smoke" else (0, 0)
         try:
-            data.prepare(self.files.root, None, *pictures, seed=self.seed)
+            data.prepare(self.files.root, None, *counts, seed=self.seed)
         except FileNotFoundError as error:
             raise UserError(error) from error
         run = resolve(self.config("connector"))

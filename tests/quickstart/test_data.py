@@ -59,13 +59,13 @@ def test_question_type(question, kind):
         ([(f"is there a {c} shape?", "no") for c in qd.COLORS[1:]], (qd.COLORS[0], None)),
     ],
 )
-def test_picture_labels(turns, labels):
-    assert qd.picture_labels(turns) == labels
+def test_image_labels(turns, labels):
+    assert qd.image_labels(turns) == labels
 
 
 def test_contradiction():
     with pytest.raises(ValueError, match="contradicting"):
-        qd.picture_labels([("what shape is present?", "circle"), ("is there a circle?", "no")])
+        qd.image_labels([("what shape is present?", "circle"), ("is there a circle?", "no")])
 
 
 def test_files(source, tmp_path):
@@ -88,12 +88,12 @@ def test_files(source, tmp_path):
 
     questions = qd.read_jsonl(data.questions_test)
     assert len(questions) == 72 and {q["type"] for q in questions} <= set(qd.QUESTION_TYPES)
-    numbers, pixels, color, shape = qd.labelled_pictures(data, "test")
+    numbers, pixels, color, shape = qd.labelled_images(data, "test")
     assert pixels.shape == (24, 64, 64, 3) and len(set(zip(color, shape, strict=True))) == 24
     assert numbers.tolist() == list(range(24))
 
 
-def test_no_test_picture_or_wording_in_training_files(source, tmp_path):
+def test_no_test_image_or_wording_in_training_files(source, tmp_path):
     data = qd.prepare(tmp_path / "out", source)
     for path in (data.vqa_train, data.draw_train):
         assert all(sample["image"].startswith("train/") for sample in qd.read_jsonl(path))
@@ -130,7 +130,7 @@ def test_interrupted_run_is_finished(source, tmp_path):
 
 
 def test_small_sets_keep_every_class(source, tmp_path):
-    data = qd.prepare(tmp_path / "out", source, train_pictures=24, test_pictures=12)
+    data = qd.prepare(tmp_path / "out", source, train_images=24, test_images=12)
     labels = json.loads(data.labels.read_text())
     assert len(labels["train"]) == 24 and len({tuple(v) for v in labels["train"].values()}) == 24
     assert len(labels["test"]) == 12
@@ -139,14 +139,14 @@ def test_small_sets_keep_every_class(source, tmp_path):
 def test_real_package(tmp_path):
     if not packages.installed("easy-vqa"):
         pytest.skip(packages.PACKAGES["easy-vqa"].pip)
-    data = qd.prepare(tmp_path, train_pictures=48, test_pictures=24)
+    data = qd.prepare(tmp_path, train_images=48, test_images=24)
     manifest = json.loads(data.manifest.read_text())
-    assert manifest["counts"]["train"]["pictures"] == 48
-    _, pixels, color, shape = qd.labelled_pictures(data, "train")
+    assert manifest["counts"]["train"]["images"] == 48
+    _, pixels, color, shape = qd.labelled_images(data, "train")
     # The label, read off the questions, agrees with the pixels: the rarest strong colour is it.
     assert len(set(zip(color, shape, strict=True))) == 24
-    for picture, c in zip(pixels, color, strict=True):
-        flat = picture.reshape(-1, 3).astype(int)
+    for image, c in zip(pixels, color, strict=True):
+        flat = image.reshape(-1, 3).astype(int)
         shade = flat[np.abs(flat - flat[0]).sum(1) > 100].mean(0)
         name = qd.COLORS[c]
         dominant = {"red": 0, "green": 1, "blue": 2}.get(name)

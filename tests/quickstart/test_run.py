@@ -1,4 +1,4 @@
-"""The whole road at smoke size: in the notebook, and as a command that is killed on its way and
+"""Every stage at smoke size: in the notebook, and as a command that is killed twice and
 started again."""
 
 import json
@@ -63,7 +63,7 @@ def whole(tmp_path_factory):
     return folder / "run", [output for cell in cells for output in cell.outputs]
 
 
-def test_notebook_runs_every_step_and_shows_pictures(whole):
+def test_notebook_runs_every_step_and_shows_images(whole):
     workdir, outputs = whole
     said = "".join(o.get("text", "") for o in outputs)
     for name in STEPS:
@@ -125,4 +125,4 @@ def test_another_seed_in_the_same_workdir_is_refused(whole):
     from metamorph_jax.errors import UserError
 
     with pytest.raises(UserError, match="choose another --workdir"):
-        quickstart.Road(whole[0], "smoke", seed=1)
+        quickstart.QuickStart(whole[0], "smoke", seed=1)

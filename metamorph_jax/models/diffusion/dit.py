@@ -1,4 +1,4 @@
-"""A small transformer denoiser for small pictures or latents, conditioned in context.
+"""A small transformer denoiser for small images or latents, conditioned in context.
 
 Scalable Diffusion Models with Transformers (Peebles & Xie 2023), with two changes: the conditioning
 tokens stand in front of the patches in one sequence, and their mean joins the time embedding in the
@@ -27,11 +27,11 @@ class DiTConfig:
     """Structure of the denoiser; `sample_size` is the side of its (square) input.
 
     Attributes:
-        grid_context: the context is a square grid of tokens over the picture; it is enlarged to the
+        grid_context: the context is a square grid of tokens over the image; it is enlarged to the
             patch grid and added there, and takes no place in the sequence.
         local: a patch is embedded with its eight neighbours, and every block starts with a
             depthwise 3x3 convolution on the patch grid. Short trainings need it: without it the
-            patches of a nearly empty picture decide one by one whether something stands there.
+            patches of a nearly empty image decide one by one whether something stands there.
     """
 
     sample_size: int = 64

@@ -21,7 +21,7 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 class Schedule:
     """Stable Diffusion's defaults. `zero_snr` rescales the betas: the last step is pure noise.
 
-    `snr_shift` multiplies every signal-to-noise ratio by its square. Patches of a flat picture
+    `snr_shift` multiplies every signal-to-noise ratio by its square. Patches of a flat image
     average the noise of all their pixels, so what stands where is decided where single pixels show
     nothing: 0.125 (with `squaredcos_cap_v2`) spends half of the steps there.
     """
@@ -148,7 +148,7 @@ def velocity_weight(s: Schedule, t, cap: float = 5.0):
 
 
 def ancestral_step(s: Schedule, prediction, x, t: int, previous: int, noise):
-    """One DDPM step from t to `previous` (negative: to the picture itself), small fixed variance.
+    """One DDPM step from t to `previous` (negative: to the image itself), small fixed variance.
 
     prediction, x, noise: float[B, ...]; t and previous are Python ints.
     """

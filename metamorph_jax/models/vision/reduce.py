@@ -20,7 +20,7 @@ SOFTMAX_TEMPERATURE = 0.07
 
 @dataclasses.dataclass(frozen=True)
 class ReduceConfig:
-    """`tokens` per picture. Parity options of the reference: 0 takes a side from the caller at
+    """`tokens` per image. Parity options of the reference: 0 takes a side from the caller at
     every call (it draws one), -1 blanks the features."""
 
     tokens: int = 64
@@ -32,7 +32,7 @@ class ReduceConfig:
         if self.kind not in KINDS:
             raise ValueError(f"token reduction {self.kind!r} is none of {', '.join(KINDS)}")
         if self.tokens < -1:
-            raise ValueError(f"{self.tokens} tokens per picture")
+            raise ValueError(f"{self.tokens} tokens per image")
         if self.kind != "mlpmixer" and self.reduces and math.isqrt(self.tokens) ** 2 != self.tokens:
             raise ValueError(f"{self.tokens} tokens don't make a square")
 
@@ -42,7 +42,7 @@ class ReduceConfig:
 
     @property
     def tokens_out(self) -> int:
-        """Tokens per picture; 0 when the caller says so at each call."""
+        """Tokens per image; 0 when the caller says so at each call."""
         return self.tokens_in if self.tokens == -1 else self.tokens
 
     @property

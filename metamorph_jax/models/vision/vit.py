@@ -316,7 +316,7 @@ class PackedAttention(nnx.Module):
 
 
 class PoolingHead(nnx.Module):
-    """SigLIP's picture vector: one learned query attends to all tokens, then a residual MLP."""
+    """SigLIP's image vector: one learned query attends to all tokens, then a residual MLP."""
 
     def __init__(self, cfg: ViTConfig, *, rngs: nnx.Rngs):
         normal = nnx.initializers.normal(1.0)
@@ -360,7 +360,7 @@ class ViT(nnx.Module):
         cfg = self.cfg
         B, h, w, _ = pixels.shape
         if (h, w) != (cfg.size, cfg.size):
-            raise ValueError(f"the tower takes {cfg.size} x {cfg.size} pictures, not {h} x {w}")
+            raise ValueError(f"the tower takes {cfg.size} x {cfg.size} images, not {h} x {w}")
         dtype = jnp.dtype(cfg.dtype)
         x = self.patch_embedding(normalize_pixels(pixels, cfg.mean, cfg.std, dtype))
         if cfg.class_token:
@@ -375,7 +375,7 @@ class ViT(nnx.Module):
         return self.pre_layernorm(x) if cfg.pre_norm else x
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        """float[B, P, C] patch tokens of uint8[B, h, w, 3] (or normalised float) pictures."""
+        """float[B, P, C] patch tokens of uint8[B, h, w, 3] (or normalised float) images."""
         x = constrain(self.embed(pixels), "act_batch", None, "act_embed")
         if self.cfg.depth:
             graph, weights = nnx.split(self.layers)

@@ -26,19 +26,19 @@ class Config:
             `vision.weights`.
         tokenizer: "" is the one that belongs to `llm_weights`.
         connector, head: kinds of `connectors/mlp.py` and `heads/visual_regression.py`; head "none"
-            for a model that reads pictures only (LLaVA).
+            for a model that reads images only (LLaVA).
         visual_loss: "auto" (cosine; L1 if features aren't normalised; softmax cross-entropy if
             they are distributions) or one of `losses.VISUAL_LOSSES`.
         visual_coef, use_vision_ar: weight of the visual loss; without the latter it is only logged.
-        visual_dropout: share of answer pictures whose visual tokens are hidden from the input, all
+        visual_dropout: share of answer images whose visual tokens are hidden from the input, all
             of them or some, see `hidden_tokens` (targets stay). Reading true tokens, a model can
-            continue a picture without heeding the request; when it draws, there are none.
+            continue an image without heeding the request; when it draws, there are none.
         text_chunk: positions multiplied with the output table at a time.
         max_visual_targets: most positions of a row that predict visual tokens; the head is
             evaluated at so many. 0: at all positions. No row is packed with more, and a sample of
             more is skipped; a batch made otherwise that has more gives NaN.
         connector_tokens, vpit_tokens: which rows of the token tables a stage trains: "added"
-            (start and end of a picture), "all" or "none". In the connector stage only input rows.
+            (start and end of an image), "all" or "none". In the connector stage only input rows.
         train_tower: the VPiT stage trains the tower, too.
         lora: adapters, see `LoraConfig`; a stage then trains, of all that it would train, the
             adapters and what `lora.train` names. None: no adapters.

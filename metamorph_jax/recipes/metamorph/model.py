@@ -56,7 +56,7 @@ class MetaMorph(nnx.Module):
 
     @property
     def image_start(self) -> int:
-        """Id of the token before a picture."""
+        """Id of the token before an image."""
         return self.llm.cfg.vocab_size
 
     @property
@@ -81,7 +81,7 @@ class MetaMorph(nnx.Module):
     def predict_visual(self, hidden: jax.Array) -> jax.Array:
         """float32[..., C] next visual token from hidden states float[..., D], normalised."""
         if self.head is None:
-            raise ValueError('head "none": this model reads pictures and predicts none')
+            raise ValueError('head "none": this model reads images and predicts none')
         return self.vision.normalize(self.head(hidden))
 
     def embed_text(self, tokens: jax.Array) -> jax.Array:
@@ -105,7 +105,7 @@ class MetaMorph(nnx.Module):
     def embed(self, batch: Batch, key: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """(float[B, L, D] what the llm reads, float32[B, I * P, C] the visual tokens in it).
 
-        With a key, some tokens of answer pictures are hidden (`visual_dropout`).
+        With a key, some tokens of answer images are hidden (`visual_dropout`).
         """
         visual = self.batch_features(batch)
         text = self.embed_text(batch.tokens)
@@ -237,10 +237,10 @@ class MetaMorph(nnx.Module):
 
 
 def hidden_tokens(key: jax.Array, batch: Batch, tokens: int, share: float) -> jax.Array:
-    """bool[B, I * P]: visual tokens of answer pictures that the input hides.
+    """bool[B, I * P]: visual tokens of answer images that the input hides.
 
-    A picture takes part with probability `share`. Half of those are hidden whole, the tokens of the
-    others with a probability that is drawn from 0 to 1 for the picture.
+    An image takes part with probability `share`. Half of those are hidden whole, the tokens of the
+    others with a probability that is drawn from 0 to 1 for the image.
     """
     B, I = batch.images.valid.shape
     rows = jnp.arange(B)[:, None]

@@ -125,7 +125,7 @@ def test_uint8_pixels_are_normalised_on_the_device():
 
 def test_wrong_picture_size_is_an_error():
     tower = vit.ViT(vit.SIZES["clip-tiny"], rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="32 x 32 pictures, not 32 x 40"):
+    with pytest.raises(ValueError, match="32 x 32 images, not 32 x 40"):
         tower(np.zeros((1, 32, 40, 3), np.uint8))
 
 
