@@ -2,16 +2,16 @@
 
 At a few rows a step is bound by reading weights, and products of the form [F, D] @ [D, rows] read
 each weight once, in order. Activations are columns therefore, and a tied table needs no transposed
-copy. Queries, keys and values are one product, gate and up another. Keys are kept as [B, K, H, S],
-values as [B, K, S, H], the form in which products take them: a step writes into the cache in place,
-and attention streams it.
+copy. Queries, keys and values are one product, gate and up another. Keys are kept as [B * K, H, S],
+values as [B * K, S, H], the form in which products take them: a step writes into the cache in
+place, and attention streams it.
 
 Where products of float32 are rounded to bfloat16 (`nn/linear.py`), weights are kept rounded; on
 request everywhere, or in 8 bits with a scale per output, which a step reads as they are.
 
 On a mesh, heads, hidden units and vocabulary are sharded over "tensor", rows over all other axes.
 Fused kernels are then ordered by shard ([q0 k0 v0 q1 k1 v1] on two), so that splitting their
-product moves nothing.
+product moves nothing, and the cache has rows and heads as two axes, [B, K, H, S].
 """
 
 import dataclasses
@@ -118,7 +118,7 @@ class CachedLLM:
         Returns:
             As `read_prompts`; hidden states of rows that got nothing mean nothing.
         """
-        n, S = embeds.shape[1], values[0].shape[2]
+        n, S = embeds.shape[1], values[0].shape[-2]
         new = jnp.arange(n)
         positions = length[:, None] + new
         # What is not to be written goes to a slot after the last one, which drops it.
@@ -129,8 +129,8 @@ class CachedLLM:
         def mix(i, q, k, v):
             kept[0].append(self._local(_append_keys, keys[i], k, slots))
             kept[1].append(self._local(_append_values, values[i], v, slots))
-            k, v = kept[0][i].transpose(0, 3, 1, 2), kept[1][i].transpose(0, 2, 1, 3)
-            return attend(q, k, v, mask)
+            k, v = (x.reshape(*q.shape[:1], -1, *x.shape[-2:]) for x in (kept[0][i], kept[1][i]))
+            return attend(q, k.transpose(0, 3, 1, 2), v.transpose(0, 2, 1, 3), mask)
 
         x = self._run(weights, embeds, positions, mix)
         return *kept, self._last(weights, x, jnp.maximum(lengths, 1))
@@ -141,7 +141,7 @@ class CachedLLM:
         Returns:
             As `read_prompts`.
         """
-        mask = jnp.arange(values[0].shape[2]) <= length[:, None]
+        mask = jnp.arange(values[0].shape[-2]) <= length[:, None]
         kept = ([], [])
 
         def mix(i, q, k, v):
@@ -193,14 +193,17 @@ class CachedLLM:
     # ---- on a mesh
 
     def cache_spec(self, rows: int, mesh) -> P:
-        """Where keys and values of so many rows lie."""
+        """Where keys and values of so many rows lie; on one device their rows are not an axis."""
+        if mesh.size == 1:
+            return P()
         batch = sharding.fit(P(BATCH_AXES), (rows,), mesh)
         return P(*batch, "tensor" if self.head_shards > 1 else None, None, None)
 
     def _cut(self, cache):
+        """Keys or values [B, K, ...] in the form in which they are kept."""
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.size == 1:
-            return cache
+            return _flat(cache)
         return lax.with_sharding_constraint(cache, self.cache_spec(len(cache), mesh))
 
     def _local(self, function, cache, new, slots):
@@ -214,8 +217,9 @@ class CachedLLM:
         spec = self.cache_spec(len(cache), mesh)
         rows = P(spec[0], *(None for _ in slots.shape[1:]))
         run = jax.shard_map(
-            function, mesh=mesh, in_specs=(spec, P(spec[0], None, spec[1], None), rows),
-            out_specs=spec, check_vma=False,
+            lambda cache, new, slots: function(_flat(cache), new, slots).reshape(cache.shape),
+            mesh=mesh, in_specs=(spec, P(spec[0], None, spec[1], None), rows), out_specs=spec,
+            check_vma=False,
         )  # fmt: skip
         return run(cache, new, slots)
 
@@ -241,41 +245,55 @@ class CachedLLM:
         return P(None)
 
 
+def _flat(cache):
+    """[B * K, ...] of [B, K, ...].
+
+    It has to be kept like this on one device. Where the cache is an array [B, K, ...] of which a
+    product takes the flat form, XLA's CPU backend writes it twice, and copies it for that.
+    """
+    return cache.reshape(-1, *cache.shape[2:])
+
+
 def _write_keys(cache, new, slot):
-    """Keys [B, K, H, S] with one position, new: [B, 1, K, H], in slot int32[B] of its row."""
-    return _write(cache, new.astype(cache.dtype).transpose(0, 2, 3, 1), slot, axis=3)
+    """Keys [B * K, H, S] with one position, new: [B, 1, K, H], in slot int32[B] of its row."""
+    return _write(cache, new.astype(cache.dtype).transpose(0, 2, 3, 1), slot, axis=2)
 
 
 def _write_values(cache, new, slot):
-    """As `_write_keys`, for values [B, K, S, H]."""
-    return _write(cache, new.astype(cache.dtype).transpose(0, 2, 1, 3), slot, axis=2)
+    """As `_write_keys`, for values [B * K, S, H]."""
+    return _write(cache, new.astype(cache.dtype).transpose(0, 2, 1, 3), slot, axis=1)
 
 
 _FEW = 16  # rows up to which updates in place, one each, are faster than a scatter
 
 
 def _write(cache, new, slot, axis: int):
-    if len(cache) > _FEW:
-        rows = jnp.arange(len(cache))
-        at = (rows, *(slice(None),) * (axis - 1), slot)
-        return cache.at[at].set(new.squeeze(axis))
-    for row in range(len(cache)):
-        at = [row, 0, 0, 0]
+    rows, heads = new.shape[:2]
+    if rows > _FEW:
+        at = (jnp.arange(rows), *(slice(None),) * axis, slot)
+        whole = cache.reshape(rows, heads, *cache.shape[1:])
+        return _flat(whole.at[at].set(new.squeeze(axis + 1)))
+    for row in range(rows):
+        at = [row * heads, 0, 0]
         at[axis] = slot[row]
-        cache = lax.dynamic_update_slice(cache, new[row : row + 1], at)
+        cache = lax.dynamic_update_slice(cache, new[row], at)
     return cache
 
 
 def _append_keys(cache, new, slots):
-    """Keys [B, K, H, S] with new: [B, n, K, H] in slots int32[B, n]; S drops a position."""
-    rows = jnp.arange(len(cache))[:, None]
-    return cache.at[rows, :, :, slots].set(new.astype(cache.dtype), mode="drop")
+    """Keys [B * K, H, S] with new: [B, n, K, H] in slots int32[B, n]; S drops a position."""
+    B, _, K, _ = new.shape
+    whole = cache.reshape(B, K, *cache.shape[1:])
+    at = jnp.arange(B)[:, None], slice(None), slice(None), slots
+    return _flat(whole.at[at].set(new.astype(cache.dtype), mode="drop"))
 
 
 def _append_values(cache, new, slots):
-    """As `_append_keys`, for values [B, K, S, H]."""
-    rows = jnp.arange(len(cache))[:, None]
-    return cache.at[rows, :, slots].set(new.astype(cache.dtype), mode="drop")
+    """As `_append_keys`, for values [B * K, S, H]."""
+    B, _, K, _ = new.shape
+    whole = cache.reshape(B, K, *cache.shape[1:])
+    at = jnp.arange(B)[:, None], slice(None), slots
+    return _flat(whole.at[at].set(new.astype(cache.dtype), mode="drop"))
 
 
 # ---- products on columns
@@ -314,17 +332,27 @@ def norm(x, scale, eps):
 
 
 def attend_cached(q, keys, values, mask):
-    """float[B, 1, N, H] of q like it, keys [B, K, H, S], values [B, K, S, H], mask bool[B, S]."""
+    """Attention of one query a row over the cache.
+
+    Args:
+        q: float[B, 1, N, H].
+        keys, values: [B * K, H, S] and [B * K, S, H], or [B, K, H, S] and [B, K, S, H].
+        mask: bool[B, S], True where a row may look.
+
+    Returns:
+        float[B, 1, N, H].
+    """
     B, _, N, H = q.shape
-    q = once((q * H**-0.5).reshape(B, keys.shape[1], -1, H))
-    scores = jnp.einsum("BKGH,BKHS->BKGS", q, keys, preferred_element_type=jnp.float32)
-    weights = once(_softmax(scores, mask).astype(values.dtype))
-    return jnp.einsum("BKGS,BKSH->BKGH", weights, values).reshape(B, 1, N, H)
+    q = once((q * H**-0.5).reshape(*keys.shape[:-2], -1, H))
+    scores = jnp.einsum("...GH,...HS->...GS", q, keys, preferred_element_type=jnp.float32)
+    weights = _softmax(scores.reshape(B, N, -1), mask).astype(values.dtype)
+    weights = once(weights).reshape(scores.shape)
+    return jnp.einsum("...GS,...SH->...GH", weights, values).reshape(B, 1, N, H)
 
 
 def _softmax(scores, mask):
-    """Over the slots that mask: bool[B, S] shows; scores: float32[B, K, G, S]."""
-    scores = jnp.where(mask[:, None, None], scores, _MASKED)
+    """Over the slots that mask: bool[B, S] shows; scores: float32[B, N, S]."""
+    scores = jnp.where(mask[:, None], scores, _MASKED)
     weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
     return weights / weights.sum(axis=-1, keepdims=True)
 

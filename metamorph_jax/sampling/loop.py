@@ -37,7 +37,7 @@ class State:
     """What the loop carries. M is the capacity in new tokens, S the slots of the cache.
 
     Attributes:
-        keys, values: per layer [B, K, H, S] and [B, K, S, H].
+        keys, values: of each layer, see `cached_llm`.
         length: int32[B] slots that are filled; also the position of what is read next.
         embed: [B, D] embedding of what was emitted last; unread: bool[B] it is still to be read.
         count: int32[B] how many were emitted; budget: int32[B] how many may be.
@@ -225,7 +225,7 @@ class Loop:
             if left > state.record.shape[1]:
                 raise ValueError(f"records have {state.record.shape[1]} places, not {left}")
         need = int(np.where(lengths, filled + lengths + 1 + left, 0).max())
-        slots = state.values[0].shape[2]
+        slots = state.values[0].shape[-2]
         if need > slots:
             raise ValueError(f"{need} positions don't fit the cache, which has {slots} slots")
         n = bucket(int(lengths.max()), buckets)

@@ -288,9 +288,10 @@ def test_one_compilation_per_bucket(model):
     assert decoder.loop._advance._cache_size() == 2
 
 
-def test_a_step_copies_neither_weights_nor_cache(model, decoder):
+@pytest.mark.parametrize("lengths", [[20], [20, 7]])
+def test_a_step_copies_neither_weights_nor_cache(model, decoder, lengths):
     loop, policy = decoder.loop, decoder.policy()
-    state = loop.prefill(_prompts(model, [20, 7])[1], 8, policy)
+    state = loop.prefill(_prompts(model, lengths)[1], 8, policy)
     lowered = loop._advance.lower(loop.weights, state, np.int32(8), policy=policy)
     small = min(x.size for x in state.keys)
     for line in lowered.compile().as_text().splitlines():
