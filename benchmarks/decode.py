@@ -5,7 +5,7 @@
 68 M parameters: width 512, 8 layers, 8 heads, MLP 2048, vocabulary 32000, untied head; prompts of
 200 positions, 200 new tokens: one start id, 64 visual tokens, 135 further text ids (forced, since
 random weights never start an image; logits are computed all the same). The peer decodes 200 text
-ids with its dynamic cache. Both times hold the prompt's pass. float32, greedy, batch 1 and 8.
+ids with its dynamic cache. Both times include the prompt. float32, greedy, batch 1 and 8.
 
 On CPUs with matrix units the same again with weights in bfloat16: ours as under
 `config.matmul_precision="bfloat16"`, the peer's model in torch.bfloat16.

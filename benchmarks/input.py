@@ -1,4 +1,4 @@
-"""The input pipeline against the reference loader's work: samples a second, useful positions.
+"""The input pipeline against the reference loader's work: samples per second, useful positions.
 
     python benchmarks/input.py [--rounds 5] [--smoke]
 
@@ -194,7 +194,7 @@ class Peer:
 
 @dataclasses.dataclass
 class Share(common.Case):
-    """A case whose number is better when larger, though it is no rate."""
+    """A case whose number is better when larger, although it isn't a rate."""
 
     @property
     def ratio(self):

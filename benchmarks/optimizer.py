@@ -1,11 +1,11 @@
-"""One update of every optimizer, in place, beside the same update with old and new arrays chosen.
+"""One update of every optimizer, in place, against an update that selects old or new arrays.
 
     python benchmarks/optimizer.py [--rounds 5] [--smoke] [--no-peer]
 
 68 M parameters (`train_step.py` has their model), float32. A bad step must change nothing. The
-update of a run is a branch of `jax.lax.cond` (`train/step.py`); the peer computes the new arrays
-always and takes them, or the old ones, with `jnp.where`. Gradients are given; what they cost is in
-`train_step.py`.
+update of a run is a branch of `jax.lax.cond` (`train/step.py`); the peer always computes the new
+arrays and selects them, or the old ones, with `jnp.where`. Gradients are given; `train_step.py`
+has their cost.
 """
 
 import common
@@ -53,7 +53,7 @@ def norm(grads):
 
 
 def runner(step, params, opt_state, grads):
-    """() -> None, one step; it has arrays of its own, which every step donates."""
+    """() -> None, one step on its own copy of the arrays, which every step donates."""
     box = [jax.tree.map(jnp.copy, (params, opt_state))]
     compiled = jax.jit(step, donate_argnums=(0,)).lower(box[0], grads).compile()
 

@@ -68,7 +68,7 @@ PEERS = {
 
 
 def make(name: str) -> dict:
-    """Compiles a plan anew."""
+    """Compiles one plan."""
     from metamorph_jax.config import load_config
     from metamorph_jax.plan import chips, command
 

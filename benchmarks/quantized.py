@@ -1,4 +1,4 @@
-"""Packed frozen layers (int8, NF4), one forward pass, beside the same layers in float32.
+"""Packed frozen layers (int8, NF4), one forward pass, against the same layers in float32.
 
     python benchmarks/quantized.py [--rounds 5] [--smoke]
 

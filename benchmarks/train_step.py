@@ -1,4 +1,4 @@
-"""One training step (forward, backward, AdamW), beside the same step in torch.
+"""One training step (forward, backward, AdamW), against the same step in torch.
 
     python benchmarks/train_step.py [--rounds 5] [--smoke] [--no-peer]
 

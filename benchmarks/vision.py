@@ -1,4 +1,4 @@
-"""Vision towers, forward: seconds an image, beside transformers on the same weights.
+"""Vision towers, forward pass: seconds per image, against transformers on the same weights.
 
     python benchmarks/vision.py [--smoke] [--batch 4] [--rounds 3]
 

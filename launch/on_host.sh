@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What tpu.sh does on each host of a slice. Not for your hands, though you may.
+# What tpu.sh does on each host of a slice; you don't have to run it yourself.
 #
 #   bash metamorph_jax/launch/on_host.sh setup EXTRAS [BUCKET]  makes the environment, mounts BUCKET
 #                                                               at ~/bucket
@@ -18,7 +18,7 @@ mkdir -p "$run"
 
 boot() { cat /proc/sys/kernel/random/boot_id 2>/dev/null || echo unknown; }
 
-# Numbers of processes begin anew when a host starts anew.
+# After a reboot, a process id may belong to another process.
 alive() {
     [ -f "$run/pid" ] && [ ! -f "$run/exit" ] && [ "$(cat "$run/boot")" = "$(boot)" ] &&
         kill -0 "$(cat "$run/pid")" 2>/dev/null
@@ -59,7 +59,7 @@ case ${1:?a command} in
             echo "metamorph-run: running $(cat "$run/pid")"
             exit 0
         fi
-        mount_bucket # a host that was started anew has lost it
+        mount_bucket # a reboot has unmounted it
         rm -f "$run/exit" "$run/pid"
         boot > "$run/boot"
         printf '\n==== %s, started %s\n' "$(hostname)" "$(date -u '+%F %T UTC')" >> "$run/log"
@@ -90,7 +90,7 @@ case ${1:?a command} in
         elif alive; then
             echo "metamorph-run: running $(cat "$run/pid")"
         elif [ -f "$run/pid" ]; then
-            echo "metamorph-run: ended 137" # gone without a word: killed, or the host went down
+            echo "metamorph-run: ended 137" # no exit code: killed, or the host went down
         else
             echo "metamorph-run: nothing"
         fi

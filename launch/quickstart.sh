@@ -4,8 +4,8 @@
 #   bash launch/quickstart.sh [--python PYTHON] [--smoke] [--workdir DIR] [more options of
 #                             `metamorph quickstart`, see `--help`]
 #
-# Makes .venv, installs what is needed, then runs `metamorph quickstart`. Started again after an
-# interruption it goes on where it was.
+# Makes .venv, installs what is needed, then runs `metamorph quickstart`. After an interruption,
+# the same command resumes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/common.sh

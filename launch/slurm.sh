@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A run on GPUs of a SLURM cluster. Runs on the login node, from a checkout that the nodes see, too.
+# A run on GPUs of a SLURM cluster. Start it on the login node, in a checkout that all nodes see.
 #
 #   bash launch/slurm.sh submit --name=NAME [options] -- PROGRAM…
 #   bash launch/slurm.sh status|logs|stop --name=NAME
@@ -8,7 +8,7 @@
 #   --cpus=8            cores per process
 #   --time=24:00:00     limit; five minutes before it the program gets SIGTERM and saves, and the job
 #                       is put into the queue again
-#   --restarts=100      how many times a job that was stopped or died comes back
+#   --restarts=100      how many times a job that was stopped or died is queued again
 #   --flag=F            one more flag for sbatch, e.g. --flag=--partition=a100 --flag=--account=me
 #   --dry-run           print every command, run none
 #
@@ -59,11 +59,11 @@ while [ $# -gt 0 ]; do
 done
 [[ $name =~ ^[A-Za-z0-9._-]+$ ]] || fail "--name=NAME is needed: letters, digits, dots and dashes"
 [[ $nodes$gpus$cpus$restarts =~ ^[0-9]+$ ]] ||
-    fail "--nodes, --gpus, --cpus and --restarts want whole numbers"
+    fail "--nodes, --gpus, --cpus and --restarts must be whole numbers"
 cd "$root"
 case $action in
     submit)
-        [ ${#program[@]} -gt 0 ] || fail "what is to be run? -- PROGRAM…"
+        [ ${#program[@]} -gt 0 ] || fail "there is no program to run: give it after --"
         [ -n "$dry" ] || [ -x .venv/bin/python ] || fail "$root/.venv is not there; see --help"
         need sbatch https://slurm.schedmd.com
         do_it sbatch --job-name="$name" --nodes="$nodes" --ntasks-per-node="$gpus" \

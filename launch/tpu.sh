@@ -1,32 +1,32 @@
 #!/usr/bin/env bash
-# A TPU slice of Google Cloud, from its creation to its end. Runs on your machine; needs gcloud.
+# A TPU slice of Google Cloud, from creation to deletion. Runs on your machine; needs gcloud.
 #
 #   bash launch/tpu.sh COMMAND --name=NAME [options] [-- PROGRAM…]
 #
-#   create   asks for the slice (a queued resource) and waits until it is there
-#   setup    copies this code to all hosts and installs it; again after a change of the code
+#   create   requests the slice (a queued resource) and waits until it is there
+#   setup    copies this code to all hosts and installs it; repeat it after changing the code
 #   run      starts PROGRAM on all hosts, detached; their logs stay there
-#   watch    create, setup and run as needed, until PROGRAM has ended well on all hosts: a slice
-#            that was taken away is asked for again, a program that died is started again
-#   status   of the slice, and of PROGRAM on every host
+#   watch    create, setup and run as needed, until PROGRAM has succeeded on all hosts: a
+#            preempted slice is requested again, a program that died is started again
+#   status   prints the state of the slice, and of PROGRAM on every host
 #   logs     follows the log of one host (--host=N)
 #   stop     ends PROGRAM on all hosts with SIGTERM, so that it saves a checkpoint
 #   delete   gives the slice back, which ends the costs
 #
 #   --name=NAME         of the queued resource and its nodes
-#   --zone=Z --project=P  default: what `gcloud config` says
+#   --zone=Z --project=P  default: those of `gcloud config`
 #   --type=T            v5e-64, v5p-64, v6e-64, v4-64, …         (create, watch)
 #   --spot | --reserved   default: on demand                     (create, watch)
 #   --slices=N          several slices, joined by the network    (create, watch)
-#   --runtime=R         software version of the hosts; follows from --type
+#   --runtime=R         software version of the hosts; default: the one for --type
 #   --create-flag=F     one more flag for gcloud, e.g. --create-flag=--network=my-net
-#   --wait=6h           how long a request may wait (s, m, h, d); default: for ever
+#   --wait=6h           how long a request may wait (s, m, h, d); default: no limit
 #   --bucket=B          a bucket that all hosts see at ~/bucket  (setup, watch)
 #   --env=NAME          a variable of yours that PROGRAM gets, e.g. HF_TOKEN; its value travels in
 #                       a file that only you can read, never in a command line or a log
 #   --extras=tpu        what to install                          (setup, watch)
 #   --restarts=N        a program that dies is started again at most N times (default 100; watch)
-#   --every=60          seconds between two looks                (create, watch)
+#   --every=60          seconds between two checks               (create, watch)
 #   --delete            delete the slice when all is done        (watch)
 #   --host=N            (logs, default 0)
 #   --iap               reach the hosts through Google's proxy (no public addresses)
@@ -71,9 +71,9 @@ while [ $# -gt 0 ]; do
 done
 cloud_name "$name"
 [[ $slices$restarts$host =~ ^[0-9]+$ && $every =~ ^[0-9.]+$ ]] ||
-    fail "--slices, --restarts and --host want whole numbers, --every wants seconds"
+    fail "--slices, --restarts and --host must be whole numbers, --every a number of seconds"
 case $action in
-    run | watch) [ ${#program[@]} -gt 0 ] || fail "what is to be run? -- PROGRAM…" ;;
+    run | watch) [ ${#program[@]} -gt 0 ] || fail "there is no program to run: give it after --" ;;
     *) [ ${#program[@]} -eq 0 ] || fail "$action takes no program" ;;
 esac
 case $action in
@@ -85,13 +85,14 @@ case $action in
             v5p-*) runtime=${runtime:-v2-alpha-tpuv5} ;;
             v6e-*) runtime=${runtime:-v2-alpha-tpuv6e} ;;
             v4-* | v3-* | v2-*) runtime=${runtime:-tpu-ubuntu2204-base} ;;
-            tpu7x*) fail "tpu7x is to be had through GKE only: launch/xpk.sh" ;;
-            *) [ -n "$runtime" ] || fail "which software does $type want? --runtime=R" ;;
+            tpu7x*) fail "tpu7x is available through GKE only: launch/xpk.sh" ;;
+            *) [ -n "$runtime" ] || fail "$type has no default software: give --runtime=R" ;;
         esac ;;
 esac
 for variable in ${variables[@]+"${variables[@]}"}; do
-    [[ $variable =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] || fail "--env wants a name, not '$variable'"
-    [ -n "${!variable:-}" ] || fail "--env=$variable: there is no such variable here"
+    [[ $variable =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] ||
+        fail "--env takes the name of a variable, not '$variable'"
+    [ -n "${!variable:-}" ] || fail "--env=$variable: this variable is not set here"
 done
 need gcloud https://cloud.google.com/sdk/docs/install
 
@@ -127,7 +128,7 @@ slice_state() { # ACTIVE, SUSPENDED, …; NONE if there is no such request
         echo NONE
     else
         printf '%s\n' "$said" >&2
-        echo UNKNOWN # no network, say; look again later
+        echo UNKNOWN # no network, for example; check again later
     fi
 }
 
@@ -136,7 +137,7 @@ slice_state() { # ACTIVE, SUSPENDED, …; NONE if there is no such request
 request() {
     local nodes=(--node-id="$name")
     if [ "$slices" -gt 1 ]; then nodes=(--node-count="$slices" --node-prefix="$name"); fi
-    say "asking for ${slices} x ${type} ${tier}"
+    say "requesting ${slices} x ${type} ${tier}"
     tpus queued-resources create "$name" "${nodes[@]}" --accelerator-type="$type" \
         --runtime-version="$runtime" ${tier:+"$tier"} \
         ${wait_for:+--valid-until-duration="$wait_for"} ${create_flags[@]+"${create_flags[@]}"}
@@ -167,7 +168,7 @@ create() {
 folder=''
 trap '[ -z "$folder" ] || rm -rf "$folder"' EXIT
 
-setup() { # each line with its own end: errors don't stop what stands left of ||
+setup() { # every line has its own return: `set -e` is off to the left of ||
     local variable
     folder=${folder:-$(mktemp -d)} # a set-up that failed has left its own
     say "copying the code to all hosts of $name"
@@ -220,8 +221,8 @@ on_end() { # what watch does last
     exit "$1"
 }
 
-# Counts what fails several times in a row: `enough KIND 5` says if it is enough, `well KIND` that
-# it was all right.
+# Counts failures in a row: `enough KIND 5` counts one more and succeeds at the fifth, `well KIND`
+# resets the count.
 enough() {
     local counter=failures_of_$1
     printf -v "$counter" %d $((${!counter:-0} + 1))
@@ -235,15 +236,15 @@ watch() {
         state=$(slice_state)
         if [ "$state" != "$before" ]; then say "$(date '+%F %T') $name: $state"; fi
         case $state in
-            UNKNOWN) [ -n "$before" ] || fail "gcloud can't look after $name" ;;
+            UNKNOWN) [ -n "$before" ] || fail "gcloud can't read the state of $name" ;;
             NONE)
                 if request; then
                     well request
                 elif enough request 5; then
                     fail "the request failed five times"
                 fi ;;
-            FAILED | SUSPENDED) # spot slices end so; a request that waited too long, too
-                say "the slice is gone; asking for another one"
+            FAILED | SUSPENDED) # a preempted slice, or a request that waited too long
+                say "the slice is gone; requesting another one"
                 remove || true ;;
             ACTIVE)
                 if [ -n "$dry" ]; then
@@ -258,11 +259,11 @@ watch() {
     done
 }
 
-look_after_hosts() { # one look at an active slice; uses the variables of watch
+look_after_hosts() { # one check of an active slice; uses the variables of watch
     if ! hosts=$(host_states) || [ -z "$hosts" ]; then
         say "not all hosts answer"
         if enough contact 5; then
-            say "the slice is broken; asking for another one"
+            say "the slice is broken; requesting another one"
             remove || true
             well contact
         fi
@@ -274,12 +275,12 @@ look_after_hosts() { # one look at an active slice; uses the variables of watch
             say "the set-up failed three times"
             on_end 1
         fi
-        if setup; then look_after_hosts; fi # at once: chips that wait cost as much
+        if setup; then look_after_hosts; fi # at once: idle chips cost as much
         return
     fi
     well setup
     if [[ $hosts == *running* ]]; then
-        # Where one host has ended, the others should notice soon.
+        # When one host has ended, the others should notice soon.
         if [[ $hosts != *ended* && $hosts != *nothing* ]]; then
             well unequal
         elif enough unequal 5; then
@@ -290,7 +291,7 @@ look_after_hosts() { # one look at an active slice; uses the variables of watch
         well unequal
         code=$(sed -n 's/^ended //p' <<< "$hosts" | sort -n | tail -n 1)
         if [ "$code" = 0 ] && [[ $hosts != *nothing* ]]; then
-            say "$(date '+%F %T') the program has ended well on all hosts"
+            say "$(date '+%F %T') the program has succeeded on all hosts"
             on_end 0
         fi
         if [ -n "$code" ] && [ "$code" != 0 ] && [ "$started" -gt 0 ]; then

@@ -24,12 +24,12 @@ take_action() {
     fail "no command '$2'; see --help"
 }
 
-# What an option may be when it is none of a script's own.
+# Options that all scripts have.
 other_option() {
     case $1 in
         --dry-run) dry=yes ;;
         -h | --help) usage "$0"; exit 0 ;;
-        *) fail "unknown option '$1'; see --help. What is to be run comes after --" ;;
+        *) fail "unknown option '$1'; see --help. The program to run comes after --" ;;
     esac
 }
 
@@ -38,7 +38,7 @@ cloud_name() { # as Google Cloud and Kubernetes take it
         fail "--name=NAME is needed: lower-case letters, digits and dashes, a letter first"
 }
 
-# Words as a shell has to be given them.
+# Words, quoted for a shell.
 quoted() {
     local word quote="'\\''" space=''
     for word; do

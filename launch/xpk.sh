@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A run on a GKE cluster, through XPK (https://github.com/AI-Hypercomputer/xpk); tpu7x is to be had
-# in no other way. Runs on your machine; needs xpk, kubectl and docker.
+# A run on a GKE cluster, through XPK (https://github.com/AI-Hypercomputer/xpk), the only way to get
+# tpu7x. Runs on your machine; needs xpk, kubectl and docker.
 #
 #   bash launch/xpk.sh run --name=NAME --cluster=C --type=tpu7x-64 [options] -- PROGRAM…
 #   bash launch/xpk.sh status|logs|delete --name=NAME --cluster=C
@@ -8,7 +8,7 @@
 #   --zone=Z --project=P  of the cluster
 #   --type=T            v5p-64, v6e-64, tpu7x-64, …
 #   --slices=1          how many of them
-#   --image=python:3.12 what the code is put upon
+#   --image=python:3.12 base image that the code is added to
 #   --extras=tpu        what to install
 #   --restarts=100      how many times a run that died is started again
 #   --flag=F            one more flag for xpk, e.g. --flag=--storage=my-bucket (mounts a bucket)
@@ -16,7 +16,7 @@
 #
 # A cluster with spot slices is made once by
 #   xpk cluster create --cluster=C --tpu-type=v6e-64 --num-slices=1 --spot
-# Values of secret variables belong into a Kubernetes secret: what xpk is given, the cluster shows.
+# Secrets belong in a Kubernetes secret: everyone on the cluster can read the arguments of xpk.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/launch/words.sh"
@@ -42,7 +42,7 @@ while [ $# -gt 0 ]; do
 done
 cloud_name "$name"
 [ -n "$cluster" ] || fail "--cluster=C is needed"
-[[ $slices$restarts =~ ^[0-9]+$ ]] || fail "--slices and --restarts want whole numbers"
+[[ $slices$restarts =~ ^[0-9]+$ ]] || fail "--slices and --restarts must be whole numbers"
 need xpk "pip install xpk"
 
 workload() { # verb, rest…
@@ -53,7 +53,7 @@ workload() { # verb, rest…
 
 case $action in
     run)
-        [ ${#program[@]} -gt 0 ] || fail "what is to be run? -- PROGRAM…"
+        [ ${#program[@]} -gt 0 ] || fail "there is no program to run: give it after --"
         [ -n "$type" ] || fail "--type=T is needed, e.g. v6e-64"
         type=${type/#v5e-/v5litepod-}
         command="pip install --quiet -e '.[$extras]' && $(quoted "${program[@]}")"
@@ -61,7 +61,7 @@ case $action in
         folder=$(mktemp -d)
         trap 'rm -rf "$folder"' EXIT
         code "$root" | tar -C "$folder" -xf -
-        # Without being told so, xpk (1.16) restarts after signals only. 1: a crash; 75: a host was
+        # By default, xpk (1.16) restarts after signals only. 1: a crash; 75: a host was
         # lost. Not 2, a wrong option, nor 3, a loss that is not finite: no restart helps.
         workload create --workload="$name" --device-type="$type" --num-slices="$slices" \
             --base-docker-image="$image" --script-dir="$folder" --max-restarts="$restarts" \

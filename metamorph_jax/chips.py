@@ -1,4 +1,4 @@
-"""What the makers publish about accelerator chips: peaks, memory, links.
+"""Published figures of accelerator chips: peaks, memory, links.
 
 TPUs: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, the tables "key specifications". There the
 interconnect is given as Gbit/s out of a chip (v5e: 1600) or, in later editions, as bytes per second
@@ -19,13 +19,13 @@ class Chip:
         name: as in `--topology`: v5e, h100, …
         flops: peak bfloat16 FLOP/s.
         hbm_bytes: memory as sold.
-        usable_bytes: of it for programs, as the compiler says when they need more.
+        usable_bytes: of it for programs, as the compiler reports when they need more.
         hbm_bandwidth: bytes/s.
         ici_bandwidth: bytes/s that leave the chip over all its links together, one direction.
         ici_axes: dimensions of the torus that the links make (each has two links of the chip);
             0 where a switch connects all chips of a host.
-        devices: JAX devices that one chip shows itself as.
-        kinds: starts of JAX's `device_kind`.
+        devices: number of JAX devices that one chip appears as.
+        kinds: prefixes of JAX's `device_kind`.
     """
 
     name: str
@@ -80,10 +80,10 @@ CHIPS = {
 
 
 def find(kind: str) -> Chip | None:
-    """The chip behind a `device_kind`, or behind a name of the table; None if it isn't there."""
+    """The chip with this `device_kind` or name in the table; None if it is unknown."""
     if kind in CHIPS:
         return CHIPS[kind]
-    # The longest start wins: "TPU v5 lite" is no "TPU v5".
+    # The longest prefix wins: "TPU v5 lite" is not "TPU v5".
     starts = {start: chip for chip in CHIPS.values() for start in chip.kinds}
     longest = max((s for s in starts if kind.startswith(s)), key=len, default=None)
     return None if longest is None else starts[longest]

@@ -1,14 +1,14 @@
 """Joining the hosts of a run.
 
-Every host starts the same command. Where they find each other is asked in this order:
+Every host starts the same command. The address of process 0 and the numbers come from, in order:
 
-    by hand     --coordinator=HOST:PORT --processes=N --process=K
+    options     --coordinator=HOST:PORT --processes=N --process=K
     variables   JAX_COORDINATOR_ADDRESS (with port, or JAX_COORDINATOR_PORT), JAX_NUM_PROCESSES or
                 NNODES, JAX_PROCESS_ID or NODE_RANK or JOB_COMPLETION_INDEX (GKE, XPK on GPUs)
     platform    what JAX detects: TPU VMs, multi-slice, GKE with TPUs, SLURM's srun, Open MPI
 
-Before JAX connects them (which blocks without a word until all are there) they meet at the
-coordinator's port, so that it can be said who is missing. No JAX backend is started before that.
+Before JAX connects them (which blocks silently until all are there) they meet at the coordinator's
+port, so that missing hosts can be reported. No JAX backend is started before that.
 """
 
 import dataclasses
@@ -27,10 +27,9 @@ _PORT = "8482"
 _MAGIC = "metamorph-join"
 
 
-
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where this process stands.
+    """The place of this process among all of a run.
 
     Attributes:
         coordinator: host:port of process 0.
@@ -48,14 +47,14 @@ def find(
     process: int | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> Place | None:
-    """This process's place; None if it is alone, as far as anyone says.
+    """The place of this process; None if nothing says that there are others.
 
     Args:
-        coordinator, processes, process: what is known, else asked as the module says.
+        coordinator, processes, process: None: found as the module docstring says.
         environ: variables, default those of the process.
 
     Raises:
-        JoinError: if only a part of it can be found out.
+        JoinError: if only some of the three can be found.
     """
     env = os.environ if environ is None else environ
     coordinator = coordinator or _address(env)
@@ -70,7 +69,7 @@ def find(
         coordinator, processes, process = found or (coordinator, processes, process)
     if processes is None or process is None:
         raise JoinError(
-            f"process 0 is at {coordinator}, but not known: "
+            f"process 0 is at {coordinator}, but these are not known: "
             + " and ".join(n for n, v in (("--processes", processes), ("--process", process))
                            if v is None)
         )  # fmt: skip
@@ -97,7 +96,7 @@ def _first(value: int | None, env, *names: str) -> int | None:
 
 def _detect(coordinator, processes, process):
     """(coordinator, processes, process) as JAX's own detection says, or None."""
-    from jax._src import clusters  # nothing public says it before all hosts are connected
+    from jax._src import clusters  # nothing public tells it before all hosts are connected
 
     detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
     with warnings.catch_warnings(action="ignore"):  # "install jax[k8s]", wherever pods are
@@ -116,10 +115,10 @@ def join(
 
     Args:
         place: of this process.
-        hint_after: seconds after which it is said what to check.
-        timeout: seconds after which it is given up.
+        hint_after: seconds until a hint at what to check is printed.
+        timeout: seconds until joining fails.
         heartbeat: seconds of silence after which a host counts as lost and the others end.
-        say: takes each line of text; default: standard output.
+        say: is called with each line of text; default: prints it.
 
     Raises:
         JoinError: if not all hosts came in time.
@@ -141,7 +140,7 @@ def join(
     )
     if place.process == 0:
         say(f"all {place.processes} hosts are connected; if one falls silent for {heartbeat} s the "
-            "others end, and the same command goes on from the last checkpoint")  # fmt: skip
+            "others end, and the same command resumes from the last checkpoint")  # fmt: skip
 
 
 def prepare_collectives() -> None:
@@ -153,7 +152,7 @@ def prepare_collectives() -> None:
 
 
 def _gather(place: Place, hint_after: float, deadline: float, say) -> None:
-    """Process 0: counts who comes, and lets all go when everybody is there."""
+    """Process 0: counts the processes that arrive, and lets them go when all are there."""
     port = int(place.coordinator.rsplit(":", 1)[1])
     began, hinted = time.monotonic(), False
     there: dict[int, tuple[socket.socket, str]] = {}
@@ -176,7 +175,7 @@ def _gather(place: Place, hint_after: float, deadline: float, say) -> None:
                 if number is None:  # not one of ours
                     connection.close()
                     continue
-                if number in there:  # came anew
+                if number in there:  # it connected again
                     there[number][0].close()
                 new = number not in there
                 there[number] = connection, address
@@ -252,7 +251,7 @@ def _hint(place: Place, missing: list[int]) -> str:
 
 
 def gather(mine) -> list:
-    """What each process gave (anything that JSON can hold), in their order; all wait for all."""
+    """The values of all processes (anything that JSON can hold), in order; waits for them."""
     import jax
     import numpy as np
     from jax.experimental import multihost_utils
@@ -267,7 +266,7 @@ def gather(mine) -> list:
 
 
 def leave(code: int) -> None:
-    """Ends this process at once, where the others may be gone or waiting for it forever.
+    """Ends this process at once, when others may be gone or would wait for it forever.
 
     Without this Python would wait at its exit until all processes want to end. The others notice
     that this one is gone, and end as well.

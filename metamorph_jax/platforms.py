@@ -1,4 +1,4 @@
-"""What is settled before JAX starts: no search for a TPU where none is, an option of the compiler.
+"""Settings made before JAX starts: no search for a TPU that isn't there, and a compiler option.
 
 `metamorph plan` needs libtpu for its compiler, and where libtpu is installed JAX tries to start it
 in every command; without a TPU it fails with lines about hosts, and then JAX takes the CPU.
@@ -13,27 +13,27 @@ import pathlib
 import re
 import sys
 
-# What the drivers of accelerators leave. TPU VMs have /dev/accel* or, from v5e on, /dev/vfio/N.
+# Device files of accelerators' drivers. TPU VMs have /dev/accel* or, from v5e on, /dev/vfio/N.
 _TPU = ("/dev/accel*", "/dev/vfio/[0-9]*")
 _GPU = ("/dev/nvidia*", "/dev/dxg", "/dev/kfd")
 
 # An option of XLA's CPU compiler, whose library of small kernels runs the kernel's gradient of a
 # convolution half as fast as Eigen does.
 _CONVOLUTIONS = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
-_KNOWING_JAXLIB = range(10, 13)  # 0.10 to 0.12: JAX ends at an option that it does not know
+_KNOWING_JAXLIB = range(10, 13)  # 0.10 to 0.12: JAX aborts at an option that it does not know
 
 
 def prepare() -> None:
-    """Settles platform and compiler option; to be called before a JAX backend starts."""
+    """Chooses the platform and the compiler option; call it before a JAX backend starts."""
     leave_tpu_out()
     tune_cpu()
 
 
 def tune_cpu() -> None:
-    """Adds the CPU compiler's faster convolutions to XLA_FLAGS, where no accelerator is there.
+    """Adds the CPU compiler's faster convolutions to XLA_FLAGS on hosts without an accelerator.
 
-    Changes nothing where XLA_FLAGS has the option already, nor with versions of jaxlib that it was
-    not tried with.
+    Changes nothing where XLA_FLAGS has the option already, nor with versions of jaxlib that it
+    was not tested with.
     """
     if "JAX_FORCE_TPU_INIT" in os.environ or any(map(glob.glob, _TPU + _GPU)):
         return
@@ -56,7 +56,7 @@ def has_matrix_units() -> bool:
 
 
 def leave_tpu_out() -> None:
-    """Sets JAX_PLATFORMS=cpu where libtpu is installed and no accelerator is there.
+    """Sets JAX_PLATFORMS=cpu where libtpu is installed but there is no accelerator.
 
     Changes nothing if JAX_PLATFORMS is set (also to ""), if a TPU or GPU has left a device file, or
     without libtpu.

@@ -22,10 +22,10 @@ RULES: dict[str, tuple[str, ...] | str | None] = {
     # weights
     "layers": None,  # scanned: every device runs every layer
     "vocab": "tensor",  # embedding rows and head columns, so logits come out sharded
-    "embed": "fsdp",  # the width of the residual stream is what FSDP cuts
+    "embed": "fsdp",  # the width of the residual stream: what FSDP shards
     "heads": "tensor",  # query, key and value heads
     "mlp": "tensor",  # hidden units
-    "norm": None,  # vectors: too small to cut
+    "norm": None,  # vectors: too small to shard
     "added": None,  # a handful of rows for the image tokens
     # activations
     "act_batch": BATCH_AXES,  # rows of the batch over everything that is data parallel
@@ -86,10 +86,10 @@ def _arrange(devices: np.ndarray, sizes: list[int]) -> np.ndarray:
 
 
 def platform() -> str:
-    """What the mesh that is set consists of, else what this host has: "cpu", "gpu" or "tpu".
+    """Platform of the current mesh, else of this host: "cpu", "gpu" or "tpu".
 
-    Branches for a platform ask this, so that a program can be compiled for chips of another kind
-    than those of the host (`metamorph plan`).
+    Code that depends on the platform asks this, so that a program can be compiled for chips of a
+    kind that the host doesn't have (`metamorph plan`).
     """
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh.empty else getattr(mesh, "abstract_device", None)
@@ -100,12 +100,12 @@ def platform() -> str:
 
 
 def spec(*names: str | None) -> P:
-    """The PartitionSpec of dimensions with these names (`None`: not cut)."""
+    """The PartitionSpec of dimensions with these names (`None`: not sharded)."""
     return P(*(None if n is None else RULES[n] for n in names))
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Says how an activation lies over the mesh that is set; no-op without a mesh."""
+    """Constrains how an activation is sharded over the current mesh; no-op without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
@@ -116,7 +116,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 def gathered(kernel: jax.Array, names: tuple[str, ...]) -> jax.Array:
     """A kernel whose dimensions have these names, whole over "fsdp"; no-op without a mesh.
 
-    All that uses the result shares one gather. The gradient lies as the kernel does.
+    All uses of the result share one gather. The gradient is sharded as the kernel is.
     """
     return constrain(kernel, *(None if RULES[n] == "fsdp" else n for n in names))
 
@@ -137,7 +137,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def mesh_of(tree) -> Mesh:
-    """The mesh that the arrays of a tree lie on; without one, a mesh of their one device."""
+    """The mesh of the arrays of a tree; without one, a mesh of their one device."""
     found = None
     for x in jax.tree.leaves(tree):
         where = getattr(x, "sharding", None)
@@ -149,7 +149,7 @@ def mesh_of(tree) -> Mesh:
 
 
 def variable_sharding(variable, mesh: Mesh) -> NamedSharding:
-    """Where one parameter lies: by its names if it has them, else by its size.
+    """The sharding of a parameter: by its names if it has them, else by its size.
 
     `variable` is an nnx.Variable (of an array or a ShapeDtypeStruct) or a bare array.
     """
@@ -175,7 +175,7 @@ def state_shardings(state, mesh: Mesh):
 
 
 def _by_size(shape, mesh) -> P:
-    """FSDP for weights without names: cut the largest dimension that divides evenly."""
+    """FSDP for weights without names: shard the largest dimension that divides evenly."""
     n = mesh.shape["fsdp"]
     if n == 1 or math.prod(shape) < _SMALLEST_TO_CUT:
         return P()

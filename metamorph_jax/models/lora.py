@@ -4,9 +4,9 @@
     s = alpha / rank, or alpha / sqrt(rank) (rank-stabilised, Kalajdzievski 2023, arXiv 2312.03732)
 
 `add` gives adapters to the linears whose dotted name a pattern matches; the kernel keeps its name,
-so checkpoints of the model still fit. A and B are `Adapter` variables and no `nnx.Param`: readers
-and writers of published weights, which ask for `nnx.Param`, pass them over. Linears of stacked,
-scanned layers have stacked adapters, one a layer. `merged` folds all adapters into the kernels.
+so checkpoints of the model still fit. A and B are `Adapter` variables, not `nnx.Param`: readers
+and writers of published weights, which ask for `nnx.Param`, skip them. Linears of stacked,
+scanned layers have stacked adapters, one per layer. `merged` folds all adapters into the kernels.
 
 Dropout needs a key in every adapter: `with_dropout` returns the model with keys, the model itself
 is deterministic.
@@ -69,7 +69,7 @@ class LoraConfig:
             try:
                 re.compile(getattr(self, name))
             except re.error as error:
-                raise ValueError(f"{name} is no regular expression: {error}") from error
+                raise ValueError(f"{name} is not a regular expression: {error}") from error
 
     @property
     def scale(self) -> float:
@@ -87,7 +87,7 @@ class LoraLinear(nnx.Module):
         shape = (*lead, linear.in_features, cfg.rank)
         a = jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
         b = jnp.zeros((*lead, cfg.rank, linear.out_features))
-        # The rank is small and never cut; the other dimension lies as the kernel's does.
+        # The rank is small and never sharded; the other dimension is sharded as the kernel's is.
         names = ({}, {}) if logical is None else (
             {"logical": (logical[0], None)}, {"logical": (None, logical[1])}
         )  # fmt: skip
@@ -245,7 +245,7 @@ def fold(
 
 
 def replicated(model: nnx.Module):
-    """A sharding of whole arrays on all devices that the model lies on."""
+    """The sharding of whole arrays on all devices of the model."""
     where = jax.tree.leaves(nnx.state(model, nnx.Param))[0].sharding
     if isinstance(where, jax.sharding.NamedSharding):
         return sharding.replicated(where.mesh)

@@ -1,4 +1,4 @@
-"""Attention behind one door, and the mask that packed rows need.
+"""One function for all attention, and the mask that packed rows need.
 
 A query may see a key when both stand in the same segment (0 is padding, never seen), the key
 does not come later, and the key belongs to the shared prefix (turn 0) or to the query's own turn:
@@ -35,19 +35,19 @@ def packed_mask(segments: jax.Array, turns: jax.Array | None = None) -> jax.Arra
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Segments:
-    """`packed_mask` not yet made: int32[B, L] numbers of samples, for kernels that mask blocks."""
+    """What `packed_mask` is made from: int32[B, L] sample numbers, for kernels that mask blocks."""
 
     numbers: jax.Array
 
 
 def row_mask(segments: jax.Array, turns: jax.Array | None = None) -> jax.Array | Segments:
-    """The mask of packed rows in the form in which `attend` takes it fastest on this platform."""
+    """The mask of packed rows, in the form that is fastest for `attend` on this platform."""
     if platform() != "tpu" or segments.shape[1] % _SPLASH_BLOCK:
         return packed_mask(segments, turns)
     if turns is not None:
         logging.getLogger(__name__).warning(
             "rows with independent turns: attention holds all scores of a row (no TPU kernel); "
-            "config.data.row.independent_turns=False takes the kernel"
+            "config.data.row.independent_turns=False uses the kernel"
         )
         return packed_mask(segments, turns)
     return Segments(segments)
@@ -143,7 +143,7 @@ def _heads_forward(q, k, v, mask):
 
 
 def _heads_backward(saved, gradient):
-    """Computes the weights anew, so nothing of size L * S is kept between the passes."""
+    """Recomputes the weights, so nothing of size L * S is kept between the passes."""
     q, k, v, mask, out, top, total = saved
 
     def head(args):

@@ -33,8 +33,8 @@ def flat_dot_general(lhs, rhs, dimension_numbers, precision=None, **options):
 def gathering_dot_general(names, lhs, rhs, dimension_numbers, precision=None, **options):
     """`flat_dot_general` with a kernel whose dimensions have these names, gathered over "fsdp".
 
-    Left to itself, XLA gathers some kernels once for the forward pass that is computed anew and
-    once more for the gradient, and others by summing them up over all devices. Where there are
+    Left to itself, XLA gathers some kernels once for the recomputed forward pass and
+    once more for the gradient, and others by a sum over all devices. Where there are
     fewer positions than rows of the kernel, as in decoding, positions travel and kernels stay.
     For `nnx.Linear(dot_general=partial(gathering_dot_general, names))`.
     """
@@ -43,7 +43,7 @@ def gathering_dot_general(names, lhs, rhs, dimension_numbers, precision=None, **
     return flat_dot_general(lhs, rhs, dimension_numbers, precision, **options)
 
 
-_FEW = 16  # rows up to which reading the kernel takes the time, and rounding it would take more
+_FEW = 16  # up to this many rows, reading the kernel dominates, and rounding it would take longer
 
 
 def in_bfloat16() -> bool:
@@ -56,8 +56,8 @@ def in_bfloat16() -> bool:
 def rounded_product(x, w):
     """float32[T, F] of float32 x [T, D] and w [D, F], both rounded to bfloat16 first.
 
-    XLA's CPU backend has the matrix units multiply in this one layout only, so the backward pass
-    lays out its transposed sides anew.
+    XLA's CPU backend uses the matrix units in this one layout only, so the backward pass copies its
+    transposed operands into it.
     """
     return _product(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16))
 

@@ -1,3 +1,5 @@
-"""`metamorph plan`: compiles a step for chips that aren't here, and says how it fits and how fast
-it can be. `chips` what the chips can do, `programs` the step, `hlo` what the compiler made of it,
-`flops` the model's own arithmetic, `report` all of it as a table, `command` the command line."""
+"""`metamorph plan`: whether a step fits on chips that aren't here, and how fast it can be.
+
+`chips` describes the hardware, `programs` builds the step, `hlo` reads what the compiler made of
+it, `report` puts the numbers together, and `command` is the command line.
+"""

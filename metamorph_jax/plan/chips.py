@@ -1,4 +1,4 @@
-"""What accelerators can do, as published, and descriptions of them for the compiler."""
+"""Published figures of accelerators, and their descriptions for the compiler."""
 
 import dataclasses
 import math
@@ -39,7 +39,7 @@ def _device(name: str) -> Chip:
 
 CHIPS = {name: _device(name) for name in ("v4", "v5e", "v5p", "v6e", "tpu7x", "h100")}
 
-# Usual names -> shape; v4 and v5p count cores, two of them on a chip.
+# Common names -> shape; v4 and v5p count cores, two of them on a chip.
 SHAPES = {
     "v5e": {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16",
             256: "16x16"},
@@ -52,7 +52,7 @@ SHAPES = {
     "tpu7x": {8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4"},
 }  # fmt: skip
 
-# XLA's description of an H100 SXM, needed where there is none.
+# XLA's description of an H100 SXM, for hosts that have none.
 _H100 = """gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
   shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132
@@ -66,7 +66,6 @@ platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
-
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +89,7 @@ class Topology:
 
 
 def parse(text: str, slices: int = 1) -> Topology:
-    """`v5e:8x8`, `v5p:2x4x4`, `h100:8`, or the usual name `v5p-64`.
+    """`v5e:8x8`, `v5p:2x4x4`, `h100:8`, or a common name such as `v5p-64`.
 
     Raises:
         TopologyError: with what is known.
@@ -112,7 +111,7 @@ def parse(text: str, slices: int = 1) -> Topology:
 
 
 def prepare_environment() -> None:
-    """To be called before JAX starts: this host computes nothing, and asks no cloud service."""
+    """Sets variables before JAX starts, so that it uses the CPU and asks no cloud service."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
@@ -122,11 +121,11 @@ def prepare_environment() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # imported before, it has not seen the environment
+    jax.config.update("jax_platforms", "cpu")  # it may have been imported before
 
 
 def devices(topology: Topology) -> list:
-    """Devices to compile for, none of which is here.
+    """Descriptions of devices to compile for; none of them has to be present.
 
     Raises:
         TopologyError: the compiler for these chips isn't installed, or has no such shape.

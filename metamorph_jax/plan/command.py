@@ -1,4 +1,4 @@
-"""`metamorph plan`: whether a step fits chips that aren't here, and how fast it can be."""
+"""`metamorph plan`: whether a step fits on other chips, and how fast it can be."""
 
 import json
 import pathlib
@@ -14,9 +14,9 @@ DOES_NOT_FIT = 1
 def add_arguments(parser) -> None:
     parser.description = (
         "Compiles the step that a config describes for other chips, with their real compiler, on "
-        "this host, and prints memory, traffic and the fastest it can be. Nothing is trained or "
-        "downloaded. Takes one to five minutes and 2 to 6 GB of memory. Needs the compiler: "
-        "pip install 'metamorph-jax[plan]' for TPUs, [cuda12] (4.6 GB) for GPUs. Exit code 1: "
+        "this host, and prints its memory, its traffic and the least time it can take. Nothing is "
+        "trained or downloaded. Takes one to five minutes and 2 to 6 GB of memory. Needs the "
+        "compiler: pip install 'metamorph-jax[plan]' for TPUs, [cuda12] (4.6 GB) for GPUs. Exit code 1: "
         "it does not fit. Any option of the config can be changed: --config.a.b=value."
     )
     parser.add_argument(
@@ -26,29 +26,31 @@ def add_arguments(parser) -> None:
         "--topology",
         required=True,
         metavar="CHIP:SHAPE",
-        help="v4:2x2x4, v5e:8x8, v5p:2x4x4, v6e:8x8, tpu7x:2x2x4, h100:8; or names as v5p-64",
+        help="v4:2x2x4, v5e:8x8, v5p:2x4x4, v6e:8x8, tpu7x:2x2x4, h100:8; or a name such as v5p-64",
     )
-    parser.add_argument("--slices", type=int, default=1, help="so many of these topologies")
+    parser.add_argument("--slices", type=int, default=1, help="number of slices of this shape")
     parser.add_argument(
         "--what", choices=("train", "generate"), default="train",
         help="generate: a step of `metamorph generate`, one token for each row, and its loading",
     )  # fmt: skip
     parser.add_argument(
-        "--rows-per-device", type=float, metavar="N", help="in place of config.batch_size"
+        "--rows-per-device", type=float, metavar="N", help="replaces config.batch_size"
     )
-    parser.add_argument("--length", type=int, default=4096, help="slots of the cache for decoding")
     parser.add_argument(
-        "--weights", choices=WEIGHTS, default="auto", help="how decoding keeps them, as `generate`"
+        "--length", type=int, default=4096, help="for generate: positions in the cache"
     )
-    parser.add_argument("--json", metavar="FILE", help="writes the plan there, - for the console")
-    parser.add_argument("--hlo", metavar="FILE", help="writes the compiled program's text there")
+    parser.add_argument(
+        "--weights", choices=WEIGHTS, default="auto", help="for generate: form of the weights"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the plan as JSON; - for the console")
+    parser.add_argument("--hlo", metavar="FILE", help="write the text of the compiled program")
     parser.add_argument(
         "--search",
         action="store_true",
-        help="finds the largest batch for each remat policy that leaves --free of the memory; some "
-        "ten compilations",
+        help="find the largest batch for each remat policy that leaves the share --free of the "
+        "memory unused; takes some ten compilations",
     )
-    parser.add_argument("--free", type=float, default=0.1, help="share of memory to leave")
+    parser.add_argument("--free", type=float, default=0.1, help="share of memory to leave unused")
 
 
 def run(args) -> int:
@@ -81,7 +83,7 @@ def run(args) -> int:
 
 def plan(config, topology, name="", rows=None, what="train", length=4096, hlo=None,
          weights="auto") -> dict:  # fmt: skip
-    """Compiles one program and says what became of it, see `report.make`.
+    """Compiles one program and returns its plan, see `report.make`.
 
     Args:
         config: as `metamorph train` takes it.
@@ -107,9 +109,9 @@ def plan(config, topology, name="", rows=None, what="train", length=4096, hlo=No
 def search(args, config, topology) -> dict:
     """The plan with the highest bound on MFU among those that leave enough memory free.
 
-    For each remat policy, from the one that keeps most: one and two rows are compiled, the largest
-    batch is read off the line through them and compiled, too; then halfway back as long as that is
-    too much.
+    For each remat policy, starting with the one that keeps the most: one and two rows per device
+    are compiled, the largest batch that should fit is extrapolated from them and compiled, and if
+    it is too large, the search continues by bisection.
     """
     from metamorph_jax.models.llm.llama import REMAT
 
@@ -140,7 +142,7 @@ def search(args, config, topology) -> dict:
             if two["enough"]:
                 room = (1 - args.free) * one["hbm_capacity_bytes"] - one["total_bytes"]
                 each = max(two["total_bytes"] - one["total_bytes"], 1)
-                low, high = 2, 2 + int(room / each)  # enough; too much, as far as the line says
+                low, high = 2, 2 + int(room / each)  # fits; too large by extrapolation
                 rows = most = high - 1
                 while low < high - 1:
                     candidates.append(attempt(policy, rows))

@@ -38,7 +38,7 @@ class Traffic:
             all-gather, reduce-scatter and all-to-all, twice that for all-reduce, all of it for
             collective-permute.
         count: kind -> how often.
-        unknown_loops: loops that hold collectives and whose number of turns isn't in the program.
+        unknown_loops: loops with collectives whose number of iterations isn't in the program.
     """
 
     size: dict[str, float]
@@ -88,7 +88,7 @@ def _instruction(found) -> Instruction | None:
 
 
 def _closing(text: str) -> int:
-    """Where the bracket that the text begins with is closed."""
+    """Index of the bracket that closes the one at the start of the text."""
     depth = 0
     for i, c in enumerate(text):
         depth += (c == "(") - (c == ")")
@@ -108,7 +108,7 @@ def sizes(shape: str) -> list[float]:
 
 
 def group_size(attributes: str, devices: int) -> int:
-    """How many devices take part together."""
+    """Number of devices in each group of a collective."""
     groups = attributes.partition("replica_groups=")[2]
     if groups.startswith("mesh["):
         mesh = dict(re.findall(r"'([\w.]+)'=(\d+)", groups.partition("]")[0]))
@@ -125,7 +125,7 @@ def group_size(attributes: str, devices: int) -> int:
 
 
 def traffic(text: str, devices: int) -> Traffic:
-    """Collectives of an optimized module (`Compiled.as_text()`) over so many devices."""
+    """Collectives of an optimized module (`Compiled.as_text()`) for this many devices."""
     computations, entry = parse(text)
     total = Traffic(defaultdict(float), defaultdict(float), defaultdict(int))
     seen, unknown = set(), set()
@@ -231,7 +231,7 @@ def _constant(names, name: str | None) -> int | None:
 
 
 def _step(computations, names, one: Instruction | None) -> int | None:
-    """What is added to the counter in each turn."""
+    """What is added to the counter in each iteration."""
     while one is not None and one.op in ("copy", "bitcast"):
         one = names.get(one.operands[0])
     if one is None:

@@ -28,12 +28,12 @@ class Program:
         mesh: over the devices it is compiled for.
         model: with ShapeDtypeStructs for leaves.
         parts: name of a part of the model -> (trained, frozen) parameters.
-        groups: name -> structs, what the memory of arguments goes into.
+        groups: name -> structs; the arguments by what they are, to break down their memory.
         positions, rows: of a step, over all devices.
         options: of the model, as its config says; arithmetic: of a step.
         length, weights: of a step of decoding: slots of the cache, and how weights are kept.
-        beside: bytes on each device that are held beside the step's arguments.
-        loading: bytes on each device at the worst moment of loading; 0 if that is not planned.
+        beside: bytes held on each device in addition to the step's arguments.
+        loading: peak bytes on each device while weights are loaded; 0 if that is not planned.
     """
 
     call: Any
@@ -60,7 +60,7 @@ def train_step(config, devices, rows_per_device: float | None = None) -> Program
     Args:
         config: ConfigDict or nested dict.
         devices: to compile for.
-        rows_per_device: takes the place of config.batch_size.
+        rows_per_device: replaces config.batch_size.
 
     Raises:
         ConfigError: as `train` would.
@@ -116,15 +116,15 @@ def generate_step(
 ) -> Program:
     """The step of `metamorph generate`, in which each row reads and emits a text token.
 
-    Devices on config.mesh.tensor share the language model, all others share the rows. What lies in
-    memory beside it (tower, connector, head) is counted, and so is the worst moment of loading.
+    Devices on config.mesh.tensor share the language model, all others share the rows. The
+    other parts in memory (tower, connector, head) are counted, and so is the peak during loading.
 
     Args:
         config: ConfigDict or nested dict.
         devices: to compile for.
         rows_per_device: decoded together, default 1.
         length: slots of the cache.
-        weights: how the language model's are kept, see `cached_llm.take_over`.
+        weights: form of the language model's weights, see `cached_llm.take_over`.
 
     Raises:
         ConfigError: the recipe has no language model.
@@ -223,7 +223,7 @@ def _bytes(tree) -> int:
 
 
 def _loading_bytes(model, mesh) -> int:
-    """Bytes on each device at the worst moment of loading: all weights, and one kernel twice.
+    """Bytes on each device at the peak of loading: all weights, and one kernel twice.
 
     That kernel is being packed, or is being laid out for decoding.
     """

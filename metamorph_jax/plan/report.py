@@ -1,7 +1,7 @@
-"""A plan: what fits, what moves and how fast it can be, as a table and as JSON.
+"""The plan as a table and as JSON: memory, traffic, and the least time that a step can take.
 
-The roofline is what no program can beat: each of arithmetic (with what is computed twice), memory
-and links at the published peak, all at the same time. Memory traffic is counted from below:
+The roofline is a bound that no program can beat: arithmetic (recomputation included), memory and
+links each run at their published peak, all at the same time. Memory traffic is a lower bound:
 arguments read, results written, and gathered or reduced tensors and temporaries written and read
 once. Bytes between slices count as if they went over the chips' own links.
 """
@@ -101,7 +101,7 @@ def bytes_per_device(tree) -> int:
 
 
 def explain(error: str, plan: dict) -> dict:
-    """What takes the space, and what to turn."""
+    """What takes the memory, and which options would help."""
     found = re.findall(r"Used ([\d.]+)([KMGT]) of|required for [^()]*\(([\d.]+)([KMGT])\)", error)
     units = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
     needed = max((float(a or c) * units[b or d] for a, b, c, d in found), default=0)
@@ -111,19 +111,19 @@ def explain(error: str, plan: dict) -> dict:
     arguments = plan["arguments_by_part"]
     state = sum(arguments.values())
     if state > 0.5 * plan["hbm_capacity_bytes"]:
-        advice.append(f"weights and optimizer take {state / GIB:.1f} GiB on each device: more "
-                      "devices on mesh.fsdp")  # fmt: skip
+        advice.append(f"weights and optimizer take {state / GIB:.1f} GiB on each device: put "
+                      "more devices on mesh.fsdp")  # fmt: skip
         if arguments.get("moments") and plan["momentum_dtype"] == "float32":
             advice.append("config.optim.momentum_dtype=bfloat16 saves "
                           f"{arguments['moments'] / 4 / GIB:.1f} GiB")  # fmt: skip
     if plan["remat"] not in ("full", "offload"):
-        advice.append(f"config.model.remat=full in place of {plan['remat']}: keeps the inputs of "
-                      "layers only")  # fmt: skip
+        advice.append(f"config.model.remat=full instead of {plan['remat']}: it keeps only the "
+                      "inputs of layers")  # fmt: skip
     if plan["rows_per_device"] > 1:
         advice.append(f"fewer rows at a time: --config.accumulate={2 * plan['accumulate']}, or a "
                       "smaller config.batch_size")  # fmt: skip
     elif plan["what"] == "train":
-        advice.append("rows of a device cut over mesh.context (or heads over mesh.tensor)")
+        advice.append("split rows over mesh.context (or heads over mesh.tensor)")
     return {
         "needed_bytes": round(needed),
         "largest": [{"size": s, "op": op[-80:], "shape": shape} for s, op, shape in largest[:6]],
@@ -133,7 +133,7 @@ def explain(error: str, plan: dict) -> dict:
 
 
 def table(plan: dict) -> str:
-    """The plan for people."""
+    """The plan as text."""
     gib = lambda b: f"{b / GIB:.2f} GiB"  # noqa: E731
     gb = lambda b: f"{b / 1e9:.2f} GB"  # noqa: E731
     mesh = ", ".join(f"{a}={n}" for a, n in plan["mesh"].items()) or "one device"
@@ -159,7 +159,7 @@ def table(plan: dict) -> str:
     rows += [
         ("memory", f"arguments {gib(plan['argument_bytes'])}, temporaries "
          f"{gib(plan['temp_bytes'])}, "
-         + (f"beside them {gib(plan['beside_bytes'])}, loading {gib(plan['loading_bytes'])}, "
+         + (f"other parts {gib(plan['beside_bytes'])}, loading {gib(plan['loading_bytes'])}, "
             if plan.get("loading_bytes") else "") +
          f"peak with code {gib(plan['total_bytes'])} of "
          f"{gib(plan['hbm_capacity_bytes'])}"),

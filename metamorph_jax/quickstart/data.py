@@ -1,19 +1,20 @@
-"""easy-vqa as LLaVA files: questions about an image, requests to draw one, and what is true of it.
+"""easy-vqa as LLaVA files: questions about images, requests to draw them, and their labels.
 
     root/
       images/{train,test}/17.png     64x64, one shape of one colour on a nearly white ground
-      vqa_train.jsonl                one sample an image, every question of it as a turn
+      vqa_train.jsonl                one sample per image, each question about it a turn
       vqa_test.jsonl                 the same for the held-out split
-      questions_test.jsonl           the held-out questions one a line, with answer and type
-      draw_train.jsonl               "Draw a teal circle." -> image, one sample an image
+      questions_test.jsonl           the held-out questions, one per line, with answer and type
+      draw_train.jsonl               "Draw a teal circle." -> image, one sample per image
       draw_test.jsonl                24 requests in wordings that training never saw
       labels.json                    {"train": {"17": ["teal", "circle"]}, "test": ...}
-      manifest.json                  parameters and counts; same parameters = nothing is rewritten
+      manifest.json                  parameters and counts; if they match, nothing is rewritten
 
-The turns of a `vqa_*` sample are meant to be independent: each sees the image and itself only
-(an earlier turn that names the colour gives the answer of a later one away). The files are plain
-LLaVA; the data config's `independent_turns` says so. Colour and shape of an image are read off its
-questions and answers, not its pixels. The held-out split is never written to a training file.
+The turns of a `vqa_*` sample are meant to be independent: each sees only the image and itself (an
+earlier turn that names the colour would give away the answer to a later one). The files are plain
+LLaVA; the data config asks for this with `independent_turns`. The colour and shape of an image are
+derived from its questions and answers, not from its pixels. The held-out split is never written to
+a training file.
 """
 
 import dataclasses
@@ -69,7 +70,7 @@ _NEGATED = re.compile(r"\b(not|no)\b")
 
 @dataclasses.dataclass(frozen=True)
 class QuickstartData:
-    """Where the files lie."""
+    """Paths of the files."""
 
     root: pathlib.Path
 
@@ -107,7 +108,7 @@ class QuickstartData:
 
 
 def question_type(question: str) -> str:
-    """Which of QUESTION_TYPES a question is."""
+    """The type of a question, one of QUESTION_TYPES."""
     if question.startswith("what"):
         return "color" if "color" in question else "shape"
     noun = "color" if _COLOR.search(question) else "shape"
@@ -115,7 +116,7 @@ def question_type(question: str) -> str:
 
 
 def image_labels(turns: list[tuple[str, str]]) -> tuple[str | None, str | None]:
-    """(colour, shape) that questions and answers imply; None where they leave it open.
+    """(colour, shape) that questions and answers imply; None where they don't determine it.
 
     Raises ValueError when they contradict each other."""
     possible = {"color": set(COLORS), "shape": set(SHAPES)}
@@ -164,7 +165,7 @@ def draw_requests(wordings=TEST_WORDINGS) -> list[dict]:
 
 def prepare(root, source=None, train_images: int = 0, test_images: int = 0,
             seed: int = 0) -> QuickstartData:  # fmt: skip
-    """Writes the files under `root` and returns where they are.
+    """Writes the files under `root` and returns their paths.
 
     source: the data folder of easy-vqa; None finds the installed package.
     train_images, test_images: how many images to take (0 = all); a smaller set is taken
@@ -216,7 +217,7 @@ def prepare(root, source=None, train_images: int = 0, test_images: int = 0,
 
 
 def read_jsonl(path) -> list[dict]:
-    """All lines of a JSONL file."""
+    """The records of a JSONL file."""
     with pathlib.Path(path).open() as f:
         return [json.loads(line) for line in f]
 
@@ -249,7 +250,7 @@ def _vqa_sample(split: str, image: int, turns) -> dict:
 
 
 def _draw_sample(image: int, color: str, shape: str, seed: int) -> dict:
-    # A hash, not a generator: the wording of an image doesn't depend on which others are taken.
+    # A hash, so that the wording for an image doesn't depend on which other images are taken.
     digest = hashlib.sha256(f"{seed}-{image}".encode()).digest()
     wording = TRAIN_WORDINGS[digest[0] % len(TRAIN_WORDINGS)]
     return {
@@ -263,7 +264,7 @@ def _draw_sample(image: int, color: str, shape: str, seed: int) -> dict:
 
 
 def _choose(truth: dict[int, tuple], count: int) -> list[int]:
-    """The first `count` images, going round the colour x shape classes; 0 = all."""
+    """The first `count` images, taken in turn from the colour x shape classes; 0 = all."""
     if count <= 0 or count >= len(truth):
         return list(truth)
     classes: dict[tuple, list[int]] = {}

@@ -1,8 +1,9 @@
-"""What the quick start's models can do, measured on what they never saw.
+"""What the quick start's models can do, measured on held-out data.
 
 Answers: held-out questions about held-out images, one question per prompt, greedy. Visual tokens:
-24 requests in held-out wordings, read by a linear probe. Drawings: the decoder paints each of these
-token sets with two seeds, none picked, and a small classifier says what it sees.
+24 requests in held-out wordings, read by a linear probe. Drawings: the decoder draws an image from
+each of these sets of tokens with two seeds, none picked, and a small classifier reads its colour
+and shape.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from metamorph_jax.sampling.image_decoder import ImageDecoder
 from metamorph_jax.sampling.requests import Request
 from metamorph_jax.sampling.results import TextPart
 
-ANSWER_TOKENS = 8  # "rectangle" and the end of the turn are fewer
+ANSWER_TOKENS = 8  # more than "rectangle" and the end of the turn
 SEEDS = (0, 1)
 
 
@@ -30,10 +31,10 @@ class Settings:
     """How much is evaluated.
 
     Attributes:
-        questions: held-out questions, drawn without replacement; 0 is all.
+        questions: number of held-out questions, drawn without replacement; 0 is all.
         batch: prompts decoded together.
         judge_steps: training steps of the classifier.
-        seed: of the choice of questions and of the classifier.
+        seed: for the choice of questions and for the classifier.
     """
 
     questions: int = 1000
@@ -52,7 +53,7 @@ def answer_questions(generator: Generator, data: qdata.QuickstartData, settings:
     options = Options(ANSWER_TOKENS, batch_size=settings.batch)
     for start in range(0, len(rows), settings.batch):
         part = rows[start : start + settings.batch]
-        # The last ones are asked together with earlier ones, so that their batch compiles nothing.
+        # The last batch is filled up with earlier questions, so nothing is compiled for its size.
         asked = rows[-settings.batch :] if len(part) < settings.batch else part
         replies = generator.generate([_question(row, data) for row in asked], options)
         for row, reply in zip(part, replies[-len(part) :], strict=True):
@@ -91,7 +92,7 @@ class QuestionAccuracy:
 
 
 def ask_for_images(generator: Generator, prompts: list[str], batch: int = 24):
-    """(float32[n, P, C] visual tokens, bool[n] whether a whole image came), greedy."""
+    """(float32[n, P, C] visual tokens, bool[n] whether the image is complete), decoded greedily."""
     P, C = generator.feature_shape
     features, whole = np.zeros((len(prompts), P, C), np.float32), np.zeros(len(prompts), bool)
     requests = [Request(str(i), prompt) for i, prompt in enumerate(prompts)]
@@ -112,7 +113,7 @@ def predict(generator: Generator, data: qdata.QuickstartData, path: str) -> dict
     numbers = {prompt: i if whole[i] else -1 for i, prompt in enumerate(prompts)}
     rows = [numbers[prompt] for prompt in asked]
     predicted.save(path, [str(data.images / s["image"]) for s in samples], rows, features)
-    print(f"{whole.sum()} of {len(prompts)} training requests were answered with a whole image")
+    print(f"{whole.sum()} of {len(prompts)} training requests were answered with a complete image")
     return {"requests": len(prompts), "whole_images": int(whole.sum())}
 
 
@@ -157,7 +158,7 @@ def evaluate(
     rows = answer_questions(generator, data, settings, say)
     requests = qdata.read_jsonl(data.draw_test)
     features, whole = ask_for_images(generator, [r["prompt"] for r in requests])
-    say(f"{whole.sum()} of {len(whole)} requests were answered with a whole image")
+    say(f"{whole.sum()} of {len(whole)} requests were answered with a complete image")
     drawn = drawings(image_decoder, features)
     reader, classifier, judged = judges(generator, data, settings)
     by_type = scorers.score_by_type(rows, qdata.QUESTION_TYPES)

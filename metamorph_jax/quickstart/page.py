@@ -20,7 +20,7 @@ LEAD = (
 NOTES = [
     "The probe and the classifier are trained on real training images only; they take no part in "
     "training the model.",
-    "The dashed line of the visual loss is what always predicting the mean token would score: the "
+    "The dashed line of the visual loss is the score of always predicting the mean token: the "
     "features of one tower share a large mean.",
 ]
 
@@ -71,7 +71,7 @@ def make_report(workdir: pathlib.Path, data: qdata.QuickstartData, timings, fact
 
 
 def curves(workdir: pathlib.Path) -> list[report.Curve]:
-    """Loss curves of the three stages, and what was evaluated on held-out images on the way."""
+    """Loss curves of the three stages, and the evaluations during training."""
     out = []
     for stage, title, names in (
         ("connector", "Connector: text loss of the answers", ["text_loss"]),

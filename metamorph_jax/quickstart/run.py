@@ -35,7 +35,9 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--smoke", action="store_true", help="every step at toy size, in under two minutes"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of weights, data order, evaluation")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of weights, data order and evaluation"
+    )
 
 
 def run(args) -> int:
@@ -57,7 +59,7 @@ def quickstart(workdir, size: str = "quickstart", seed: int = 0) -> pathlib.Path
     Raises:
         UserError: the workdir belongs to another size or seed, or a package is missing.
     """
-    figures.import_matplotlib()  # so that its absence is not noticed at the very end
+    figures.import_matplotlib()  # a missing package should be noticed now, not at the end
     start = QuickStart(pathlib.Path(workdir), size, seed)
     start.say_plan()
     for name, step in start.steps.items():
@@ -123,7 +125,7 @@ class QuickStart:
             return
         print(f"\n== {name}", flush=True)
         clock = time.perf_counter()
-        # Earlier attempts that were interrupted took time, too.
+        # Interrupted attempts count, too.
         spent_file = self.workdir / "steps" / f"{name}.spent"
         tries = [float(x) for x in spent_file.read_text().split()] if spent_file.is_file() else []
         try:

@@ -130,7 +130,7 @@ def test_xpk_others(fake):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["slurm.sh", "submit", "--name=x"], "what is to be run"),
+        (["slurm.sh", "submit", "--name=x"], "there is no program to run"),
         (["slurm.sh", "submit", "--name=a b", "--", "job"], "--name=NAME is needed"),
         (["slurm.sh", "submit", "--name=x", "--gpus=all", "--", "job"], "whole numbers"),
         (["slurm.sh", "sumbit"], "no command 'sumbit'"),

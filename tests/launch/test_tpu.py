@@ -160,9 +160,9 @@ def test_watch_through_preemption_and_failures_to_the_end(fake):
     assert (fake / "starts.0").read_text() == "4\n"
     said = done.stderr
     for text in (
-        "run-1: SUSPENDED", "asking for another one", "start number 4",
+        "run-1: SUSPENDED", "requesting another one", "start number 4",
         "the program ended with code 1", "some hosts have ended and others have not",
-        "has ended well on all hosts",
+        "has succeeded on all hosts",
     ):  # fmt: skip
         assert text in said, said
     # The new slice was set up anew.
@@ -279,11 +279,11 @@ def test_dry_watch_needs_no_gcloud(tmp_path):
         (["create", "--name=x", "--type=tpu7x-8"], "launch/xpk.sh"),
         (["create", "--name=x", "--type=v9-8"], "--runtime=R"),
         (["create", "--name=x", "--type=v5e-8", "--spot", "--reserved"], "either"),
-        (["run", "--name=x"], "what is to be run"),
+        (["run", "--name=x"], "there is no program to run"),
         (["run", "--name=x", "metamorph"], "unknown option 'metamorph'"),
         (["stop", "--name=x", "--", "job"], "takes no program"),
-        (["setup", "--name=x", "--env=NO_SUCH_VARIABLE"], "no such variable"),
-        (["setup", "--name=x", "--env=A;rm"], "wants a name"),
+        (["setup", "--name=x", "--env=NO_SUCH_VARIABLE"], "is not set here"),
+        (["setup", "--name=x", "--env=A;rm"], "takes the name of a variable"),
         (["logs", "--name=x", "--host=one"], "whole numbers"),
     ],
 )

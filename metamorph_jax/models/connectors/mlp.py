@@ -1,7 +1,7 @@
 """Connectors: from visual features to the width of the language model (LLaVA, MetaMorph).
 
 `linear`, `identity`, `mlpNx_gelu` (N linears, exact GELU between them) and `mlpsoftmax` (linear,
-softmax over features, linear). Starts as torch's Linear does: uniform in ±1 / sqrt(fan in).
+softmax over features, linear). Initialised as torch's Linear is: uniform in ±1 / sqrt(fan in).
 """
 
 import re
@@ -28,7 +28,7 @@ def linear_widths(kind: str, width_in: int, width_out: int) -> list[int]:
 
 
 def torch_linear(width_in: int, width_out: int, dtype, rngs: nnx.Rngs) -> nnx.Linear:
-    """A Linear with torch's default start."""
+    """A Linear with torch's default initialisation."""
     bound = width_in**-0.5
     init = lambda key, shape, dtype=jnp.float32, **_: jax.random.uniform(  # noqa: E731
         key, shape, dtype, -bound, bound

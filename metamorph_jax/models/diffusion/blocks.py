@@ -107,19 +107,19 @@ class LayerNorm(nnx.LayerNorm):
 
 
 class Nothing(nnx.Module):
-    """Keeps a place in a list where the published model has a part without weights."""
+    """Stands in a list for a part of the published model that has no weights."""
 
 
 def over_batch(x):
-    """Feature maps lie over the mesh by their rows; weights come to them, not they to weights."""
+    """Shards a feature map over the batch, so that weights are gathered, not activations."""
     return constrain(x, "act_batch", *(x.ndim - 1) * (None,))
 
 
 def attend(q, k, v, heads: int, mask=None):
     """Softmax attention: float[B, L, D] of q [B, L, D] and k, v [B, S, D].
 
-    mask: bool[B, S], the keys that all queries see, or None for all. Where a row has none, its
-    queries take the mean of all values.
+    mask: bool[B, S], the keys that all queries see, or None for all. If a row sees no key,
+    its queries get the mean of all values.
     """
     B, L, D = q.shape
     q, k, v = (x.reshape(B, -1, heads, D // heads) for x in (q, k, v))

@@ -2,8 +2,8 @@
 
 Learning Transferable Visual Models From Natural Language Supervision (Radford et al. 2021).
 The pipelines give no padding mask, so padding is attended like any other id. Stable Diffusion 1.5
-reads the last hidden state; 2.1 the penultimate one behind the final norm (its published tower has
-had its last layer cut off, so there too the last state is the right one).
+reads the last hidden state; 2.1 the penultimate one after the final norm (its published tower
+lacks the last layer, so the last state is the right one there, too).
 """
 
 import dataclasses
@@ -138,7 +138,7 @@ class CLIPTextTransformer(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class CLIPTextOutput:
-    """last: behind the final norm; hidden: before it, embeddings first; pooled: float[B, D]."""
+    """last: after the final norm; hidden: before it, embeddings first; pooled: float[B, D]."""
 
     last: jnp.ndarray
     pooled: jnp.ndarray

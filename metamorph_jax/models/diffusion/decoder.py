@@ -1,4 +1,4 @@
-"""The diffusion decoder: draws images from a `Conditioning`, whatever made that.
+"""The diffusion decoder: draws images from a `Conditioning`, whichever model made it.
 
     image -> latent of the frozen autoencoder, or the standardised pixels (vae None) -> x0
     loss  = mean square of denoiser(noised x0, t, condition) against noise, velocity or x0
@@ -83,7 +83,7 @@ class DiffusionConfig:
 
 
 class Statistics(nnx.Variable):
-    """Fixed numbers of the data, part of the state but never trained."""
+    """Constants measured on the data: part of the state, but never trained."""
 
 
 class DiffusionDecoder(nnx.Module):
@@ -94,14 +94,14 @@ class DiffusionDecoder(nnx.Module):
         kind = DiT if isinstance(cfg.denoiser, DiTConfig) else UNet
         self.denoiser = kind(cfg.denoiser, rngs)
         self.vae = AutoencoderKL(cfg.vae, rngs) if cfg.vae else None
-        # Images may be nearly white, so pixels are standardised. This start changes nothing.
+        # Images may be nearly white, so pixels are standardised; at first, by the identity.
         self.pixel_mean = Statistics(jnp.zeros((3,)))
         self.pixel_scale = Statistics(jnp.ones((3,)))
 
     def set_statistics(self, images: np.ndarray) -> None:
         """Measures the standardisation of pixels on images uint8[..., 3], in place.
 
-        With an autoencoder nothing happens: its latents are scaled already.
+        Does nothing with an autoencoder: its latents are scaled already.
         """
         if not self.cfg.vae:
             pixels = np.asarray(images).reshape(-1, 3) / 127.5 - 1
@@ -245,7 +245,7 @@ def choose(kept, condition: Conditioning, null: Conditioning) -> Conditioning:
 
 
 def alike(condition: Conditioning, null: Conditioning) -> tuple[Conditioning, Conditioning]:
-    """Both with the same arrays: a single row is repeated, masks of all tokens are filled in.
+    """Both with the same arrays: a single row is repeated, missing masks are filled with True.
 
     Raises:
         ValueError: contexts or maps have other shapes.
@@ -282,7 +282,7 @@ def guided(
         denoise: (x [B, h, w, c], t [B], condition) -> prediction.
         condition, null: of B rows; the null one may have one row.
         scale: 1 means no guidance and no doubled batch. A Python number.
-        prepare: makes of a condition, once for all steps, what `denoise` takes in its place.
+        prepare: computes once for all steps, from a condition, what `denoise` takes in its place.
 
     Raises:
         ValueError: there is no null condition, and the scale is not 1.

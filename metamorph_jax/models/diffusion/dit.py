@@ -1,7 +1,7 @@
 """A small transformer denoiser for small images or latents, conditioned in context.
 
 Scalable Diffusion Models with Transformers (Peebles & Xie 2023), with two changes: the conditioning
-tokens stand in front of the patches in one sequence, and their mean joins the time embedding in the
+tokens precede the patches in one sequence, and their mean joins the time embedding in the
 adaptive norms. Matrix products only, which is what CPUs and TPUs are best at.
 
     [context tokens | patches] -> depth x (attention, MLP; shift, scale and gate from t and context)
@@ -28,7 +28,7 @@ class DiTConfig:
 
     Attributes:
         grid_context: the context is a square grid of tokens over the image; it is enlarged to the
-            patch grid and added there, and takes no place in the sequence.
+            patch grid and added there instead of being part of the sequence.
         local: a patch is embedded with its eight neighbours, and every block starts with a
             depthwise 3x3 convolution on the patch grid. Short trainings need it: without it the
             patches of a nearly empty image decide one by one whether something stands there.
@@ -80,7 +80,7 @@ def grid_features(side: int, width: int) -> np.ndarray:
 
 
 def neighbours(x):
-    """The nine 3x3 neighbours of every place, zeros outside: nine arrays like x [B, h, w, c]."""
+    """The nine 3x3 neighbours of every position, zeros outside: nine arrays like x [B, h, w, c]."""
     _, h, w, _ = x.shape
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     return [x[:, i : i + h, j : j + w] for i in range(3) for j in range(3)]

@@ -1,10 +1,11 @@
 """Conditioning projectors: visual tokens of a language model -> context of the denoiser.
 
-MetaMorph's visualiser (spec 7.1). Four modes, float[B, P, input_dim] -> float[B, P', output_dim]:
+MetaMorph's visualiser (Tong et al. 2024, arXiv 2412.14164). Four modes,
+float[B, P, input_dim] -> float[B, P', output_dim]:
 
     mlp          (Linear, LayerNorm, ReLU) x (n - 1), Linear, LayerNorm; P' = P
     xattn        learned queries, n post-norm cross attentions to the tokens; P' = num_tokens
-    xattnffn     the same with a post-norm feed-forward behind each attention
+    xattnffn     the same with a post-norm feed-forward after each attention
     transformer  encoder-decoder, n + n pre-norm layers, 4 heads; P' = num_tokens
 
 Packed attention weights keep the published layout [3D, D] (rows q, k, v).

@@ -119,7 +119,7 @@ class Sampler:
     history: ClassVar[int] = 0  # earlier predictions that a row mixes
 
     def table(self, s: Schedule, steps: int) -> Table:
-        """The rows for so many steps of this training schedule."""
+        """The rows for `steps` steps of this training schedule."""
         raise NotImplementedError
 
     def integrate(
@@ -252,7 +252,7 @@ class DPMSolverPP(Sampler):
 
     def table(self, s: Schedule, steps: int) -> Table:
         total = s.num_train_timesteps
-        # This solver's leading and linspace grids have one point more and leave out the lowest.
+        # This solver's leading and linspace grids have one more point and leave out the lowest.
         extra = 0 if self.spacing == "trailing" else 1
         t = np.round(timesteps(self.spacing, total, steps + extra, self.offset))[:steps]
         t, sigmas = _sigma_schedule(s, t, self.karras, self.final_zero, rounded=True)
@@ -296,11 +296,11 @@ SAMPLERS = {"ddim": DDIM, "pndm": PNDM, "dpm++": DPMSolverPP, "euler": Euler}
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How a trained decoder draws, unless it is asked for something else.
+    """How a trained decoder draws by default.
 
     Attributes:
         sampler: "auto" or a name in `SAMPLERS`; "auto" is DDIM for a decoder that must start from
-            pure noise, DPM-Solver++ else.
+            pure noise, DPM-Solver++ otherwise.
         steps: of the sampler.
         guidance: scale of classifier-free guidance; 1 is none.
     """

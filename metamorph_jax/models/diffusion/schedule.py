@@ -21,9 +21,10 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 class Schedule:
     """Stable Diffusion's defaults. `zero_snr` rescales the betas: the last step is pure noise.
 
-    `snr_shift` multiplies every signal-to-noise ratio by its square. Patches of a flat image
-    average the noise of all their pixels, so what stands where is decided where single pixels show
-    nothing: 0.125 (with `squaredcos_cap_v2`) spends half of the steps there.
+    `snr_shift` multiplies every signal-to-noise ratio by its square. A patch of a flat
+    image averages out the noise of its pixels, so the layout of the image is decided at noise
+    levels at which single pixels show nothing: 0.125 (with `squaredcos_cap_v2`) spends half of the
+    steps there.
     """
 
     num_train_timesteps: int = 1000
@@ -40,7 +41,7 @@ class Schedule:
         if self.beta_schedule not in _BETAS:
             raise ValueError(f"beta_schedule={self.beta_schedule!r}, expected {sorted(_BETAS)}")
         if self.zero_snr and self.prediction_type == "epsilon":
-            raise ValueError("zero_snr: noise cannot be predicted where nothing else is left;"
+            raise ValueError("zero_snr: noise cannot be predicted where only noise is left;"
                              " use v_prediction or sample")  # fmt: skip
 
     @property

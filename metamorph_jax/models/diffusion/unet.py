@@ -34,7 +34,7 @@ from metamorph_jax.types import Conditioning
 
 _CROSS_DOWN = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
 
-# Fields of the library's config.json with the values that this module computes.
+# Fields of the library's config.json with the values that this module supports.
 _ACCEPTED = {
     "center_input_sample": (False,), "mid_block_type": ("UNetMidBlock2DCrossAttn",),
     "only_cross_attention": (False,), "downsample_padding": (1,), "mid_block_scale_factor": (1,),
@@ -70,7 +70,7 @@ class UNetConfig:
     norm_eps: float = 1e-5
     flip_sin_to_cos: bool = True
     freq_shift: float = 0
-    upcast_attention: bool = False  # kept for the way back: logits are float32 here in any case
+    upcast_attention: bool = False  # only for exports: logits are always float32 here
     dtype: str = "float32"
 
     def __post_init__(self):
@@ -150,7 +150,7 @@ def time_features(t, width: int, flip_sin_to_cos: bool = True, freq_shift: float
 
 
 class Reader:
-    """What one part of the UNet reads of a prepared condition.
+    """The share of a prepared condition that one part of the UNet reads.
 
     pairs: iterator of keys and values, a pair for each cross attention in the order of their use.
     mask: bool[B, P] or None.
@@ -229,7 +229,7 @@ class Transformer2DModel(nnx.Module):
 
     def __init__(self, cfg: UNetConfig, width, heads, rngs):
         self.norm = GroupNorm(width, cfg.norm_num_groups, 1e-6, rngs)
-        # The 1x1 convolution and the linear projection compute the same; only the leaf differs.
+        # The 1x1 convolution and the linear projection compute the same; their kernels differ.
         make = linear if cfg.use_linear_projection else _pointwise
         self.proj_in = make(width, width, rngs, cfg.dtype)
         block = BasicTransformerBlock(width, cfg.cross_attention_dim, heads, cfg.dtype, rngs)
@@ -257,7 +257,7 @@ class DownBlock(nnx.Module):
             self.downsamplers = nnx.List([Downsample2D(cout, cfg.dtype, rngs)])
 
     def __call__(self, x, temb, read: "Reader"):
-        """The output, and every map that the way up takes."""
+        """The output, and the maps that the up blocks take."""
         saved = []
         for i, block in enumerate(self.resnets):
             x = block(x, temb)
@@ -287,7 +287,7 @@ class UpBlock(nnx.Module):
         level = len(chans) - 1 - index
         cout, before = chans[level], chans[min(level + 1, len(chans) - 1)]
         count = cfg.layers_per_block + 1
-        # The last resnet of a level meets the map that entered this level on the way down.
+        # The last resnet of a level takes the map that entered this level on the down path.
         skips = [cout] * cfg.layers_per_block + [chans[max(level - 1, 0)]]
         widths = [before] + [cout] * (count - 1)
         pairs = zip(widths, skips, strict=True)
@@ -351,7 +351,7 @@ class UNet(nnx.Module):
         return dataclasses.replace(condition, context=found)
 
     def time(self, t, rows: int, note=_ignore):
-        """float[rows, E], what all residual blocks are told of the timestep t: [rows] or scalar."""
+        """float[rows, E], the embedding of the timestep t: [rows] or scalar for residual blocks."""
         cfg = self.cfg
         t = jnp.broadcast_to(jnp.asarray(t), (rows,))
         features = time_features(t, cfg.block_out_channels[0], cfg.flip_sin_to_cos, cfg.freq_shift)
@@ -361,7 +361,7 @@ class UNet(nnx.Module):
         return nnx.silu(temb)
 
     def down(self, x, temb, condition: Conditioning, note=_ignore):
-        """(float[B, h', w', C] after the last level, the skips in the order of their making).
+        """(float[B, h', w', C] after the last level, the skips, first one first).
 
         Args:
             x: float[B, h, w, c].

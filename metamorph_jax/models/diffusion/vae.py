@@ -24,7 +24,7 @@ from metamorph_jax.models.diffusion.blocks import (
 
 _EPS = 1e-6
 
-# Fields of the library's config.json with the values that this module computes.
+# Fields of the library's config.json with the values that this module supports.
 _ACCEPTED = {
     "act_fn": ("silu",), "shift_factor": (None,), "latents_mean": (None,), "latents_std": (None,),
     "force_upcast": (True, False), "mid_block_add_attention": (True,),

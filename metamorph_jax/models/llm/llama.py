@@ -26,7 +26,7 @@ from metamorph_jax.nn.linear import gathering_dot_general
 from metamorph_jax.nn.norms import RMSNorm
 from metamorph_jax.sharding import constrain
 
-# What the backward pass finds kept; from the fastest, which takes most memory, to the slowest.
+# What is kept for the backward pass: from the fastest, which takes the most memory, to the slowest.
 REMAT = {
     "none": None,
     # Keeps matrix products that no batch dimension enters, recomputes the cheap rest.
@@ -47,15 +47,15 @@ REMAT = {
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """What makes a model.
+    """Structure of a model.
 
     Attributes:
-        vocab_size: V, ids of the published model; added_tokens: n ids behind them.
+        vocab_size: V, ids of the published model; added_tokens: n ids after them.
         tied: the output table is the input table.
         qkv_bias, o_bias, mlp_bias: which linears have biases.
         qk_norm: RMSNorm over the channels of each query and key head.
-        vocab_multiple: tables get that many rows (V rounded up to a multiple), to be sharded.
-        max_positions: what the model was made for; nothing here depends on it, exports state it.
+        vocab_multiple: tables have V rows, rounded up to a multiple of this, to shard evenly.
+        max_positions: context length of the published model; only exports use it.
         dtype: of the computation; parameters are float32.
         remat: see `REMAT`.
     """
@@ -208,7 +208,7 @@ class Attention(nnx.Module):
 
 @jax.custom_vjp
 def swiglu(gate, up):
-    """silu(gate) * up; the backward pass keeps its two arguments and computes the sigmoid anew."""
+    """silu(gate) * up; the backward pass keeps its two arguments and recomputes the sigmoid."""
     return nnx.silu(gate) * up
 
 

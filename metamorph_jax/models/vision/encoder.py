@@ -27,12 +27,12 @@ class VisionConfig:
         tower: a name in `vit.SIZES`, or "none": features come from a cache.
         tower_options: fields of `ViTConfig` to change.
         weights: of the tower: "random", "pkg:NAME", "hf:OWNER/NAME", or a folder.
-        feature_width: C before the reduction, where there is no tower to tell it.
+        feature_width: C before the reduction, for a model without a tower.
         tokens: P, visual tokens per image; 0 and -1 as in `ReduceConfig`.
         reduction: how the tower's tokens become P, one of `reduce.KINDS`.
         normalize: scale every visual token to unit length.
         softmax: after that, softmax(x / 0.07) over the channels (parity option).
-        dtype: the tower computes in it; visual tokens are float32.
+        dtype: that the tower computes in; visual tokens are float32.
         remat: recompute the tower's layers in the backward pass, where the tower is trained.
 
     Raises:

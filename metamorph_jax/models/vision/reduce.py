@@ -21,7 +21,7 @@ SOFTMAX_TEMPERATURE = 0.07
 @dataclasses.dataclass(frozen=True)
 class ReduceConfig:
     """`tokens` per image. Parity options of the reference: 0 takes a side from the caller at
-    every call (it draws one), -1 blanks the features."""
+    every call (the reference draws one), -1 sets the features to 0."""
 
     tokens: int = 64
     kind: str = "interpolation"
@@ -72,7 +72,7 @@ def resize_grid(x: jax.Array, matrix: np.ndarray) -> jax.Array:
     """float[B, m, m, C] of x: float[B, n * n, C]; in float32, result in x's dtype."""
     B, n, C = x.shape[0], matrix.shape[1], x.shape[-1]
     if x.shape[1] != n * n:
-        raise ValueError(f"{x.shape[1]} tokens are no {n} x {n} grid")
+        raise ValueError(f"{x.shape[1]} tokens are not a grid of {n} x {n}")
     grid = x.reshape(B, n, n * C).astype(jnp.float32)
     rows = jnp.einsum("ai,Bix->Bax", matrix, grid).reshape(B, -1, n, C)
     return jnp.einsum("bj,BajC->BabC", matrix, rows).astype(x.dtype)

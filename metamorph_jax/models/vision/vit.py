@@ -9,18 +9,18 @@ The layouts differ in a few switches of `ViTConfig`:
     CLIP         no          yes          yes                 quick GELU      no
     DINOv2       yes         yes          no                  exact GELU      yes
 
-`whole` adds what the chosen hidden state doesn't need, so that a checkpoint leaves as it came:
-layers behind it, the final norm, DINOv2's mask token. `pool` is SigLIP's pooling head. `registers`
-(Darcet et al. 2023, arXiv 2309.16588) are extra tokens of DINOv2 behind the class token.
+`whole` adds what the chosen hidden state doesn't need, so that a checkpoint can be written as it
+was read: later layers, the final norm, DINOv2's mask token. `pool` is SigLIP's pooling head.
+`registers` (Darcet et al. 2023, arXiv 2309.16588) are extra tokens of DINOv2 after the class token.
 
 A tower returns one hidden state, numbered as transformers numbers them: 0 is what enters the first
 layer, k the output of layer k; -1 is the output of the last layer WITHOUT the final norm (unless
-`final_norm`). Layers behind the selected one exist only in a `whole` tower. The class token is
+`final_norm`). Layers after the selected one exist only in a `whole` tower. The class token is
 dropped, and so are registers.
 
 The position table belongs to one input size. `resize_positions` makes it from a published table
-as torch does, once, in numpy: bicubic, a = -0.75, no antialiasing; with registers, whose towers
-were published so, a = -0.5 with antialiasing.
+as torch does, once, in numpy: bicubic, a = -0.75, no antialiasing; for towers with
+registers, which were published that way, a = -0.5 with antialiasing.
 """
 
 import dataclasses
@@ -163,7 +163,7 @@ def resize_positions(
     """
     old = round((len(table) - extra) ** 0.5)
     if old * old + extra != len(table):
-        raise ValueError(f"a position table of {len(table)} rows is no square plus {extra}")
+        raise ValueError(f"a position table of {len(table)} rows is not a square plus {extra}")
     if old == grid:
         return table
     rows = table[extra:].reshape(old, old, -1).astype(np.float64)
@@ -198,7 +198,7 @@ def _smooth_bicubic(n: int, m: int) -> np.ndarray:
 
 
 def normalize_pixels(pixels: jax.Array, mean, std, dtype=jnp.float32) -> jax.Array:
-    """(x / 255 - mean) / std of uint8[..., 3]; floats count as normalised already."""
+    """(x / 255 - mean) / std of uint8[..., 3]; floats are taken as normalised already."""
     if not jnp.issubdtype(pixels.dtype, jnp.integer):
         return pixels.astype(dtype)
     scale = 1 / (255 * np.asarray(std, np.float32))
@@ -326,7 +326,7 @@ class PoolingHead(nnx.Module):
         self.mlp = MLP(cfg, rngs=rngs)
 
     def __call__(self, x):
-        """float[B, D] of x: float[B, P, D] behind the final norm."""
+        """float[B, D] of x: float[B, P, D] after the final norm."""
         query = jnp.broadcast_to(self.probe[...].astype(x.dtype), (len(x), 1, x.shape[-1]))
         y = self.attention(query, x)
         return (y + self.mlp(self.layernorm(y)))[:, 0]

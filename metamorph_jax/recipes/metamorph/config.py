@@ -31,12 +31,12 @@ class Config:
             they are distributions) or one of `losses.VISUAL_LOSSES`.
         visual_coef, use_vision_ar: weight of the visual loss; without the latter it is only logged.
         visual_dropout: share of answer images whose visual tokens are hidden from the input, all
-            of them or some, see `hidden_tokens` (targets stay). Reading true tokens, a model can
-            continue an image without heeding the request; when it draws, there are none.
+            of them or some, see `hidden_tokens` (targets stay). A model that reads true tokens
+            can continue an image without heeding the request; when it draws, it has none.
         text_chunk: positions multiplied with the output table at a time.
         max_visual_targets: most positions of a row that predict visual tokens; the head is
-            evaluated at so many. 0: at all positions. No row is packed with more, and a sample of
-            more is skipped; a batch made otherwise that has more gives NaN.
+            evaluated at that many. 0: at all positions. No row is packed with more, and a sample
+            with more is skipped; a batch from elsewhere that has more gives NaN.
         connector_tokens, vpit_tokens: which rows of the token tables a stage trains: "added"
             (start and end of an image), "all" or "none". In the connector stage only input rows.
         train_tower: the VPiT stage trains the tower, too.
@@ -44,7 +44,7 @@ class Config:
             adapters and what `lora.train` names. None: no adapters.
         frozen_weights: "none", or how the kernels of the llm's layers are packed ("int8", "nf4",
             "nf4_double", see `nn/quantized.py`). They can't be trained then: use it with `lora`.
-        dtype: the language model, connector and head compute in it.
+        dtype: that the language model, connector and head compute in.
         remat: of the language model, see `llama.REMAT`.
     """
 

@@ -244,7 +244,7 @@ def hidden_tokens(key: jax.Array, batch: Batch, tokens: int, share: float) -> ja
     """
     B, I = batch.images.valid.shape
     rows = jnp.arange(B)[:, None]
-    # Targets of -1 go to a place behind the last token, which is cut off.
+    # Targets of -1 go to one more position after the last token, which is cut off.
     where = jnp.where(batch.visual_targets < 0, I * tokens, batch.visual_targets)
     answers = jnp.zeros((B, I * tokens + 1), bool).at[rows, where].set(True)[:, :-1]
     taking_part, rate, draw = (

@@ -21,7 +21,7 @@ from metamorph_jax.types import Batch
 
 
 def load_pretrained(model: MetaMorph, cfg: Config) -> None:
-    """Fills the model in place as the weight specs of the config say."""
+    """Fills the model, in place, with the weights that the config names."""
     whole = cfg.weights.startswith(load.WORKDIR)
     known = bool(cfg.weights) or cfg.llm_weights != "random"
     with quantized.unpacked(model, empty=known and not whole):
@@ -50,9 +50,9 @@ def calibrate_connector(model: MetaMorph, features: np.ndarray) -> None:
     """Starts the connector from the statistics of the features; in place.
 
     Unit-norm features of one tower share a large mean and have small deviations, from which a fresh
-    connector makes nearly the same embedding for every image, at another scale than text. Here
-    the first linear takes whitened features (the whitening is folded into its weights), and the
-    last one's outputs get mean 0 and the standard deviation of the token embeddings.
+    connector makes nearly the same embedding for every image, at a scale other than that of text.
+    Here the first linear takes whitened features (the whitening is folded into its weights), and
+    the outputs of the last one get mean 0 and the standard deviation of the token embeddings.
 
     Args:
         features: float[N, C] or [N, P, C], a sample of what the connector will read.

@@ -110,7 +110,7 @@ def test_bicubic_equals_torch():
 
 
 def test_resize_needs_a_square():
-    with pytest.raises(ValueError, match="50 rows is no square plus 0"):
+    with pytest.raises(ValueError, match="50 rows is not a square plus 0"):
         vit.resize_positions(np.zeros((50, 4)), 3, 0)
 
 
