@@ -59,6 +59,7 @@ LLM = {
 _FOLDER = "quickstart/data"
 DRAW = dict(path=f"{_FOLDER}/draw_train.jsonl", root=f"{_FOLDER}/images")
 VQA = dict(path=f"{_FOLDER}/vqa_train.jsonl", root=f"{_FOLDER}/images")
+VQA_TEST = dict(path=f"{_FOLDER}/vqa_test.jsonl", root=f"{_FOLDER}/images")
 CACHE = dict(features="quickstart/features")
 
 _QUICKSTART = dict(

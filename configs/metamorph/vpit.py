@@ -57,6 +57,16 @@ QUICKSTART = dict(
             tokens=dict(match=r".*\.added", rate=7.0),
         ),
     ),
+    # Questions of the test split, to watch only: nothing is stopped or chosen by their loss, so the
+    # final score on that split stays a held-out one. Few batches, for less than 1 % of the time.
+    evals=dict(
+        heldout=dict(
+            every=175,
+            batches=3,
+            # The cache has the training images; these few images go through the tower.
+            data=dict(sources=dict(vqa=sizes.VQA_TEST), cache=dict(features="")),
+        ),
+    ),
 )
 SIZES = {
     "smoke": dict(

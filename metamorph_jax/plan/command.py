@@ -16,8 +16,8 @@ def add_arguments(parser) -> None:
         "Compiles the step that a config describes for other chips, with their real compiler, on "
         "this host, and prints its memory, its traffic and the least time it can take. Nothing is "
         "trained or downloaded. Takes one to five minutes and 2 to 6 GB of memory. Needs the "
-        "compiler: pip install 'metamorph-jax[plan]' for TPUs, [cuda12] (4.6 GB) for GPUs. Exit code 1: "
-        "it does not fit. Any option of the config can be changed: --config.a.b=value."
+        "compiler: pip install 'metamorph-jax[plan]' for TPUs, [cuda12] (4.6 GB) for GPUs. Exit "
+        "code 1: it does not fit. Any option of the config can be changed: --config.a.b=value."
     )
     parser.add_argument(
         "--config", required=True, metavar="FILE[:SIZE]", help="e.g. configs/metamorph/vpit.py:8b"

@@ -74,23 +74,6 @@ def accuracy(rows: list[dict]) -> float:
     return sum(scorers.is_right(r["predicted"], r["answer"]) for r in rows) / len(rows)
 
 
-class QuestionAccuracy:
-    """A task for `config.evals`: the share of held-out questions that are answered right.
-
-    Args:
-        data: folder of the quick start's data.
-        questions, batch, seed: see `Settings`.
-    """
-
-    def __init__(self, data: str, questions: int = 100, batch: int = 50, seed: int = 0):
-        self.data = qdata.QuickstartData(pathlib.Path(data))
-        self.settings = Settings(questions, batch, seed=seed)
-
-    def run(self, generator: Generator) -> dict[str, float]:
-        rows = answer_questions(generator, self.data, self.settings, say=lambda text: None)
-        return {"accuracy": accuracy(rows)}
-
-
 def ask_for_images(generator: Generator, prompts: list[str], batch: int = 24):
     """(float32[n, P, C] visual tokens, bool[n] whether the image is complete), decoded greedily."""
     P, C = generator.feature_shape

@@ -22,6 +22,8 @@ NOTES = [
     "training the model.",
     "The dashed line of the visual loss is the score of always predicting the mean token: the "
     "features of one tower share a large mean.",
+    "The held-out curves are measured during training on a few questions of the split that the "
+    "final score is measured on. Nothing in training depends on them.",
 ]
 
 
@@ -77,7 +79,7 @@ def curves(workdir: pathlib.Path) -> list[report.Curve]:
         ("connector", "Connector: text loss of the answers", ["text_loss"]),
         ("vpit", "VPiT: text loss", ["text_loss/vqa", "text_loss/draw"]),
         ("vpit", "VPiT: text loss of held-out questions", ["evals.heldout.text_loss"]),
-        ("vpit", "VPiT: share of held-out questions answered right", ["evals.answers.accuracy"]),
+        ("vpit", "VPiT: held-out answer tokens predicted right", ["evals.heldout.text_accuracy"]),
         ("vpit", "VPiT: visual loss (minus cosine)", ["visual_loss", "visual_cosine_floor"]),
         ("decoder", "Decoder: error of the predicted velocity", ["mse"]),
     ):

@@ -173,8 +173,7 @@ class QuickStart:
         table.seed = self.seed
         with table.unlocked():
             for source in table.data.sources.values():
-                source.path = str(self.files.root / pathlib.Path(source.path).name)
-                source.root = str(self.files.images)
+                source.update(self.located(source))
             table.data.cache.features = str(self.workdir / "features")
         if _bfloat16_is_faster():
             table.matmul_precision = "bfloat16"
@@ -188,25 +187,22 @@ class QuickStart:
             table.data.predicted = str(self.workdir / "predicted.npz")
         return table
 
+    def located(self, source) -> dict[str, str]:
+        """The paths of a data source in this workdir."""
+        name = pathlib.Path(source["path"]).name
+        return {"path": str(self.files.root / name), "root": str(self.files.images)}
+
     def evals(self) -> dict:
-        """Held-out losses and answers while the language model is trained."""
-        smoke = self.size == "smoke"
-        source = dict(path=str(self.files.vqa_test), root=str(self.files.images))
-        questions = dict(data=str(self.files.root), seed=self.seed)
-        questions |= dict(questions=8, batch=8) if smoke else dict(questions=50, batch=50)
-        return dict(
-            heldout=dict(
-                every=3 if smoke else 130,
-                data=dict(sources=dict(vqa=source)),
-                batches=2 if smoke else 16,
-            ),
-            answers=dict(
-                kind="task",
-                every=6 if smoke else 260,
-                task="metamorph_jax.quickstart.evaluate:QuestionAccuracy",
-                options=questions,
-            ),
-        )
+        """The evaluations of the config's size quickstart, with the paths of this workdir."""
+        from metamorph_jax import config
+
+        evals = config.load_config(f"{configs_folder() / 'vpit'}.py:quickstart").evals
+        for one in evals.values():
+            for source in one.data.sources.values():
+                source.update(self.located(source))
+            if self.size == "smoke":
+                one.update(every=3, batches=2)
+        return evals.to_dict()
 
     def predict(self) -> dict:
         from metamorph_jax.quickstart import evaluate

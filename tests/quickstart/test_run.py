@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from metamorph_jax.convert import packages
+from metamorph_jax.eval.report import read_metrics
 from metamorph_jax.quickstart import run as quickstart
 
 nbclient = pytest.importorskip("nbclient", reason="pip install 'metamorph-jax[notebook]'")
@@ -71,8 +72,13 @@ def test_notebook_runs_every_step_and_shows_images(whole):
         assert json.loads((workdir / "steps" / f"{name}.json").read_text())["seconds"] >= 0
     assert len([o for o in outputs if "image/png" in o.get("data", {})]) == 3
     page = (workdir / "report.html").read_text()
-    for expected in ("Drawings of the right colour", "VPiT: visual loss", "is it this color?"):
+    for expected in (
+        "Drawings of the right colour", "VPiT: visual loss", "is it this color?",
+        "VPiT: text loss of held-out questions",
+    ):  # fmt: skip
         assert expected in page
+    steps, losses = read_metrics(workdir / "vpit" / "metrics.jsonl")["evals.heldout.text_loss"]
+    assert list(steps) == [3, 6] and np.isfinite(losses).all()
     result, arrays = numbers(workdir)
     assert len(result["questions"]) == 16
     assert arrays["drawings"].shape[:2] == (24, 2)
