@@ -15,7 +15,15 @@ class ConfigError(UserError, ValueError):
     """A config names a key that does not exist, or gives a value of the wrong kind."""
 
 
-class WeightError(UserError, ValueError):
+class FileError(UserError, ValueError):
+    """A file can't be read, or does not hold what it should; the message names it."""
+
+
+class MissingFile(FileError, FileNotFoundError):
+    """There is no such file."""
+
+
+class WeightError(FileError):
     """A weight file is damaged, or not what its name says."""
 
 

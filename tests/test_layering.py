@@ -13,8 +13,8 @@ from metamorph_jax import recipe
 
 PACKAGE = pathlib.Path(recipe.__file__).parent
 LINES = (
-    ("errors", "options", "config", "types", "recipe", "sharding", "distributed", "platforms",
-     "chips", "flops"),
+    ("errors", "files", "options", "config", "types", "recipe", "sharding", "distributed",
+     "platforms", "chips", "flops"),
     ("nn",),
     ("models",),
     ("data",),
