@@ -165,7 +165,7 @@ def _from_gguf(spec: str, file, folder: pathlib.Path, dtype: str, most: int, tit
     reader = gguf.open_gguf(file)
     fields = gguf.read_config(reader)
     source = export.Source(fields, gguf.read_tokenizer(reader))
-    kinds = sorted({tensor.tensor_type.name for tensor in reader.tensors})
+    kinds = sorted({tensor.kind.name for tensor in reader.tensors})
     lines = [f"Dequantised from GGUF ({', '.join(kinds)}): lost precision is not restored."]
     total = _rewrite(spec, families.of_fields(fields, spec), gguf.Weights(reader, fields), source,
                      folder, dtype, most)  # fmt: skip
