@@ -40,6 +40,10 @@ def add_arguments(parser) -> None:
         help="format: hf, for transformers or diffusers (default); peft, the adapters of a run; "
         "reference, a run in the files of its system's public implementation",
     )  # fmt: skip
+    parser.add_argument(
+        "--recipe", metavar="MODULE",
+        help="your own recipe, where workdir:PATH was trained with one; its code is imported",
+    )  # fmt: skip
     parser.add_argument("--out", metavar="DIR", help="folder for the result; must not exist yet")
     parser.add_argument(
         "--dtype", choices=("same", "f32", "bf16", "f16"), default="same",
@@ -67,10 +71,13 @@ def run(args) -> int:
         return 0
     if not args.source:
         raise UserError("nothing to convert: give --from SPEC (or --list)")
+    from metamorph_jax import recipe
     from metamorph_jax.convert import names
     from metamorph_jax.errors import HubError
 
     try:
+        if args.recipe:
+            recipe.find(args.recipe)
         if args.check:
             from metamorph_jax.convert import check
 
