@@ -177,8 +177,8 @@ def find(name: str) -> Recipe | ModuleType:
         ConfigError: there is none, or the module lacks some of a recipe's names, or a module that
             it needs.
     """
-    none = ConfigError(f"config.recipe {shown(repr(name), 80)} is none of {', '.join(installed())}, nor an "
-                       "importable module")  # fmt: skip
+    given, known = shown(repr(name), 80), ", ".join(installed())
+    none = ConfigError(f"config.recipe {given} is none of {known}, nor an importable module")
     if not isinstance(name, str) or not _MODULE.fullmatch(name):
         raise none
     module = name if "." in name else f"metamorph_jax.recipes.{name}"

@@ -55,7 +55,7 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--decoder", metavar="WORKDIR", help="with workdir:…: the run of its diffusion decoder"
     )
-    parser.add_argument("--allow-nan", action="store_true", help="accept weights with NaN")
+    parser.add_argument("--allow-nan", action="store_true", help="accept weights with NaN or inf")
     parser.add_argument("--list", action="store_true", help="families, sizes and memory needs")
     parser.add_argument(
         "--check", action="store_true",
