@@ -31,6 +31,10 @@ def add_arguments(parser) -> None:
     )
     group.add_argument("--config", metavar="FILE[:SIZE]", help="the config of --checkpoint")
     group.add_argument(
+        "--recipe", metavar="MODULE",
+        help="your own recipe, where --workdir was trained with one; its code is imported",
+    )  # fmt: skip
+    group.add_argument(
         "--decoder", metavar="WORKDIR", help="of a decoder stage: draws the images"
     )
     group = parser.add_argument_group("prompts")
@@ -130,9 +134,12 @@ def load(args):
     """The generator that the command line names."""
     import dataclasses
 
+    from metamorph_jax import recipe
     from metamorph_jax.sampling.image_decoder import load_image_decoder
     from metamorph_jax.sampling.trained import load_generator
 
+    if args.recipe:
+        recipe.find(args.recipe)
     asked = {"force_end": args.force_end, "parity": args.parity}
     generator = load_generator(
         args.workdir, weights_of=args.checkpoint, config=args.config, overrides=args.overrides,
