@@ -1,12 +1,11 @@
 """Requests to a generator: prompts, and the images that go with them."""
 
 import dataclasses
-import json
 import pathlib
 import sys
 
+from metamorph_jax import files
 from metamorph_jax.data.sources.base import IMAGE, ImageRef
-from metamorph_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,25 +27,28 @@ class Request:
 
 
 def read_requests(path: str, think: bool = False) -> tuple[list[Request], int]:
-    """(requests of a JSONL file, how many lines were bad and reported)."""
-    file = pathlib.Path(path)
-    if not file.is_file():
-        raise UserError(f"no file {path}")
+    """(requests of a JSONL file, how many lines were bad and reported).
+
+    Raises:
+        FileError: it can't be read, or is not UTF-8.
+    """
+    folder = pathlib.Path(path).parent
     found, bad, ids = [], 0, set()
-    with file.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                request = _request(json.loads(line), number, file.parent, think)
-                if request.id in ids:
-                    raise ValueError(f"id {request.id!r} appears twice")
-            except ValueError as error:  # JSONDecodeError is one
-                print(f"{path}, line {number}: {error}; skipped", file=sys.stderr)
-                bad += 1
-                continue
-            ids.add(request.id)
-            found.append(request)
+    for number, line in files.lines(path):
+        if not line.strip():
+            continue
+        where = f"{files.shown(path)}, line {number}"
+        try:
+            request = _request(files.parse(line, where), number, folder, think)
+            if request.id in ids:
+                raise ValueError(f"id {files.shown(repr(request.id))} appears twice")
+        except ValueError as error:  # FileError is one
+            said = files.shown(str(error).removeprefix(where).lstrip(" :,"))
+            print(f"{where}: {said}; skipped", file=sys.stderr)
+            bad += 1
+            continue
+        ids.add(request.id)
+        found.append(request)
     return found, bad
 
 
