@@ -8,7 +8,6 @@ diffusers. Torch files (`.bin`, `.pt`, `.pth`) are read only through torch's `we
 """
 
 import fnmatch
-import json
 import pathlib
 import re
 import sys
@@ -16,8 +15,9 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from metamorph_jax.convert import safetensors
-from metamorph_jax.errors import HubError, WeightError
+from metamorph_jax import files
+from metamorph_jax.convert import archives, safetensors
+from metamorph_jax.errors import HubError, MissingFile, WeightError
 
 PREFIX = "hf:"
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
@@ -35,7 +35,7 @@ def find(spec: str) -> pathlib.Path:
         return fetch(spec.removeprefix(PREFIX))
     path = pathlib.Path(spec)
     if not path.exists():
-        raise FileNotFoundError(f"no folder {path}; a hub repository is hf:owner/name")
+        raise MissingFile(f"no folder {path}; a hub repository is hf:owner/name")
     return path
 
 
@@ -144,22 +144,16 @@ def licence_line(name: str, info) -> str:
 
 
 def read_config(folder: pathlib.Path) -> dict:
-    """The fields of a folder's config.json; WeightError if it isn't JSON."""
+    """The fields of a folder's config.json; FileError if it isn't JSON."""
     file = pathlib.Path(folder) / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"no config.json in {folder}")
+    if not file.exists():
+        raise MissingFile(f"no config.json in {folder}")
     return read_json(file)
 
 
 def read_json(file: pathlib.Path) -> dict:
-    """The fields of a JSON file; WeightError if it doesn't hold a table."""
-    try:
-        fields = json.loads(file.read_text())
-    except ValueError as error:
-        raise WeightError(f"{file} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise WeightError(f"{file} does not hold a table of fields")
-    return fields
+    """The fields of a JSON file; FileError if it doesn't hold a table."""
+    return files.read_json(file, what="a table of fields")
 
 
 def weight_files(folder: pathlib.Path) -> tuple[list[pathlib.Path], list[str]]:
@@ -182,7 +176,7 @@ def weight_files(folder: pathlib.Path) -> tuple[list[pathlib.Path], list[str]]:
     safe = [f for f in found if f.suffix == ".safetensors"]
     files = safe or [f for f in found if f.suffix in _TORCH]
     if not files:
-        raise FileNotFoundError(f"no *.safetensors, *.bin or *.pt in {folder}")
+        raise MissingFile(f"no *.safetensors, *.bin or *.pt in {folder}")
     return files, []
 
 
@@ -191,17 +185,16 @@ def _skipped(file: pathlib.Path) -> bool:
 
 
 def _shards(index: pathlib.Path) -> tuple[list[pathlib.Path], list[str]]:
-    try:
-        table = json.loads(index.read_text(), object_pairs_hook=safetensors.unique)["weight_map"]
-        names = sorted(set(table.values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise WeightError(f"{index} is not an index of shards: {error}") from error
+    table = files.read_json(index, what="an index of shards", unique=True).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(file, str) for file in table.values()):
+        raise WeightError(f"{index} is not an index of shards: it has no table weight_map")
+    names = sorted(set(table.values()))
     for name in names:
-        if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*", name):
+        if not re.fullmatch(r"[\w-][\w.-]*", name):
             raise WeightError(f"{index} names the file {name!r}, which is not a plain file name")
     absent = [name for name in names if not (index.parent / name).is_file()]
     if absent:
-        raise FileNotFoundError(f"{index.parent} lacks shards of its index: {', '.join(absent)}")
+        raise MissingFile(f"{index.parent} lacks shards of its index: {', '.join(absent)}")
     return [index.parent / name for name in names], sorted(table)
 
 
@@ -210,10 +203,10 @@ class Tensors(Mapping):
 
     def __init__(self, where: str | pathlib.Path):
         where = pathlib.Path(where)
-        files, promised = ([where], []) if where.is_file() else weight_files(where)
+        found, promised = ([where], []) if where.is_file() else weight_files(where)
         self._where: dict[str, Mapping] = {}
         twice = []
-        for file in files:
+        for file in found:
             opened = TorchFile(file) if file.suffix in _TORCH else safetensors.File(file)
             for name in opened:
                 if name in self._where:
@@ -252,8 +245,7 @@ class TorchFile(Mapping):
             raise ImportError(
                 f"{path} is a torch file: pip install torch, or take a checkpoint in safetensors"
             ) from None
-        with self.path.open("rb") as f:
-            zipped = f.read(4) == b"PK\x03\x04"  # otherwise the old format, which can't be mapped
+        zipped = archives.check(self.path)  # otherwise the old format, which can't be mapped
         try:
             found = torch.load(self.path, map_location="cpu", weights_only=True, mmap=zipped)
         except Exception as error:  # torch raises half a dozen kinds for damaged files
@@ -275,8 +267,9 @@ class TorchFile(Mapping):
         import torch
 
         tensor = self._tensors[name].detach()
-        if tensor.layout != torch.strided or tensor.is_quantized:
-            raise WeightError(f"{name} in {self.path} is sparse or quantised: not supported")
+        odd = tensor.is_quantized or tensor.is_nested or tensor.device.type != "cpu"
+        if odd or tensor.layout != torch.strided:
+            raise WeightError(f"{name} in {self.path} is sparse, quantised or empty: not supported")
         if tensor.dtype == torch.bfloat16:
             import ml_dtypes
 

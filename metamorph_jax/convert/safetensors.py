@@ -13,20 +13,25 @@ errors name neither the file nor the tensor.
 
 import json
 import math
+import os
 import pathlib
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from metamorph_jax import files
 from metamorph_jax.convert import casts
-from metamorph_jax.errors import WeightError
+from metamorph_jax.errors import FileError, WeightError
+from metamorph_jax.files import shown
 
 _DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
 }  # fmt: skip
 _ML_DTYPES = {"BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
-_LONGEST_HEADER = 100_000_000  # bytes, as the reference library has it
+# Bytes, of 300,000 tensors; the reference library allows 100 MB, which may become GBs of objects.
+_LONGEST_HEADER = 2**25
+_DIMENSIONS = 32
 # What files of other formats start with, when someone renamed them.
 _OTHERS = {
     b"\x80": "a pickle, which could run code",
@@ -62,20 +67,22 @@ class File(Mapping):
 
     def __init__(self, path: str | pathlib.Path):
         self.path = pathlib.Path(path)
-        size = self.path.stat().st_size
-        with self.path.open("rb") as f:
+        with files.opened(path) as f:
+            size = os.fstat(f.fileno()).st_size
             start = f.read(32)
             length = int.from_bytes(start[:8], "little")
             if size < 8 or not 0 < length <= min(size - 8, _LONGEST_HEADER):
-                raise self._error(_other(start) or f"a header of {length} bytes in {size} bytes")
+                raise self._error(
+                    _other(start)
+                    or f"a header of {length:,} bytes in {size:,} bytes (at most "
+                    f"{_LONGEST_HEADER:,} are read)"
+                )
             f.seek(8)
             header = f.read(length)
         try:
-            table = json.loads(header, object_pairs_hook=unique)
-        except (ValueError, RecursionError) as error:
-            raise self._error(_other(start) or f"the header is unreadable: {error}") from error
-        if not isinstance(table, dict):
-            raise self._error("the header is not a table")
+            table = files.parse(header, "the header", dict, unique=True)
+        except FileError as error:
+            raise self._error(_other(start) or str(error)) from error
         self.metadata = table.pop("__metadata__", None)
         self._start = 8 + length
         self._entries = {name: self._entry(name, entry) for name, entry in table.items()}
@@ -89,13 +96,15 @@ class File(Mapping):
         kind, shape = fields.get("dtype"), fields.get("shape")
         offsets = fields.get("data_offsets")
         if not (isinstance(kind, str) and _counts(shape) and _counts(offsets)):
-            raise self._error(f"{name} is not described by dtype, shape and data_offsets")
+            raise self._error(f"{shown(name)} is not described by dtype, shape and data_offsets")
         if len(offsets) != 2 or offsets[0] > offsets[1]:
-            raise self._error(f"{name} has data_offsets {offsets}")
+            raise self._error(f"{shown(name)} has data_offsets {offsets}")
+        if math.prod(n or 1 for n in shape) >= 2**60:  # numpy refuses it, also where it is empty
+            raise self._error(f"{shown(name)} has the shape {shape}")
         dtype = dtype_of(kind)
         held = offsets[1] - offsets[0]
         if dtype is not None and math.prod(shape) * dtype.itemsize != held:
-            raise self._error(f"{name} is {kind} {shape}, but has {held} bytes")
+            raise self._error(f"{shown(name)} is {kind} {shape}, but has {held} bytes")
         return kind, tuple(shape), *offsets
 
     def _check_layout(self, size: int) -> None:
@@ -104,21 +113,24 @@ class File(Mapping):
             self._entries.items(), key=lambda item: item[1][2:]
         ):
             if first < end:
-                raise self._error(f"{name} overlaps {last}")
+                raise self._error(f"{shown(name)} overlaps {shown(last)}")
             if first > end:
-                gap = f"{first - end} bytes between {last} and {name}"
+                gap = f"{first - end} bytes between {shown(last)} and {shown(name)}"
                 raise self._error(f"{gap} belong to no tensor")
             if stop > size:
-                raise self._error(f"{name} ends at byte {stop} of {size}: the file is cut off")
+                text = f"{shown(name)} ends at byte {stop} of {size}: the file is cut off"
+                raise self._error(text)
             end, last = stop, name
         if end != size:
-            raise self._error(f"{size - end} bytes after {last} belong to no tensor")
+            raise self._error(f"{size - end} bytes after {shown(last)} belong to no tensor")
 
     def __getitem__(self, name: str) -> np.ndarray:
         kind, shape, begin, end = self._entries[name]
         dtype = dtype_of(kind)
         if dtype is None:
-            raise WeightError(f"{name} in {self.path} has dtype {kind}, which is not supported")
+            raise WeightError(
+                f"{shown(name)} in {self.path} has dtype {shown(kind)}, which is not supported"
+            )
         if begin == end:
             return np.zeros(shape, dtype)
         return np.memmap(self.path, dtype, "r", self._start + begin, shape)
@@ -133,19 +145,13 @@ class File(Mapping):
         return len(self._entries)
 
 
-def unique(pairs) -> dict:
-    """A dict for `json.loads`; ValueError where a key occurs twice."""
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"{', '.join(twice[:8])} occurs twice")
-    return out
-
-
 def _counts(values) -> bool:
-    """Whether this is a list of non-negative integers."""
-    return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
+    """Whether this is a short list of numbers of bytes or of elements."""
+    return (
+        isinstance(values, list)
+        and len(values) <= _DIMENSIONS
+        and all(type(v) is int and 0 <= v < 2**48 for v in values)
+    )
 
 
 def _other(start: bytes) -> str | None:

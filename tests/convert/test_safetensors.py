@@ -67,7 +67,7 @@ def test_shards_in_order_and_no_larger_than_said():
 
 WHOLE = {"a": entry(0, 8), "b": entry(8, 16)}
 HOSTILE = {
-    "header longer than the file": (WHOLE, 16, 10**6, "header of 1000000 bytes"),
+    "header longer than the file": (WHOLE, 16, 10**6, "header of 1,000,000 bytes"),
     "header of no bytes": (WHOLE, 16, 0, "header of 0 bytes"),
     "overlapping": ({"a": entry(0, 8), "b": entry(4, 12)}, 12, None, "b overlaps a"),
     "outside": ({"a": entry(0, 8), "b": entry(8, 16)}, 12, None, "cut off"),
@@ -77,12 +77,12 @@ HOSTILE = {
     "negative offset": ({"a": entry(-8, 0, [2])}, 8, None, "a is not described"),
     "backward offsets": ({"a": entry(8, 0, [2])}, 8, None, r"data_offsets \[8, 0\]"),
     "no shape": ({"a": {"dtype": "F32", "data_offsets": [0, 8]}}, 8, None, "a is not described"),
-    "a list": ([1, 2], 8, None, "not a table"),
-    "no JSON": (b"{broken", 8, None, "unreadable"),
+    "a list": ([1, 2], 8, None, "the header holds a list"),
+    "no JSON": (b"{broken", 8, None, "the header is not JSON"),
     "a name twice": (
         b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
         b'"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}', 8, None, "a occurs twice"),
-    "deep": (b"[" * 100_000, 8, None, "unreadable"),
+    "deep": (b"[" * 100_000, 8, None, "nested deeper"),
 }  # fmt: skip
 
 
