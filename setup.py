@@ -34,6 +34,7 @@ setup(
         "jinja2",
         "pillow",
         "scipy",
+        "regex",  # transformers needs it, too
         "transformers>=5",
         "safetensors",
         "tensorboardX",

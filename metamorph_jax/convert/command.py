@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 
+from metamorph_jax import files
 from metamorph_jax.errors import UserError
 
 WORKDIR = "workdir:"
@@ -181,9 +182,10 @@ def _from_gguf(spec: str, file, folder: pathlib.Path, dtype: str, most: int, tit
 
 
 def _from_folder(spec: str, where, folder: pathlib.Path, dtype: str, most: int, title: str) -> int:
-    from metamorph_jax.convert import export, families, hf
+    from metamorph_jax.convert import export, families, hf, tokenizers
 
     fields = hf.read_config(where)
+    tokenizers.check_all(pathlib.Path(where))
     family = families.of_fields(fields, spec)
     source = export.Source(fields, folder=where)
     total = _rewrite(spec, family, family.read(where), source, folder, dtype, most)
@@ -348,7 +350,9 @@ def licence_of(folder: pathlib.Path) -> str:
     file = pathlib.Path(folder) / "README.md"
     if not file.is_file():
         return ""
-    head = re.match(r"---\n(.*?)\n---", file.read_text(errors="replace"), re.S)
+    with files.opened(file) as card:
+        start = card.read(2**16).decode(errors="replace")
+    head = re.match(r"---\n(.*?)\n---", start, re.S)
     found = re.search(r"^license:\s*['\"]?([\w.-]+)", head[1], re.M) if head else None
     return found[1] if found else ""
 

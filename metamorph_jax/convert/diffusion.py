@@ -16,7 +16,6 @@ a folder without them unchanged.
 """  # noqa: E501
 
 import dataclasses
-import json
 import pathlib
 import shutil
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from collections.abc import Mapping
 import numpy as np
 from flax import nnx
 
+from metamorph_jax import files
 from metamorph_jax.convert import compare, export, families, hf, names
 from metamorph_jax.convert.export import Source, Writer
 from metamorph_jax.convert.families import Family, Reference
@@ -265,9 +265,7 @@ def is_pipeline(folder: pathlib.Path) -> bool:
 
 
 def _fields(file: pathlib.Path) -> dict:
-    if not file.is_file():
-        raise FileNotFoundError(f"no {file}")
-    return json.loads(file.read_text())
+    return files.read_json(file)
 
 
 def load_part(folder: pathlib.Path, part: str, **overrides) -> nnx.Module:

@@ -29,6 +29,8 @@ from flax import nnx
 
 from metamorph_jax import distributed
 from metamorph_jax.convert import casts
+from metamorph_jax.errors import WeightError
+from metamorph_jax.files import shown
 from metamorph_jax.models import lora
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
@@ -36,6 +38,7 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 _TO_TORCH = {2: (1, 0), 3: (2, 1, 0), 4: (3, 2, 0, 1)}
 # Bytes that are filled or fetched at once; a smaller leaf needs no device program.
 _PIECE = 2**26
+_LISTED = 1000  # keys in a message
 
 _nan_allowed = contextvars.ContextVar("nan_allowed", default=False)
 _passed_over = contextvars.ContextVar("passed_over", default=frozenset())
@@ -241,13 +244,14 @@ def load_torch_dict(
         only: nnx filter of the variables to fill.
 
     Raises:
-        ValueError: listing every missing, left-over and mis-shaped key; or every tensor that holds
+        WeightError: listing every missing, left-over and mis-shaped key; or every tensor that holds
             NaN or inf (see `allow_nan`), integers where floating-point numbers belong, or numbers
             too large for the parameter's dtype, after which the module is partly filled. Where the
             module is spread over several processes, all raise it, whichever of them saw it.
     """
     given = {k[len(prefix) :] for k in tensors if k.startswith(prefix)}
     given = {k for k in given if not ignore(k)}
+    _refuse_too_many_layers(module, only, stacked, len(given))
     leaves = _plan(module, only, stacked, rename)
     _check(f"{type(module).__name__} (prefix {prefix!r})", leaves, tensors, prefix, given)
     faults: list[tuple[str, str]] = []
@@ -275,6 +279,16 @@ class _Leaf:
     tensors: list[tuple[str, tuple[int, ...]]]
 
 
+def _refuse_too_many_layers(module: nnx.Module, only, stacked, given: int) -> None:
+    """WeightError for more layers than tensors: the names of 10^12 layers take hours to write."""
+    for path, variable in nnx.to_flat_state(nnx.state(module, only)):
+        n = variable.shape[0] if any(part in stacked for part in path) else 0
+        if n > given + 1000:
+            what = type(module).__name__
+            raise WeightError(f"the config asks for {n:,} layers of {what}, the weights have "
+                              f"{given:,} tensors")  # fmt: skip
+
+
 def _plan(module: nnx.Module, only, stacked, rename) -> list[_Leaf]:
     """The parameters of a module, with the keys and shapes of their tensors."""
     leaves = []
@@ -288,7 +302,7 @@ def _plan(module: nnx.Module, only, stacked, rename) -> list[_Leaf]:
 
 
 def _check(what: str, leaves: list[_Leaf], tensors: Mapping, prefix: str, given: set[str]) -> None:
-    """Raises ValueError with every missing, left-over and mis-shaped key."""
+    """Raises WeightError with every missing, left-over and mis-shaped key."""
     wanted = [pair for leaf in leaves for pair in leaf.tensors]
     missing = [key for key, _ in wanted if key not in given]
     misshaped = []
@@ -301,12 +315,14 @@ def _check(what: str, leaves: list[_Leaf], tensors: Mapping, prefix: str, given:
     lines = [f"weights do not fit {what}"]
     for title, keys in (("missing", missing), ("left over", left), ("wrong shape", misshaped)):
         if keys:
-            lines.append(f"{title} ({len(keys)}): " + "; ".join(keys))
-    raise ValueError("\n".join(lines))
+            more = "; …" if len(keys) > _LISTED else ""
+            listed = "; ".join(shown(key) for key in keys[:_LISTED])
+            lines.append(f"{title} ({len(keys)}): {listed}{more}")
+    raise WeightError("\n".join(lines))
 
 
 def _refuse(faults: list[tuple[str, str]], spread: bool) -> None:
-    """Raises ValueError with every (fault, key); those of NaN and inf may be allowed."""
+    """Raises WeightError with every (fault, key); those of NaN and inf may be allowed."""
     if spread:  # each process has looked at its own shards only
         faults = [tuple(pair) for pairs in distributed.gather(faults) for pair in pairs]
     found: dict[str, set[str]] = {}
@@ -314,7 +330,7 @@ def _refuse(faults: list[tuple[str, str]], spread: bool) -> None:
         if not (_nan_allowed.get() and fault in casts.ALLOWED):
             found.setdefault(fault, set()).add(key)
     if found:
-        raise ValueError("\n".join(
+        raise WeightError("\n".join(
             f"{fault} in {len(keys)} tensors: {'; '.join(sorted(keys))}"
             for fault, keys in sorted(found.items())
         ))  # fmt: skip

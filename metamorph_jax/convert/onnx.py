@@ -16,12 +16,16 @@ GELU, LayerNorm eps 1e-6. Its graph takes 224 px RGB scaled to 0..1, then ImageN
 the twelve blocks have run, and no final norm.
 """
 
-import pathlib
+import contextlib
+import os
 import re
 
 import numpy as np
 
-from metamorph_jax.errors import ONNXError
+from metamorph_jax import files
+from metamorph_jax.convert import casts
+from metamorph_jax.errors import ONNXError, UserError
+from metamorph_jax.files import shown
 
 LAYER_LINEARS = (
     "attention.attention.query",
@@ -34,40 +38,71 @@ LAYER_LINEARS = (
 
 
 
+# A model's first field, its version of the format, which all exporters write first.
+_START = b"\x08"
+_LARGEST = 2**31  # bytes, of any protobuf
+
+
 def open_onnx(path):
-    """The parsed `onnx.ModelProto`, or ONNXError for a wrong or truncated file."""
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no ONNX file at {path}")
+    """The parsed `onnx.ModelProto`.
+
+    Raises:
+        MissingFile: there is none.
+        ONNXError: it is something else, truncated, or has its weights in other files.
+    """
     try:
         import onnx
     except ImportError:
         raise ImportError(
             "reading ONNX files needs the onnx package: pip install 'metamorph_jax[quickstart]'"
         ) from None
-    try:
+    with files.opened(path, _LARGEST) as file:
+        size = os.fstat(file.fileno()).st_size
+        start = file.read(1)
+    with _naming(path, f" ({size:,} bytes) is not a complete ONNX file"):
+        if start != _START:
+            raise ValueError(f"it starts with {start!r}")
         model = onnx.load(str(path), load_external_data=False)
-    except Exception as error:  # protobuf's DecodeError has no stable import path
-        size = path.stat().st_size
-        raise ONNXError(f"{path} ({size:,} bytes) is not a complete ONNX file: {error}") from error
     if not model.graph.node or not model.graph.initializer:
         raise ONNXError(f"{path} has no graph with weights; is it an ONNX file?")
+    outside = [t.name for t in model.graph.initializer if t.data_location == t.EXTERNAL]
+    if outside:
+        raise ONNXError(
+            f"{path} has weights in other files, which we don't read: {shown(outside[0])}"
+        )
     return model
+
+
+@contextlib.contextmanager
+def _naming(path, what: str):
+    """Whatever a damaged file makes its library raise, as one line that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # protobuf's DecodeError has no stable import path
+        raise ONNXError(f"{path}{what}: {type(error).__name__}: {shown(error)}") from error
 
 
 def read_dinov2(path) -> tuple[dict, dict[str, np.ndarray]]:
     """(fields of Hugging Face's Dinov2Config, weights by Dinov2 name in float32).
 
     Linear weights are [out, in], the patch kernel [D, 3, p, p], positions [1, 1 + n*n, D].
-    Weights outside the backbone (a task decoder) are left out."""
-    from onnx import numpy_helper
+    Weights outside the backbone (a task decoder) are left out.
 
+    Raises:
+        MissingFile, ONNXError: as `open_onnx`, or it is not a DINOv2-layout ViT."""
     graph = open_onnx(path).graph
+    with _naming(path, " is not a DINOv2-layout ViT"):
+        return _read_dinov2(graph, path)
+
+
+def _read_dinov2(graph, path) -> tuple[dict, dict[str, np.ndarray]]:
     initialisers = {tensor.name: tensor for tensor in graph.initializer}
     prefix = _prefix(initialisers)
 
     def array(name: str) -> np.ndarray:
-        return np.array(numpy_helper.to_array(initialisers[name]), np.float32)
+        return _floats(initialisers[name])
 
     out = {}
     for name in initialisers:
@@ -99,8 +134,22 @@ def read_dinov2(path) -> tuple[dict, dict[str, np.ndarray]]:
         raise ONNXError(f"{path}: {len(missing)} weights not found: {', '.join(missing[:8])}")
     extra = sorted(set(out) - set(expected_names(config)))
     if extra:
-        raise ONNXError(f"{path}: {len(extra)} unknown weights: {', '.join(extra[:8])}")
+        raise ONNXError(f"{path}: {len(extra)} unknown weights: {', '.join(map(shown, extra[:8]))}")
     return config, out
+
+
+def _floats(tensor) -> np.ndarray:
+    """The float32 array of an initialiser; ValueError if it has none."""
+    from onnx import numpy_helper
+
+    if any(n < 0 for n in tensor.dims):
+        raise ValueError(f"{shown(tensor.name)} has the shape {list(tensor.dims)}")
+    given = numpy_helper.to_array(tensor)
+    out = np.empty(given.shape, np.float32)
+    fault = casts.cast_into(out, given)
+    if fault and fault not in casts.ALLOWED:  # those are looked at when the model is filled
+        raise ValueError(f"{fault} in {shown(tensor.name)}")
+    return out
 
 
 def input_side(path) -> int:
@@ -158,7 +207,7 @@ def _prefix(initialisers) -> str:
     for name in initialisers:
         if name.endswith("embeddings.cls_token"):
             return name.removesuffix("embeddings.cls_token")
-    raise ONNXError("no embeddings.cls_token among the weights: not a DINOv2-layout ViT")
+    raise ValueError("no embeddings.cls_token among the weights")
 
 
 def _config(graph, tensors, scope: str, path) -> dict:
@@ -166,8 +215,10 @@ def _config(graph, tensors, scope: str, path) -> dict:
     if kernel is None or kernel.ndim != 4 or kernel.shape[2] != kernel.shape[3]:
         raise ONNXError(f"{path}: no square patch convolution found")
     D, _, patch, _ = kernel.shape
-    numbers = (re.match(r"encoder\.layer\.(\d+)\.", name) for name in tensors)
-    layers = 1 + max(int(match[1]) for match in numbers if match)
+    numbers = {name.split(".")[2] for name in tensors if name.startswith("encoder.layer.")}
+    layers = len(numbers)
+    if not layers or numbers != {str(i) for i in range(layers)}:
+        raise ValueError(f"its layers are {', '.join(sorted(map(shown, numbers))[:8])}")
     side = round((tensors["embeddings.position_embeddings"].shape[1] - 1) ** 0.5)
     hidden = tensors["encoder.layer.0.mlp.fc1.bias"].shape[0]
     return {

@@ -14,6 +14,8 @@ import dataclasses
 import importlib.metadata
 import pathlib
 
+from metamorph_jax.errors import ConfigError, MissingFile
+
 PREFIX = "pkg:"
 
 
@@ -53,22 +55,22 @@ def is_package(name: str) -> bool:
 def find(name: str) -> pathlib.Path:
     """The file or folder that `pkg:NAME` (or plain `NAME`) stands for.
 
-    Raises FileNotFoundError, with the pip command to run, when the package isn't installed or
+    Raises MissingFile, with the pip command to run, when the package isn't installed or
     lacks the file."""
     short = str(name).removeprefix(PREFIX)
     if short not in PACKAGES:
-        raise ValueError(f"unknown package {name!r}; known: {', '.join(map(repr, PACKAGES))}")
+        raise ConfigError(f"unknown package {name!r}; known: {', '.join(map(repr, PACKAGES))}")
     package = PACKAGES[short]
     try:
         distribution = importlib.metadata.distribution(short)
     except importlib.metadata.PackageNotFoundError:
-        raise FileNotFoundError(
+        raise MissingFile(
             f"{package.what} comes with the Python package {short!r}, which is not installed. "
             f"Run:  {package.pip}"
         ) from None
     path = pathlib.Path(str(distribution.locate_file(package.path)))
     if not path.exists():
-        raise FileNotFoundError(
+        raise MissingFile(
             f"{short} {distribution.version} is installed but has no {package.path!r} "
             f"(known to work: version {package.version}). Run:  {package.pip} --force-reinstall"
         )

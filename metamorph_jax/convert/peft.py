@@ -14,14 +14,19 @@ import json
 import math
 import pathlib
 import re
+import time
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import regex
 from flax import nnx
 
-from metamorph_jax.convert import hf, llama, names, vit
+from metamorph_jax import files
+from metamorph_jax.convert import casts, hf, llama, names, vit
+from metamorph_jax.errors import MissingFile, WeightError
+from metamorph_jax.files import shown
 from metamorph_jax.models import lora
 from metamorph_jax.models.llm.llama import Llama
 from metamorph_jax.models.vision.vit import ViT
@@ -132,35 +137,91 @@ def export_peft(module: nnx.Module, folder: str | pathlib.Path, base: str = "") 
 
 
 def read_config(folder: str | pathlib.Path) -> dict:
-    """The checked fields of adapter_config.json.
+    """The checked fields of adapter_config.json, with defaults for those that it lacks.
 
     Raises:
-        ValueError: for adapters of another kind, or with parts that we don't compute.
+        MissingFile: there is none.
+        FileError: it is not a JSON object.
+        WeightError: a field is of a wrong type or value, or the adapters are of another kind, or
+            with parts that we don't compute.
     """
     file = pathlib.Path(folder) / CONFIG
-    if not file.is_file():
-        raise FileNotFoundError(f"no {CONFIG} in {folder}")
-    fields = json.loads(file.read_text())
+    if not file.exists():
+        raise MissingFile(f"no {CONFIG} in {folder}")
+    fields = _USUAL | files.read_json(file)
     if fields.get("peft_type") != "LORA":
-        raise ValueError(f"{file}: peft_type {fields.get('peft_type')!r} is not LORA")
+        given = shown(repr(fields.get("peft_type")), 60)
+        raise WeightError(f"{file}: peft_type {given} is not LORA")
     wrong = [
-        f"{key}={fields[key]!r}" for key, fine in _REFUSED.items()
+        f"{key}={shown(repr(fields[key]), 60)}" for key, fine in _REFUSED.items()
         if key in fields and fields[key] not in fine
     ]  # fmt: skip
     start = fields.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower() not in ("gaussian", "orthogonal"):
-        wrong.append(f"init_lora_weights={start!r} (it changes the model's own weights)")
+        wrong.append(f"init_lora_weights={shown(start, 60)!r} (it changes the model's own weights)")
     if wrong:
-        raise ValueError(f"{file} asks for what we don't compute: {', '.join(wrong)}")
+        raise WeightError(f"{file} asks for what we don't compute: {', '.join(wrong)}")
+    for key, (fits, what) in _FIELDS.items():
+        if not fits(fields[key]):
+            raise WeightError(f"{file}: {key} is {shown(repr(fields[key]), 60)}, expected {what}")
     return fields
 
 
-def _own(patterns: Mapping, name: str, usual):
-    """Rank or alpha of one linear; a pattern fits a name or the end of it, as in PEFT."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return usual
+def _rank(value) -> bool:
+    return type(value) is int and 0 < value < 2**16
+
+
+def _number(value) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e9
+
+
+def _patterns(each):
+    return lambda value: isinstance(value, dict) and all(map(each, value.values()))
+
+
+# Fields that we use -> (whether a value fits, what it should be).
+_FIELDS = {
+    "r": (_rank, "a whole number above 0"),
+    "lora_alpha": (_number, "a number"),
+    "lora_dropout": (lambda v: _number(v) and 0 <= v < 1, "a number from 0 to below 1"),
+    "use_rslora": (lambda v: isinstance(v, bool), "true or false"),
+    "rank_pattern": (_patterns(_rank), "an object of whole numbers above 0"),
+    "alpha_pattern": (_patterns(_number), "an object of numbers"),
+}
+_USUAL = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False, "rank_pattern": {},
+          "alpha_pattern": {}}  # fmt: skip
+_PATTERNS_TAKE = 5.0  # seconds, of all linears together; they take milliseconds
+
+
+class _Own:
+    """Rank or alpha of each linear: a pattern fits a name or the end of it, as in PEFT.
+
+    Patterns are regular expressions of the file, so the time that they take is bounded.
+    """
+
+    def __init__(self, file: pathlib.Path, patterns: Mapping, usual):
+        self._file, self._usual = file, usual
+        self._end = time.monotonic() + _PATTERNS_TAKE
+        self._patterns = [(self._compiled(p), value) for p, value in patterns.items()]
+
+    def _compiled(self, pattern: str):
+        try:
+            return regex.compile(rf"(.*\.)?({pattern})$")
+        except (regex.error, RecursionError, OverflowError) as error:
+            raise self._error(pattern, f"is not a regular expression: {error}") from error
+
+    def _error(self, pattern: str, text: str) -> WeightError:
+        return WeightError(f"{self._file}: the pattern {shown(repr(pattern), 80)} {text}")
+
+    def __call__(self, name: str):
+        for pattern, value in self._patterns:
+            try:
+                found = pattern.match(name, timeout=max(self._end - time.monotonic(), 1e-3))
+            except TimeoutError as error:
+                raise self._error(pattern.pattern, "takes too long") from error
+            if found:
+                return value
+        return self._usual
 
 
 def load_peft(module: nnx.Module, spec: str | pathlib.Path) -> lora.LoraConfig:
@@ -173,7 +234,7 @@ def load_peft(module: nnx.Module, spec: str | pathlib.Path) -> lora.LoraConfig:
         Config of the adapters, with names as in `module`.
 
     Raises:
-        ValueError: listing all names that have no place, lack their other half, or don't fit.
+        WeightError: listing all names that have no place, lack their other half, or don't fit.
     """
     folder = hf.find(str(spec))
     fields, places = read_config(folder), _published(module)
@@ -192,18 +253,25 @@ Halves = dict[str, dict[str, np.ndarray]]  # published name of a linear -> leaf 
 
 
 def _read_halves(module: nnx.Module, folder: pathlib.Path, places: Mapping) -> Halves:
-    """A and B of every linear, float32 in our layout; ValueError for names that have no place."""
+    """A and B of every linear, float32 in our layout; WeightError for names that have no place, and
+    for what is not a finite matrix of floating-point numbers."""
     found, wrong, halves = hf.Tensors(folder), [], {}
     for key in found:
         end = next((leaf for leaf, e in _ENDS.items() if key.endswith(e)), None)
         name = key.removeprefix(PREFIX).removesuffix(_ENDS.get(end, ""))
         if end is None or name not in places:
-            wrong.append(f"{key}: no linear of this {type(module).__name__}")
-        else:
-            halves.setdefault(name, {})[end] = np.asarray(found[key], np.float32).T
+            wrong.append(f"{shown(key)}: no linear of this {type(module).__name__}")
+            continue
+        out = np.empty(found.shape_of(key), np.float32)
+        if out.ndim != 2 or not out.size:
+            wrong.append(f"{key}: shape {out.shape}, expected a matrix")
+        elif fault := casts.cast_into(out, np.asarray(found[key])):
+            wrong.append(f"{key}: {fault}")
+        halves.setdefault(name, {})[end] = out.T
     wrong += [f"{name}: only half of an adapter" for name, h in halves.items() if len(h) < 2]
     if wrong or not halves:
-        raise ValueError(f"{folder}: " + ("; ".join(sorted(wrong)) or "no adapters in it"))
+        listed = "; ".join(sorted(wrong)[:50]) or "no adapters in it"
+        raise WeightError(f"{folder}: {listed}")
     return halves
 
 
@@ -213,8 +281,8 @@ def _lora_config(fields: Mapping, halves: Halves, chosen: set[str]) -> lora.Lora
         target="|".join(re.escape(n) for n in sorted(chosen)),
         rank=max(half["lora_a"].shape[1] for half in halves.values()),
         alpha=float(fields["lora_alpha"]),
-        dropout=float(fields.get("lora_dropout", 0.0)),
-        rslora=bool(fields.get("use_rslora", False)),
+        dropout=float(fields["lora_dropout"]),
+        rslora=fields["use_rslora"],
     )
 
 
@@ -222,7 +290,7 @@ def _matching_linears(module, folder, cfg: lora.LoraConfig, chosen: set[str]) ->
     """name -> linear with an adapter; they are added to a module that has none."""
     have = dict(lora.adapters(module))
     if have and set(have) != chosen:
-        raise ValueError(
+        raise WeightError(
             f"{folder} has adapters of other linears than the model: "
             f"only there: {sorted(chosen - set(have))}; only here: {sorted(set(have) - chosen)}"
         )
@@ -235,18 +303,20 @@ def _matching_linears(module, folder, cfg: lora.LoraConfig, chosen: set[str]) ->
 def _stacked_values(folder, fields: Mapping, linears, places: Mapping, halves: Halves) -> Halves:
     """Our name of a linear -> A and B of all its layers, zeros where theirs has none.
 
-    B takes up what differs in scale. ValueError for shapes and ranks that don't fit.
+    B takes up what differs in scale. WeightError for shapes and ranks that don't fit.
     """
     wrong, values = [], {
         name: {leaf: np.zeros(getattr(m, leaf).shape, np.float32) for leaf in _ENDS}
         for name, m in linears.items()
     }  # fmt: skip
+    file = pathlib.Path(folder) / CONFIG
+    rank_of = _Own(file, fields["rank_pattern"], fields["r"])
+    alpha_of = _Own(file, fields["alpha_pattern"], fields["lora_alpha"])
     for published, half in halves.items():
         name, index = places[published]
         a, b, adapter = half["lora_a"], half["lora_b"], linears[name].adapter
-        r = _own(fields.get("rank_pattern"), published, fields["r"])
-        alpha = _own(fields.get("alpha_pattern"), published, fields["lora_alpha"])
-        scale = alpha / (math.sqrt(r) if fields.get("use_rslora") else r)
+        r, alpha = rank_of(published), alpha_of(published)
+        scale = alpha / (math.sqrt(r) if fields["use_rslora"] else r)
         whole = values[name]["lora_a"], values[name]["lora_b"]
         to_a, to_b = whole if index is None else (whole[0][index], whole[1][index])
         fits = a.shape[0] == to_a.shape[0] and b.shape[1] == to_b.shape[1]
@@ -259,7 +329,7 @@ def _stacked_values(folder, fields: Mapping, linears, places: Mapping, halves: H
         to_a[:, :r] = a
         to_b[:r] = b * (scale / adapter.scale)
     if wrong:
-        raise ValueError(f"{folder}: " + "; ".join(sorted(wrong)))
+        raise WeightError(f"{folder}: " + "; ".join(sorted(wrong)[:50]))
     return values
 
 

@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Mapping
 
 from metamorph_jax.convert import gguf, hf, onnx, packages, tokenizers
+from metamorph_jax.errors import ConfigError
 
 RANDOM = "random"
 
@@ -25,7 +26,7 @@ def file_of(spec: str, ending: str) -> pathlib.Path | None:
 def llm_fields(spec: str) -> dict:
     """Fields of Hugging Face's config of a language model."""
     if spec == RANDOM:
-        raise ValueError('llm "auto" needs llm_weights that name a model, not "random"')
+        raise ConfigError('llm "auto" needs llm_weights that name a model, not "random"')
     file = file_of(spec, ".gguf")
     if file is not None:
         return gguf.read_config(gguf.open_gguf(file))
@@ -51,26 +52,22 @@ def processor_fields(spec: str) -> dict | None:
     """Fields of the preprocessor_config.json beside a tower's weights; None without one.
 
     Raises:
-        WeightError: the file isn't JSON.
+        FileError: the file isn't JSON.
     """
     if spec == RANDOM or packages.is_package(spec) or file_of(spec, ".onnx") is not None:
         return None
     folder = hf.find(spec)
     file = folder / "preprocessor_config.json"
-    return hf.read_json(file) if folder.is_dir() and file.is_file() else None
+    return hf.read_json(file) if folder.is_dir() and file.exists() else None
 
 
 def tokenizer(spec: str):
     """A transformers tokenizer."""
     if spec == RANDOM:
-        raise ValueError("random weights have no tokenizer: set config.model.tokenizer")
+        raise ConfigError("random weights have no tokenizer: set config.model.tokenizer")
     file = file_of(spec, ".gguf")
     if file is not None:
         return gguf.load_tokenizer(file)
     if spec.endswith(".json"):
-        from transformers import PreTrainedTokenizerFast
-
-        if not pathlib.Path(spec).is_file():
-            raise FileNotFoundError(f"no tokenizer file {spec}")
-        return PreTrainedTokenizerFast(tokenizer_file=spec)
+        return tokenizers.load_file(spec)
     return tokenizers.load(hf.find(spec))

@@ -11,8 +11,12 @@ Rows that only pad our tables for sharding come after V, too, but have no ids; e
 them out.
 """
 
+import contextlib
 import pathlib
 from collections.abc import Sequence
+
+from metamorph_jax import files
+from metamorph_jax.errors import MissingFile, WeightError
 
 # Files of a tokenizer or processor, which are copied as they are.
 FILES = (
@@ -22,22 +26,72 @@ FILES = (
 )  # fmt: skip
 
 
+# Bytes; that of a vocabulary of 262,000 tokens has 33 million.
+_LARGEST = 2**27
+
+
 def load(folder: str | pathlib.Path):
     """The transformers tokenizer of a folder, the fast one where it exists.
 
+    Code that the folder brings (`auto_map`) is never run.
+
     Raises:
-        FileNotFoundError: if the folder has none.
+        MissingFile: the folder has none.
+        FileError: one of its files is not what its name says.
     """
     from transformers import AutoTokenizer
 
     folder = pathlib.Path(folder)
-    try:
-        return AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError) as error:
-        if any((folder / name).is_file() for name in FILES[:3] + FILES[5:7]):
-            raise
-        raise FileNotFoundError(
+    if not any((folder / name).exists() for name in FILES[:3] + FILES[5:7]):
+        raise MissingFile(
             f"{folder} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json)"
+        )
+    check_all(folder)
+    with _naming(folder):
+        return AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=False, local_files_only=True
+        )
+
+
+def load_file(file: str | pathlib.Path):
+    """The transformers tokenizer of a tokenizer.json alone; raises as `load`."""
+    from transformers import PreTrainedTokenizerFast
+
+    check(file)
+    with _naming(file):
+        return PreTrainedTokenizerFast(tokenizer_file=str(file))
+
+
+def check_all(folder: pathlib.Path) -> None:
+    """`check` for those files beside the weights in a folder that are read or copied."""
+    for name in (*FILES, "config.json", "generation_config.json"):
+        if (folder / name).exists():
+            check(folder / name)
+
+
+def check(file: str | pathlib.Path) -> None:
+    """FileError for a file of a tokenizer that is no regular file, too large, or not the JSON
+    object that its ending promises."""
+    file = pathlib.Path(file)
+    if file.suffix == ".json":
+        files.read_json(file, max_bytes=_LARGEST)
+    else:
+        files.opened(file, _LARGEST).close()
+
+
+@contextlib.contextmanager
+def _naming(where):
+    """Whatever the libraries make of a damaged tokenizer, as one line that names it."""
+    try:
+        yield
+    except ImportError:
+        raise
+    except BaseException as error:  # a panic in Rust is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = files.shown((str(error).splitlines() or [""])[0])
+        raise WeightError(
+            f"the tokenizer of {where} can't be loaded: {type(error).__name__}: {reason}"
         ) from error
 
 
@@ -46,7 +100,7 @@ def extend(tokenizer, vocab_size: int, added: Sequence[str]):
     placeholder names.
 
     Raises:
-        ValueError: if the tokenizer has more tokens than the table has rows, or one of the added
+        WeightError: if the tokenizer has more tokens than the table has rows, or one of the added
             tokens with another id.
     """
     import copy
@@ -58,7 +112,7 @@ def extend(tokenizer, vocab_size: int, added: Sequence[str]):
     known = {text: id for text, id in out.get_vocab().items() if text in added}
     rest = [text for text in added if text not in known]
     if len(out) > vocab_size + len(known):
-        raise ValueError(
+        raise WeightError(
             f"the tokenizer has {len(out)} tokens, but the model's table has {vocab_size} rows"
         )
     if rest:
@@ -68,7 +122,7 @@ def extend(tokenizer, vocab_size: int, added: Sequence[str]):
     for j, text in enumerate(added):
         found = out.convert_tokens_to_ids(text)
         if found != vocab_size + j:
-            raise ValueError(
+            raise WeightError(
                 f"{text} has id {found} in the tokenizer, {vocab_size + j} in the model"
             )
     return out

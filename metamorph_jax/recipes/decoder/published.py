@@ -11,13 +11,13 @@ UNet, denoiser/ under our names.
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping
 
 import jax
 import numpy as np
 
+from metamorph_jax import files
 from metamorph_jax.convert import diffusion, families, hf, names, specs
 from metamorph_jax.convert.export import Source, Writer, write_json
 from metamorph_jax.convert.families import RunForm
@@ -72,9 +72,7 @@ _FIRST = {"mlp": "layers.0", "xattn": "proj", "xattnffn": "proj", "transformer":
 def read_config(folder: str | pathlib.Path) -> ProjectorConfig:
     """The projector's config, from model_config.json."""
     file = pathlib.Path(folder) / "model_config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"no {file}")
-    return ProjectorConfig.from_dict(json.loads(file.read_text()))
+    return ProjectorConfig.from_dict(files.read_json(file))
 
 
 def _tensors(folder: pathlib.Path, part: str) -> Mapping:
