@@ -10,7 +10,7 @@ import importlib
 import os
 import sys
 
-from metamorph_jax import platforms
+from metamorph_jax import files, platforms
 from metamorph_jax.errors import UserError
 
 COMMANDS = {
@@ -81,7 +81,7 @@ def _run(run, args) -> int:
     try:
         return int(run(args) or 0)
     except UserError as error:
-        print(f"metamorph: {error}", file=sys.stderr)
+        print(f"metamorph: {files.escape(str(error))}", file=sys.stderr)
         return error.code
     except KeyboardInterrupt:
         return 130

@@ -16,9 +16,9 @@ from typing import Any, BinaryIO
 
 from metamorph_jax.errors import FileError, MissingFile
 
-# Python's objects take up to 25 times the bytes of the JSON that they are read from.
-MAX_BYTES = 2**25
-MAX_LINE = 2**25
+# Python's objects take up to 35 times the bytes of the JSON that they are read from.
+MAX_BYTES = 2**24
+MAX_LINE = 2**24
 MAX_DEPTH = 100
 
 _BOM = b"\xef\xbb\xbf"
@@ -35,11 +35,17 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 def shown(text: object, longest: int = 200) -> str:
     """Text from a file as it may be printed: on one line, control characters escaped, cut short."""
-    escaped = "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode()
-        for c in str(text)[: longest + 1]
-    )
+    escaped = escape(str(text)[: longest + 1]).replace("\n", "\\n")
     return escaped if len(escaped) <= longest else escaped[:longest] + "…"
+
+
+def escape(text: str) -> str:
+    """Text with its control characters escaped, but for ends of lines."""
+    if text.replace("\n", "").isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 # ---- files

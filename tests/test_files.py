@@ -77,7 +77,7 @@ def test_sizes_are_bounded_before_anything_is_read(tmp_path):
     with file.open("wb") as f:
         f.truncate(2**40)
     start = time.monotonic()
-    with pytest.raises(FileError, match="sparse is larger than the 33,554,432 bytes"):
+    with pytest.raises(FileError, match="sparse is larger than the 16,777,216 bytes"):
         files.read_json(file)
     with pytest.raises(FileError, match="sparse, line 1: longer than the 1,000 bytes"):
         list(files.lines(file, max_line=1000))

@@ -249,7 +249,7 @@ class TorchFile(Mapping):
         try:
             found = torch.load(self.path, map_location="cpu", weights_only=True, mmap=zipped)
         except Exception as error:  # torch raises half a dozen kinds for damaged files
-            reason = (str(error).splitlines() or [""])[0][:200]
+            reason = files.shown((str(error).splitlines() or [""])[0])
             raise WeightError(
                 f"{path} is damaged, or holds more than tensors, which we don't load: "
                 f"{type(error).__name__}: {reason}"
@@ -258,7 +258,7 @@ class TorchFile(Mapping):
             found = found["state_dict"]
         if not isinstance(found, dict):
             raise WeightError(f"{path} holds a {type(found).__name__}, not a table of tensors")
-        odd = [str(k) for k, v in found.items() if not isinstance(v, torch.Tensor)]
+        odd = [files.shown(k, 80) for k, v in found.items() if not isinstance(v, torch.Tensor)]
         if odd:
             raise WeightError(f"{path} has entries that are not tensors: {', '.join(odd[:8])}")
         self._tensors = {str(name): tensor for name, tensor in found.items()}

@@ -190,7 +190,7 @@ _FIELDS = {
 }
 _USUAL = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False, "rank_pattern": {},
           "alpha_pattern": {}}  # fmt: skip
-_PATTERNS_TAKE = 5.0  # seconds, of all linears together; they take milliseconds
+_PATTERNS_TAKE = 1.0  # seconds, of all linears together; good ones take milliseconds
 
 
 class _Own:
@@ -205,9 +205,11 @@ class _Own:
         self._patterns = [(self._compiled(p), value) for p, value in patterns.items()]
 
     def _compiled(self, pattern: str):
+        whole = rf"(.*\.)?({pattern})$"
         try:
-            return regex.compile(rf"(.*\.)?({pattern})$")
-        except (regex.error, RecursionError, OverflowError) as error:
+            re.compile(whole)  # PEFT's syntax; `regex` has more, such as recursion
+            return regex.compile(whole)
+        except (re.error, regex.error, RecursionError, OverflowError) as error:
             raise self._error(pattern, f"is not a regular expression: {error}") from error
 
     def _error(self, pattern: str, text: str) -> WeightError:

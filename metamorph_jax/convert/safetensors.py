@@ -29,8 +29,8 @@ _DTYPES = {
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
 }  # fmt: skip
 _ML_DTYPES = {"BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
-# Bytes, of 300,000 tensors; the reference library allows 100 MB, which may become GBs of objects.
-_LONGEST_HEADER = 2**25
+# Bytes, of 150,000 tensors; the reference library allows 100 MB, which may become GBs of objects.
+_LONGEST_HEADER = 2**24
 _DIMENSIONS = 32
 # What files of other formats start with, when someone renamed them.
 _OTHERS = {

@@ -12,11 +12,12 @@ them out.
 """
 
 import contextlib
+import os
 import pathlib
 from collections.abc import Sequence
 
 from metamorph_jax import files
-from metamorph_jax.errors import MissingFile, WeightError
+from metamorph_jax.errors import FileError, MissingFile, WeightError
 
 # Files of a tokenizer or processor, which are copied as they are.
 FILES = (
@@ -26,8 +27,7 @@ FILES = (
 )  # fmt: skip
 
 
-# Bytes; that of a vocabulary of 262,000 tokens has 33 million.
-_LARGEST = 2**27
+_LARGEST = 2**26  # bytes; a tokenizer.json of 262,000 tokens has 33 million
 
 
 def load(folder: str | pathlib.Path):
@@ -73,10 +73,13 @@ def check(file: str | pathlib.Path) -> None:
     """FileError for a file of a tokenizer that is no regular file, too large, or not the JSON
     object that its ending promises."""
     file = pathlib.Path(file)
-    if file.suffix == ".json":
-        files.read_json(file, max_bytes=_LARGEST)
-    else:
-        files.opened(file, _LARGEST).close()
+    with files.opened(file, _LARGEST) as opened:
+        large = os.fstat(opened.fileno()).st_size > files.MAX_BYTES
+        start = opened.read(64).lstrip()
+    if file.suffix == ".json" and not large:
+        files.read_json(file)
+    elif file.suffix == ".json" and not start.startswith(b"{"):  # large ones are read once only
+        raise FileError(f"{file} does not hold a JSON object")
 
 
 @contextlib.contextmanager
