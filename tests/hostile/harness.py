@@ -124,7 +124,7 @@ def _limited(seconds: int):
     handler = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     # For code that never looks at signals.
-    faulthandler.dump_traceback_later(3 * seconds, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(seconds + 60, exit=True, file=sys.__stderr__)
     resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))
     try:
         yield
