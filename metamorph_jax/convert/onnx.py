@@ -37,7 +37,6 @@ LAYER_LINEARS = (
 )
 
 
-
 # A model's first field, its version of the format, which all exporters write first.
 _START = b"\x08"
 _LARGEST = 2**31  # bytes, of any protobuf

@@ -42,7 +42,6 @@ _OTHERS = {
 }
 
 
-
 def dtype_of(name: str) -> np.dtype | None:
     """The numpy dtype of a safetensors dtype, or None if we don't read it."""
     if name in _ML_DTYPES:

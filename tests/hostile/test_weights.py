@@ -141,12 +141,14 @@ def gguf_cases():
             yield f"{n} of type {kind}", with_value("x", ARRAY, struct.pack("<IQ", kind, n))
         yield f"alignment {n}", with_value("general.alignment", U64, struct.pack("<Q", n))
         yield f"offset {n}", with_tensor(lambda t, n=n: t["token_embd.weight"].__setitem__(2, n))
-        yield f"kind {n}", with_tensor(
-            lambda t, n=n: t["token_embd.weight"].__setitem__(1, n & (2**32 - 1))
+        yield (
+            f"kind {n}",
+            with_tensor(lambda t, n=n: t["token_embd.weight"].__setitem__(1, n & (2**32 - 1))),
         )
         for shape in ((n,), (n, n), (1, n), (n, 0), (n,) * 4, (1,) * 5):
-            yield f"shape {shape}", with_tensor(
-                lambda t, shape=shape: t["token_embd.weight"].__setitem__(0, shape)
+            yield (
+                f"shape {shape}",
+                with_tensor(lambda t, shape=shape: t["token_embd.weight"].__setitem__(0, shape)),
             )
         yield f"{n} layers", with_value("llama.block_count", U64, struct.pack("<Q", n))
     nested = struct.pack("<IQ", ARRAY, 1) * 5000
@@ -406,8 +408,10 @@ def onnx_cases():
                 lambda made, i=i, dims=dims: (made[i].ClearField("dims"),
                                               made[i].dims.extend(dims)))  # fmt: skip
         for kind in (0, 3, 7, 8, 9, 10, 14, 16, 99):
-            yield f"type {i} {kind}", model(
-                lambda made, i=i, kind=kind: setattr(made[i], "data_type", kind))
+            yield (
+                f"type {i} {kind}",
+                model(lambda made, i=i, kind=kind: setattr(made[i], "data_type", kind)),
+            )
 
         def outside(made, i=i):
             made[i].data_location = TensorProto.EXTERNAL
