@@ -1,5 +1,8 @@
 """Ways to write a record that are read alike, and keys that are refused."""
 
+import json
+import pathlib
+
 import pytest
 
 from metamorph_jax.data.sources.schema import canonical
@@ -107,3 +110,15 @@ def test_paths_that_nothing_reads_are_refused():
 def test_what_cannot_be_read(record, reason):
     with pytest.raises(BadSample, match=reason):
         canonical(record)
+
+
+def test_the_records_of_the_docs_are_read():
+    text = (pathlib.Path(__file__).parents[2] / "docs/data.md").read_text()
+    blocks = [block.partition("```")[0] for block in text.split("```json\n")[1:]]
+    decoder, found = json.JSONDecoder(), []
+    for block in blocks:
+        while block.strip():
+            record, end = decoder.raw_decode(block := block.lstrip())
+            found.append(canonical(record))
+            block = block[end:]
+    assert len(found) >= 5 and all(record["conversations"] for record in found)

@@ -45,7 +45,8 @@ def open_data(data: Data, cfg: Config, shard: Shard) -> DecoderPairs:
         predicted_share=data.predicted_share,
         reading=data.images,
     )
-    pairs.counts |= lost
+    if shard.index == 0:  # every data shard reads all records
+        pairs.counts |= lost
     pairs.sources, pairs.skipped = pipeline.source_names(data), pairs.counts
     return pairs
 
