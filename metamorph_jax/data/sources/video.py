@@ -13,7 +13,8 @@ EXTENSIONS = (
 )  # fmt: skip
 # Containers only: a playlist by the name of a video must not open other files, or addresses.
 _OPEN = {
-    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,asf,flv,mpeg,mpegvideo,mpegts,ogg",
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,asf,flv,mpeg,mpegvideo,mpegts,"
+    "ogg",
     "protocol_whitelist": "file",
 }
 _SECONDS = 15.0  # for a single read; only files that are made to take long need as much
