@@ -227,8 +227,8 @@ def odd_records():
         said = ["".join(marker.choices(names, k=marker.randrange(6))) for _ in range(4)]
         paths = marker.choices(["a.png", "clip.mp4", "none.png", "pipe.png"], k=marker.randrange(4))
         roles = ("human", "gpt") * 2
-        yield {"image": paths, "conversations": [
-            {"from": role, "value": text} for role, text in zip(roles, said, strict=True)]}  # fmt: skip
+        turns = [{"from": r, "value": text} for r, text in zip(roles, said, strict=True)]
+        yield {"image": paths, "conversations": turns}
     for kind in ("vstar", "visual_cot", "frame_prediction", "video_qa", "images", "image", "text"):
         for value in ODD:
             yield picture | {"kind": kind, "target_instances": value, "image": value}
