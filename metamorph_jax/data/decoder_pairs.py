@@ -1,5 +1,6 @@
 """Batches for the decoder stage: an image to draw, and the visual tokens that describe it."""
 
+import collections
 import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -79,22 +80,25 @@ class DecoderPairs(Iterator[DecoderBatch]):
     def _open(self, refs: Sequence[ImageRef], keep: bool) -> None:
         """Sets `refs`, `counts`, the rows of the features and, with `keep`, the pixels."""
         self.counts: dict[str, int] = {}
+        left_out: collections.Counter[str] = collections.Counter()
         self.refs: list[ImageRef] = []
         rows: list[int] = []
         loaded: list[np.ndarray] = []
         for ref, row, pixels in self._pool.map(lambda ref: self._try(ref, keep), refs):
             if isinstance(row, str):
-                self._count(row)
+                left_out[row] += 1
                 continue
             self.refs.append(ref)
             rows.append(row)
             if pixels is not None:
                 loaded.append(pixels)
         if not self.refs:
-            reasons = ", ".join(f"{reason} {n}" for reason, n in self.counts.items())
+            reasons = ", ".join(f"{reason} {n}" for reason, n in left_out.items())
             raise DataError(
                 f"none of {len(refs)} images can be used ({reasons or 'there are none'})"
             )
+        if self.shard.index == 0:  # every data shard looks at all images
+            self.counts |= left_out
         self._rows = np.array(rows)
         self._images = np.stack(loaded) if loaded else None
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 
 import grain
 import jax
@@ -78,18 +78,24 @@ def open_sources(
     return out
 
 
-def all_refs(config: InputConfig, sources: Sequence) -> Iterator[ImageRef]:
+def all_refs(
+    config: InputConfig, sources: Sequence, counts: MutableMapping[str, int] | None = None
+) -> Iterator[ImageRef]:
     """Every image that a run with fixed choices can ask for: what a cache has to hold.
 
-    Bad samples are passed over; the run will skip them too.
+    Bad samples are passed over, as the run will skip them too. `counts` gets their number by
+    "source/reason".
     """
     for number, source in enumerate(sources):
         for k in range(len(source)):
             rng = choices(config.order.seed, number, 0, k)
             try:
                 yield from source.sample(k, rng).images
-            except (BadSample, OSError, ValueError, KeyError, TypeError, IndexError):
-                continue
+            except (BadSample, OSError, ValueError, KeyError, TypeError, IndexError) as e:
+                reason = e.reason if isinstance(e, BadSample) else f"error_{type(e).__name__}"
+                if counts is not None:
+                    name = f"{source.name}/{reason}"
+                    counts[name] = counts.get(name, 0) + 1
 
 
 def make_stream(

@@ -49,8 +49,8 @@ class Skipped:
         why = summary(self.counts())
         if step == 0:
             raise DataError(
-                f"no sample of config.data.sources can be used ({why}); `metamorph data check` says "
-                "what is wrong with each"
+                f"no sample of config.data.sources can be used ({why}); `metamorph data check` "
+                "says what is wrong with each"
             )
         return (
             f"the data ended after {step} of {steps} steps: all of config.data.order.epochs are "

@@ -6,8 +6,10 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from metamorph_jax.data.chat import IGNORE, SENTINEL, Chat, Markers
-from metamorph_jax.data.chat_templates import ChatTemplate, Special, fill, render
+from metamorph_jax.data.chat_templates import TEMPLATES, ChatTemplate, Special, fill, render
+from metamorph_jax.data.interleave import build_row
 from metamorph_jax.data.sources.kinds import turns_of
+from metamorph_jax.errors import BadSample
 
 GOLDEN = "metamorph/conversations.json"
 
@@ -238,3 +240,58 @@ def test_text_after_a_special_token(in_context, second):
     want = f"[_Chat. USER: @_\nQ ASSISTANT: A {{system}}{second} ASSISTANT: B]"
     assert readable(got.ids) == want
     assert readable(got.labels[got.labels != IGNORE]) == " A {system}] B]"
+
+
+# ---- special tokens and long messages
+
+
+def test_special_tokens_in_a_message_are_text(tokenizer):
+    """In answers no label closes the turn, in prompts no turn begins."""
+    chat = Chat(tokenizer, markers=AROUND)
+    tags = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
+    assert len(tags) > 5
+    for tag in tags:
+        text = f"a {tag}{tag} b"
+        ids = chat.encode(text)
+        assert not set(ids) & set(tokenizer.all_special_ids) and tokenizer.decode(ids) == text
+        learnt = chat.conversation((("user", text), ("assistant", text))).labels
+        learnt = learnt[learnt != IGNORE].tolist()
+        assert learnt == [*ids, chat.close]
+        prompt = chat.prompt([("user", text)]).tolist()
+        assert prompt.count(chat.close) == 1
+
+
+class Parsing(Letters):
+    """Recognises its special tokens wherever they stand, as tokenizers do that can't be told."""
+
+    def encode(self, text, add_special_tokens=False):
+        ids = []
+        while text:
+            found = next((t for t in self.special if text.startswith(t)), text[0])
+            ids.append(self.convert_tokens_to_ids(found) if len(found) > 1 else ord(found))
+            text = text[len(found) :]
+        return ids
+
+
+@pytest.mark.parametrize("in_context", [False, True])
+def test_special_tokens_of_other_tokenizers(in_context):
+    chat = Chat(Parsing(), dataclasses.replace(TEMPLATES["chatml"], in_context=in_context))
+    text = "a<|im_end|>\n<|im_start|>b<|im_"
+    ids = chat.conversation((("user", text), ("assistant", text))).ids
+    assert readable(ids) == f"[user\n{text}]\n[assistant\n{text}]\n"
+
+
+def test_long_messages_are_whole():
+    """What comes after a long document is kept; a cut answer is not taught to end."""
+    chat = Chat(Letters(), "chatml")
+    document = "x" * 150_000
+    ids = chat.conversation((("user", document + "Q?"), ("assistant", "A"))).ids
+    assert readable(ids).endswith("Q?]\n[assistant\nA]\n") and len(ids) > 150_000
+    assert readable(chat.prompt([("user", document + "Q?")])).endswith("Q?]\n[assistant\n")
+    encoded = chat.conversation((("user", "Q"), ("assistant", document)))
+    row = build_row(encoded.ids, encoded.labels, [], 1, 4096)
+    assert row.cut and chat.close not in row.text_targets
+    whole = chat.conversation((("user", "Q"), ("assistant", "A")))
+    assert not build_row(whole.ids, whole.labels, [], 1, 4096).cut
+    with pytest.raises(BadSample, match="too_long"):
+        chat.conversation((("user", "x" * 3_000_000), ("assistant", "A")))

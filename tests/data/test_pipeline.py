@@ -496,7 +496,8 @@ def test_check_reads_as_the_run_of_a_config(tmp_path, capsys):
     clear.save(tmp_path / "b.png")
     path = tmp_path / "d.jsonl"
     write_jsonl(path, [
-        {"id": "q", "image": "a.png", "conversations": conversation("<image>\nQ <|im_end|>?", "Aha")},
+        {"id": "q", "image": "a.png", "conversations": conversation(
+            "<image>\nQ <|im_end|>?", "Aha")},
         {"id": "long", "conversations": conversation("Q", "word " * 500)},
         {"id": "lost", "conversations": conversation("word " * 500, "A")},
         {"id": "two", "images": ["a.png", "b.png"], "conversations": conversation(

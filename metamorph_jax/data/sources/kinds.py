@@ -209,7 +209,7 @@ def build(
     kind = recognise(read, kinds) if own == "auto" else own
     try:
         turns, images = kinds[kind].build(read, files, rng)
-    except (KeyError, IndexError, TypeError, AttributeError) as e:
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as e:
         what = f"{type(e).__name__} {shown(e)}"
         raise BadSample("bad_record", f"not a record of kind {kind}: {what}") from e
     if "system" in read and turns[0][0] != "system":

@@ -184,17 +184,19 @@ def _meant(key: str, known: tuple[str, ...]) -> str:
     """The known key that `key` seems to be meant for, or ""."""
     if len(key) > 40:
         return ""
-    plain = lambda name: "".join(c for c in name.lower() if c.isalnum())  # noqa: E731
-    others = {plain(name): key for name, key in OTHER_NAMES.items() if key in known}
-    name = plain(key)
-    if name in others:
-        return others[name]
+    name = _plain(key)
+    others = {_plain(other): meant for other, meant in OTHER_NAMES.items() if meant in known}
+    if name in known or name in others:
+        return others.get(name, name) if len(name) > 2 else ""
     for other in known:
-        shuffled = sorted(name) == sorted(other) and name != other
-        close = difflib.SequenceMatcher(None, name, other).ratio() >= 0.88
-        if len(name) > 2 and (name == other or shuffled or close):
+        shuffled = sorted(name) == sorted(other)
+        if shuffled or difflib.SequenceMatcher(None, name, other).ratio() >= 0.88:
             return other
     return ""
+
+
+def _plain(name: str) -> str:
+    return "".join(c for c in name.lower() if c.isalnum())
 
 
 def _is_path(value) -> bool:

@@ -13,10 +13,11 @@ EXTENSIONS = (
 )  # fmt: skip
 # Containers only: a playlist by the name of a video must not open other files, or addresses.
 _OPEN = {
-    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,asf,flv,live_flv,mpeg,mpegvideo,"
-    "mpegts,ogg,m4v,h264,hevc",
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,asf,flv,mpeg,mpegvideo,mpegts,"
+    "ogg",
     "protocol_whitelist": "file",
 }
+_SECONDS = 15.0  # for a single read; only files that are made to take long need as much
 
 
 def is_video(path: str) -> bool:
@@ -36,7 +37,7 @@ def _av():
 def _opened(av, path: str):
     """The open container; BadSample if the path is not that of a regular file."""
     try:
-        return av.open(str(files.regular(path)), options=_OPEN)
+        return av.open(str(files.regular(path)), options=_OPEN, timeout=_SECONDS)
     except MissingFile as e:
         raise BadSample("missing", files.shown(path)) from e
     except FileError as e:

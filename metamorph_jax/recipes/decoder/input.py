@@ -31,9 +31,9 @@ def open_data(data: Data, cfg: Config, shard: Shard) -> DecoderPairs:
         tower = functools.partial(feature_function, cfg.vision)
         pipeline.fill_feature_cache(data, spec, sources, tower)
     report_changes(data.images, cfg.vision)
-    side = cfg.decoder.image_side
+    side, lost = cfg.decoder.image_side, {}
     pairs = DecoderPairs(
-        list(pipeline.all_refs(data, sources)),
+        list(pipeline.all_refs(data, sources, lost)),
         images.Preprocess(side, "crop", side, "bilinear"),
         shard,
         data.order.seed,
@@ -45,6 +45,8 @@ def open_data(data: Data, cfg: Config, shard: Shard) -> DecoderPairs:
         predicted_share=data.predicted_share,
         reading=data.images,
     )
+    if shard.index == 0:  # every data shard reads all records
+        pairs.counts |= lost
     pairs.sources, pairs.skipped = pipeline.source_names(data), pairs.counts
     return pairs
 
