@@ -48,14 +48,15 @@ bucket_name() { # B, B/FOLDER or gs://B/FOLDER
     bucket=${1#gs://}
     bucket=${bucket%"${bucket##*[!/]}"} # slashes at the end
     [[ $bucket =~ ^[A-Za-z0-9._-]+(/[A-Za-z0-9._=+-]+)*$ && ! /$bucket/ =~ /\.+/ ]] ||
-        fail "--bucket='$1' is not the name of a bucket or of a folder in one" \
-            "(is a variable empty?); e.g. my-bucket or gs://my-bucket/runs"
+        fail "--bucket='$1' is not the name of a bucket or of a folder in one;" \
+            "e.g. my-bucket or gs://my-bucket/runs"
 }
 
 take_action 'create setup run watch status logs stop delete' "$@"; shift
 name='' type='' runtime='' bucket='' tier='' slices=1 extras=tpu host=0 restarts=100 every=60
 wait_for='' delete_after='' where=() ssh_flags=() create_flags=() variables=() program=()
 while [ $# -gt 0 ]; do
+    with_value "$1"
     case $1 in
         --name=*) name=${1#*=} ;;
         --zone=* | --project=*) where+=("$1") ;;

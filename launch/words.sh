@@ -33,6 +33,11 @@ other_option() {
     esac
 }
 
+# Refuses an option without its value, as --bucket=$UNSET gives it.
+with_value() {
+    if [[ $1 =~ ^--[a-z-]+=$ ]]; then fail "$1 has no value (is a variable empty?)"; fi
+}
+
 cloud_name() { # as Google Cloud and Kubernetes take it
     [[ $1 =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] ||
         fail "--name=NAME is needed: lower-case letters, digits and dashes, a letter first"

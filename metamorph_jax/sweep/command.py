@@ -71,7 +71,7 @@ class Run:
 
     def __init__(self, folder: pathlib.Path, values: dict, table: dict):
         self.folder, self.values, self.table = folder, values, table
-        self.failed = ""
+        self.code = 0  # of its process, if it has failed
 
     @property
     def state(self) -> str:
@@ -86,8 +86,8 @@ class Run:
         """
         from metamorph_jax.train.workdir import compare
 
-        if self.failed:
-            return self.failed
+        if self.code:
+            return f"failed ({self.code})"
         saved = self.folder / "config.json"
         if not saved.is_file():
             return "new"
@@ -278,10 +278,11 @@ def run(args) -> int:
         if code:
             return code
     print(results.write(), end="")
-    failed = [run for run in runs if run.failed]
+    failed = {run.code for run in runs} - {0}
     if failed:
-        print(f"{len(failed)} of {len(runs)} runs failed", file=sys.stderr)
-    return 1 if failed else 0
+        print(f"{sum(bool(r.code) for r in runs)} of {len(runs)} runs failed", file=sys.stderr)
+    # 2 and 3 say that starting the sweep again does not help.
+    return max(failed, default=0) if failed <= {2, 3} else 1
 
 
 class Results:
@@ -356,7 +357,7 @@ def _run_all(
             print("stopped; the same command resumes the sweep", file=sys.stderr)
             return code
         if code:
-            run.failed = f"failed ({code})"
+            run.code = code
             print(f"  failed with exit code {code} after {seconds:.0f} s: {_last_line(log)}")
         else:
             _save(run.folder / "ended.json", run.end(run.results()[0]))

@@ -404,7 +404,7 @@ def test_a_wrong_option_on_one_host_ends_watch(fake):
         ("b-1", "b-1"),
         ("gs://b-1/", "b-1"),
         ("gs://b-1/my/runs_2/", "--only-dir my/runs_2 b-1"),
-        ("", None), ("gs://", None), ("s3://b-1", None), ("..", None), ("b-1/..", None),
+        ("gs://", None), ("s3://b-1", None), ("..", None), ("b-1/..", None),
         ("b-1/../c", None), ("b-1//c", None), ("b-1/a b", None), ("b-1/$(date)", None),
         ("/b-1", None), ("b-1\n", None),
     ],
@@ -499,6 +499,10 @@ def test_dry_watch_needs_no_gcloud(tmp_path):
         (["setup", "--name=x", "--env=NO_SUCH_VARIABLE"], "is not set here"),
         (["setup", "--name=x", "--env=A;rm"], "takes the name of a variable"),
         (["logs", "--name=x", "--host=one"], "whole numbers"),
+        (["setup", "--name=x", "--bucket="], "--bucket= has no value"),
+        (["watch", "--name=x", "--type=v4-8", "--bucket=", "--", "job"], "--bucket= has no value"),
+        (["setup", "--name=x", "--extras="], "--extras= has no value"),
+        (["status", "--name=x", "--zone="], "--zone= has no value"),
     ],
 )
 def test_wrong_options(fake, args, message):
