@@ -44,6 +44,7 @@ source "$root/launch/words.sh"
 take_action 'submit status logs stop' "$@"; shift
 name='' nodes=1 gpus=8 cpus=8 time=24:00:00 restarts=100 flags=() program=()
 while [ $# -gt 0 ]; do
+    with_value "$1"
     case $1 in
         --name=*) name=${1#*=} ;;
         --nodes=*) nodes=${1#*=} ;;

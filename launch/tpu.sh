@@ -7,10 +7,12 @@
 #   setup    copies this code to all hosts and installs it; repeat it after changing the code
 #   run      starts PROGRAM on all hosts, detached; their logs stay there
 #   watch    create, setup and run as needed, until PROGRAM has succeeded on all hosts: a
-#            preempted slice is requested again, a program that died is started again
+#            preempted slice is requested again, a program that died is started again. Started with
+#            other code, extras, bucket or variables, it stops PROGRAM and sets up anew; while
+#            another program runs, it is refused
 #   status   prints the state of the slice, and of PROGRAM on every host
 #   logs     follows the log of one host (--host=N)
-#   stop     ends PROGRAM on all hosts with SIGTERM, so that it saves a checkpoint
+#   stop     ends PROGRAM on all hosts with SIGTERM, so that it saves a checkpoint, and a `watch`
 #   delete   gives the slice back, which ends the costs
 #
 #   --name=NAME         of the queued resource and its nodes
@@ -21,7 +23,8 @@
 #   --runtime=R         software version of the hosts; default: the one for --type
 #   --create-flag=F     one more flag for gcloud, e.g. --create-flag=--network=my-net
 #   --wait=6h           how long a request may wait (s, m, h, d); default: no limit
-#   --bucket=B          a bucket that all hosts see at ~/bucket  (setup, watch)
+#   --bucket=B          a bucket, or a folder of one (B/FOLDER), that all hosts see at ~/bucket
+#                                                                (setup, watch)
 #   --env=NAME          a variable of yours that PROGRAM gets, e.g. HF_TOKEN; its value travels in
 #                       a file that only you can read, never in a command line or a log
 #   --extras=tpu        what to install                          (setup, watch)
@@ -41,10 +44,19 @@ source "$root/launch/words.sh"
 
 # ---- options
 
+bucket_name() { # B, B/FOLDER or gs://B/FOLDER
+    bucket=${1#gs://}
+    bucket=${bucket%"${bucket##*[!/]}"} # slashes at the end
+    [[ $bucket =~ ^[A-Za-z0-9._-]+(/[A-Za-z0-9._=+-]+)*$ && ! /$bucket/ =~ /\.+/ ]] ||
+        fail "--bucket='$1' is not the name of a bucket or of a folder in one;" \
+            "e.g. my-bucket or gs://my-bucket/runs"
+}
+
 take_action 'create setup run watch status logs stop delete' "$@"; shift
 name='' type='' runtime='' bucket='' tier='' slices=1 extras=tpu host=0 restarts=100 every=60
 wait_for='' delete_after='' where=() ssh_flags=() create_flags=() variables=() program=()
 while [ $# -gt 0 ]; do
+    with_value "$1"
     case $1 in
         --name=*) name=${1#*=} ;;
         --zone=* | --project=*) where+=("$1") ;;
@@ -56,7 +68,7 @@ while [ $# -gt 0 ]; do
         --slices=*) slices=${1#*=} ;;
         --create-flag=*) create_flags+=("${1#*=}") ;;
         --wait=*) wait_for=${1#*=} ;;
-        --bucket=*) bucket=${1#*=}; bucket=${bucket#gs://} ;;
+        --bucket=*) bucket_name "${1#*=}" ;;
         --env=*) variables+=("${1#*=}") ;;
         --extras=*) extras=${1#*=} ;;
         --restarts=*) restarts=${1#*=} ;;
@@ -89,6 +101,9 @@ case $action in
             *) [ -n "$runtime" ] || fail "$type has no default software: give --runtime=R" ;;
         esac ;;
 esac
+if [ "$action" = watch ] && [ -z "$bucket" ] && needs_bucket "${program[@]}"; then
+    fail "the program names ../bucket, but there is no --bucket=B"
+fi
 for variable in ${variables[@]+"${variables[@]}"}; do
     [[ $variable =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] ||
         fail "--env takes the name of a variable, not '$variable'"
@@ -168,39 +183,69 @@ create() {
 folder=''
 trap '[ -z "$folder" ] || rm -rf "$folder"' EXIT
 
-setup() { # every line has its own return: `set -e` is off to the left of ||
+exports() { # the variables, as a file for a shell
     local variable
-    folder=${folder:-$(mktemp -d)} # a set-up that failed has left its own
+    for variable in ${variables[@]+"${variables[@]}"}; do
+        printf 'export %s=%q\n' "$variable" "${!variable}"
+    done
+}
+
+pack() { # makes code.tgz, and code_id and setup_id, which say what a set-up consists of
+    folder=$(mktemp -d)
+    code "$root" | gzip > "$folder/code.tgz"
+    code_id=$({
+        tar -tzf "$folder/code.tgz"
+        tar -xzOf "$folder/code.tgz" metamorph_jax configs launch setup.py pyproject.toml
+        printf '%s\0' "$extras" "$bucket" ${variables[@]+"${variables[@]}"}
+    } | fingerprint)
+    setup_id=$code_id-$(exports | fingerprint) # as the hosts write it, which get the values as a file
+}
+
+unpack() { # text for the shell of a host: replaces the code; what the user has put beside it stays
+    echo 'if bash metamorph_jax/launch/on_host.sh status 2>/dev/null | grep -q "^metamorph-run: running"
+    then echo "error: a program runs here; stop it first: bash launch/tpu.sh stop" >&2; exit 2; fi
+    mkdir -p metamorph_jax metamorph_run && rm -f metamorph_run/env &&
+    echo '"$code_id"'-unfinished > metamorph_run/ready &&
+    rm -rf metamorph_jax/metamorph_jax metamorph_jax/configs metamorph_jax/launch &&
+    tar -C metamorph_jax -xzf metamorph_jax.tgz'
+}
+
+setup() { # every line has its own return: `set -e` is off to the left of ||
     say "copying the code to all hosts of $name"
-    code "$root" | gzip > "$folder/code.tgz" || return 1
     copy "$folder/code.tgz" metamorph_jax.tgz || return 1
-    remote all all 'mkdir -p metamorph_jax metamorph_run &&
-        tar -C metamorph_jax -xzf metamorph_jax.tgz' || return 1
+    remote all all "$(unpack)" || return 1
     if [ ${#variables[@]} -gt 0 ]; then
         say "variables for the program: ${variables[*]}"
-        [ -n "$dry" ] || (umask 077 && for variable in "${variables[@]}"; do
-            printf 'export %s=%q\n' "$variable" "${!variable}"
-        done > "$folder/env")
+        [ -n "$dry" ] || (umask 077 && exports > "$folder/env")
         copy "$folder/env" metamorph_run/env || return 1
+        rm -f "$folder/env"
         remote all all "chmod 600 metamorph_run/env" || return 1
     fi
     say "installing on all hosts (some minutes)"
-    on_hosts all all setup "$extras" ${bucket:+"$bucket"} ||
-        return 1
-    rm -rf "$folder"
-    folder=''
+    on_hosts all all setup "$code_id" "$extras" ${bucket:+"$bucket"}
 }
 
-run() {
+run() { # start or restart
     say "starting on all hosts: $(quoted "${program[@]}")"
-    on_hosts all all start "${program[@]}"
+    on_hosts all all "$1" "${program[@]}"
 }
 
-# Lines "running PID", "ended CODE", "nothing", "missing" of all hosts; fails if one is not reached.
+# Lines "running PID …", "ended CODE …", "nothing …", "missing …" of all hosts (see on_host.sh);
+# fails if one is not reached.
 host_states() {
     remote all all 'if [ -f metamorph_jax/launch/on_host.sh ]
         then bash metamorph_jax/launch/on_host.sh status
-        else echo metamorph-run: missing; fi' | sed -n 's/.*metamorph-run: //p'
+        else echo metamorph-run: missing; fi' | sed -n 's/^.*metamorph-run: //p'
+}
+
+refuse_other() { # lines of host_states
+    local line
+    while read -r line; do
+        if [[ $line == running* && $line != *" program=$program_id "* ]]; then
+            fail "another program runs on $name: ${line#*command=}. It ends with" \
+                "'bash launch/tpu.sh stop --name=$name${where[*]:+ ${where[*]}}'"
+        fi
+    done <<< "$1"
 }
 
 status() {
@@ -208,7 +253,7 @@ status() {
     state=$(slice_state)
     say "$name: $state"
     if [ "$state" = ACTIVE ]; then
-        host_states | sed 's/running .*/running/' | sort | uniq -c
+        host_states | sed 's/ setup=.*//; s/running .*/running/' | sort | uniq -c
     fi
 }
 
@@ -231,7 +276,8 @@ enough() {
 well() { printf -v "failures_of_$1" 0; }
 
 watch() {
-    local state before='' hosts started=0 since=0 code
+    local state before='' hosts kinds mine='' started=0 since=0
+    pack
     while :; do
         state=$(slice_state)
         if [ "$state" != "$before" ]; then say "$(date '+%F %T') $name: $state"; fi
@@ -248,7 +294,7 @@ watch() {
                 remove || true ;;
             ACTIVE)
                 if [ -n "$dry" ]; then
-                    request; setup; run; host_states
+                    request; setup; run start; host_states
                     if [ -n "$delete_after" ]; then remove; fi
                     return
                 fi
@@ -259,7 +305,29 @@ watch() {
     done
 }
 
-look_after_hosts() { # one check of an active slice; uses the variables of watch
+# What the lines of host_states mean to this watch: "missing", "outdated" (set up with other code,
+# extras, bucket or variables), "running", "ended CODE", "nothing"; "stopped" as well if there was a
+# `stop`.
+kinds_of() {
+    local line
+    while read -r line; do
+        case $line in
+            missing* | *" setup=$code_id-unfinished "*) echo missing; continue ;;
+            *" setup=$setup_id "*) ;;
+            *) echo outdated ;;
+        esac
+        case $line in
+            running*) echo running; continue ;;
+            *" program=$program_id "*) echo "${line%% setup=*}" ;;
+            *) echo nothing ;;
+        esac
+        if [[ ${line%% command=*} == *" stopped=yes" ]]; then echo stopped; fi
+    done
+}
+
+# One check of an active slice. Uses the variables of watch; `mine` is set once the hosts are set up
+# as this watch wants it: what differs later is somebody else's doing.
+look_after_hosts() {
     if ! hosts=$(host_states) || [ -z "$hosts" ]; then
         say "not all hosts answer"
         if enough contact 5; then
@@ -270,53 +338,90 @@ look_after_hosts() { # one check of an active slice; uses the variables of watch
         return
     fi
     well contact
-    if [[ $hosts == *missing* ]]; then
-        if enough setup 4; then
-            say "the set-up failed three times"
-            on_end 1
-        fi
-        if setup; then look_after_hosts; fi # at once: idle chips cost as much
-        return
-    fi
-    well setup
-    if [[ $hosts == *running* ]]; then
-        # When one host has ended, the others should notice soon.
-        if [[ $hosts != *ended* && $hosts != *nothing* ]]; then
-            well unequal
-        elif enough unequal 5; then
-            say "some hosts have ended and others have not; stopping those"
-            on_hosts all all stop 60 || true
-        fi
+    refuse_other "$hosts"
+    kinds=$(kinds_of <<< "$hosts")
+    if [[ $kinds == *missing* || $kinds == *outdated* ]]; then
+        set_up_hosts
+    elif [[ $kinds == *running* ]]; then
+        well setup
+        mine=yes
+        end_unequal
     else
+        well setup
         well unequal
-        code=$(sed -n 's/^ended //p' <<< "$hosts" | sort -n | tail -n 1)
-        if [ "$code" = 0 ] && [[ $hosts != *nothing* ]]; then
-            say "$(date '+%F %T') the program has succeeded on all hosts"
-            on_end 0
-        fi
-        if [ -n "$code" ] && [ "$code" != 0 ] && [ "$started" -gt 0 ]; then
-            say "the program ended with code $code"
-            # A wrong option; a loss that is not finite: no restart helps.
-            if [ "$code" -le 3 ] && [ "$code" -ge 2 ]; then on_end "$code"; fi
-            if [ $((SECONDS - since)) -ge 300 ]; then
-                well start
-            elif enough start 3; then
-                say "it ended within five minutes three times"
-                on_end 1
-            fi
-            if [ "$started" -gt "$restarts" ]; then on_end 1; fi
-        fi
-        if run; then
-            started=$((started + 1)) since=$SECONDS
-            say "start number $started"
-        fi
+        start_again
     fi
 }
 
+set_up_hosts() {
+    if [[ $kinds == *outdated* ]]; then
+        [ -z "$mine" ] || fail "$name was set up by somebody else with other code, extras, bucket" \
+            "or variables; this watch ends, and the program is left as it is"
+        say "$name has other code, extras, bucket or variables; setting it up anew"
+    fi
+    if enough setup 4; then
+        say "the set-up failed three times"
+        on_end 1
+    fi
+    if [[ $kinds == *running* ]]; then
+        say "stopping the program first; it saves a checkpoint"
+        on_hosts all all stop || return 0 # not `end`: another watch would start it again
+    fi
+    if setup; then
+        mine=yes
+        look_after_hosts # at once: idle chips cost as much
+    fi
+}
+
+end_unequal() { # when one host has ended, the others should notice soon
+    if [[ $kinds != *ended* && $kinds != *nothing* ]]; then
+        well unequal
+    elif enough unequal 5; then
+        say "some hosts have ended and others have not; stopping those"
+        on_hosts all all end 60 || true
+    fi
+}
+
+start_again() { # nothing runs: the program has succeeded, must not be started again, or is started
+    local codes code verb=start
+    codes=$(sed -n 's/^ended //p' <<< "$kinds" | sort -n)
+    code=${codes##*$'\n'}
+    if [ "$code" = 0 ] && [[ $kinds != *nothing* ]]; then
+        say "$(date '+%F %T') the program has succeeded on all hosts"
+        on_end 0
+    fi
+    if [ -n "$mine" ] && [[ $kinds == *stopped* ]]; then
+        say "the program was stopped with 'tpu.sh stop'; the same watch starts it again"
+        on_end 143
+    fi
+    if [ -n "$code" ] && [ "$code" != 0 ] && [ "$started" -gt 0 ]; then
+        say "the program ended with code $code"
+        # A wrong option; a loss that is not finite: no restart helps, whatever the others died of.
+        if [[ $'\n'$codes$'\n' =~ $'\n'([23])$'\n' ]]; then on_end "${BASH_REMATCH[1]}"; fi
+        if [ $((SECONDS - since)) -ge 300 ]; then
+            well start
+        elif enough start 3; then
+            say "it ended within five minutes three times"
+            on_end 1
+        fi
+        if [ "$started" -gt "$restarts" ]; then on_end 1; fi
+    fi
+    if [ -n "$mine" ]; then verb=restart; fi
+    mine=yes
+    if run "$verb"; then
+        started=$((started + 1)) since=$SECONDS
+        say "start number $started"
+    fi
+}
+
+program_id=$(printf '%s\0' ${program[@]+"${program[@]}"} | fingerprint)
 case $action in
     create) create ;;
-    setup) setup ;;
-    run) run ;;
+    setup) pack; setup ;;
+    run)
+        states=$(host_states) || fail "not all hosts of $name answer"
+        refuse_other "$states"
+        run start || fail "the program does not run on all hosts of $name" ;;
     watch) watch ;;
     status) status ;;
     logs) on_hosts 0 "$host" log 100 follow ;;

@@ -33,6 +33,11 @@ other_option() {
     esac
 }
 
+# Refuses an option without its value, as --bucket=$UNSET gives it.
+with_value() {
+    if [[ $1 =~ ^--[a-z-]+=$ ]]; then fail "$1 has no value (is a variable empty?)"; fi
+}
+
 cloud_name() { # as Google Cloud and Kubernetes take it
     [[ $1 =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] ||
         fail "--name=NAME is needed: lower-case letters, digits and dashes, a letter first"
@@ -62,8 +67,21 @@ need() { # command, where it comes from
     [ -n "$dry" ] || command -v "$1" >/dev/null || fail "$1 is not installed: $2"
 }
 
-# What is copied to the hosts, as a tar on stdout.
+fingerprint() { # of standard input
+    if command -v sha256sum >/dev/null; then sha256sum; else shasum -a 256; fi | cut -c 1-16
+}
+
+needs_bucket() { # Does a program name files in ~/bucket?
+    local word
+    for word; do
+        case $word in *../bucket | *../bucket/*) return 0 ;; esac
+    done
+    return 1
+}
+
+# What is copied to the hosts, as a tar on stdout, always in the same order.
 code() { # folder of the code
-    tar -C "$1" --exclude='__pycache__' --exclude='*.egg-info' -cf - \
-        metamorph_jax configs launch setup.py pyproject.toml README.md LICENSE
+    (cd "$1" && find metamorph_jax configs launch setup.py pyproject.toml README.md LICENSE \
+        \( -name __pycache__ -o -name '*.egg-info' \) -prune -o ! -type d -print |
+        LC_ALL=C sort | tar -cf - -T -)
 }

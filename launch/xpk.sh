@@ -25,6 +25,7 @@ take_action 'run status logs delete' "$@"; shift
 name='' cluster='' type='' slices=1 image=python:3.12 extras=tpu restarts=100
 where=() flags=() program=()
 while [ $# -gt 0 ]; do
+    with_value "$1"
     case $1 in
         --name=*) name=${1#*=} ;;
         --cluster=*) cluster=${1#*=} ;;

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
-from metamorph_jax import options
+from metamorph_jax import files, options
 from metamorph_jax.errors import ConfigError
 
 T = TypeVar("T")
@@ -137,11 +137,11 @@ def load_config(spec: str, overrides: Mapping[str, Any] | None = None) -> Config
     module = load_module(path)
     if not callable(vars(module).get("get_config")):
         raise ConfigError(f"{path} has no get_config(arg)")
-    config = _run(path, module.get_config, *[arg] if arg else [])
+    config = call(path, module.get_config, *[arg] if arg else [])
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"{path}: get_config returned {type(config).__name__}, not a ConfigDict")
     cls = declared(config)
-    values = _run(path, options.complete, cls, config)
+    values = call(path, options.complete, cls, config)
     return _config_dict(options.change(cls, values, overrides or {}), cls).lock()
 
 
@@ -158,11 +158,11 @@ def load_module(path: str | pathlib.Path) -> types.ModuleType:
     if spec is None:
         raise ConfigError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    _run(path, spec.loader.exec_module, module)
+    call(path, spec.loader.exec_module, module)
     return module
 
 
-def _run(path: str | pathlib.Path, function, *args):
+def call(path: str | pathlib.Path, function, *args):
     """Calls something of a config file; any error becomes one line that names the file."""
     try:
         return function(*args)
@@ -175,4 +175,4 @@ def _run(path: str | pathlib.Path, function, *args):
         if isinstance(error, SyntaxError):
             lines = [error.lineno]
         at = f"{path}, line {lines[-1]}" if lines else path
-        raise ConfigError(f"{at}: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{at}: {type(error).__name__}: {files.shown(error)}") from error

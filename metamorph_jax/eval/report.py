@@ -7,7 +7,6 @@ Any part of a `Report` may be left empty; its section is then not shown.
 """
 
 import dataclasses
-import json
 import math
 import pathlib
 
@@ -15,6 +14,7 @@ import numpy as np
 
 from metamorph_jax.eval import figures, page
 from metamorph_jax.eval.scorers import TypeScore, blind_accuracy
+from metamorph_jax.train.metrics_file import read_metrics as read_metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,24 +96,6 @@ class Report:
     timings: dict[str, float] = dataclasses.field(default_factory=dict)
     facts: dict[str, object] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
-
-
-def read_metrics(path) -> dict[str, tuple[list[int], list[float]]]:
-    """metric -> (steps, values) of a metrics.jsonl with `step` on every line.
-
-    After a resume a step may appear twice: the last one counts. A torn last line is skipped."""
-    out: dict[str, dict[int, float]] = {}
-    for line in pathlib.Path(path).read_text().splitlines():
-        try:
-            row = json.loads(line)
-            step = int(row["step"])
-        except (ValueError, KeyError, TypeError):
-            continue
-        for key, value in row.items():
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if key != "step" and number and math.isfinite(value):
-                out.setdefault(key, {})[step] = float(value)
-    return {k: (sorted(v), [v[s] for s in sorted(v)]) for k, v in out.items()}
 
 
 def write_report(path, report: Report) -> pathlib.Path:

@@ -1,13 +1,16 @@
 """`metamorph sweep`: trains the runs that `sweep(add)` of a config file lists, and compares them.
 
     workdir/001_learning_rate=0.0001_visual_coef=8.0/   the workdir of one run, with
-        sweep.json    its settings, which identify it (its number may change)
+        sweep.json    its settings, which identify it (its number may change) together with the
+                      folder's name: a copy under another name is not the run
         sweep.log     its output
+        ended.json    the step at which its training ended by itself
     workdir/sweep.{csv,md,png}
 
 Every run is a process of its own, so one that crashes or runs out of memory does not affect others.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -17,8 +20,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
 
-from metamorph_jax.errors import ConfigError
+from metamorph_jax import files
+from metamorph_jax.errors import ConfigError, UserError
 
 PREEMPTED = 143  # the run was stopped by SIGTERM: the machine goes away, so the sweep stops, too
 
@@ -41,7 +46,14 @@ def add_arguments(parser) -> None:
         "--prefix", default="", metavar="TEXT",
         help='put before each printed command, e.g. "bash launch/tpu.sh run --name=v5e --"',
     )  # fmt: skip
-    parser.add_argument("--metric", default="loss", help="metric to compare by (default: loss)")
+    parser.add_argument(
+        "--metric",
+        help="metric to compare by (default: loss, unless the sweep changes the losses' weights)",
+    )
+    parser.add_argument(
+        "--best", choices=("min", "max"),
+        help="which value of the metric is the best (default: by its name)",
+    )  # fmt: skip
     parser.add_argument(
         "--distributed", action="store_true",
         help="train each run on several hosts; start the sweep on all of them in one workdir",
@@ -59,26 +71,52 @@ class Run:
 
     def __init__(self, folder: pathlib.Path, values: dict, table: dict):
         self.folder, self.values, self.table = folder, values, table
-        self.failed = ""
+        self.code = 0  # of its process, if it has failed
 
     @property
     def state(self) -> str:
-        """"finished", "failed (exit code)", "unfinished" or "new"."""
+        """One of "finished", "failed (exit code)", "unfinished" and "new".
+
+        Finished is a run whose last step is the last one of its config, or whose training has ended
+        by itself there, as it does when the data end. (That `final` exists does not say so: it may
+        be of an earlier end of a run that was prolonged.)
+
+        Raises:
+            FileError: its config or its metrics are damaged.
+        """
         from metamorph_jax.train.workdir import compare
 
-        if self.failed:
-            return self.failed
+        if self.code:
+            return f"failed ({self.code})"
         saved = self.folder / "config.json"
         if not saved.is_file():
             return "new"
-        same = not any(compare(json.loads(saved.read_text()), self.table))
-        return "finished" if same and (self.folder / "final").is_dir() else "unfinished"
+        same = not any(compare(files.read_json(saved), self.table))
+        if not same or not (self.folder / "final").is_dir():
+            return "unfinished"
+        ended = self.folder / "ended.json"
+        step, _ = self.results()
+        whole = step >= self.steps or (ended.is_file() and files.read_json(ended) == self.end(step))
+        return "finished" if whole else "unfinished"
+
+    @property
+    def steps(self) -> int:
+        """That are planned."""
+        return self.table["steps"]
+
+    def end(self, step: int) -> dict:
+        """What ended.json says if training has ended after `step` of the planned steps."""
+        return {"step": step, "steps": self.steps}
+
+    def results(self) -> tuple[int, dict[str, float]]:
+        """(steps done, metric -> value); see `table.last_values`."""
+        from metamorph_jax.sweep.table import last_values
+
+        return last_values(self.folder / "metrics.jsonl")
 
     def row(self) -> dict:
-        from metamorph_jax.sweep.table import read_metrics
-
-        step, metrics = read_metrics(self.folder / "metrics.jsonl")
-        return {"name": self.folder.name, "state": self.state, "step": step,
+        step, metrics = self.results()
+        return {"name": self.folder.name, "state": self.state, "step": step, "steps": self.steps,
                 "values": self.values, "metrics": metrics}  # fmt: skip
 
 
@@ -86,7 +124,9 @@ def plan(spec: str, overrides: dict, workdir: pathlib.Path) -> list[Run]:
     """The runs, with their folders: those of earlier calls, or new ones (which are not made yet).
 
     Raises:
-        ConfigError: the file has no sweep, or the config of a run is wrong.
+        ConfigError: the file has no sweep, the config of a run is wrong, or two folders hold the
+            same run.
+        FileError: a sweep.json is damaged.
     """
     from metamorph_jax import config as configs
     from metamorph_jax.sweep import grid
@@ -94,21 +134,18 @@ def plan(spec: str, overrides: dict, workdir: pathlib.Path) -> list[Run]:
 
     path = spec.partition(":")[0]
     module = configs.load_module(path)
-    if not hasattr(module, "sweep"):
+    if not callable(vars(module).get("sweep")):
         raise ConfigError(
             f"{path} has no sweep(add); metamorph_jax/sweep/grid.py shows what it looks like"
         )
-    there = {}
-    for file in workdir.glob("*/sweep.json"):
-        there[_key(json.loads(file.read_text()))] = file.parent
+    there, number = _runs_there(workdir)
     runs = []
-    number = max([0, *(int(f.name.split("_")[0]) for f in there.values())])
     for values, config in grid.expand(module.sweep, spec, overrides):
         try:
             table = json.loads(json.dumps(resolve(config).table))
         except ConfigError as error:
             raise ConfigError(f"run {_label(values)} of the sweep: {error}") from error
-        folder = there.get(_key(values))
+        folder = there.get(grid.identity(values))
         if folder is None:
             number += 1
             folder = workdir / f"{number:03d}_{_label(values)}"
@@ -116,23 +153,104 @@ def plan(spec: str, overrides: dict, workdir: pathlib.Path) -> list[Run]:
     return runs
 
 
-def _key(values: dict) -> str:
-    return json.dumps(values, sort_keys=True)
+def _runs_there(workdir: pathlib.Path) -> tuple[dict[str, pathlib.Path], int]:
+    """(identity of the settings -> folder of that run, highest number of a folder)."""
+    from metamorph_jax.sweep import grid
+
+    there: dict[str, pathlib.Path] = {}
+    number = 0
+    for folder in sorted(workdir.iterdir()) if workdir.is_dir() else []:
+        found = re.match(r"([0-9]{3,9})_", folder.name)
+        number = max(number, int(found[1]) if found else 0)
+        file = folder / "sweep.json"
+        if not os.path.lexists(file):
+            continue
+        if not found:
+            _ignored(folder, "its name does not begin with a number")
+            continue
+        values = files.read_json(file, what="the settings of a run")
+        if folder.name[found.end() :] != _label(values):
+            _ignored(folder, "it is named unlike its settings, as a copy is")
+            continue
+        key = grid.identity(values)
+        if key in there:
+            raise ConfigError(
+                f"{files.shown(there[key])} and {files.shown(folder)} hold the same run; "
+                "move the copy out of the sweep's folder"
+            )
+        there[key] = folder
+    return there, number
 
 
-def _label(values: dict) -> str:
+def _ignored(folder: pathlib.Path, why: str) -> None:
+    print(f"{files.shown(folder)} is not taken as a run: {why}", file=sys.stderr)
+
+
+def _label(values: Mapping) -> str:
     """Short keys and values as the name of a folder."""
     from metamorph_jax.sweep.table import short_names
 
     names = short_names(list(values))
     text = "_".join(f"{names[k]}={v}" for k, v in values.items())
-    return re.sub(r"[^\w.=+-]+", "-", text)[:100]
+    return re.sub(r"[^\w.=+-]+", "-", text, flags=re.ASCII)[:100]
+
+
+def comparable_metric(runs: Sequence[Run]) -> str:
+    """The metric to compare runs by if the user names none: "loss", the weighted sum.
+
+    Raises:
+        ConfigError: its weights are not the same in all runs.
+    """
+    if not any(key.split(".")[0] in ("model", "recipe", "stage") for r in runs for key in r.values):
+        return "loss"
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # a TPU belongs to the runs
+    found: dict[str, set[float | None]] = {}
+    weights = [_loss_weights(run.table) for run in runs]
+    for name in sorted({name for one in weights for name in one}):
+        found[name] = {one.get(name) for one in weights}
+    changed = [name for name, values in found.items() if len(values) > 1]
+    if not changed:
+        return "loss"
+    raise ConfigError(
+        f"the sweep changes the weight of the loss{'es' if len(changed) > 1 else ''} "
+        f"{', '.join(changed)}, so the weighted sum 'loss' of one run can't be compared with "
+        f"another's; say which to compare by: {', '.join(f'--metric={n}_loss' for n in found)}"
+    )
+
+
+def _loss_weights(table: dict) -> dict[str, float]:
+    """Of the model of a run, which is not made."""
+    from flax import nnx
+
+    from metamorph_jax.train.config import resolve
+
+    run = resolve(table)
+    return dict(nnx.eval_shape(lambda: run.recipe.create(run.model, nnx.Rngs(0))).loss_weights)
+
+
+def _workdir(text: str) -> pathlib.Path:
+    """The folder of a sweep, which need not exist.
+
+    Raises:
+        ConfigError: it can't be one.
+    """
+    if not text.strip():
+        raise ConfigError("--workdir is empty")
+    folder = pathlib.Path(text).expanduser()
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"--workdir={files.shown(text)} is not a folder")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--workdir={files.shown(text)}: {files.shown(error)}") from error
+    return folder
 
 
 def run(args) -> int:
-    from metamorph_jax.sweep import grid, table
+    from metamorph_jax.sweep import grid
 
-    workdir = pathlib.Path(args.workdir).expanduser()
+    workdir = _workdir(args.workdir)
     runs = plan(args.config, args.overrides, workdir)
     common = [f"--config={args.config}", *grid.as_arguments(args.overrides)]
 
@@ -151,31 +269,80 @@ def run(args) -> int:
         print(f"{run.folder.name:{width}}  {states[run.folder]}")
     if args.list:
         return 0
-
-    def write() -> list[dict]:
-        rows = [run.row() for run in runs]
-        files = table.write(workdir, rows, args.metric)
-        print(f"results by {args.metric}: {', '.join(map(str, files))}", flush=True)
-        return rows
-
-    workdir.mkdir(parents=True, exist_ok=True)
+    metric = comparable_metric(runs) if args.metric is None else args.metric
+    results = Results(workdir, runs, metric, args.best)
     if not args.table:
-        code = _run_all([r for r in runs if states[r.folder] != "finished"], command, write)
+        todo = [r for r in runs if states[r.folder] != "finished"]
+        with _writing(workdir):
+            code = _run_all(todo, command, results.attempt)
         if code:
             return code
-    rows = write()
-    known = sorted({name for row in rows for name in row["metrics"]})
-    if known and args.metric not in known:
-        print(f"no run has the metric {args.metric!r}; there are {', '.join(known)}",
-              file=sys.stderr)  # fmt: skip
-    print(table.markdown(rows, args.metric), end="")
-    failed = [run for run in runs if run.failed]
+    print(results.write(), end="")
+    failed = {run.code for run in runs} - {0}
     if failed:
-        print(f"{len(failed)} of {len(runs)} runs failed", file=sys.stderr)
-    return 1 if failed else 0
+        print(f"{sum(bool(r.code) for r in runs)} of {len(runs)} runs failed", file=sys.stderr)
+    # 2 and 3 say that starting the sweep again does not help.
+    return max(failed, default=0) if failed <= {2, 3} else 1
 
 
-def _run_all(runs: list[Run], command, write) -> int:
+class Results:
+    """The tables and the plot.
+
+    Args:
+        workdir: of the sweep.
+        runs: all.
+        metric: to compare by.
+        best: "min", "max" or None, which follows from the metric's name.
+    """
+
+    def __init__(self, workdir: pathlib.Path, runs: Sequence[Run], metric: str, best: str | None):
+        from metamorph_jax.sweep import table
+
+        self._workdir, self._runs, self._metric = workdir, runs, metric
+        self._lower = table.lower_is_better(metric) if best is None else best == "min"
+
+    def write(self) -> str:
+        """Writes them, and returns the table as Markdown.
+
+        Raises:
+            ConfigError: no run has the metric, or the files can't be written.
+            FileError: the files of a run are damaged.
+        """
+        from metamorph_jax.sweep import table
+
+        rows = [run.row() for run in self._runs]
+        known = sorted({name for row in rows for name in row["metrics"]})
+        if known and self._metric not in known:
+            raise ConfigError(
+                f"no run has the metric {files.shown(self._metric)!r}; there are "
+                f"{', '.join(map(files.shown, known))}. --table --metric=NAME compares the runs"
+            )
+        with _writing(self._workdir):
+            self._workdir.mkdir(parents=True, exist_ok=True)
+            written = table.write(self._workdir, rows, self._metric, self._lower)
+        print(f"results by {self._metric}: {', '.join(map(files.shown, written))}", flush=True)
+        return table.markdown(rows, self._metric, self._lower)
+
+    def attempt(self) -> None:
+        """`write`, whose errors are only printed: a sweep of days should not end here."""
+        try:
+            self.write()
+        except UserError as error:
+            print(f"no tables yet: {error}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _writing(folder: pathlib.Path):
+    """A disk that is full, or a folder that may not be written, is for the user to see to."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"can't write in {files.shown(folder)}: {files.shown(error)}") from error
+
+
+def _run_all(
+    runs: list[Run], command: Callable[[Run], list[str]], write: Callable[[], None]
+) -> int:
     """Trains the runs one after the other; returns 0, or the exit code if the sweep must stop."""
     for number, run in enumerate(runs, 1):
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -190,9 +357,10 @@ def _run_all(runs: list[Run], command, write) -> int:
             print("stopped; the same command resumes the sweep", file=sys.stderr)
             return code
         if code:
-            run.failed = f"failed ({code})"
+            run.code = code
             print(f"  failed with exit code {code} after {seconds:.0f} s: {_last_line(log)}")
         else:
+            _save(run.folder / "ended.json", run.end(run.results()[0]))
             print(f"  finished after {seconds:.0f} s")
         write()
     return 0
@@ -237,5 +405,7 @@ def _save(file: pathlib.Path, values: dict) -> None:
 
 
 def _last_line(log: pathlib.Path) -> str:
-    lines = log.read_text(errors="replace").strip().splitlines()
-    return lines[-1][:300] if lines else "it printed nothing"
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 2**16))
+        lines = file.read().decode(errors="replace").strip().splitlines()
+    return files.shown(lines[-1], 300) if lines else "it printed nothing"

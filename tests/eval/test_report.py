@@ -97,20 +97,6 @@ def test_empty_parts_are_not_shown():
     assert "<section" not in text and "Nothing yet" in text
 
 
-def test_read_metrics(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(
-        '{"step": 1, "loss": 3.0, "note": "x", "flag": true}\n'
-        '{"step": 2, "loss": 2.0}\n'
-        "not json\n"
-        '{"loss": 9.0}\n'
-        '{"step": 2, "loss": 1.5}\n'  # written again after a resume
-        '{"step": 3, "loss": NaN}\n'
-        '{"step": 4, "lo'
-    )
-    assert R.read_metrics(path) == {"loss": ([1, 2], [3.0, 1.5])}
-
-
 def test_charts_are_images_with_their_title():
     text = render(full_report())
     for title in ("Loss", "Accuracy and floor", "1:21 in total"):

@@ -134,6 +134,8 @@ def test_xpk_others(fake):
         (["slurm.sh", "submit", "--name=a b", "--", "job"], "--name=NAME is needed"),
         (["slurm.sh", "submit", "--name=x", "--gpus=all", "--", "job"], "whole numbers"),
         (["slurm.sh", "sumbit"], "no command 'sumbit'"),
+        (["slurm.sh", "submit", "--name=x", "--time=", "--", "job"], "--time= has no value"),
+        (["xpk.sh", "run", "--name=x", "--cluster=c", "--zone=", "--", "job"], "has no value"),
         (["xpk.sh", "run", "--name=x", "--", "job"], "--cluster=C is needed"),
         (["xpk.sh", "run", "--name=x", "--cluster=c", "--", "job"], "--type=T is needed"),
         (["xpk.sh", "run", "--name=x", "--cluster=c", "--type=v6e-8", "--", "a\nb"], "line break"),

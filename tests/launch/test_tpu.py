@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shlex
 import shutil
 import stat
 import subprocess
@@ -10,6 +11,8 @@ import sys
 import time
 
 import pytest
+
+from metamorph_jax import cli
 
 ROOT = pathlib.Path(__file__).parents[2]
 SECRET = "s3cr3t value $HOME 'x'"
@@ -26,6 +29,7 @@ case $(cut -d' ' -f $n "$FAKE/plan") in
     hang) [ "$HOST" = 0 ] && exit 1; sleep 60 ;;
     wait) trap 'echo saved; exit 143' TERM; sleep 60 & wait $! ;;
     code3) exit 3 ;;
+    refused) [ "$HOST" = 0 ] && exit 2; exit 139 ;;
     fail) exit 1 ;;
 esac
 """
@@ -39,8 +43,12 @@ def fake(tmp_path):
         '#!/bin/sh\necho "$HOST uv $*" >> "$FAKE/installed"\n[ "$1" != venv ] && exit 0\n'
         "mkdir -p .venv/bin && cp /bin/true .venv/bin/python\n"
     )
-    fuse = '#!/bin/sh\necho "$HOST gcsfuse $*" >> "$FAKE/installed"\n'
-    scripts = {"gcloud": gcloud, "uv": uv, "gcsfuse": fuse, "job": JOB}
+    fuse = '#!/bin/sh\necho "$HOST gcsfuse $*" >> "$FAKE/installed"\ntouch ~/is_mounted\n'
+    scripts = {
+        "gcloud": gcloud, "uv": uv, "gcsfuse": fuse, "job": JOB,
+        "mountpoint": "#!/bin/sh\n[ -e ~/is_mounted ]\n",
+        "fusermount": fuse.replace("gcsfuse", "fusermount").replace("touch", "rm"),
+    }  # fmt: skip
     for name, text in scripts.items():
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
@@ -127,7 +135,7 @@ def test_create_setup_run_status_logs_stop_delete(fake):
         # Every word came through two shells as it was.
         assert (home / "told").read_text() == "\n".join([f"{home}/metamorph_jax", *WORDS[1:], ""])
         assert (home / "token").read_text() == SECRET + "\n"
-    again = tpu(fake, "run", "--name=v5e", "--", "job")
+    again = tpu(fake, "run", "--name=v5e", "--", *WORDS)
     assert again.returncode == 0 and (fake / "starts.0").read_text() == "1\n"
 
     status = tpu(fake, "status", "--name=v5e")
@@ -239,6 +247,212 @@ def test_set_up_that_fails(fake, tmp_path):
     assert calls(fake, "delete") and not (fake / "starts.0").exists()
 
 
+# ---- one program, and another
+
+
+def watching(fake, *args, script=ROOT / "launch/tpu.sh", **env):
+    """A watch that goes on in the background."""
+    return subprocess.Popen(
+        ["bash", str(script), "watch", "--name=x", "--type=v4-8", "--every=0.05", *args],
+        stderr=subprocess.PIPE, text=True, cwd=fake,
+        env=os.environ | {"FAKE": str(fake), "PATH": f"{fake}/bin:{os.environ['PATH']}"} | env,
+    )  # fmt: skip
+
+
+def ended(watch):
+    said = watch.communicate(timeout=60)[1]
+    return watch.returncode, said
+
+
+def told(fake, host="0"):
+    return (fake / "hosts" / host / "told").read_text().splitlines()[1:]
+
+
+def starts(fake):
+    return [int((fake / f"starts.{n}").read_text()) for n in "01"]
+
+
+def test_a_second_program_is_started(fake):
+    for number, words in enumerate((["a"], ["b"], ["b", ""], ["b "]), 1):
+        code, said = ended(watching(fake, "--", "job", *words))
+        assert code == 0 and "start number 1" in said and told(fake) == words, said
+        assert starts(fake) == [number, number]
+    code, said = ended(watching(fake, "--", "job", "b "))
+    assert code == 0 and "has succeeded on all hosts" in said and starts(fake) == [4, 4]
+    assert (fake / "installed").read_text().count("0 uv pip") == 1
+
+
+def test_another_program_is_refused_while_one_runs(fake):
+    (fake / "plan").write_text("wait ok ok\n")
+    watch = watching(fake, "--zone=z", "--", "job", "first\none")
+    wait_for(lambda: "job" in (fake / "hosts/1/metamorph_run/command").read_text()
+             if (fake / "hosts/1/metamorph_run/pid").exists() else False)  # fmt: skip
+    for args in (["run"], ["watch", "--type=v4-8", "--every=0"]):
+        done = tpu(fake, *args, "--name=x", "--zone=z", "--", "job", "second")
+        assert done.returncode == 2, done
+        assert r"another program runs on x: 'job' $'first\none'" in done.stderr
+        assert "tpu.sh stop --name=x --zone=z" in done.stderr
+    done = tpu(fake, "setup", "--name=x")
+    assert done.returncode != 0 and "a program runs here; stop it first" in done.stderr
+    assert starts(fake) == [1, 1] and told(fake) == ["first", "one"]
+    on_host = ["bash", "metamorph_jax/launch/on_host.sh", "start", "job", "second"]
+    home = fake / "hosts/0"
+    done = subprocess.run(on_host, cwd=home, env={"HOME": str(home), "PATH": "/usr/bin:/bin"})
+    assert done.returncode == 2 and starts(fake) == [1, 1]
+    watch.kill()
+    watch.communicate()
+
+
+def test_stop_ends_a_watch_too(fake):
+    (fake / "plan").write_text("wait fail ok\n")
+    watch = watching(fake, "--", "job")
+    wait_for((fake / "starts.1").exists)
+    assert tpu(fake, "stop", "--name=x").returncode == 0
+    code, said = ended(watch)
+    assert code == 143 and "was stopped with 'tpu.sh stop'" in said and starts(fake) == [1, 1]
+    # Asked for again, it starts again, and a crash is still a crash.
+    code, said = ended(watching(fake, "--", "job"))
+    assert code == 0 and "start number 2" in said and starts(fake) == [3, 3]
+
+
+@pytest.fixture
+def checkout(fake):
+    """Our scripts beside little else, to be changed."""
+    root = fake / "checkout"
+    shutil.copytree(ROOT / "launch", root / "launch")
+    for name in ("metamorph_jax/old.py", "configs/c.py", "setup.py", "pyproject.toml", "README.md",
+                 "LICENSE"):  # fmt: skip
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).touch()
+    return root
+
+
+@pytest.mark.parametrize(
+    ("change", "runs"),
+    [("code", True), ("bucket", True), ("no bucket", False), ("env", False), ("value", True),
+     ("extras", False)],
+)  # fmt: skip
+def test_watch_sets_up_anew(fake, checkout, change, runs):
+    """Whatever a set-up consists of: a run that has ended well under another one is started again,
+    and one that runs is stopped first."""
+    (fake / "plan").write_text(f"{'wait' if runs else 'ok'} ok\n")
+    script = checkout / "launch/tpu.sh"
+    options, token = ["--bucket=one", "--env=TOKEN"], "1"
+    watch = watching(fake, *options, "--", "job", script=script, TOKEN=token)
+    if runs:
+        wait_for((fake / "starts.1").exists)
+        watch.kill()
+    ended(watch)
+    (fake / "hosts/0/metamorph_jax/mine").touch()  # a workdir in the code's folder, for example
+    match change:
+        case "code":
+            (checkout / "metamorph_jax/old.py").unlink()
+            (checkout / "metamorph_jax/new.py").touch()
+        case "bucket":
+            options[0] = "--bucket=two"
+        case "no bucket":
+            del options[0]
+        case "env":
+            del options[1]
+        case "value":
+            token = "2"
+        case "extras":
+            options.append("--extras=tpu,video")
+    code, said = ended(watching(fake, *options, "--", "job", script=script, TOKEN=token))
+    assert code == 0 and "setting it up anew" in said and starts(fake) == [2, 2], said
+    log = (fake / "hosts/1/metamorph_run/log").read_text()
+    assert ("saved" in log) == runs == ("stopping the program first" in said)
+    home = fake / "hosts/0"
+    files = os.listdir(home / "metamorph_jax/metamorph_jax")
+    assert files == (["new.py"] if change == "code" else ["old.py"])
+    assert (home / "metamorph_jax/mine").exists()
+    assert (home / "token").read_text() == {"env": "", "value": "2"}.get(change, "1") + "\n"
+    installed = [x for x in (fake / "installed").read_text().splitlines() if x.startswith("0 ")]
+    mounts = [x.split()[1] + " " + x.split()[-2] for x in installed if "fus" in x]
+    assert mounts == ["gcsfuse one", *{
+        "bucket": ["fusermount -u", "gcsfuse two"], "no bucket": ["fusermount -u"],
+    }.get(change, [])]  # fmt: skip
+    assert ("[tpu,video]" in installed[-1]) == (change == "extras")
+    # Nothing differs now.
+    code, said = ended(watching(fake, *options, "--", "job", script=script, TOKEN=token))
+    assert code == 0 and "anew" not in said and starts(fake) == [2, 2]
+
+
+def test_two_watches_with_different_code_do_not_take_turns(fake):
+    (fake / "plan").write_text("wait wait\n")
+    first = watching(fake, "--", "job")
+    wait_for((fake / "starts.1").exists)
+    second = watching(fake, "--extras=tpu,video", "--", "job")
+    code, said = ended(first)
+    # It saw that the program was stopped, or a set-up that is not its own.
+    assert (code, "set up by somebody else" in said) in ((2, True), (143, False)), said
+    wait_for(lambda: starts(fake) == [2, 2])
+    assert tpu(fake, "stop", "--name=x").returncode == 0
+    assert ended(second)[0] == 143
+
+
+def test_a_wrong_option_on_one_host_ends_watch(fake):
+    """Whatever the others died of."""
+    (fake / "plan").write_text("refused ok\n")
+    code, said = ended(watching(fake, "--", "job"))
+    assert code == 2 and starts(fake) == [1, 1], said
+
+
+@pytest.mark.parametrize(
+    ("bucket", "mounted"),
+    [
+        ("b-1", "b-1"),
+        ("gs://b-1/", "b-1"),
+        ("gs://b-1/my/runs_2/", "--only-dir my/runs_2 b-1"),
+        ("gs://", None), ("s3://b-1", None), ("..", None), ("b-1/..", None),
+        ("b-1/../c", None), ("b-1//c", None), ("b-1/a b", None), ("b-1/$(date)", None),
+        ("/b-1", None), ("b-1\n", None),
+    ],
+)  # fmt: skip
+def test_buckets(fake, bucket, mounted):
+    done = tpu(fake, "create", "--name=x", "--type=v4-8", "--every=0", NEXT="ACTIVE")
+    assert done.returncode == 0
+    done = tpu(fake, "setup", "--name=x", f"--bucket={bucket}")
+    if mounted is None:
+        assert done.returncode == 2 and f"--bucket='{bucket}' is not the name" in done.stderr
+        assert not (fake / "installed").exists()
+        return
+    assert done.returncode == 0, done.stderr
+    assert f"ttl-secs=0 {mounted} {fake}/hosts/0/bucket\n" in (fake / "installed").read_text()
+
+
+@pytest.mark.parametrize("word", ["--workdir=../bucket/x", "../bucket", "--config.a=x,../bucket/y"])
+def test_a_program_that_names_the_bucket_needs_one(fake, word):
+    """Else it would write to the host's own disk, which is lost with it."""
+    done = tpu(fake, "watch", "--name=x", "--type=v4-8", "--", "job", word)
+    assert done.returncode == 2 and "there is no --bucket=B" in done.stderr and not calls(fake)
+    assert tpu(fake, "create", "--name=x", "--type=v4-8", NEXT="ACTIVE").returncode == 0
+    done = tpu(fake, "run", "--name=x", "--", "job", word)
+    assert done.returncode == 2 and "does not run on all hosts" in done.stderr  # not set up
+    assert tpu(fake, "setup", "--name=x").returncode == 0
+    done = tpu(fake, "run", "--name=x", "--", "job", word)
+    assert done.returncode == 2 and not (fake / "starts.0").exists()
+
+
+def test_the_sweep_of_the_docs_trains_all_its_runs(fake, capsys, monkeypatch):
+    """The command in docs/sweeps.md, and what it prints given to a shell."""
+    text = (ROOT / "docs/sweeps.md").read_text().split("```")[1].replace("\\\n", "")
+    (line,) = [x for x in text.splitlines() if "--print" in x]
+    monkeypatch.chdir(ROOT)
+    assert cli.main(shlex.split(line)[1:]) == 0
+    lines = capsys.readouterr().out.replace("tpu.sh watch", "tpu.sh watch --every=0.05")
+    (fake / "bin/metamorph").write_text('#!/bin/sh\necho "$*" >> ~/../../trained\n')
+    (fake / "bin/metamorph").chmod(0o755)
+    env = {"FAKE": str(fake), "PATH": f"{fake}/bin:/usr/bin:/bin"}
+    done = subprocess.run(
+        ["bash", "-e"], input=lines, env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    trained = (fake / "trained").read_text().splitlines()
+    assert len(trained) == 12 and len(set(trained)) == 6  # each on two hosts
+    assert all(x.startswith("train --config=") and x.endswith("--distributed") for x in trained)
+
+
 @pytest.mark.parametrize("action", ["create", "setup", "run", "status", "logs", "stop", "delete"])
 def test_dry_run_starts_nothing(fake, action):
     args = [f"--name=x{action}", "--dry-run", "--zone=a zone"]
@@ -285,6 +499,10 @@ def test_dry_watch_needs_no_gcloud(tmp_path):
         (["setup", "--name=x", "--env=NO_SUCH_VARIABLE"], "is not set here"),
         (["setup", "--name=x", "--env=A;rm"], "takes the name of a variable"),
         (["logs", "--name=x", "--host=one"], "whole numbers"),
+        (["setup", "--name=x", "--bucket="], "--bucket= has no value"),
+        (["watch", "--name=x", "--type=v4-8", "--bucket=", "--", "job"], "--bucket= has no value"),
+        (["setup", "--name=x", "--extras="], "--extras= has no value"),
+        (["status", "--name=x", "--zone="], "--zone= has no value"),
     ],
 )
 def test_wrong_options(fake, args, message):

@@ -12,6 +12,7 @@ import time
 import pytest
 
 from metamorph_jax import cli
+from metamorph_jax.sweep import command
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -105,7 +106,7 @@ def test_killed_in_the_middle_a_failing_run_and_the_table(spec, tmp_path, capsys
     first.communicate()
     before = (workdir / "001_learning_rate=0.01/metrics.jsonl").stat().st_mtime_ns
 
-    assert sweep(spec, workdir, slow) == 1
+    assert sweep(spec, workdir, slow) == 3  # all that failed did so with this code
     said = capsys.readouterr()
     assert "001_learning_rate=0.01  finished" in said.out
     assert "003_poison=2 failed" not in said.out and "failed with exit code 3" in said.out
@@ -144,3 +145,48 @@ def test_sigterm_saves_and_stops(spec, tmp_path):
     assert run.returncode == 143 and "the same command resumes the sweep" in said, said
     assert list(first.glob("checkpoints/*/commit_success.txt"))
     assert not (tmp_path / "runs/002_learning_rate=0.1").exists()
+
+
+@pytest.mark.parametrize(
+    ("codes", "wanted"),
+    [
+        ((0, 0, 0), 0),
+        ((2, 0, 0), 2),
+        ((2, 0, 3), 3),
+        ((0, 1, 2), 1),
+        ((2, 75, 0), 1),
+        ((2, -9, 0), 1),
+    ],
+)
+def test_exit_codes(spec, tmp_path, monkeypatch, codes, wanted):
+    """Only a code that says so keeps `tpu.sh watch` from starting the sweep again."""
+    left = list(codes)
+
+    def run(words, log):
+        log.write_text("\x1b[2Jlast word\n")
+        return left.pop(0)
+
+    monkeypatch.setattr(command, "_run_one", run)
+    assert sweep(spec, tmp_path / "runs") == wanted and not left
+    table = (tmp_path / "runs/sweep.md").read_text()
+    assert table.count("failed (") == sum(map(bool, codes))
+
+
+def test_a_run_whose_data_end_early_is_finished(spec, tmp_path, monkeypatch):
+    """And it is not started again, unless it is prolonged."""
+    started = []
+
+    def run(words, log):
+        folder = log.parent
+        started.append(folder.name)
+        log.touch()
+        (folder / "final").mkdir(exist_ok=True)
+        (folder / "metrics.jsonl").write_text('{"step": 3, "loss": 1.0}\n')
+        return 0
+
+    monkeypatch.setattr(command, "_run_one", run)
+    assert sweep(spec, tmp_path / "runs") == 0
+    for one in command.plan(spec, {}, tmp_path / "runs"):
+        (one.folder / "config.json").write_text(json.dumps(one.table))
+    assert sweep(spec, tmp_path / "runs") == 0 and len(started) == 3
+    assert (tmp_path / "runs/sweep.md").read_text().count("| 3 of 4 | finished |") == 3

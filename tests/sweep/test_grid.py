@@ -1,5 +1,9 @@
 import dataclasses
+import json
+import pathlib
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -21,6 +25,8 @@ class Options:
     flag: bool = False
     inner: Inner = Inner()
     none: int | None = None
+    each: tuple[float, ...] = ()
+    free: dict = dataclasses.field(default_factory=dict)
 
 
 FILE = f"""
@@ -84,6 +90,23 @@ def test_random_has_a_seed_and_grows():
         (lambda add: [add(rate=0.2), add(steps="many")], "run 2 .*steps must be int"),
         (lambda add: add({"inner.x": 3, "rate": 2}), "--config.rate is given"),
         (lambda add: None, "adds no run"),
+        (lambda add: add.product({"rate": [1j]}), "rate is of type complex"),
+        (lambda add: add({"name": pathlib.Path("a")}), "name is of type PosixPath"),
+        (lambda add: add({"name": "a\0b"}), "which no command line can hold"),
+        (lambda add: add({"name": "\ud800"}), "not Unicode"),
+        (lambda add: add({"free.a": float("nan")}), "run 1 .*would be other values"),
+        (lambda add: add({3: 1}), "3 is not the name of an option"),
+        (lambda add: add({"rate": np.zeros((2, 2))}), "run 1 .*rate must be float"),
+        (lambda add: add({"rate": np.float64("nan"), "steps": 1.5}), "run 1 .*steps must be int"),
+        (lambda add: add.product({"rate": []}), "rate needs 1 to 1,000 values"),
+        (lambda add: add.product({"rate": iter(int, 1)}), "rate needs 1 to 1,000 values"),
+        (lambda add: add.product({"rate": range(99), "steps": range(99)}), "more than 1,000 runs"),
+        (lambda add: add.random(10**9, {"rate": [1]}), "0 to 1,000 runs, not 1000000000"),
+        (lambda add: add.random(2, {"rate": []}), "rate needs 1 to"),
+        (lambda add: add.uniform(0, float("inf")), "no range from 0 to inf"),
+        (lambda add: add(3), "c.py.*TypeError"),
+        (lambda add: add.config.nothing, "c.py.*AttributeError"),
+        (lambda add: add.product(["rate"]), "c.py.*AttributeError"),
     ],
 )
 def test_wrong_sweeps(spec, sweep, message):
@@ -98,3 +121,28 @@ def test_values_survive_the_command_line(spec):
     told = dict(a.removeprefix("--config.").split("=", 1) for a in grid.as_arguments(values))
     assert configs.load_config(spec, told) == config
     assert (config.rate, config.name, config.flag, config.inner.x) == (1.5e-07, "a b=c'", True, 2.0)
+
+
+def flat(add):
+    """Values as people write them, and what they mean."""
+    add.product({"rate": np.logspace(-4, -2, 3)})
+    add.product({"rate": list(np.linspace(0, 1, 3, dtype=np.float32))})
+    add.product({"steps": np.arange(2)})
+    add.zip({"steps": jnp.arange(5, 7), "flag": np.array([True, False])})
+    add({"rate": np.float64(0.3), "name": np.str_("1e3"), "none": None})
+    add({"each": (1, np.float32(0.5)), "inner": {"x": np.int64(3)}})
+    add(each=np.array([1.0, 2.0]), flag=np.bool_(True))
+    add({"free": {"a": [1, "2", None]}})
+    add(rate=float("inf"))
+
+
+def test_values_of_numpy_and_jax_are_what_the_run_gets(spec):
+    """The config that was checked is the one that the run makes of its command line."""
+    made = grid.expand(flat, spec, {})
+    assert len(made) == 15
+    for values, config in made:
+        told = [a.removeprefix("--config.").split("=", 1) for a in grid.as_arguments(values)]
+        assert repr(configs.load_config(spec, dict(told)).to_dict()) == repr(config.to_dict())
+        assert json.loads(grid.identity(values)) == values
+    rates = [config.rate for _, config in made[:3]]
+    assert rates == [1e-4, 1e-3, 1e-2] and made[10][1].name == "1e3"

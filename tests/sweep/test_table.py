@@ -26,13 +26,13 @@ ROWS = [
 
 def test_metrics_are_means_of_the_last_tenth(tmp_path):
     file = tmp_path / "metrics.jsonl"
-    assert table.read_metrics(file) == (0, {})
+    assert table.last_values(file) == (0, {})
     lines = [{"step": i, "loss": float(i), "rare": 8.0} for i in range(1, 21)]
     del lines[-1]["rare"]
     file.write_text("".join(json.dumps(x) + "\n" for x in lines) + '{"step": 21, "lo')
-    assert table.read_metrics(file) == (20, {"loss": 19.5, "rare": 8.0})
+    assert table.last_values(file) == (20, {"loss": 19.5, "rare": 8.0})
     file.write_text('{"step": 1, "loss": "nan"}\n')
-    assert math.isnan(table.read_metrics(file)[1]["loss"])
+    assert math.isnan(table.last_values(file)[1]["loss"])
 
 
 def test_short_names():
@@ -61,11 +61,57 @@ def test_csv_has_all():
 def test_plot_has_a_panel_per_key_and_a_dot_per_run():
     with figures.style():
         rate, kind = table.plot(ROWS, "loss").axes
-    assert (rate.get_xlabel(), kind.get_xlabel(), rate.get_ylabel()) == ("rate", "kind", "loss")
+    assert (rate.get_xlabel(), kind.get_xlabel()) == ("rate", "kind")
+    assert rate.get_ylabel() == kind.get_ylabel() == "loss (lower is better)"
     dots = rate.collections[0].get_offsets()
     np.testing.assert_allclose(dots, [[1e-4, 0.5], [1e-2, 0.25]])  # runs with a finite loss
     assert [t.get_text() for t in kind.get_xticklabels()] == ["x", "y"]
     assert table.plot(ROWS[:1], "loss") is None and table.plot(ROWS, "no such") is None
+
+
+def test_a_line_for_each_setting_and_a_log_axis_for_rates():
+    rows = [
+        row(f"{i:03d}", loss, **{"optim.learning_rate": rate, "model.coef": coef})
+        for i, (rate, coef, loss) in enumerate(
+            [(1e-4, 4, 0.5), (2e-4, 4, 0.4), (4e-4, 4, 0.6), (1e-4, 8, 0.9), (2e-4, 8, 0.7)]
+        )
+    ]
+    with figures.style():
+        rate, coef = table.plot(rows, "accuracy").axes
+    assert rate.get_xscale() == "log" and coef.get_xscale() == "linear"
+    assert rate.get_ylabel() == "accuracy (higher is better)"
+    assert [line.get_label() for line in rate.lines] == ["coef = 4", "coef = 8"]
+    assert [list(line.get_xdata()) for line in rate.lines] == [[1e-4, 2e-4, 4e-4], [1e-4, 2e-4]]
+    assert [t.get_text() for t in rate.get_legend().get_texts()] == ["coef = 4", "coef = 8"]
+    assert [line.get_label() for line in coef.lines] == [
+        f"learning_rate = {x}" for x in ("0.0001", "0.0002", "0.0004")
+    ]
+    # A random search: every run is a setting of its own, and lines would join what differs twice.
+    rows = [row(str(i), 1.0, rate=0.1 * (i + 1), p=i % 7, k=i % 5) for i in range(20)]
+    with figures.style():
+        assert not any(axes.lines for axes in table.plot(rows, "loss").axes)
+
+
+BAD = ["a|b", "x\ny", "\x1b[2J", "=cmd|'/c calc'!A1", "+1", "-1+2", "@x", "<img src=x>", "`a`",
+       "[a](javascript:b)", "\u202eabc", "a\\|b", "\t=1", "**b**", "a\r\nb", ""]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_tables_show_text_as_text(text):
+    rows = [
+        {"name": f"001_{text}", "state": text or "new", "step": 15, "steps": 400,
+         "values": {"name": text, f"k{text}": 1}, "metrics": {f"m{text}": 2.0}}
+    ]  # fmt: skip
+    lines = table.markdown(rows, f"m{text}").split("\n")
+    assert len(lines) == 4 and all(line.isprintable() for line in lines)
+    bars = [len(line.replace("\\\\", "").replace("\\|", "").split("|")) for line in lines[:3]]
+    assert bars == [8, 8, 8] and "<" not in lines[2] and "| 15 of 400 |" in lines[2]
+    written = table.as_csv(rows)
+    assert written.replace("\n", "").isprintable() and written.count("\n") == 2
+    for cells in csv.reader(io.StringIO(written)):
+        assert len(cells) == 7 and not any(cell.startswith(("=", "+", "-", "@")) for cell in cells)
+    with figures.style():
+        table.plot([rows[0], rows[0] | {"values": {"name": "other"}}], f"m{text}")
 
 
 @pytest.mark.parametrize(
