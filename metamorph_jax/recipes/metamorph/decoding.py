@@ -20,9 +20,9 @@ from jax import lax
 
 from metamorph_jax import sharding
 from metamorph_jax.data.chat import Chat
-from metamorph_jax.recipes.metamorph.input import input_spec, markers
+from metamorph_jax.recipes.metamorph.input import input_spec
 from metamorph_jax.recipes.metamorph.model import MetaMorph
-from metamorph_jax.recipes.metamorph.published import load_tokenizer
+from metamorph_jax.recipes.metamorph.published import generation_fields, load_tokenizer, markers
 from metamorph_jax.sampling.cached_llm import once, take_over
 from metamorph_jax.sampling.generator import Generator, Prompts
 from metamorph_jax.sampling.loop import Loop
