@@ -63,8 +63,16 @@ class BadSample(Exception):
         return (BadSample, (self.reason, self.detail))
 
 
+class DataError(UserError, ValueError):
+    """Nothing in the data can be used, or they are not those that a run began with."""
+
+
 class TooManyBadSamples(UserError, RuntimeError):
     """Nothing but bad samples for a long while: the data set is broken, or its root is wrong."""
+
+
+class WorkerError(UserError, RuntimeError):
+    """A process that reads data dies again and again."""
 
 
 class BadStep(UserError, RuntimeError):

@@ -40,11 +40,15 @@ class DataStream(Protocol):
 
     Attributes:
         sources: names of the data sources.
-        skipped: samples that could not be used so far, "source/reason" -> number.
+        skipped: samples that could not be used so far, "source/reason" -> number. Those with a
+            reason of `data.packing.USED` were used, but not as they are.
+        samples: random access to the samples that batches are made of, for `metamorph data check`
+            (`data.stream.SampleStream`), or None where batches are not made of conversations.
     """
 
     sources: Sequence[str]
     skipped: Mapping[str, int]
+    samples: Any
 
     def __next__(self): ...
 

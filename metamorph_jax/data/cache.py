@@ -56,18 +56,23 @@ class CacheSpec:
         return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
 
 
-def image_spec(views: Views) -> CacheSpec:
+def image_spec(views: Views, background: str = "white") -> CacheSpec:
     """A cache of the pixels of views. Its folder keeps the name that it has always had."""
     side = views.preprocess.size
-    return CacheSpec("pictures", views.fingerprint(), (side, side, 3), "uint8")
+    return CacheSpec("pictures", _pixels(views, background), (side, side, 3), "uint8")
 
 
-def feature_spec(views: Views, spec: InputSpec) -> CacheSpec:
+def _pixels(views: Views, background: str) -> str:
+    """Text that differs whenever the pixels of an image's views do."""
+    return f"{views.fingerprint()} on {background}"
+
+
+def feature_spec(views: Views, spec: InputSpec, background: str = "white") -> CacheSpec:
     """A cache of features; `spec.tower` must name weights, layer, reduction and normalisation."""
     if not (spec.feature_width and spec.tower):
         raise ValueError("a feature cache needs InputSpec.feature_width and InputSpec.tower")
     p = views.preprocess
-    fingerprint = f"{views.fingerprint()} {p.mean} {p.std} | {spec.tower}"
+    fingerprint = f"{_pixels(views, background)} {p.mean} {p.std} | {spec.tower}"
     return CacheSpec("features", fingerprint, spec.feature_shape, "float32")
 
 
@@ -138,6 +143,7 @@ def build(
     batch_size: int = 32,
     threads: int = 2,
     max_pixels: int = images.MAX_PIXELS,
+    background: str = "white",
     progress: bool = True,
     total: int | None = None,
 ) -> tuple[ArrayCache, Counter]:
@@ -153,6 +159,7 @@ def build(
         batch_size: views a call.
         threads: decoding threads.
         max_pixels: larger images are bad.
+        background: see `images.load`.
         progress: whether to report the progress and the time left on stderr.
         total: number of refs where `refs` has no length.
 
@@ -161,7 +168,7 @@ def build(
     """
     folder = _prepare(root, spec)
     good, length = _good_lines(folder, spec)
-    reader = _Reader(good, views, max_pixels)
+    reader = _Reader(good, views, max_pixels, background)
     bad: Counter = Counter()
     show = _Progress(total or (len(refs) if hasattr(refs, "__len__") else 0), spec.kind, progress)
     with (
@@ -188,9 +195,9 @@ class _Reader:
     The entry is None where nothing is to be written: the image is in the cache, or is not there.
     """
 
-    def __init__(self, good: list[dict], views: Views, max_pixels: int):
+    def __init__(self, good: list[dict], views: Views, max_pixels: int, background: str):
         self.known = {entry["key"]: entry for entry in good}
-        self.views, self.max_pixels = views, max_pixels
+        self.views, self.max_pixels, self.background = views, max_pixels, background
 
     def __call__(self, refs: list[ImageRef]) -> list[tuple]:
         done, new = [], []
@@ -207,7 +214,9 @@ class _Reader:
             else:
                 done.append((None, BadSample(cached["bad"]) if "bad" in cached else None))
         try:
-            loaded = images.load([ref for ref, _ in new], self.max_pixels)
+            loaded = images.load(
+                [ref for ref, _ in new], self.max_pixels, background=self.background
+            )
         except BadSample as e:
             return done + [(entry, e) for _, entry in new]
         pairs = zip(new, loaded, strict=True)

@@ -10,7 +10,7 @@ the markers of the recipe around a sentinel; `data/interleave.py` puts the image
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -24,11 +24,12 @@ from metamorph_jax.data.chat_templates import (
     split,
 )
 from metamorph_jax.data.sources.base import IMAGE, Turn
+from metamorph_jax.errors import BadSample
 
 IGNORE = -100
 SENTINEL = -200
 START_TOKEN, END_TOKEN = "<image_start>", "<image_end>"  # names of markers in exported tokenizers
-_LONG = 100_000  # characters of one message; longer ones would only be cut later
+LONGEST = 2_000_000  # characters of a conversation; a longer one is a file in the wrong place
 _SHORT = 32  # characters of a text that may well be a header
 
 
@@ -62,6 +63,10 @@ class Chat:
 
     Attributes:
         close: id that ends an answer, or None.
+        specials: special token of the template -> its id.
+
+    Special tokens come from the template and the markers alone: where a message spells one out
+    ("<|im_end|>"), it is text like any other.
 
     A message is tokenised together with the text before it, as one stretch. So a message that
     itself starts with a newline may merge with the one before it; then the merged token belongs to
@@ -87,14 +92,17 @@ class Chat:
         self._image = [*markers.before, SENTINEL, *markers.after]
         start = template.start[:1] if single_bos else template.start
         self._start = [self._special(token) for token in start]
-        self._specials = {
-            piece: self._special(piece)
+        self.specials = {str(token): self._special(token) for token in template.start}
+        self.specials |= {
+            str(piece): self._special(piece)
             for role in ("system", "user", "assistant")
             for piece, _ in (*template.row(role), *template.row(role, first=True))
             if isinstance(piece, Special)
         }
         closing = [p for p, answer in template.assistant if answer and isinstance(p, Special)]
-        self.close = self._specials[closing[-1]] if closing else None
+        self.close = self.specials[closing[-1]] if closing else None
+        self._plain = _as_text(tokenizer)
+        self._spelled = self._spelled_tokens()
         # Headers of turns, and beginnings of texts whose ids are only counted, come up repeatedly.
         self._repeated = functools.lru_cache(maxsize=1024)(self.encode)
 
@@ -108,14 +116,42 @@ class Chat:
         single = len(self._start) < len(self.template.start)
         return Chat, (self.tokenizer, self.template, system, single, self.markers)
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of plain text, without anything added."""
-        # The Rust tokenizer inside a transformers one gives the same ids in a fraction of the time,
-        # as long as no truncation or padding is set.
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is not None and backend.truncation is None and backend.padding is None:
-            return backend.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, before: str = "") -> list[int]:
+        """Ids of text in which nothing is a special token, as it stands after `before`.
+
+        Args:
+            text: of any content.
+            before: a special token that is tokenised together with the text, for models whose
+                tokenizer needs that; its id is not part of the result.
+        """
+        parts = [text] if self._spelled is None else self._spelled.split(text)
+        if before:
+            encode = lambda part: self._parsed(before + part)[1:]  # noqa: E731
+        else:
+            encode = self._plain or self._parsed
+        return encode(parts[0]) if len(parts) == 1 else [i for part in parts for i in encode(part)]
+
+    def _parsed(self, text: str) -> list[int]:
+        """Ids of text in which special tokens that are spelled out become their ids."""
         return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def _spelled_tokens(self) -> re.Pattern | None:
+        """Where a text has to be cut so that the tokenizer does not see special tokens in it.
+
+        These are the ones that it recognises although it was told not to. The cut comes after the
+        first character of the token.
+        """
+        names = {*self.specials, START_TOKEN, END_TOKEN}
+        plain = self._plain
+        if plain is None or self.template.in_context:
+            added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+            names |= {str(token) for token in added if token.special}
+            plain = self._parsed
+        names = [name for name in names if len(name) > 1 and len(plain(name)) == 1]
+        cuts = "|".join(
+            f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in sorted(names)
+        )
+        return re.compile(cuts) if cuts else None
 
     def _special(self, token: str) -> int:
         id_ = self.tokenizer.convert_tokens_to_ids(str(token))
@@ -150,7 +186,7 @@ class Chat:
         for piece, answer in pieces:
             if isinstance(piece, Special):
                 finish()
-                add((self._specials[piece],), answer)
+                add((self.specials[piece],), answer)
                 before = str(piece) if self.template.in_context else ""
                 continue
             for k, text in enumerate(piece.split(IMAGE)):
@@ -170,15 +206,15 @@ class Chat:
 
         A token that spans two pieces belongs to the first.
         """
-        done = 1 if before else 0
         if len(pieces) == 1:
             text, supervised = pieces[0]
             encode = self._repeated if len(text) < _SHORT else self.encode
-            return [(encode(before + text)[done:], supervised)]
-        ids, parts = self.encode(before + "".join([text for text, _ in pieces])), []
+            return [(encode(text, before), supervised)]
+        ids, parts = self.encode("".join([text for text, _ in pieces]), before), []
+        done, so_far = 0, ""
         for text, supervised in pieces[:-1]:
-            before += text
-            end = max(done, min(len(self._repeated(before)), len(ids)))
+            so_far += text
+            end = max(done, min(len(self._repeated(so_far, before)), len(ids)))
             parts.append((ids[done:end], supervised))
             done = end
         return [*parts, (ids[done:], pieces[-1][1])]
@@ -190,21 +226,35 @@ class Chat:
         answer stands by itself after start, user header and those images: the second question
         does not see the first answer (see `Encoded.turns`). Other conversations are encoded as
         without it, with turns None.
+
+        Raises:
+            BadSample: it has more than LONGEST characters.
         """
-        turns = [(role, text[:_LONG]) for role, text in turns]
+        characters = sum(len(text) for _, text in turns)
+        if characters > LONGEST:
+            raise BadSample("too_long", f"{characters} characters, at most {LONGEST}")
+        system, turns = self._system_of(turns)
         if independent and turns:
             lead, rest = _leading_images(turns[0][1])
             if lead and rest and len(turns) > 2 and len(turns) % 2 == 0:
-                return self._independent(turns, lead, rest)
+                return self._independent(system, turns, lead, rest)
         ids = list(self._start)
-        supervised = self._write(ids, render(self.template, turns, self.system))
+        supervised = self._write(ids, render(self.template, turns, system))
         return _encoded(ids, supervised)
 
-    def _independent(self, turns: Sequence[Turn], lead: str, rest: str) -> Encoded:
-        first, of_all = self.template.row("user", first=True), self.system or ""
+    def _system_of(self, turns: Sequence[Turn]) -> tuple[str | None, Sequence[Turn]]:
+        """(system message, the other turns): that of the conversation, else the chat's own."""
+        if turns and turns[0][0] == "system":
+            return turns[0][1], turns[1:]
+        return self.system, turns
+
+    def _independent(
+        self, system: str | None, turns: Sequence[Turn], lead: str, rest: str
+    ) -> Encoded:
+        first, of_all = self.template.row("user", first=True), system or ""
         opening, _ = split(first, lead, "", of_all)
         ids = list(self._start)
-        self._write(ids, [*render(self.template, (), self.system), *opening])
+        self._write(ids, [*render(self.template, (), system), *opening])
         numbers, supervised = [0] * len(ids), []
         gap = rest[: len(rest) - len(rest.lstrip())]  # between the images and the question
         for k in range(0, len(turns), 2):
@@ -217,8 +267,8 @@ class Chat:
 
     def prompt(self, turns: Sequence[Turn]) -> np.ndarray:
         """int32[n]: the turns, then the header of an answer that is still to come."""
-        turns = [(role, text[:_LONG]) for role, text in turns]
-        pieces = render(self.template, [*turns, ("assistant", "")], self.system)
+        system, turns = self._system_of(turns)
+        pieces = render(self.template, [*turns, ("assistant", "")], system)
         ids = list(self._start)
         self._write(ids, pieces)
         return np.array(ids, np.int32)
@@ -227,6 +277,22 @@ class Chat:
         """int32[n]: prompt of one question, its images in front on a line of their own."""
         lead = IMAGE * images + "\n" if images else ""
         return self.prompt([("user", lead + text)])
+
+
+def _as_text(tokenizer) -> Callable[[str], list[int]] | None:
+    """The Rust tokenizer inside a transformers one, set to read special tokens as text.
+
+    It is a copy, as the tokenizer itself is used elsewhere. Besides, it takes a fraction of the
+    time of `tokenizer.encode`. None for other tokenizers.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    backend = type(backend).from_str(backend.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    return lambda text: backend.encode(text, add_special_tokens=False).ids
 
 
 def _encoded(ids: list[int], supervised: Iterable[slice]) -> Encoded:

@@ -11,14 +11,15 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
+from metamorph_jax import files
 from metamorph_jax import recipe as recipes
 from metamorph_jax.config import build, load_config
 from metamorph_jax.data import images
 from metamorph_jax.data.chat import Chat
 from metamorph_jax.data.config import (
+    CacheConfig,
     DataConfig,
     ImageConfig,
     InputConfig,
@@ -27,11 +28,18 @@ from metamorph_jax.data.config import (
     SourceConfig,
 )
 from metamorph_jax.data.pipeline import make_stream, open_sources
-from metamorph_jax.data.sources.kinds import Kind
+from metamorph_jax.data.show import lines
+from metamorph_jax.data.stream import SampleStream
 from metamorph_jax.data.views import Single
-from metamorph_jax.errors import BadSample, ConfigError
+from metamorph_jax.errors import BadSample, ConfigError, MissingFile, UserError
+from metamorph_jax.files import shown
+from metamorph_jax.recipe import Shard
 
 EXAMPLES = 5
+# Arguments that a config answers itself.
+_OF_FILES = (
+    "root", "kind", "template", "tokenizer", "length", "images_per_row", "max_pixels",
+)  # fmt: skip
 
 
 class _Characters:
@@ -42,6 +50,9 @@ class _Characters:
     def encode(self, text, add_special_tokens=False):
         return [ord(c) for c in text]
 
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
     def convert_tokens_to_ids(self, token):
         return 0x110000 + sum(map(ord, token))
 
@@ -49,24 +60,42 @@ class _Characters:
         return 0x200000
 
 
+@dataclasses.dataclass
+class _Found:
+    """What is known of one sample: `notes` are reasons why it is not used as it is."""
+
+    number: int
+    source: int
+    kind: str = ""
+    reason: str = ""
+    detail: str = ""
+    notes: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+
+
 class _Tally:
     """Counts of samples and problems by source, with the first few details of each problem."""
 
-    def __init__(self, names: list[str], examples: int):
-        self.names, self.examples = names, examples
+    def __init__(self, names: list[str], examples: int, show: int):
+        self.names, self.examples, self.show = names, examples, show
         self.samples: collections.Counter[str] = collections.Counter()
         self.bad: collections.Counter[str] = collections.Counter()
+        self.kinds: collections.Counter[tuple[str, str]] = collections.Counter()
         self.counts: collections.Counter = collections.Counter()
         self.details: dict = collections.defaultdict(list)
+        self.shown: list[int] = []
 
-    def add(self, source: int, reason: str, detail: str, misnamed: list[str]) -> None:
-        name = self.names[source]
+    def add(self, found: _Found) -> None:
+        name = self.names[found.source]
         self.samples[name] += 1
-        for path in misnamed:
-            self._note(path, name, "misnamed", True)
-        if reason:
+        for note, text in found.notes:
+            self._note(text, name, note, True)
+        if found.reason:
             self.bad[name] += 1
-            self._note(detail, name, reason, False)
+            self._note(found.detail, name, found.reason, False)
+            return
+        if self.kinds[name, found.kind] < self.show:
+            self.shown.append(found.number)
+        self.kinds[name, found.kind] += 1
 
     def _note(self, text: str, *problem) -> None:
         self.counts[problem] += 1
@@ -79,6 +108,10 @@ class _Tally:
             "sources": [
                 {"source": n, "samples": self.samples[n], "good": self.samples[n] - self.bad[n]}
                 for n in self.names
+            ],
+            "kinds": [
+                {"source": name, "kind": kind, "count": count}
+                for (name, kind), count in sorted(self.kinds.items())
             ],
             "problems": [
                 {
@@ -110,84 +143,123 @@ def check(
         tokenizer: as for training. Without one, lengths in tokens are unknown, so nothing is cut;
             all other problems are found.
         positions_per_image: that its visual tokens and markers take.
+        threads, examples, progress: see `check_stream`.
+
+    Returns:
+        See `check_stream`.
+    """
+    stream = _stream(config, sources, tokenizer, positions_per_image)
+    return check_stream(stream, threads, examples, progress)
+
+
+def check_stream(
+    stream: SampleStream,
+    threads: int = 2,
+    examples: int = EXAMPLES,
+    progress: bool = False,
+    show: int = 0,
+) -> dict:
+    """What is wrong with every sample of a stream of one epoch.
+
+    Args:
+        stream: without a cache.
         threads: decoding threads.
         examples: how many details are kept of each problem.
         progress: whether to report the progress on stderr.
+        show: how many samples of each kind are shown as the model reads them.
 
     Returns:
-        {"sources": [{source, samples, good}], "problems": [{source, reason, used, count,
-        examples}]}; `used` marks problems that training lives with.
+        {"sources": [{source, samples, good}], "kinds": [{source, kind, count}], "problems":
+        [{source, reason, used, count, examples}]}; `used` marks problems that training lives with.
+        With `show`, "shown": the lines of each sample.
     """
-    stream = _stream(config, sources, tokenizer, positions_per_image)
     total = len(stream)
-    tally = _Tally([s.name for s in stream.sources], examples)
+    tally = _Tally([s.name for s in stream.sources], examples, show)
     start = last = time.monotonic()
     with ThreadPoolExecutor(max(threads, 1)) as pool:
         for block in range(0, total, 256):
             done = min(block + 256, total)
             for found in pool.map(lambda n: _one(stream, n), range(block, done)):
-                tally.add(*found)
+                tally.add(found)
             if progress and time.monotonic() - last > 5:
                 last = time.monotonic()
                 left = (last - start) / done * (total - done)
                 print(f"checked {done}/{total}, {left:.0f} s left", file=sys.stderr)
-    return tally.report()
+    shown_ = [list(lines(stream, n)) for n in tally.shown]
+    return tally.report() | ({"shown": shown_} if show else {})
 
 
-def _stream(config: InputConfig, sources, tokenizer, positions_per_image: int):
+def _stream(config: InputConfig, sources, tokenizer, positions_per_image: int) -> SampleStream:
     row = config.row if isinstance(config, DataConfig) else RowConfig("chatml")
     if tokenizer is None:
         row = dataclasses.replace(row, length=2**31 - 1, images=config.images.max_images)
     config = DataConfig(
+        sources=config.sources, order=config.order, images=config.images, row=row
+    )  # fmt: skip
+    chat = Chat.of(tokenizer or _Characters(), row)
+    return make_stream(_once(config), InputSpec(Single(positions_per_image)), chat, sources)
+
+
+def _once(config: DataConfig) -> DataConfig:
+    """The config with every record once, in the order of the files, and without caches."""
+    return dataclasses.replace(
+        config,
         sources=tuple(dataclasses.replace(s, weight=0.0) for s in config.sources),
         order=dataclasses.replace(config.order, epochs=1, shuffle=False),
-        images=config.images,
-        row=row,
+        reading=dataclasses.replace(config.reading, workers=0),
+        cache=CacheConfig(),
     )
-    chat = Chat.of(tokenizer or _Characters(), row)
-    return make_stream(config, InputSpec(Single(positions_per_image)), chat, sources)
 
 
-def _one(stream, n: int) -> tuple[int, str, str, list[str]]:
-    """(source, reason or "", detail, paths of misnamed images) of sample n."""
+def _one(stream: SampleStream, n: int) -> _Found:
     item = stream[n]
-    source, reason, detail = item["source"], item.get("bad", ""), item.get("detail", "")
-    misnamed: list[str] = []
+    found = _Found(n, item["source"], reason=item.get("bad", ""), detail=item.get("detail", ""))
     try:
-        refs = stream.sample(n).images
-        misnamed = [r.path for r in refs if r.frame is None and _is_misnamed(r.path)]
-        cut = refs[len(item["cache"]) :] if not reason else ()
-        images.load(cut, stream.config.images.max_pixels)  # nobody has decoded these yet
+        sample = stream.sample(n)
+    except (BadSample, OSError, ValueError, KeyError, TypeError, IndexError):
+        return found  # it is bad, and the stream has said why
+    found.kind = sample.kind
+    notes = collections.Counter({note: item.get(note, 0) for note in ("cut", "transparent")})
+    try:
+        left_out = sample.images[len(item["cache"]) :] if not found.reason else ()
+        stream.config.images.load(left_out, notes)  # nobody has decoded these yet
     except BadSample as e:
-        reason, detail = reason or e.reason, detail or e.detail
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
-        reason, detail = reason or f"error_{type(e).__name__}", detail or str(e)
-    return source, reason, detail, misnamed if not reason else []
+        found.reason, found.detail = e.reason, f"{sample.where}: {e.detail}"
+    if not found.reason:
+        found.notes = [(note, sample.where) for note in ("cut", "transparent") if notes[note]]
+        found.notes += [
+            ("misnamed", f"{sample.where}: {ref.path}")
+            for ref in sample.images
+            if ref.frame is None and _is_misnamed(ref.path)
+        ]
+    return found
 
 
 def _is_misnamed(path: str) -> bool:
-    try:
-        with open(path, "rb") as f:
-            return images.misnamed(path, f.read(16))
-    except OSError:
-        return False
+    with files.opened(path) as f:
+        return images.misnamed(path, f.read(16))
 
 
 def table(report: dict) -> str:
-    """The report for people."""
-    lines = [f"{'source':<24}{'samples':>10}{'good':>10}{'bad':>8}"]
+    """The report for people; what comes from files is escaped."""
+    lines = [f"{'source':<24}{'samples':>10}{'good':>10}{'bad':>8}  kinds"]
     for s in report["sources"]:
+        kinds = [f"{k['kind']} {k['count']}" for k in report["kinds"] if k["source"] == s["source"]]
+        bad = s["samples"] - s["good"]
         lines.append(
-            f"{s['source']:<24}{s['samples']:>10}{s['good']:>10}{s['samples'] - s['good']:>8}"
+            f"{shown(s['source'], 23):<24}{s['samples']:>10}{s['good']:>10}{bad:>8}  "
+            + ", ".join(kinds)
         )
+    for sample in report.get("shown", ()):
+        lines += ["", *sample]
     if not report["problems"]:
         return "\n".join([*lines, "", "nothing wrong found"])
     lines += ["", f"{'source':<24}{'problem':<24}{'count':>8}  examples"]
     for p in report["problems"]:
         name = p["reason"] + (" (used)" if p["used"] else "")
         for k, example in enumerate(p["examples"] or [""]):
-            head = f"{p['source']:<24}{name:<24}{p['count']:>8}  " if k == 0 else " " * 58
-            lines.append(head + example)
+            head = f"{shown(p['source'], 23):<24}{name:<24}{p['count']:>8}  "
+            lines.append((head if k == 0 else " " * 58) + shown(example, 600))
         if p["count"] > len(p["examples"]):
             lines.append(" " * 58 + f"… and {p['count'] - len(p['examples'])} more")
     return "\n".join(lines)
@@ -210,6 +282,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-pixels", type=int, default=images.MAX_PIXELS, help="of an image")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--examples", type=int, default=EXAMPLES, help="details per problem")
+    parser.add_argument(
+        "--show", type=int, default=0, metavar="N",
+        help="show N samples of each kind as the model reads them",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
@@ -217,40 +293,61 @@ def run(args: argparse.Namespace) -> int:
     """Prints the report; 0 if every sample is usable, else 1."""
     if bool(args.paths) == bool(args.config):
         raise ConfigError("data check needs either files or --config")
-    config, kinds = _config(args)
     try:
-        tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
-        sources = open_sources(config, kinds)
-    except (FileNotFoundError, ValueError) as e:
+        stream = _stream_of_config(args) if args.config else _stream_of_files(args)
+    except UserError:
+        raise
+    except ValueError as e:
         raise ConfigError(str(e)) from e
-    report = check(
-        config, sources, tokenizer, args.positions_per_image, args.threads, args.examples,
-        progress=not args.json,
-    )  # fmt: skip
+    report = check_stream(stream, args.threads, args.examples, not args.json, args.show)
     print(json.dumps(report, indent=2) if args.json else table(report))
     return 0 if all(s["good"] == s["samples"] for s in report["sources"]) else 1
 
 
-def _config(args: argparse.Namespace) -> tuple[InputConfig, Mapping[str, Kind]]:
-    """(what to check, kinds of records that the config's recipe brings)."""
-    if args.config:
-        values = load_config(args.config, args.overrides).to_dict()
-        recipe = recipes.find(values["recipe"])
-        return build(recipe.Data, values["data"], "config.data"), recipe.KINDS
+def _stream_of_config(args: argparse.Namespace) -> SampleStream:
+    """The samples of a config as a run of it reads them: its tokenizer, lengths and limits."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    for name in _OF_FILES:
+        if getattr(args, name) != parser.get_default(name):
+            option = "--" + name.replace("_", "-")
+            raise ConfigError(f"{option} goes with files; change the config's own option instead")
+    values = load_config(args.config, args.overrides).to_dict()
+    recipe = recipes.find(values["recipe"])
+    data = build(recipe.Data, values["data"], "config.data")
+    if not (isinstance(data, DataConfig) and "model" in values):  # there are no rows
+        return _stream(data, open_sources(data, recipe.KINDS), None, args.positions_per_image)
+    model = build(recipe.Config, values["model"], "config.model")
+    return recipe.open_data(_once(data), model, Shard(1)).samples
+
+
+def _stream_of_files(args: argparse.Namespace) -> SampleStream:
     config = DataConfig(
         sources=tuple(SourceConfig(p, root=args.root, kind=args.kind) for p in args.paths),
         row=RowConfig(args.template, length=args.length, images=args.images_per_row),
         images=ImageConfig(max_pixels=args.max_pixels),
     )
-    return config, {}
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    return _stream(config, open_sources(config), tokenizer, args.positions_per_image)
 
 
 def load_tokenizer(path: str):
-    """A tokenizer from a tokenizer.json, or from a folder that holds one."""
+    """A tokenizer from a tokenizer.json, or from a folder that holds one.
+
+    Raises:
+        ConfigError: there is none, or it can't be read, or it would run code of its own.
+    """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    if os.path.isdir(path):
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"no tokenizer at {path!r}: expected a tokenizer.json or a folder")
-    return PreTrainedTokenizerFast(tokenizer_file=path)
+    try:
+        if os.path.isdir(path):
+            return AutoTokenizer.from_pretrained(
+                path, local_files_only=True, trust_remote_code=False
+            )
+        return PreTrainedTokenizerFast(tokenizer_file=str(files.regular(path)))
+    except MissingFile as e:
+        raise ConfigError(f"{e}: expected a tokenizer.json or a folder") from e
+    except UserError:
+        raise
+    except Exception as e:  # the tokenizers' own errors are of many kinds
+        raise ConfigError(f"{files.shown(path)} is not a tokenizer: {files.shown(e)}") from e

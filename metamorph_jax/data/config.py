@@ -4,15 +4,18 @@ No field is in both: whatever follows from the model (tokens per image, feature 
 statistics of the tower) is an `InputSpec` that the recipe makes from its own config.
 """
 
+import collections
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from metamorph_jax.data import images
 from metamorph_jax.data.interleave import Rule, no_image
-from metamorph_jax.data.sources.base import Sample
+from metamorph_jax.data.sources.base import ImageRef, Sample
 from metamorph_jax.data.views import Views
+
+MAX_FRAMES = 45  # of a video, where nothing else limits them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +28,8 @@ class SourceConfig:
         root: folder of the images, which no path may leave; the file's folder if empty.
         weight: share in the mixture (with all 0: every record once an epoch).
         kind: "auto", or the kind of all its records (`sources/kinds.py`, and the recipe's own).
+        ignore: keys of its records that are passed over though they look like content
+            (`sources/schema.py`).
     """
 
     path: str
@@ -32,6 +37,7 @@ class SourceConfig:
     root: str = ""
     weight: float = 0.0
     kind: str = "auto"
+    ignore: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,8 +117,10 @@ class ImageConfig:
     Attributes:
         size, mode, resize, mean, std: change the model's preprocessing (`images.Preprocess`);
             0, "" and None leave it as the model has it.
+        background: what is seen behind transparent pixels, "white" or "black"; "drop" takes the
+            colours that they hide, as the published loaders do.
         max_images: a sample of more images is bad.
-        max_frames: frames taken of a video.
+        max_frames: frames taken of a video; 0 for as many as a row holds.
         max_pixels: a larger image is bad.
     """
 
@@ -121,9 +129,26 @@ class ImageConfig:
     resize: int = 0
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    background: str = "white"
     max_images: int = 70
-    max_frames: int = 45
+    max_frames: int = 0
     max_pixels: int = images.MAX_PIXELS
+
+    def __post_init__(self):
+        if self.background not in images.BACKGROUNDS:
+            raise ValueError(
+                f"images.background is {self.background!r}: expected one of "
+                f"{', '.join(images.BACKGROUNDS)}"
+            )
+        for name in ("max_images", "max_pixels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"images.{name} is {getattr(self, name)}: expected 1 or more")
+        if self.max_frames < 0:
+            raise ValueError(f"images.max_frames is {self.max_frames}: expected 0 or more")
+
+    def load(self, refs: Sequence[ImageRef], notes: collections.Counter | None = None) -> list:
+        """The images of one sample, see `images.load`."""
+        return images.load(refs, self.max_pixels, notes, self.background)
 
     def change(self, views: Views) -> Views:
         """The model's views with the changes to their preprocessing that are asked for here."""
@@ -156,12 +181,31 @@ class InputConfig:
         if min(weights) < 0 or (max(weights) > 0 and min(weights) == 0):
             raise ValueError(f"source weights must be all positive or all 0, got {weights}")
 
+    @property
+    def frames(self) -> int:
+        """Most frames that are taken of a video."""
+        return self.images.max_frames or MAX_FRAMES
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(InputConfig):
     """Input of a model that reads rows of text and images."""
 
     row: RowConfig = RowConfig()
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.images.max_frames > self.row.images:
+            raise ValueError(
+                f"images.max_frames is {self.images.max_frames}, but row.images is "
+                f"{self.row.images}: longer videos would be skipped. Set it to 0 for as many "
+                "frames as a row holds"
+            )
+
+    @property
+    def frames(self) -> int:
+        """Most frames that are taken of a video; a row has room for them."""
+        return self.images.max_frames or min(MAX_FRAMES, self.row.images, self.images.max_images)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,10 +9,11 @@ from PIL import Image
 
 from metamorph_jax.data import images
 from metamorph_jax.data.cache import ArrayCache
+from metamorph_jax.data.config import ImageConfig
 from metamorph_jax.data.predicted import Predicted
 from metamorph_jax.data.sources.base import ImageRef
 from metamorph_jax.data.stream import key_of, permute
-from metamorph_jax.errors import BadSample
+from metamorph_jax.errors import BadSample, DataError
 from metamorph_jax.recipe import Shard
 from metamorph_jax.types import DecoderBatch
 
@@ -36,11 +37,14 @@ class DecoderPairs(Iterator[DecoderBatch]):
         threads: for decoding.
         predicted, predicted_share: a language model's visual tokens, which stand in for the
             tower's in this share of the images that have some; needs `features`.
+        reading: limits of images, and their background.
 
     Attributes:
         counts: images left out or replaced by others, by reason.
         refs: those in use.
     """
+
+    samples = None  # there are no conversations in these batches
 
     def __init__(
         self,
@@ -54,17 +58,19 @@ class DecoderPairs(Iterator[DecoderBatch]):
         threads: int = 2,
         predicted: Predicted | None = None,
         predicted_share: float = 0.5,
+        reading: ImageConfig | None = None,
     ):
         self.preprocess, self.tower = preprocess, tower
         self.shard, self.seed, self.features = shard, seed, features
         self.predicted, self.predicted_share = predicted, predicted_share
+        self.reading = reading or ImageConfig()
         self._pool = ThreadPoolExecutor(max(threads, 1))
         refs = list(dict.fromkeys(refs))
         keep = len(refs) * preprocess.size**2 * 3 <= memory_bytes and tower is None
         self._open(refs, keep)
         if predicted is not None and len(predicted):
             if all(predicted.row(ref.key()) is None for ref in self.refs):
-                raise ValueError("the predicted visual tokens belong to other images")
+                raise DataError("the predicted visual tokens belong to other images")
         names = "\n".join(ref.key() for ref in self.refs)
         self._layout = f"{len(self.refs)} {hashlib.sha256(names.encode()).hexdigest()[:16]} {seed} "
         self._layout += f"{shard.rows} {(shard.index, shard.count)}"
@@ -85,7 +91,10 @@ class DecoderPairs(Iterator[DecoderBatch]):
             if pixels is not None:
                 loaded.append(pixels)
         if not self.refs:
-            raise ValueError(f"no usable image among {len(refs)}: {self.counts}")
+            reasons = ", ".join(f"{reason} {n}" for reason, n in self.counts.items())
+            raise DataError(
+                f"none of {len(refs)} images can be used ({reasons or 'there are none'})"
+            )
         self._rows = np.array(rows)
         self._images = np.stack(loaded) if loaded else None
 
@@ -103,18 +112,18 @@ class DecoderPairs(Iterator[DecoderBatch]):
             return ref, e.reason, None
 
     def _draw(self, ref: ImageRef) -> np.ndarray:
-        return self.preprocess(images.load([ref])[0])
+        return self.preprocess(self.reading.load([ref])[0])
 
     def _load(self, k: int) -> tuple[int, Image.Image]:
         """(k, image k), or the next one that can be read."""
         for i in range(min(len(self.refs), 100)):
             try:
                 j = (k + i) % len(self.refs)
-                return j, images.load([self.refs[j]])[0]
+                return j, self.reading.load([self.refs[j]])[0]
             except BadSample as e:
                 self._count(e.reason)
                 last = e
-        raise ValueError(f"100 bad images in a row: {last}") from last
+        raise DataError(f"100 bad images in a row; the last: {last}") from last
 
     def __len__(self) -> int:
         """Images in an epoch, over all data shards."""
@@ -165,7 +174,7 @@ class DecoderPairs(Iterator[DecoderBatch]):
 
     def set_state(self, state: dict) -> None:
         if state["layout"] != self._layout:
-            raise ValueError(
+            raise DataError(
                 f"the images or the batch changed since the checkpoint: {state['layout']} is "
                 f"now {self._layout}"
             )

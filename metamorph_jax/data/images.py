@@ -15,12 +15,19 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from metamorph_jax import files
 from metamorph_jax.data.sources.base import ImageRef
 from metamorph_jax.data.sources.video import decode_frames, probe
-from metamorph_jax.errors import BadSample
+from metamorph_jax.errors import BadSample, FileError, MissingFile
+from metamorph_jax.files import shown
 
 MAX_PIXELS = 64_000_000
+MAX_SIDE = 65_535  # longer lines take far more memory than their pixels do
 MAX_BYTES = 256_000_000
+BACKGROUNDS = ("white", "black", "drop")
+NOTES = ("misnamed", "transparent")  # what is counted of images that are used
+# Sizes are checked here, against a limit that the config has, before any pixel is decoded.
+Image.MAX_IMAGE_PIXELS = None
 # What a file starts with -> Pillow's decoders that may read it. Nothing else is ever tried.
 _MAGIC = (
     (b"\xff\xd8\xff", "jpeg", ("JPEG", "MPO")),
@@ -57,16 +64,14 @@ def misnamed(path: str, head: bytes) -> bool:
 def read_bytes(path: str) -> bytes:
     """The whole file; BadSample if it is missing, empty, or far too large for an image."""
     try:
-        with open(path, "rb") as f:
-            data = f.read(MAX_BYTES + 1)
-    except (FileNotFoundError, NotADirectoryError) as e:
-        raise BadSample("missing", path) from e
-    except OSError as e:
-        raise BadSample("unreadable", f"{path}: {e.strerror}") from e
+        data = files.read_bytes(path, MAX_BYTES)
+    except MissingFile as e:
+        raise BadSample("missing", shown(path)) from e
+    except FileError as e:
+        reason = "oversized" if "larger than" in str(e) else "unreadable"
+        raise BadSample(reason, str(e)) from e
     if not data:
-        raise BadSample("zero_byte", path)
-    if len(data) > MAX_BYTES:
-        raise BadSample("oversized", f"{path}: more than {MAX_BYTES} bytes")
+        raise BadSample("zero_byte", shown(path))
     return data
 
 
@@ -79,15 +84,16 @@ def _opened(data: bytes, name: str, max_pixels: int) -> Iterator[Image.Image]:
     try:
         with Image.open(io.BytesIO(data), formats=found[1]) as image:
             w, h = image.size
-            if w * h > max_pixels:
-                raise BadSample("oversized", f"{name}: {w}x{h}, at most {max_pixels} pixels")
+            if w * h > max_pixels or max(w, h) > MAX_SIDE:
+                raise BadSample(
+                    "oversized",
+                    f"{name}: {w}x{h}, at most {max_pixels} pixels and {MAX_SIDE} a side",
+                )
             if w == 0 or h == 0:
                 raise BadSample("broken_image", f"{name}: {w}x{h}")
             yield image
     except BadSample:
         raise
-    except Image.DecompressionBombError as e:
-        raise BadSample("oversized", f"{name}: {e}") from e
     except MemoryError:
         raise
     except Exception as e:  # Pillow's decoders raise many kinds of error on broken files
@@ -96,15 +102,73 @@ def _opened(data: bytes, name: str, max_pixels: int) -> Iterator[Image.Image]:
         raise BadSample(reason, f"{name}: {message}") from e
 
 
-def decode(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode(
+    data: bytes,
+    name: str,
+    max_pixels: int = MAX_PIXELS,
+    background: str = "white",
+    notes: collections.Counter | None = None,
+) -> Image.Image:
     """The RGB image in `data`. The header is looked at before any pixel is decoded.
 
-    EXIF orientation is not applied and alpha is dropped, as the published loaders do; of an
-    animation the first frame is taken.
+    EXIF orientation is not applied, as the published loaders do; of an animation the first frame is
+    taken. Of 16 bits the upper 8 are kept.
+
+    Args:
+        data: of a file.
+        name: of the file, for messages.
+        max_pixels: a larger image is bad.
+        background: one of `BACKGROUNDS`, see `ImageConfig`.
+        notes: "transparent" goes up if there are transparent pixels.
+
+    Raises:
+        BadSample: it can't be decoded, is too large, or has values of another depth.
     """
     with _opened(data, name, max_pixels) as image:
         image.load()
-        return image.convert("RGB")
+        image = _eight_bits(image, name)
+        alpha = _alpha(image)
+        if alpha is None:
+            return image.convert("RGB")
+        if notes is not None:
+            notes["transparent"] += 1
+        colours = image.convert("RGBA").convert("RGB")
+        if background == "drop":
+            return colours
+        behind = Image.new("RGB", image.size, background)
+        behind.paste(colours, mask=alpha)
+        return behind
+
+
+def _eight_bits(image: Image.Image, name: str) -> Image.Image:
+    """The image with 8 bits a channel; only those of one channel have more in Pillow."""
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;"):
+        return image
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(258, (16,))
+    bits = bits[0] if isinstance(bits, tuple) else bits
+    sixteen = image.mode.startswith("I;16") or image.format == "PNG"
+    if not sixteen or bits not in (12, 16) or tags.get(339, (1,)) not in ((1,), 1):
+        raise BadSample(
+            "unsupported_depth", f"{name}: {bits} bits in mode {image.mode}, expected 8 or 16 bits "
+            "without a sign",
+        )  # fmt: skip
+    values = np.asarray(image).astype(np.uint16)
+    if tags.get(262) == 0:  # white is zero
+        values = (2**bits - 1) - values
+    gray = Image.fromarray((values >> (bits - 8)).astype(np.uint8))
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        gray.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return gray
+
+
+def _alpha(image: Image.Image) -> Image.Image | None:
+    """The alpha channel of an image, or None if all of its pixels are opaque."""
+    if not image.has_transparency_data:
+        return None
+    alpha = image.convert("RGBA").getchannel("A")
+    return None if alpha.getextrema()[0] == 255 else alpha
 
 
 def draw_marks(image: Image.Image, marks) -> Image.Image:
@@ -112,9 +176,15 @@ def draw_marks(image: Image.Image, marks) -> Image.Image:
     image = image.copy()
     draw = ImageDraw.Draw(image)
     font = ImageFont.load_default()
+    # Pillow walks along every line that it draws, so no end of one lies far outside.
+    right, bottom = (side + 10 for side in image.size)
+    clip = lambda v, most: min(max(v, -10), most)  # noqa: E731
     for name, (x, y, w, h) in marks:
-        draw.rectangle((x, y, x + max(w, 0), y + max(h, 0)), outline=(255, 0, 0), width=5)
-        draw.text((x, y - 20), name, fill=(255, 0, 0), font=font)
+        corners = (clip(x, right), clip(y, bottom),
+                   clip(x + max(w, 0), right), clip(y + max(h, 0), bottom))  # fmt: skip
+        draw.rectangle(corners, outline=(255, 0, 0), width=5)
+        if -MAX_SIDE < x < right and -MAX_SIDE < y < bottom + 20:
+            draw.text((x, y - 20), name, fill=(255, 0, 0), font=font)
     return image
 
 
@@ -327,28 +397,37 @@ def load(
     refs: Sequence[ImageRef],
     max_pixels: int = MAX_PIXELS,
     counts: collections.Counter | None = None,
+    background: str = "white",
 ) -> list[Image.Image]:
     """The RGB images of one sample; each file is read, and each video decoded, once.
 
-    `counts["misnamed"]` goes up for images whose extension is wrong; they are still used.
+    Args:
+        refs: which.
+        max_pixels: a larger image is bad.
+        counts: "misnamed" goes up for images whose extension is wrong, "transparent" for those with
+            transparent pixels; both are used.
+        background: see `ImageConfig`.
+
+    Raises:
+        BadSample: one of them can't be used.
     """
+    counts = collections.Counter() if counts is None else counts
     frames: dict[str, list[int]] = collections.defaultdict(list)
     for ref in refs:
         if ref.frame is not None:
             frames[ref.path].append(ref.frame)
     videos = {path: decode_frames(path, wanted, max_pixels) for path, wanted in frames.items()}
-    files: dict[str, Image.Image] = {}
+    decoded: dict[str, Image.Image] = {}
     out = []
     for ref in refs:
         if ref.frame is not None:
             image = Image.fromarray(videos[ref.path][ref.frame])
         else:
-            if ref.path not in files:
+            if ref.path not in decoded:
                 data = read_bytes(ref.path)
-                if counts is not None and misnamed(ref.path, data[:16]):
-                    counts["misnamed"] += 1
-                files[ref.path] = decode(data, ref.path, max_pixels)
-            image = files[ref.path]
+                counts["misnamed"] += misnamed(ref.path, data[:16])
+                decoded[ref.path] = decode(data, ref.path, max_pixels, background, counts)
+            image = decoded[ref.path]
         if ref.box is not None:
             image = image.crop(crop_box(image.size, ref.box, ref.path))
         if ref.marks:

@@ -72,6 +72,7 @@ class Row:
             none of the view's tokens is read).
         predicted: bool[k] which kept images are to be predicted.
         turns: int32[n] or None, see `Batch`.
+        cut: whether the end of the sample was left out, as it did not fit.
     """
 
     tokens: np.ndarray
@@ -83,6 +84,7 @@ class Row:
     view_starts: np.ndarray
     predicted: np.ndarray
     turns: np.ndarray | None = None
+    cut: bool = False
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -130,7 +132,9 @@ def build_row(
     # `at`: which of the ids stands at each position; those of a place share a sentinel.
     widths = np.ones(len(ids), np.int64)
     widths[sentinels] = [len(place) for place in places]
-    at = np.repeat(np.arange(len(ids)), widths)[:length]
+    at = np.repeat(np.arange(len(ids)), widths)
+    shortened = cut or len(at) > length
+    at = at[:length]
     in_place = ids[at] == SENTINEL
     tokens, slots = _contents(ids[at], in_place, places, tokens_per_view)
     text = _text_labels(labels[at], in_place, tokens, slots)
@@ -152,6 +156,7 @@ def build_row(
     return Row(
         tokens, positions, text_targets, slots, visual_targets, starts,
         np.concatenate(views) if views else np.zeros(0, np.int32), predicted, turns,
+        shortened,
     )  # fmt: skip
 
 

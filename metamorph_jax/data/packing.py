@@ -19,8 +19,12 @@ import grain
 import numpy as np
 
 from metamorph_jax.data.config import DataConfig, DrawingSpec, InputSpec
-from metamorph_jax.errors import TooManyBadSamples
+from metamorph_jax.data.images import NOTES
+from metamorph_jax.errors import DataError, TooManyBadSamples
 from metamorph_jax.types import TEXT, Batch, Drawings, Images
+
+# What is counted of samples that are used; all other counts are of samples that are not.
+USED = ("cut", *NOTES)
 
 
 class Size(NamedTuple):
@@ -226,7 +230,9 @@ class PackedIterator(grain.DatasetIterator):
         layout: text that must be the same when a state is restored.
 
     Attributes:
-        counts: bad samples so far, "source/reason" -> number; "source/misnamed" were used.
+        counts: bad samples so far, "source/reason" -> number; those of `USED` were used.
+        used: good samples so far.
+        samples: the stream.
         last_rows: numbers of the samples in each row of the batch that came last.
     """
 
@@ -241,7 +247,7 @@ class PackedIterator(grain.DatasetIterator):
         layout: str = "",
     ):
         super().__init__()
-        self._stream, self._start = stream, start
+        self.samples, self._start = stream, start
         self._config, self._spec, self._rows = config, spec, rows
         self._cache_rows, self._layout = cache_rows, layout
         self._names = [s.name for s in stream.sources]
@@ -257,6 +263,7 @@ class PackedIterator(grain.DatasetIterator):
         self._packer = kind(row_limit(self._config, self._spec), o.open_rows)
         self._ready: list[list[dict]] = []
         self.counts: collections.Counter[str] = collections.Counter()
+        self.used = 0
 
     @property
     def sources(self) -> list[str]:
@@ -270,7 +277,7 @@ class PackedIterator(grain.DatasetIterator):
 
     def sample_names(self) -> Callable[[], list[list[str]]]:
         """A function that names the samples in each row of the batch that came last."""
-        rows, stream = self.last_rows, self._stream
+        rows, stream = self.last_rows, self.samples
         return lambda: [[stream.name(n) for n in row] for row in rows]
 
     @property
@@ -311,8 +318,10 @@ class PackedIterator(grain.DatasetIterator):
                 )
             return []
         self._bad_in_a_row = 0
-        if item.get("misnamed"):
-            self.counts[f"{name}/misnamed"] += int(item["misnamed"])
+        self.used += 1
+        for note in USED:
+            if item.get(note):
+                self.counts[f"{name}/{note}"] += int(item[note])
         return self._packer.add(item, _size(item))
 
     def get_state(self) -> dict:
@@ -325,12 +334,13 @@ class PackedIterator(grain.DatasetIterator):
             "ready": numbers(self._ready),
             "bad_in_a_row": self._bad_in_a_row,
             "counts": dict(self.counts),
+            "used": self.used,
             "layout": self._layout,
         }
 
     def set_state(self, state: dict) -> None:
         if state["layout"] != self._layout:
-            raise ValueError(
+            raise DataError(
                 "the data or the batch layout changed since the checkpoint was written:\n"
                 f"  checkpoint: {state['layout']}\n  now:        {self._layout}"
             )
@@ -342,11 +352,12 @@ class PackedIterator(grain.DatasetIterator):
             self._packer.used.append(functools.reduce(Size.__add__, map(_size, row)))
         self._bad_in_a_row = int(state["bad_in_a_row"])
         self.counts = collections.Counter(state["counts"])
+        self.used = int(state.get("used", 0))
 
     def _again(self, n: int) -> dict:
-        item = self._stream[n]
+        item = self.samples[n]
         if "bad" in item:
-            raise ValueError(f"sample {n} was good before the checkpoint, now: {item['detail']}")
+            raise DataError(f"sample {n} was good before the checkpoint, now: {item['detail']}")
         return item
 
     def close(self) -> None:

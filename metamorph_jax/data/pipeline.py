@@ -32,7 +32,7 @@ from metamorph_jax.data.sources import RecordSource, open_records
 from metamorph_jax.data.sources.base import ImageRef
 from metamorph_jax.data.sources.kinds import Files, Kind, known
 from metamorph_jax.data.stream import Mixture, SampleStream, choices
-from metamorph_jax.errors import BadSample, ConfigError
+from metamorph_jax.errors import BadSample, ConfigError, WorkerError
 from metamorph_jax.recipe import Shard
 from metamorph_jax.types import Batch
 
@@ -58,6 +58,7 @@ def open_sources(
 
     Raises:
         ConfigError: there are none, or one names a kind that does not exist.
+        FileError, DataError: a file is missing or not what its name says, or holds no records.
     """
     if not config.sources:
         raise ConfigError("config.data.sources is empty")
@@ -69,9 +70,11 @@ def open_sources(
                 f"{', '.join(table)}"
             )
         root = s.root or os.path.dirname(os.path.abspath(s.path.split(",")[0]))
-        files = Files(root, config.images.max_frames)
+        files = Files(root, config.frames)
         records = open_records(s.path, config.reading.index_dir or None)
-        out.append(RecordSource(name, records, files, s.kind, config.images.max_images, table))
+        out.append(
+            RecordSource(name, records, files, s.kind, config.images.max_images, table, s.ignore)
+        )
     return out
 
 
@@ -130,10 +133,10 @@ def open_cache(config: InputConfig, spec: InputSpec) -> caches.ArrayCache | None
     if config.cache.features and not spec.tower:
         return caches.ArrayCache(config.cache.features, shape=spec.feature_shape)
     if config.cache.features:
-        wanted = caches.feature_spec(views, spec)
+        wanted = caches.feature_spec(views, spec, config.images.background)
         return caches.ArrayCache(wanted.folder(config.cache.features), wanted)
     if config.cache.images:
-        wanted = caches.image_spec(views)
+        wanted = caches.image_spec(views, config.images.background)
         return caches.ArrayCache(wanted.folder(config.cache.images), wanted)
     return None
 
@@ -159,12 +162,13 @@ def fill_feature_cache(
     views = config.images.change(spec.views)
     caches.build(
         config.cache.features,
-        caches.feature_spec(views, spec),
+        caches.feature_spec(views, spec, config.images.background),
         all_refs(config, sources),
         views,
         compute,
         batch_size,
         max_pixels=config.images.max_pixels,
+        background=config.images.background,
     )
 
 
@@ -252,7 +256,7 @@ class _Restarting:
                     raise
                 self._deaths += 1
                 if self._deaths >= self._most:
-                    raise RuntimeError(
+                    raise WorkerError(
                         f"an input worker process died {self._deaths} times at sample "
                         f"{self._next} ({error}); memory? Try fewer data.reading.workers"
                     ) from error

@@ -18,6 +18,7 @@ from metamorph_jax.data.config import DataConfig, InputSpec
 from metamorph_jax.data.interleave import Place, Row, build_row, read_place, text_place
 from metamorph_jax.data.sources.base import ImageRef, Sample
 from metamorph_jax.errors import BadSample
+from metamorph_jax.files import shown
 
 ENDLESS = 2**62
 # Of a `Row`, what an item holds.
@@ -120,7 +121,8 @@ class SampleStream:
 
     A good item holds `index`, `source`, the arrays of a `Row` and, of the V views of its images,
     `cache` int64[V] (row in the cache, -1 if the view is in `pixels`) and `pixels` uint8[v, h, w,
-    3]; if it has j images to draw, `drawing_starts` int32[j], `drawings` uint8[j, h, w, 3] and
+    3]; `cut` is 1 if its end did not fit into a row, and `misnamed` and `transparent` count images;
+    if it has j images to draw, `drawing_starts` int32[j], `drawings` uint8[j, h, w, 3] and
     perhaps `captions` int32[j, L']. A bad item holds `index`, `source`, `bad` (the reason) and
     `detail`.
 
@@ -174,14 +176,19 @@ class SampleStream:
     def __getitem__(self, n: int) -> dict:
         n = int(n)
         source, _, k = self.locate(n)
+        where = ""
         try:
-            return {"index": n, "source": source, **self._item(self.sample(n))}
+            sample = self.sample(n)
+            where = sample.where
+            return {"index": n, "source": source, **self._item(sample)}
         except BadSample as e:
             reason, detail = e.reason, e.detail
         except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
             # Whatever else is wrong with one record must not stop a run of a million.
-            reason, detail = f"error_{type(e).__name__}", f"record {k}: {e}"
-        return {"index": n, "source": source, "bad": reason, "detail": detail}
+            reason, detail = f"error_{type(e).__name__}", str(e) if where else f"record {k}: {e}"
+        if where:
+            detail = f"{where}: {detail}" if detail else where
+        return {"index": n, "source": source, "bad": reason, "detail": shown(detail, 1000)}
 
     def _item(self, sample: Sample) -> dict:
         """Sizes of the images -> row -> pixels: what does not fit is never decoded."""
@@ -201,6 +208,7 @@ class SampleStream:
         places, drawn = places[: len(row.image_starts)], drawn[: len(row.image_starts)]
         self._check(sample, row, drawn)
         item = {name: getattr(row, name) for name in ROW_FIELDS}
+        item["cut"] = int(row.cut)
         if self.config.row.independent_turns:
             item["turns"] = np.zeros(len(row), np.int32) if row.turns is None else row.turns
         read = [(sample.images[k], place.views) for k, place in enumerate(places) if place.views]
@@ -242,10 +250,13 @@ class SampleStream:
             if first == 0:
                 raise BadSample("nothing_to_draw_from", "no text before an image to draw")
         elif not (targets or (row.text_targets >= 0).any()):
-            raise BadSample("fully_masked", sample.id)
+            if row.cut:
+                length = self.config.row.length
+                raise BadSample("too_long", f"no answer begins in the first {length} positions")
+            raise BadSample("fully_masked", "no answer to learn")
 
     def _pixels(self, read: Sequence[tuple[ImageRef, int]]) -> dict:
-        """`cache`, `pixels` and `misnamed` of (image, number of views)."""
+        """`cache`, `pixels` and counts of `images.NOTES` of (image, number of views)."""
         where: list[int] = []
         left: list[ImageRef] = []
         for ref, views in read:
@@ -260,16 +271,16 @@ class SampleStream:
         notes: collections.Counter = collections.Counter()
         item = {"cache": np.array(where, np.int64)}
         if left:
-            loaded = images.load(left, self.config.images.max_pixels, notes)
+            loaded = self.config.images.load(left, notes)
             item["pixels"] = np.concatenate([self.views.pixels(image) for image in loaded])
-        return item | {"misnamed": notes["misnamed"]}
+        return item | {name: notes[name] for name in images.NOTES}
 
     def _drawings(self, sample: Sample, row: Row, drawn: np.ndarray) -> dict:
         """What `Batch.drawings` needs of the images of these numbers."""
         if not len(drawn):
             return {}
         spec = self.spec.drawings
-        loaded = images.load([sample.images[k] for k in drawn], self.config.images.max_pixels)
+        loaded = self.config.images.load([sample.images[k] for k in drawn])
         item = {
             "drawing_starts": row.image_starts[drawn] - 1,
             "drawings": np.stack([spec.preprocess(image) for image in loaded]),

@@ -14,7 +14,6 @@ import numpy as np
 from flax import nnx
 
 from metamorph_jax import sharding
-from metamorph_jax.data import images
 from metamorph_jax.data.chat import Chat
 from metamorph_jax.data.config import ImageConfig
 from metamorph_jax.data.interleave import build_row, read_place
@@ -103,7 +102,7 @@ class Prompts:
         refs = image_refs(request)
         text = place_images((self.think if request.think else "") + request.prompt, len(refs))
         ids = self.chat.prompt([("user", text)])
-        loaded = images.load(refs, self.images.max_pixels)
+        loaded = self.images.load(refs)
         places = [read_place(*self.views.plan(image.size)) for image in loaded]
         sizes = [len(place.slots) for place in places]
         need = len(ids) - len(refs) + sum(sizes)

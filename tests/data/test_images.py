@@ -1,7 +1,12 @@
 import collections
 import io
 import json
+import os
+import pathlib
+import struct
+import time
 import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -14,6 +19,8 @@ from metamorph_jax.data.sources import ImageRef
 from metamorph_jax.data.sources.base import confined
 from metamorph_jax.errors import BadSample
 from tests.data.conftest import make_image
+
+CASES = pathlib.Path(__file__).parents[1] / "cases" / "data"
 
 
 def save(path, image, **kw):
@@ -165,12 +172,117 @@ def test_equals_the_published_processor(kind):
     check()
 
 
-def test_alpha_is_dropped(tmp_path):
+@pytest.mark.parametrize("background", images.BACKGROUNDS)
+def test_transparent_pixels(tmp_path, background):
+    """On white by default; the colours that they hide, as the published loaders, on request."""
     image = make_image(1, 9, 8)
     clear = image.copy()
-    clear.putalpha(0)
-    (loaded,) = images.load([save(tmp_path / "a.png", clear)])
-    assert np.array_equal(np.asarray(loaded), np.asarray(image))
+    clear.putalpha(Image.fromarray(np.where(np.arange(72).reshape(8, 9) < 36, 0, 255).astype("u1")))
+    want = np.asarray(image).copy()
+    if background != "drop":
+        want[:4] = 255 if background == "white" else 0
+    counts = collections.Counter()
+    for name, image_ in {"a.png": clear, "b.webp": clear, "c.tif": clear}.items():
+        options = {"lossless": True, "exact": True} if name == "b.webp" else {}
+        image_.save(tmp_path / name, **options)
+        (loaded,) = images.load([ImageRef(str(tmp_path / name))], 10**6, counts, background)
+        assert np.array_equal(np.asarray(loaded), want), name
+    assert counts["transparent"] == 3
+    (white,) = images.load([ImageRef(str(tmp_path / "a.png"))])
+    assert np.asarray(white)[0, 0].tolist() == [255, 255, 255]
+    image.convert("RGBA").save(tmp_path / "opaque.png")
+    opaque = images.load([ImageRef(str(tmp_path / "opaque.png"))], 10**6, counts)[0]
+    assert np.array_equal(np.asarray(opaque), np.asarray(image)) and counts["transparent"] == 3
+
+
+@pytest.mark.parametrize("mode", ["P", "LA", "L", "1"])
+def test_other_kinds_of_transparency(tmp_path, mode):
+    gray = Image.fromarray(np.full((4, 4), 100, np.uint8))
+    if mode == "LA":
+        gray.putalpha(0)
+        gray.save(tmp_path / "a.png")
+    else:
+        gray.convert(mode).save(tmp_path / "a.png", transparency=255 if mode == "1" else 100)
+    counts = collections.Counter()
+    (loaded,) = images.load([ImageRef(str(tmp_path / "a.png"))], counts=counts)
+    assert np.asarray(loaded).max() == 255
+    assert counts["transparent"] == 1
+
+
+def _ramp(path, image, **options):
+    image.save(path, **options)
+    return np.asarray(images.load([ImageRef(str(path))])[0])
+
+
+def test_more_than_eight_bits(tmp_path):
+    """The upper 8 bits of 16, in every format that has them; other depths are refused by name."""
+    cases = {name: np.asarray(images.load([ImageRef(f"{CASES}/{name}")])[0])
+             for name in ("gray8.png", "gray16.png", "gray16be.tif")}  # fmt: skip
+    for name, found in cases.items():
+        assert np.array_equal(found, cases["gray8.png"]), name
+    assert cases["gray8.png"].min() == 0 and cases["gray8.png"].max() == 255
+    values = np.linspace(0, 65535, 24).astype(np.uint16).reshape(4, 6)
+    for name in ("a.png", "a.tif"):
+        found = _ramp(tmp_path / name, Image.fromarray(values))
+        assert np.array_equal(found, np.repeat((values >> 8)[..., None], 3, 2)), name
+    for wrong in (values.astype(np.int32), values.astype(np.float32)):
+        with pytest.raises(BadSample, match="unsupported_depth.*a.tif"):
+            _ramp(tmp_path / "a.tif", Image.fromarray(wrong))
+
+
+def test_white_is_zero_and_twelve_bits(tmp_path):
+    values = np.linspace(0, 65535, 24).astype(np.uint16).reshape(4, 6)
+    found = _ramp(tmp_path / "a.tif", Image.fromarray(values), tiffinfo={262: 0})
+    assert found[0, 0, 0] == 255 and found[-1, -1, 0] == 0
+
+
+def _long_png(path, w, h):
+    """A gray PNG of any size in few bytes."""
+    chunk = lambda kind, data: (  # noqa: E731
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    )
+    rows = zlib.compress(bytes((w + 1) * h), 9) if w * h < 10**8 else b""
+    header = struct.pack(">IIBBBBB", w, h, 8, 0, 0, 0, 0)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    )
+
+
+def test_sizes_are_bounded_by_the_config_alone(tmp_path):
+    _long_png(tmp_path / "line.png", 1, 60_000_000)
+    with pytest.raises(BadSample, match="oversized.*65535 a side"):
+        images.load([ImageRef(str(tmp_path / "line.png"))])
+    _long_png(tmp_path / "large.png", 20_000, 20_000)  # above both of Pillow's own limits
+    for load in (images.load, images.sizes):
+        with pytest.raises(BadSample, match="at most 64000000 pixels"):
+            load([ImageRef(str(tmp_path / "large.png"))])
+    assert images.sizes([ImageRef(str(tmp_path / "large.png"))], 500_000_000) == [(20_000,) * 2]
+
+
+def test_boxes_of_any_size_are_drawn_at_once(tmp_path):
+    ref = save(tmp_path / "a.png", make_image(1, 50, 40))
+    far = [(1e18, 1e18, 1e18, 1e18), (-1e18, -1e18, 2e18, 2e18), (5, 5, 1e300, 1e300)]
+    marks = tuple((f"box {k}", box) for k, box in enumerate(far))
+    start = time.monotonic()
+    (drawn,) = images.load([ImageRef(ref.path, marks=marks)])
+    assert time.monotonic() - start < 2 and drawn.size == (50, 40)
+    assert np.asarray(drawn)[5, 20].tolist() == [255, 0, 0]  # the edge that lies inside
+
+
+def test_what_is_not_a_regular_file_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    for name in ("pipe.png", "pipe.mp4"):
+        ref = ImageRef(str(tmp_path / name), frame=0 if name.endswith("mp4") else None)
+        for load in (images.load, images.sizes):
+            with pytest.raises(BadSample, match="unreadable.*a pipe"):
+                load([ref])
+    with pytest.raises(BadSample, match="unreadable.*a device"):
+        images.load([ImageRef("/dev/zero")])
+    with open(tmp_path / "sparse.png", "wb") as f:
+        f.truncate(10**12)
+    with pytest.raises(BadSample, match="oversized"):
+        images.load([ImageRef(str(tmp_path / "sparse.png"))])
 
 
 def test_exif_rotation_is_not_applied(tmp_path):

@@ -209,10 +209,38 @@ def test_video_frames(clip, tmp_path):
 
 def test_video_kinds(clip):
     root = os.path.dirname(clip)
-    qa = {"id": "k700_1", "image": "v.mp4", "conversations": conversation("<video>\nWhat?", "It.")}
-    sample = build(qa, root=root)
-    assert sample.turns[0][1] == "<image>" * 3 + "What?"
-    assert [i.frame for i in sample.images] == [0, 10, 20]
+    frames = "<image>" * 3
+    for record, asked in (
+        ({"image": "v.mp4", "conversations": conversation("<video>\nWhat?", "It.")},
+         f"{frames}\nWhat?"),
+        ({"id": 7, "video": "v.mp4", "conversations": conversation("See <image>. What?", "It.")},
+         f"See {frames}. What?"),
+        ({"videos": ["v.mp4"], "messages": [{"role": "user", "content": "\nWhat?"},
+                                            {"role": "assistant", "content": "It."}]},
+         f"{frames}\nWhat?"),
+    ):  # fmt: skip
+        sample = build(record, root=root)
+        assert sample.kind == "video_qa" and sample.turns == (("user", asked), ("assistant", "It."))
+        assert [i.frame for i in sample.images] == [0, 10, 20]
+
+
+def test_videos_in_a_list(clip):
+    """Each marker stands for one path; images may be among them."""
+    root = os.path.dirname(clip)
+    for name in ("w.m4v", "x.MPG"):
+        os.link(clip, os.path.join(root, name))
+    record = {
+        "image": ["v.mp4", "a.png", "w.m4v", "x.MPG"],
+        "conversations": conversation("<video> then <image>?", "A <video>", "<image> B", "C"),
+    }
+    sample = build(record, root=root)
+    frames = "<image>" * 3
+    texts = [text for _, text in sample.turns]
+    assert texts == [f"{frames} then <image>?", f"A {frames}", f"{frames} B", "C"]
+    assert [i.frame for i in sample.images] == [0, 10, 20, None, *[0, 10, 20] * 2]
+    record["conversations"] = conversation("<video> then <image>?", "A")
+    with pytest.raises(BadSample, match="2 markers, 4 images and videos"):
+        build(record, root=root)
 
 
 def test_cache_takes_frames_of_a_video(clip, tmp_path):

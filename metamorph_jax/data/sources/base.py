@@ -5,9 +5,11 @@ import os
 import re
 
 from metamorph_jax.errors import BadSample
+from metamorph_jax.files import shown
 
 IMAGE = "<image>"
-Turn = tuple[str, str]  # (role, text); role is "user" or "assistant", text may hold <image> markers
+VIDEO = "<video>"
+Turn = tuple[str, str]  # (role, text); role: system, user, assistant; text may hold <image> markers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,23 +47,39 @@ class Sample:
     Attributes:
         id: name in the file, for messages only.
         source: name of the source.
-        turns: ((role, text), ...), user first, roles alternate.
+        turns: ((role, text), ...), user first, roles alternate; before it perhaps a system turn.
         images: in the order of their markers.
+        kind: of its record, see `kinds.py`.
+        where: file, line and id of its record, for messages.
     """
 
     id: str
     source: str
     turns: tuple[Turn, ...]
     images: tuple[ImageRef, ...] = ()
+    kind: str = ""
+    where: str = ""
 
     def checked(self, max_images: int) -> "Sample":
-        """Itself, or BadSample if the markers don't match the images."""
+        """Itself, or BadSample if the markers don't match the images, or a text isn't one."""
+        for k, (_, text) in enumerate(self.turns):
+            if not _is_encodable(text):
+                raise BadSample("bad_text", f"turn {k} has half of a surrogate pair")
         markers = sum(text.count(IMAGE) for _, text in self.turns)
         if markers != len(self.images):
             raise BadSample("marker_mismatch", f"{markers} markers, {len(self.images)} images")
         if markers > max_images:
             raise BadSample("too_many_images", f"{markers} images, at most {max_images} allowed")
         return self
+
+
+def _is_encodable(text: str) -> bool:
+    """Whether a text is one; JSON may spell out halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 _PARENT = re.compile(r"(^|[/\\])\.\.([/\\]|$)")
@@ -73,12 +91,14 @@ def confined(root: str, path: str) -> str:
     The test looks at the text of the path only, so a link inside the root may point elsewhere:
     the owner of the folder put it there.
     """
-    if not isinstance(path, str) or not path or "\0" in path:
-        raise BadSample("bad_path", repr(path))
+    if not isinstance(path, str) or not path or "\0" in path or not _is_encodable(path):
+        raise BadSample("bad_path", shown(repr(path)))
+    if "://" in path or path.startswith("data:"):
+        raise BadSample("bad_path", f"{shown(path)}: only files under the root are read, not URLs")
     if _PARENT.search(path):
-        raise BadSample("path_outside_root", path)
+        raise BadSample("path_outside_root", shown(path))
     root = os.path.abspath(root)
     full = os.path.normpath(path if os.path.isabs(path) else os.path.join(root, path))
     if full != root and not full.startswith(root.rstrip(os.sep) + os.sep):
-        raise BadSample("path_outside_root", path)
+        raise BadSample("path_outside_root", shown(path))
     return full

@@ -1,26 +1,31 @@
 """From a record to a `Sample`: how each kind of data is recognised and laid out.
 
-| kind     | recognised by                                    | images              |
-|----------|--------------------------------------------------|---------------------|
-| text     | no `image`                                       | none                |
-| images   | `image` is a list                                | all, in order       |
-| video_qa | `image` is a video                               | a frame each second |
-| image    | any other `image` (questions and answers, pairs) | that one            |
+| kind     | recognised by                         | images                                       |
+|----------|---------------------------------------|----------------------------------------------|
+| text     | no path                               | none                                         |
+| images   | a list of paths                       | all, in order                                |
+| video_qa | a path of a video, alone or in a list | a frame each second in place of its marker   |
+| image    | one path                              | that one                                     |
 
-A recipe may bring kinds of its own (`recipe.KINDS`); they are asked first.
+The conversation of a record is always kept. A recipe may bring kinds of its own (`recipe.KINDS`),
+which are asked first. Records that a recipe would lay out in another way say so: `kind` of the
+record, or of its source, names the kind.
 """
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 
 from metamorph_jax.data.sources import video
-from metamorph_jax.data.sources.base import IMAGE, ImageRef, Sample, Turn, confined
+from metamorph_jax.data.sources.base import IMAGE, VIDEO, ImageRef, Sample, Turn, confined
+from metamorph_jax.data.sources.schema import ROLES, canonical
 from metamorph_jax.errors import BadSample
+from metamorph_jax.files import shown
 
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+# What looks like a marker but is not one of ours.
+_MARKER = re.compile(r"<\|?(?:image|img|video|picture|audio|frame)s?[ _-]?\d*\|?>", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Files:
 
     Attributes:
         root: folder that their paths are relative to and must stay in.
-        max_frames: frames of a video.
+        max_frames: most frames of a video.
     """
 
     root: str
@@ -61,25 +66,24 @@ def paths_of(record: dict) -> list[str]:
 
 
 def turns_of(record: dict) -> tuple[Turn, ...]:
-    """The turns with our role names; a leading answer is dropped, then roles must alternate."""
-    conversation = record.get("conversations")
-    if not isinstance(conversation, list) or not conversation:
-        raise BadSample("bad_record", f"{record.get('id')}: no conversations")
-    turns = []
-    for turn in conversation:
-        role = ROLES.get(turn.get("from")) if isinstance(turn, dict) else None
-        text = turn.get("value") if isinstance(turn, dict) else None
-        if role is None or not isinstance(text, str):
-            raise BadSample("bad_record", f"{record.get('id')}: a turn needs `from` and `value`")
-        turns.append((role, text))
+    """The turns but for the system's; a leading answer is dropped, then roles must alternate."""
+    turns = [(ROLES[turn["from"]], turn["value"]) for turn in record.get("conversations") or ()]
+    if not turns:
+        raise BadSample("bad_record", "no conversations")
     if turns[0][0] == "assistant":
         turns = turns[1:]
     for k, (role, _) in enumerate(turns):
         if role != ("user", "assistant")[k % 2]:
-            raise BadSample("bad_roles", f"{record.get('id')}: turn {k} is by {role}")
+            raise BadSample(
+                "bad_roles", f"turn {k} is by {role}: expected user and assistant in turn"
+            )
     if not turns:
-        raise BadSample("bad_record", f"{record.get('id')}: nothing but an answer")
+        raise BadSample("bad_record", "nothing but an answer")
     return tuple(turns)
+
+
+def has_video(record: dict) -> bool:
+    return any(video.is_video(path) for path in paths_of(record))
 
 
 def is_text(record: dict) -> bool:
@@ -91,7 +95,11 @@ def is_list(record: dict) -> bool:
 
 
 def is_video(record: dict) -> bool:
-    return not is_text(record) and not is_list(record) and video.is_video(str(record["image"]))
+    return not is_text(record) and has_video(record)
+
+
+def is_images(record: dict) -> bool:
+    return is_list(record) and not has_video(record)
 
 
 def is_image(record: dict) -> bool:
@@ -101,22 +109,55 @@ def is_image(record: dict) -> bool:
 def conversation(record: dict, files: Files, rng: np.random.Generator):
     """The record's turns as they are, with all of its images."""
     turns = turns_of(record)
+    _check_markers(turns, (IMAGE,), is_text(record))
     return turns, tuple(files.image(path) for path in paths_of(record))
 
 
 def video_conversation(record: dict, files: Files, rng: np.random.Generator):
-    """The record's turns, with a frame of each second before the first question."""
-    path = files.image(paths_of(record)[0]).path
-    indices = video.frame_indices(video.probe(path), 1.0, files.max_frames)
-    turns = turns_of(record)
-    clean = tuple((role, re.sub(r"<(image|video)>\s*", "", text)) for role, text in turns)
-    first = (clean[0][0], IMAGE * len(indices) + clean[0][1])
-    return (first, *clean[1:]), tuple(ImageRef(path, frame=i) for i in indices)
+    """The record's turns, with a frame of each second of a video in place of its marker.
+
+    The k-th marker, `<image>` or `<video>`, stands for the k-th path. A video alone may do without:
+    its frames then come before the first question.
+    """
+    turns, refs, counts = turns_of(record), [], []
+    _check_markers(turns, (IMAGE, VIDEO), False)
+    for path in paths_of(record):
+        found = [files.image(path)]
+        if video.is_video(path):
+            indices = video.frame_indices(video.probe(found[0].path), 1.0, files.max_frames)
+            found = [ImageRef(found[0].path, frame=i) for i in indices]
+        refs += found
+        counts.append(len(found))
+    markers = sum(text.count(IMAGE) + text.count(VIDEO) for _, text in turns)
+    if len(counts) == 1 and not markers:
+        turns = ((turns[0][0], IMAGE + turns[0][1]), *turns[1:])
+    elif markers != len(counts):
+        raise BadSample("marker_mismatch", f"{markers} markers, {len(counts)} images and videos")
+    left = iter(counts)
+    fill = lambda match: IMAGE * next(left)  # noqa: E731
+    turns = tuple((role, re.sub(f"{IMAGE}|{VIDEO}", fill, text)) for role, text in turns)
+    return turns, tuple(refs)
+
+
+def _check_markers(turns: tuple[Turn, ...], ours: tuple[str, ...], text_only: bool) -> None:
+    """BadSample for markers that mean nothing here.
+
+    In a record without images, words like `<video>` may be about HTML: there they are markers only
+    at the beginning or the end of a message.
+    """
+    for k, (_, text) in enumerate(turns):
+        for match in _MARKER.finditer(text):
+            found = match.group()
+            inside = text[: match.start()].strip() and text[match.end() :].strip()
+            if found not in ours and not (text_only and inside):
+                raise BadSample(
+                    "unknown_marker", f"turn {k}: {shown(found)!r}, expected {' or '.join(ours)}"
+                )
 
 
 KINDS: Mapping[str, Kind] = {
     "text": Kind(is_text, conversation),
-    "images": Kind(is_list, conversation),
+    "images": Kind(is_images, conversation),
     "video_qa": Kind(is_video, video_conversation),
     "image": Kind(is_image, conversation),
 }
@@ -139,14 +180,38 @@ def build(
     rng: np.random.Generator,
     kind: str = "auto",
     kinds: Mapping[str, Kind] = KINDS,
+    ignore: Collection[str] = (),
 ) -> Sample:
-    """The sample of a record, as `kind` or, with "auto", as the first kind that it matches."""
+    """The sample of a record.
+
+    Args:
+        record: as its file has it, see `schema`.
+        source: its name.
+        files: where its images are.
+        rng: of all random choices.
+        kind: of all records of the source that don't say themselves, or "auto": the first kind
+            that a record matches.
+        kinds: there are.
+        ignore: keys of records that are passed over.
+
+    Raises:
+        BadSample: whatever is wrong with it.
+    """
     if kind != "auto" and kind not in kinds:
         raise ValueError(f"unknown kind {kind!r}: expected one of auto, {', '.join(kinds)}")
-    try:
-        turns, images = kinds[recognise(record, kinds) if kind == "auto" else kind].build(
-            record, files, rng
+    read = canonical(record, ignore)
+    own = read.get("kind") or kind
+    if not isinstance(own, str) or own not in ("auto", *kinds):
+        raise BadSample(
+            "unknown_kind",
+            f"`kind` is {shown(own, 60)!r}, expected one of auto, {', '.join(kinds)}",
         )
+    kind = recognise(read, kinds) if own == "auto" else own
+    try:
+        turns, images = kinds[kind].build(read, files, rng)
     except (KeyError, IndexError, TypeError, AttributeError) as e:
-        raise BadSample("bad_record", f"{record.get('id')}: {type(e).__name__} {e}") from e
-    return Sample(str(record.get("id", "")), source, turns, images)
+        what = f"{type(e).__name__} {shown(e)}"
+        raise BadSample("bad_record", f"not a record of kind {kind}: {what}") from e
+    if "system" in read and turns[0][0] != "system":
+        turns = (("system", read["system"]), *turns)
+    return Sample(str(record.get("id", "")), source, turns, images, kind)

@@ -1,38 +1,35 @@
 """Files of records with random access: JSON, JSONL (indexed by byte offset), ArrayRecord, TFDS.
 
-A record is one decoded JSON object with the keys `id`, `image` and `conversations` (and whatever
-its kind needs). `RecordSource` turns record k into a `Sample`.
+A record is one decoded JSON object, see `schema.py`. `RecordSource` turns record k into a `Sample`.
 """
 
 import dataclasses
 import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from metamorph_jax import files
 from metamorph_jax.data.sources.base import Sample
 from metamorph_jax.data.sources.kinds import KINDS, Files, Kind, build
-from metamorph_jax.errors import BadSample
+from metamorph_jax.errors import BadSample, DataError, FileError
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
+MAX_JSON = 2**31  # bytes; what is larger has to be JSON lines
 
 
 class JsonRecords:
     """A JSON file holding one list of records; all of it is kept in memory."""
 
+    bad_lines: tuple[tuple[int, str], ...] = ()
+
     def __init__(self, path: str):
         self.path = path
-        with open(path, encoding="utf-8") as f:
-            try:
-                self.records = json.load(f)
-            except json.JSONDecodeError as e:
-                raise ValueError(f"{path}: not valid JSON ({e}); is it JSON lines?") from e
-        if not isinstance(self.records, list):
-            raise ValueError(f"{path}: expected a list of records, got {type(self.records)}")
-        self.bad_lines: tuple[tuple[int, str], ...] = ()
+        self.records = files.read_json(
+            path, list, what="a list of records (JSON lines are .jsonl)", max_bytes=MAX_JSON
+        )
 
     def __reduce__(self):  # worker processes read the file themselves
         return (JsonRecords, (self.path,))
@@ -42,6 +39,10 @@ class JsonRecords:
 
     def __getitem__(self, k: int) -> dict:
         return self.records[k]
+
+    def where(self, k: int) -> str:
+        """File and place of record k."""
+        return f"{files.shown(self.path)} record {k}"
 
 
 class JsonlRecords:
@@ -54,7 +55,7 @@ class JsonlRecords:
 
     def __init__(self, path: str, index_dir: str | None = None):
         self.path = path
-        stat = os.stat(path)
+        stat = os.stat(files.regular(path))
         stamp = [INDEX_VERSION, stat.st_size, stat.st_mtime_ns]
         for index_path in _index_places(path, index_dir):
             index = _load_index(index_path, stamp)
@@ -74,13 +75,11 @@ class JsonlRecords:
             self._fd = os.open(self.path, os.O_RDONLY)
         # pread keeps no file position, so threads may share the descriptor.
         data = os.pread(self._fd, int(self.lengths[k]), int(self.offsets[k]))
-        try:
-            record = json.loads(data)
-        except ValueError as e:
-            raise BadSample("bad_json", f"{self.path} line {int(self.lines[k])}: {e}") from e
-        if not isinstance(record, dict):
-            raise BadSample("bad_json", f"{self.path} line {int(self.lines[k])}: not an object")
-        return record
+        return _record(data, self.where(k))
+
+    def where(self, k: int) -> str:
+        """File and line of record k."""
+        return f"{files.shown(self.path)} line {int(self.lines[k])}"
 
     @property
     def bad_lines(self) -> tuple[tuple[int, str], ...]:
@@ -101,16 +100,16 @@ class JsonlRecords:
             os.close(self._fd)
 
 
+def _record(data: bytes, where: str) -> dict:
+    try:
+        return files.parse(data, where, dict)
+    except FileError as e:
+        raise BadSample("bad_json", str(e)) from e
+
+
 def _scan_lines(path: str):
-    offsets, lengths, lines = [], [], []
-    position = 0
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
-            if line.strip():
-                offsets.append(position)
-                lengths.append(len(line))
-                lines.append(number)
-            position += len(line)
+    found = [(at, len(line), n) for n, at, line in files.raw_lines(path) if line.strip()]
+    offsets, lengths, lines = zip(*found, strict=True) if found else ((), (), ())
     return np.array(offsets, np.int64), np.array(lengths, np.int32), np.array(lines, np.int32)
 
 
@@ -127,9 +126,14 @@ def _index_places(path: str, index_dir: str | None) -> list[str]:
 
 def _load_index(path: str, stamp: list[int]):
     try:
-        with np.load(path, allow_pickle=False) as z:
+        with files.opened(path) as f, np.load(f, allow_pickle=False) as z:
             if z["stamp"].tolist() == stamp:
-                return z["offsets"], z["lengths"], z["lines"]
+                offsets, lengths, lines = z["offsets"], z["lengths"], z["lines"]
+                ends = offsets + lengths
+                if offsets.shape == lengths.shape == lines.shape == (len(ends),) and (
+                    not len(ends) or (offsets.min() >= 0 and ends.max() <= stamp[1])
+                ):
+                    return offsets, lengths, lines
     except Exception:  # absent, or broken in any way: it is only a cache, so it is made again
         return None
     return None
@@ -158,21 +162,27 @@ class ArrayRecords:
         try:
             from array_record.python import array_record_data_source
         except ImportError as e:
-            raise ImportError("ArrayRecord files need the package `array_record`") from e
+            raise DataError("ArrayRecord files need the package `array_record`") from e
         self.path = path
-        self.reader = array_record_data_source.ArrayRecordDataSource(path.split(","))
+        parts = [str(files.regular(part)) for part in path.split(",")]
+        try:
+            self.reader = array_record_data_source.ArrayRecordDataSource(parts)
+        except Exception as e:  # its C++ raises RuntimeError, and others for wrong arguments
+            raise FileError(f"{files.shown(path)}: not ArrayRecord ({files.shown(e)})") from e
 
     def __len__(self) -> int:
         return len(self.reader)
 
     def __getitem__(self, k: int) -> dict:
         try:
-            record = json.loads(self.reader[k])
-        except ValueError as e:
-            raise BadSample("bad_json", f"{self.path} record {k}: {e}") from e
-        if not isinstance(record, dict):
-            raise BadSample("bad_json", f"{self.path} record {k}: not an object")
-        return record
+            data = self.reader[k]
+        except Exception as e:
+            raise BadSample("bad_json", f"{self.where(k)} can't be read: {files.shown(e)}") from e
+        return _record(data, self.where(k))
+
+    def where(self, k: int) -> str:
+        """File and place of record k."""
+        return f"{files.shown(self.path)} record {k}"
 
 
 class TfdsRecords:
@@ -187,16 +197,21 @@ class TfdsRecords:
         try:
             import tensorflow_datasets as tfds
         except ImportError as e:
-            raise ImportError("TFDS sources need the package `tensorflow_datasets`") from e
-        name, split = path.removeprefix("tfds:").rsplit("/", 1)
+            raise DataError("TFDS sources need the package `tensorflow_datasets`") from e
+        name, slash, split = path.removeprefix("tfds:").rpartition("/")
+        if not slash:
+            raise DataError(f"{files.shown(path)}: expected tfds:NAME/SPLIT")
         self.path = path
-        self.reader = tfds.data_source(name, split=split)
+        try:
+            self.reader = tfds.data_source(name, split=split)
+        except Exception as e:  # many kinds, for names, splits and files alike
+            raise DataError(f"{files.shown(path)}: {files.shown(e, 300)}") from e
         features = self.reader.dataset_info.features
         for key in ("id", "image", "conversations"):
             kind = features[key] if key in features else None
             kind = kind.feature if isinstance(kind, tfds.features.Sequence) else kind
             if kind is not None and not isinstance(kind, tfds.features.Text):
-                raise ValueError(
+                raise DataError(
                     f"{path}: feature {key!r} is {type(kind).__name__}, expected Text: "
                     "images are named by their paths, conversations are JSON"
                 )
@@ -212,24 +227,40 @@ class TfdsRecords:
 
         record = {key: plain(value) for key, value in self.reader[k].items()}
         if isinstance(record.get("conversations"), str):
-            record["conversations"] = json.loads(record["conversations"])
+            try:
+                record["conversations"] = files.parse(record["conversations"], "conversations")
+            except FileError as e:
+                raise BadSample("bad_json", str(e)) from e
         return record
+
+    def where(self, k: int) -> str:
+        """Name and place of record k."""
+        return f"{files.shown(self.path)} record {k}"
 
 
 def open_records(path: str, index_dir: str | None = None):
-    """The reader for a path, chosen by its name: tfds:…, .json, .jsonl, .arrayrecord."""
+    """The reader for a path, chosen by its name: tfds:…, .json, .jsonl, .arrayrecord.
+
+    Raises:
+        FileError: a file is missing, or is not what its name says.
+        DataError: there are no records, or the package that reads them is missing.
+    """
     if path.startswith("tfds:"):
-        return TfdsRecords(path)
-    first = path.split(",")[0]
-    if not os.path.exists(first):
-        raise FileNotFoundError(f"data file {first!r} does not exist")
-    if first.endswith((".arrayrecord", ".array_record")):
-        return ArrayRecords(path)
-    if first.endswith(".json"):
-        return JsonRecords(path)
-    if first.endswith((".jsonl", ".ndjson")):
-        return JsonlRecords(path, index_dir)
-    raise ValueError(f"{first!r}: expected .json, .jsonl, .arrayrecord or tfds:NAME/SPLIT")
+        found = TfdsRecords(path)
+    elif path.split(",")[0].endswith((".arrayrecord", ".array_record")):
+        found = ArrayRecords(path)
+    elif path.endswith(".json"):
+        found = JsonRecords(path)
+    elif path.endswith((".jsonl", ".ndjson")):
+        found = JsonlRecords(path, index_dir)
+    else:
+        raise FileError(
+            f"data file {files.shown(repr(path))}: expected .json, .jsonl, .arrayrecord or "
+            "tfds:NAME/SPLIT"
+        )
+    if not len(found):
+        raise DataError(f"{files.shown(path)} holds no records")
+    return found
 
 
 @dataclasses.dataclass
@@ -243,6 +274,7 @@ class RecordSource:
         kind: "auto" recognises the kind of each record; else a name in `kinds`.
         max_images: a sample with more images is bad.
         kinds: the kinds there are, see `kinds.known`.
+        ignore: keys of records that are passed over, see `schema`.
     """
 
     name: str
@@ -251,14 +283,28 @@ class RecordSource:
     kind: str = "auto"
     max_images: int = 70
     kinds: Mapping[str, Kind] = dataclasses.field(default_factory=lambda: KINDS)
+    ignore: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.records)
 
     def sample(self, k: int, rng: np.random.Generator) -> Sample:
-        """Sample k; every random choice (wording, frames) comes from `rng`."""
-        record = self.records[k]
-        if not isinstance(record, dict):
-            raise BadSample("bad_record", f"record {k} is not an object")
-        sample = build(record, self.name, self.files, rng, self.kind, self.kinds)
-        return sample.checked(self.max_images)
+        """Sample k; every random choice (wording, frames) comes from `rng`.
+
+        Raises:
+            BadSample: the record can't be used; the detail begins with its file, line and id.
+        """
+        where = self.records.where(k) if hasattr(self.records, "where") else f"record {k}"
+        try:
+            record = self.records[k]
+            if not isinstance(record, dict):
+                raise BadSample("bad_record", "not an object")
+            if "id" in record:
+                where += f", id {files.shown(repr(record['id']), 80)}"
+            sample = build(
+                record, self.name, self.files, rng, self.kind, self.kinds, self.ignore
+            ).checked(self.max_images)
+        except BadSample as e:
+            named = e.detail.startswith(where)
+            raise BadSample(e.reason, e.detail if named else f"{where}: {e.detail}") from e
+        return dataclasses.replace(sample, where=where)

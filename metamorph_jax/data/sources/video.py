@@ -4,9 +4,19 @@ import dataclasses
 
 import numpy as np
 
-from metamorph_jax.errors import BadSample
+from metamorph_jax import files
+from metamorph_jax.errors import BadSample, FileError, MissingFile
 
-EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".wmv", ".flv", ".webm")
+EXTENSIONS = (
+    ".mp4", ".m4v", ".avi", ".mov", ".mkv", ".wmv", ".flv", ".webm", ".mpg", ".mpeg",
+    ".mts", ".m2ts", ".3gp", ".ogv",
+)  # fmt: skip
+# Containers only: a playlist by the name of a video must not open other files, or addresses.
+_OPEN = {
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,asf,flv,live_flv,mpeg,mpegvideo,"
+    "mpegts,ogg,m4v,h264,hevc",
+    "protocol_whitelist": "file",
+}
 
 
 def is_video(path: str) -> bool:
@@ -21,6 +31,16 @@ def _av():
             "reading video needs PyAV: pip install 'metamorph_jax[video]' (or pip install av)"
         ) from e
     return av
+
+
+def _opened(av, path: str):
+    """The open container; BadSample if the path is not that of a regular file."""
+    try:
+        return av.open(str(files.regular(path)), options=_OPEN)
+    except MissingFile as e:
+        raise BadSample("missing", files.shown(path)) from e
+    except FileError as e:
+        raise BadSample("unreadable", str(e)) from e
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +60,7 @@ def probe(path: str) -> VideoInfo:
     """Reads the header; counts packets where the container does not say how many frames it has."""
     av = _av()
     try:
-        with av.open(path) as container:
+        with _opened(av, path) as container:
             if not container.streams.video:
                 raise BadSample("no_video_stream", path)
             stream = container.streams.video[0]
@@ -49,8 +69,6 @@ def probe(path: str) -> VideoInfo:
             size = stream.width, stream.height
             if frames <= 0:
                 frames = sum(1 for p in container.demux(stream) if p.size)
-    except FileNotFoundError as e:
-        raise BadSample("missing", path) from e
     except (av.error.FFmpegError, OSError) as e:
         raise BadSample("bad_video", f"{path}: {e}") from e
     if frames <= 0 or not np.isfinite(fps) or fps <= 0:
@@ -80,9 +98,11 @@ def decode_frames(path: str, wanted: list[int], max_pixels: int) -> dict[int, np
     out: dict[int, np.ndarray] = {}
     last = None
     try:
-        with av.open(path) as container:
+        with _opened(av, path) as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
+            if stream.width * stream.height > max_pixels:
+                raise BadSample("oversized", f"{path}: {stream.width}x{stream.height}")
             for index, frame in enumerate(container.decode(stream)):
                 if frame.width * frame.height > max_pixels:
                     raise BadSample("oversized", f"{path}: {frame.width}x{frame.height}")
@@ -91,8 +111,6 @@ def decode_frames(path: str, wanted: list[int], max_pixels: int) -> dict[int, np
                     out[missing.pop(0)] = frame.to_ndarray(format="rgb24")
                     if not missing:
                         break
-    except FileNotFoundError as e:
-        raise BadSample("missing", path) from e
     except (av.error.FFmpegError, OSError, IndexError) as e:
         if last is None:
             raise BadSample("bad_video", f"{path}: {e}") from e

@@ -43,6 +43,7 @@ def open_data(data: Data, cfg: Config, shard: Shard) -> DecoderPairs:
         data.reading.threads,
         predicted=Predicted(data.predicted) if data.predicted else None,
         predicted_share=data.predicted_share,
+        reading=data.images,
     )
     pairs.sources, pairs.skipped = pipeline.source_names(data), pairs.counts
     return pairs

@@ -99,9 +99,16 @@ def _count(n: int) -> str:
 
 
 def frame_prediction(
-    frames: int, step: float, rng: np.random.Generator
+    frames: int, step: float, rng: np.random.Generator, most: int = 45
 ) -> tuple[str, str, list[int]]:
     """A question and an answer about `frames` frames that lie `step` seconds apart.
+
+    Args:
+        frames: there are, at least 2.
+        step: seconds.
+        rng: of all choices.
+        most: images that a sample may hold; the one wording that shows frames twice is left out
+            where that would be more.
 
     Returns:
         (question, answer, which frame each marker stands for, in order).
@@ -123,9 +130,9 @@ def frame_prediction(
     chosen = list(range(start, end + 1))
     m = len(chosen)
     left = frames - 1 - end  # frames after the selection
-    made = [_forward, _split, _reverse, _gaps, _order, _interval]
-    if left:
-        made.append(_continue)
+    made = [_forward, _split, _reverse, _gaps]
+    made += [_order] if 2 * m <= most else []
+    made += [_interval, _continue] if left else [_interval]
     return choose(made, rng)(chosen, m, left, seconds, rng)
 
 

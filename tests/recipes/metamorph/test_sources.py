@@ -1,6 +1,7 @@
 """MetaMorph's own kinds of records, and their wordings."""
 
 import os
+import time
 
 import numpy as np
 import pytest
@@ -27,21 +28,68 @@ def test_recognise():
         "text": {},
         "image": {"image": "a.jpg"},
         "images": {"image": ["a.jpg", "b.jpg"]},
-        "video_qa": {"image": "v/x.mp4", "id": "k700_12"},
-        "frame_prediction": {"image": "v/x.webm", "id": "howto"},
-        "visual_cot": {"image": ["visual_cot/a.jpg", "visual_cot/a.jpg###[1,2,3,4]"]},
-        "vstar": {"image": "a.jpg", "id": "vstar_7"},
+        "video_qa": {
+            "image": "v/x.mp4",
+            "id": "1",
+            "conversations": [{"from": "user", "value": "Q"}],
+        },
+        "frame_prediction": {"image": "v/x.webm", "conversations": [{"from": "user", "value": ""}]},
     }
-    assert set(cases) == set(TABLE)
+    assert set(cases) | {"vstar", "visual_cot"} == set(TABLE)
     for kind, record in cases.items():
         assert kinds.recognise(record, TABLE) == kind
     assert kinds.recognise({"image": None}, TABLE) == "text"
+    assert kinds.recognise({"image": "v/x.webm"}, TABLE) == "frame_prediction"
+
+
+def test_names_don_t_choose_the_task(clip):  # noqa: F811
+    """A conversation is kept whatever ids and paths are called; `kind` says otherwise."""
+    said = conversation("<image>\nWhat? Additional information to focus on: cup.", "A cup.")
+    for record in (
+        {"id": "vstar_1", "image": "visual_cot/a.jpg"},
+        {"id": "k700_1", "image": ["visual_cot/a.jpg"]},
+        {"id": "howto", "image": "v.mp4"},
+    ):
+        sample = build(record | {"conversations": said}, root=os.path.dirname(clip))
+        assert sample.kind in ("image", "images", "video_qa")
+        assert [text.replace("<image>", "") for _, text in sample.turns] == [
+            said[0]["value"].replace("<image>", ""), "A cup."
+        ]  # fmt: skip
+        asked = record | {"conversations": said, "kind": "frame_prediction", "image": "v.mp4"}
+        assert build(asked, root=os.path.dirname(clip)).kind == "frame_prediction"
+    with pytest.raises(BadSample, match="unknown_kind: `kind` is 'vqa', expected one of auto, vst"):
+        build({"kind": "vqa", "conversations": said})
+    ignored = build({"kind": "vqa", "conversations": conversation("Q", "A")}, ignore=("kind",))
+    assert ignored.kind == "text"
+
+
+@pytest.mark.parametrize("letters", ["a", "###[", "focus on", "bounding box ", " "])
+def test_long_texts_take_no_time(letters):
+    text = letters * (200_000 // len(letters))
+    start = time.monotonic()
+    sources.before_sentence(text, "bounding box")
+    record = {"image": ["a.jpg", f"a.jpg{text}"], "conversations": conversation(*"abcd")}
+    with pytest.raises(BadSample):
+        build(record, kind="visual_cot")
+    build({"conversations": conversation(text + "x", text + "y")})
+    assert time.monotonic() - start < 1
+
+
+def test_before_sentence():
+    for text, want in (
+        ("<image>\nWhat? Please give the Bounding Box now. And more", "<image>\nWhat?"),
+        ("a bounding box", ""), ("No box at all. ", "No box at all."), ("İ. x bounding box", "İ."),
+    ):  # fmt: skip
+        assert sources.before_sentence(text, "bounding box") == want
 
 
 @pytest.mark.parametrize("reason,record", [
-    ("bad_crop", {"image": ["visual_cot/a", "b##[1]"], "conversations": conversation(*"abcd")}),
-    ("bad_record", {"image": ["visual_cot/a", "b###[1,2,3,4]"], "conversations": []}),
-    ("bad_record", {"id": "vstar", "image": "a", "conversations": conversation("a", "b")}),
+    ("bad_crop", {"kind": "visual_cot", "image": ["a", "b##[1]"],
+                  "conversations": conversation(*"abcd")}),
+    ("bad_record", {"kind": "visual_cot", "image": ["a", "b###[1,2,3,4]"], "conversations": []}),
+    ("bad_record", {"kind": "vstar", "image": "a", "conversations": conversation("a", "b")}),
+    ("bad_boxes", {"kind": "vstar", "image": "a", "conversations": conversation("a", "b"),
+                   "target_instances": [{"name": "x" * 999, "bbox": [1, 2, 3, 4]}]}),
 ])  # fmt: skip
 def test_bad_records(reason, record):
     with pytest.raises(BadSample) as e:
@@ -52,6 +100,7 @@ def test_bad_records(reason, record):
 def test_visual_cot():
     record = {
         "image": ["visual_cot/a.jpg", "visual_cot/a.jpg###[10, 20, 30, 40]"],
+        "kind": "visual_cot",
         "conversations": conversation(
             "<image>\nWhat does the sign say? Please give the bounding box coordinate of the "
             "region that helps.", "[0.1, 0.2, 0.3, 0.4]", "<image>", "Stop."),
@@ -72,7 +121,7 @@ def test_visual_cot():
 def test_vstar():
     boxes = [{"name": n, "bbox": [1, 2, 3, 4]} for n in ("cup", "dog", "cat")]
     record = {
-        "id": "vstar_1", "image": "a.jpg", "target_instances": boxes,
+        "id": "1", "kind": "vstar", "image": "a.jpg", "target_instances": boxes,
         "conversations": conversation(
             "<image>\nWhat colour is the cup? Additional visual information to focus on: cup.",
             "It is red."),
