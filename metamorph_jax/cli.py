@@ -17,6 +17,7 @@ COMMANDS = {
     "train": ("metamorph_jax.train.command", "train a stage, or resume its training"),
     "config": ("metamorph_jax.train.show_config", "list every option of a config"),
     "generate": ("metamorph_jax.sampling.generate", "answer, draw, edit, think visually"),
+    "chat": ("metamorph_jax.sampling.chat", "talk with a model, which is loaded once"),
     "sweep": ("metamorph_jax.sweep.command", "train the runs that a config lists and compare them"),
     "plan": ("metamorph_jax.plan.command", "memory and speed of a step on chips you don't have"),
     "convert": ("metamorph_jax.convert.command", "read, write and check published weights"),

@@ -22,6 +22,7 @@ import numpy as np
 
 from metamorph_jax.convert import chat_template, names, safetensors, tokenizers
 from metamorph_jax.errors import WeightError
+from metamorph_jax.files import shown
 
 DTYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16"}
 
@@ -178,8 +179,10 @@ def listed_eos(generation: Mapping) -> list[int]:
     given = generation.get("eos_token_id")
     ids = given if isinstance(given, list) else [] if given is None else [given]
     if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
-        raise WeightError(f"generation_config.json: eos_token_id {given!r:.100} is not an id, nor a "
-                          "list of ids")  # fmt: skip
+        raise WeightError(
+            f"generation_config.json: eos_token_id {shown(repr(given), 100)} is neither an id nor "
+            "a list of ids"
+        )
     return ids
 
 

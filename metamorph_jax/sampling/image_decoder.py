@@ -6,10 +6,12 @@ import jax
 import numpy as np
 from flax import nnx
 
+from metamorph_jax.convert import load
 from metamorph_jax.errors import UserError, WeightError
-from metamorph_jax.models.diffusion.decoder import DiffusionDecoder
+from metamorph_jax.models.diffusion.decoder import DiffusionConfig, DiffusionDecoder
 from metamorph_jax.models.diffusion.samplers import Sampler, SamplingConfig, make_sampler
 from metamorph_jax.sampling.trained import load_trained
+from metamorph_jax.train import checkpoint
 
 
 @runtime_checkable
@@ -46,7 +48,7 @@ class ImageDecoder:
         self.sampling: SamplingConfig = model.cfg.sampling
         self._shape = model.decoder.cfg.sample_shape
         steps = self.sampling.steps if steps is None else steps
-        sampler = checked_sampler(model.cfg, steps)
+        sampler = checked_sampler(self.sampling, model.decoder.cfg, steps)
         graph, self._weights = nnx.split(model)
 
         def draw(weights, features, noise, guidance):
@@ -78,27 +80,45 @@ class ImageDecoder:
         return np.round(images * 255).astype(np.uint8)
 
 
-def checked_sampler(cfg, steps: int) -> Sampler:
-    """The sampler of a drawing model's config.
+def checked_sampler(sampling: SamplingConfig, decoder: DiffusionConfig, steps: int) -> Sampler:
+    """The sampler of a drawing model.
 
     Raises:
         UserError: it can't make so many steps of the schedule that the model was trained with.
     """
     try:
-        sampler = make_sampler(cfg.sampling.sampler, cfg.decoder.from_pure_noise)
-        sampler.checked_table(cfg.decoder.schedule, steps)
+        sampler = make_sampler(sampling.sampler, decoder.from_pure_noise)
+        sampler.checked_table(decoder.schedule, steps)
     except ValueError as error:
         raise UserError(f"--steps (or config.model.sampling.steps): {error}") from error
     return sampler
+
+
+def check_image_decoder(workdir: str, steps: int | None = None) -> None:
+    """Raises where `load_image_decoder` would, as far as can be told without weights.
+
+    Raises:
+        UserError: there is no finished run, its model does not draw, or not in so many steps.
+    """
+    recipe, cfg, _ = load.open_run(workdir)
+    model = nnx.eval_shape(lambda: recipe.create(cfg, nnx.Rngs(0)))
+    _check_draws(workdir, model)
+    sampling = model.cfg.sampling
+    checked_sampler(sampling, model.decoder.cfg, sampling.steps if steps is None else steps)
+    checkpoint.export_shapes(workdir)
+
+
+def _check_draws(workdir: str, model) -> None:
+    if not isinstance(model, DrawingModel):
+        raise UserError(f"{workdir} holds a {type(model).__name__}, which draws no images")
 
 
 def load_image_decoder(workdir: str, steps: int | None = None) -> ImageDecoder:
     """The model that draws, from the workdir of its training.
 
     Raises:
-        UserError: the model in there does not draw.
+        UserError: the model in there does not draw, or not in so many steps.
     """
     model = load_trained(workdir)[2]
-    if not isinstance(model, DrawingModel):
-        raise UserError(f"{workdir} holds a {type(model).__name__}, which draws no images")
+    _check_draws(workdir, model)
     return ImageDecoder(model, steps)

@@ -63,9 +63,10 @@ def test_jsonl(workdir, loaded, image_files, tmp_path, capsys):
     file.write_text("\n".join(lines))
     out = tmp_path / "out"
     words = ["--prompts", file, "--out", out, "--max-new-tokens", 6, "--batch-size", 2]
-    assert _run(workdir, *words) == 1  # something was skipped
+    with pytest.raises(cli.UserError, match="4 prompts were skipped"):
+        _run(workdir, *words)
     heard = capsys.readouterr()
-    assert "line 2" in heard.err and "2 <image> markers" in heard.err
+    assert "line 2" in heard.err and "2 markers, 1 images" in heard.err
     assert "gone.png" in heard.err and "c.png" in heard.err
     records = json.loads((out / "segments.json").read_text())
     assert [r["id"] for r in records] == ["one", "3", "last"]
@@ -79,7 +80,8 @@ def test_jsonl(workdir, loaded, image_files, tmp_path, capsys):
     kept = results.read_text().splitlines()
     results.write_text("\n".join(kept[:2]) + '\n{"id": "las')
     capsys.readouterr()
-    _run(workdir, *words)
+    with pytest.raises(cli.UserError, match="4 prompts were skipped"):
+        _run(workdir, *words)
     heard = capsys.readouterr()
     assert "2 of 6 were done before" in heard.err
     assert json.loads((out / "segments.json").read_text()) == records
@@ -91,7 +93,7 @@ def test_jsonl(workdir, loaded, image_files, tmp_path, capsys):
     "words, message",
     [
         (["--prompt", "x", "--image", "missing.png"], "missing.png"),
-        (["--prompt", "<image>"], "1 <image> markers, but 0 images"),
+        (["--prompt", "<image>"], "1 markers, 0 images"),
         (["--prompt", "x", "--prompts", "y"], "either --prompt or --prompts"),
         (["--prompts", "missing.jsonl"], "no file missing.jsonl"),
         (["--prompt", "x", "--decoder", "d"], "--out"),

@@ -145,7 +145,9 @@ class Sampler:
             table = None
         if table is None or not table.fits(total):
             name = type(self).__name__
-            raise ValueError(f"{steps} steps are too many for {name} with {total} training timesteps")
+            raise ValueError(
+                f"{steps} steps are too many for {name} with {total} training timesteps"
+            )
         return table
 
     def integrate(
