@@ -149,8 +149,7 @@ class Session:
             why = shown(error, 1000)
             full = self._conversation.turns and "has room" in why
             return self._complain(f"{why}; /reset begins anew" if full else why)
-        finally:
-            stream.end()
+        stream.end()
         self._images, self._video = [], ""
         self._keep(reply)
 
