@@ -12,6 +12,7 @@ import sys
 
 from metamorph_jax import platforms
 from metamorph_jax.errors import UserError
+from metamorph_jax.files import shown
 
 COMMANDS = {
     "train": ("metamorph_jax.train.command", "train a stage, or resume its training"),
@@ -74,7 +75,7 @@ def parse(argv: list[str]):
     if "config" in vars(args):
         args.overrides, rest = _take_overrides(rest)
     if rest:
-        parser.error(f"unknown arguments: {' '.join(rest)}")
+        parser.error(f"unknown arguments: {shown(' '.join(rest))}")
     return module, args
 
 

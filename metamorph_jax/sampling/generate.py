@@ -222,7 +222,10 @@ def parse_mesh(text: str | None) -> dict[str, int] | None:
         axes = {axis.strip(): int(size) for axis, size in pairs}
     except ValueError:
         raise bad from None
-    if len(axes) < len(pairs) or any(size < 1 and size != -1 for size in axes.values()):
+    from metamorph_jax import sharding
+
+    wrong_size = any(size < 1 and size != -1 for size in axes.values())
+    if len(axes) < len(pairs) or wrong_size or axes.keys() - {*sharding.AXES}:
         raise bad
     return axes
 

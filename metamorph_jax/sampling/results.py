@@ -241,9 +241,9 @@ class Output:
         for number, _, line in files.raw_lines(self._file):
             try:
                 record = files.parse(line, "the line", dict)
-                request = record["request"]
+                request, _ = record["request"], [*_named(record), record["text"]]
                 self._records[request["id"], request["sample"]] = record
-            except (FileError, KeyError, TypeError):
+            except (FileError, KeyError, TypeError, AttributeError):
                 # The last line may have been cut off while it was written.
                 if line.endswith(b"\n"):
                     damaged.append(number)
@@ -270,9 +270,9 @@ class Output:
     def has(self, request: Request) -> bool:
         """Whether this very request was answered, and the files of its reply are there."""
         record = self._records.get((request.id, request.sample))
-        return record is not None and record["request"] == _asked(request) and all(
-            (self.folder / name).is_file() for name in _named(record)
-        )  # fmt: skip
+        if record is None or record["request"] != _asked(request):
+            return False
+        return all((self.folder / name).is_file() for name in _named(record))
 
     def write(self, request: Request, reply: Reply) -> None:
         record, arrays = describe(reply, request.id, request.sample)
@@ -293,10 +293,7 @@ def _asked(request: Request) -> dict:
 
 
 def _named(record: Mapping) -> list[str]:
-    """The files that a record names, or one that never exists if it is damaged."""
-    try:
-        images = [s for s in record["segments"] if s["type"] == "image"]
-        names = [n for s in images for n in (s["features"], *s["drawings"].values())]
-        return [pathlib.PurePath(name).name for name in names]
-    except (KeyError, TypeError, AttributeError):
-        return ["\0"]
+    """The files that a record names; KeyError, TypeError or AttributeError if it is damaged."""
+    images = [s for s in record["segments"] if s["type"] == "image"]
+    names = [n for s in images for n in (s["features"], *s["drawings"].values())]
+    return [pathlib.PurePath(name).name for name in names]
