@@ -64,8 +64,8 @@ VALUES = (
     None, True, 0, -1, 10**4000, 1e308, float("nan"), "", " ", "\0", "\ud800", "\x1b[2J", "\u202e",
     "x\nmetamorph: nothing wrong", "../a.png", "/dev/zero", "/dev/stdin", "pipe.png", "pipe.mp4",
     "text.png", "empty.png", "text.mp4", "playlist.mp4", "gone.png", ".", "a" * 5000, [], [[]],
-    [""], ["a.png"], ["a.png", 3], {}, {"a": []}, "<image>", "<video>", "<image>" * 100, "<|image|>",
-    "https://localhost/a.png", "file:///etc/passwd",
+    [""], ["a.png"], ["a.png", 3], {}, {"a": []}, "<image>", "<video>", "<image>" * 100,
+    "<|image|>", "https://localhost/a.png", "file:///etc/passwd",
 )  # fmt: skip
 KEYS = ("id", "prompt", "image", "images", "video", "think", "surprise\x1b", "\ud800")
 LINES = (
