@@ -10,6 +10,8 @@ import dataclasses
 import importlib
 import pathlib
 import pkgutil
+import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
@@ -17,6 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 
 from metamorph_jax.errors import ConfigError
+from metamorph_jax.files import shown
 from metamorph_jax.flops import Work
 
 
@@ -165,23 +168,51 @@ def installed() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules([str(folder)]))
 
 
+_MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+
+
 def find(name: str) -> Recipe | ModuleType:
     """The recipe of this name in `metamorph_jax.recipes`, or the module `package.module`.
 
+    The name comes from the user's command line or config file: other modules are imported, which
+    runs their code. A name that comes out of a file goes to `find_saved`.
+
     Raises:
-        ConfigError: there is none, or the module lacks some of a recipe's names.
+        ConfigError: there is none, or the module lacks some of a recipe's names, or a module that
+            it needs.
     """
+    given, known = shown(repr(name), 80), ", ".join(installed())
+    none = ConfigError(f"config.recipe {given} is none of {known}, nor an importable module")
+    if not isinstance(name, str) or not _MODULE.fullmatch(name):
+        raise none
     module = name if "." in name else f"metamorph_jax.recipes.{name}"
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name and not f"{module}.".startswith(f"{error.name}."):
-            raise  # the recipe is there, something that it needs is not
-        raise ConfigError(
-            f"config.recipe {name!r} is none of {', '.join(installed())}, nor an importable module"
-        ) from error
+            raise ConfigError(
+                f"config.recipe {name!r} needs the module {error.name}, which is not installed"
+            ) from error
+        raise none from error
     missing = [n for n in NAMES if n not in vars(found)]
     if missing:
         raise ConfigError(f"config.recipe {name!r}: {module} is not a recipe, it lacks "
                           f"{', '.join(missing)}")  # fmt: skip
     return found
+
+
+def find_saved(name: str, file: str | pathlib.Path) -> Recipe | ModuleType:
+    """The recipe that a file names, as the config.json of a run does. No module is imported for it.
+
+    Raises:
+        ConfigError: it is none of those in `metamorph_jax.recipes`, nor a module that the user has
+            named: on the command line (`--recipe`), or in a config file.
+    """
+    if name in installed() or (isinstance(name, str) and "." in name and name in sys.modules):
+        return find(name)
+    asked = f"--recipe {name}" if isinstance(name, str) and _MODULE.fullmatch(name) else ""
+    raise ConfigError(
+        f"{file} names the recipe {shown(repr(name), 80)}, which is none of "
+        f"{', '.join(installed())}"
+        + (f"; if you know that module and trust it, add {asked}" if asked and "." in name else "")
+    )

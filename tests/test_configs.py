@@ -13,6 +13,7 @@ from flax import nnx
 
 from metamorph_jax import cli, options, sharding
 from metamorph_jax import config as configs
+from metamorph_jax.data.config import DataConfig
 from metamorph_jax.errors import ConfigError
 from metamorph_jax.recipe import find
 from metamorph_jax.train import optim, state
@@ -318,3 +319,24 @@ def test_options_that_were_refused(old):
         near = re.escape(f"config.{old} is not an option; did you mean config.{new}?")
         with pytest.raises(ConfigError, match=near):
             configs.load_config(spec, {old: value})
+
+
+@pytest.mark.parametrize(("file", "size"), **named(CASES))
+def test_limits_agree(file, size):
+    """A video of any length fits into a row, with some room for what is asked about it."""
+    run = resolve(configs.load_config(f"{file}:{size}"))
+    data = run.data
+    if not isinstance(data, DataConfig):
+        return
+    spec = run.recipe.batch_spec(data, run.model, 1)
+    slots = MODULES[file].sizes.VISION[size].get("tokens", 64) + 2
+    assert 0 < data.frames <= min(data.row.images, data.images.max_images)
+    assert data.frames * slots < 0.8 * spec.tokens.shape[1]
+
+
+def test_limits_that_contradict_each_other_are_refused():
+    spec = f"{ROOT}/metamorph/vpit.py:8b"
+    config = configs.load_config(spec, {"data.images.max_frames": "45", "data.row.images": "24"})
+    with pytest.raises(ConfigError, match="max_frames is 45, but row.images is 24"):
+        resolve(config)
+    assert resolve(configs.load_config(spec, {"data.row.images": "48"})).data.frames == 45

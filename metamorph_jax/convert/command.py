@@ -40,6 +40,10 @@ def add_arguments(parser) -> None:
         help="format: hf, for transformers or diffusers (default); peft, the adapters of a run; "
         "reference, a run in the files of its system's public implementation",
     )  # fmt: skip
+    parser.add_argument(
+        "--recipe", metavar="MODULE",
+        help="your own recipe, where workdir:PATH was trained with one; its code is imported",
+    )  # fmt: skip
     parser.add_argument("--out", metavar="DIR", help="folder for the result; must not exist yet")
     parser.add_argument(
         "--dtype", choices=("same", "f32", "bf16", "f16"), default="same",
@@ -51,7 +55,7 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--decoder", metavar="WORKDIR", help="with workdir:…: the run of its diffusion decoder"
     )
-    parser.add_argument("--allow-nan", action="store_true", help="accept weights with NaN")
+    parser.add_argument("--allow-nan", action="store_true", help="accept weights with NaN or inf")
     parser.add_argument("--list", action="store_true", help="families, sizes and memory needs")
     parser.add_argument(
         "--check", action="store_true",
@@ -67,10 +71,13 @@ def run(args) -> int:
         return 0
     if not args.source:
         raise UserError("nothing to convert: give --from SPEC (or --list)")
+    from metamorph_jax import recipe
     from metamorph_jax.convert import names
     from metamorph_jax.errors import HubError
 
     try:
+        if args.recipe:
+            recipe.find(args.recipe)
         if args.check:
             from metamorph_jax.convert import check
 
@@ -165,7 +172,7 @@ def _from_gguf(spec: str, file, folder: pathlib.Path, dtype: str, most: int, tit
     reader = gguf.open_gguf(file)
     fields = gguf.read_config(reader)
     source = export.Source(fields, gguf.read_tokenizer(reader))
-    kinds = sorted({tensor.tensor_type.name for tensor in reader.tensors})
+    kinds = sorted({tensor.kind.name for tensor in reader.tensors})
     lines = [f"Dequantised from GGUF ({', '.join(kinds)}): lost precision is not restored."]
     total = _rewrite(spec, families.of_fields(fields, spec), gguf.Weights(reader, fields), source,
                      folder, dtype, most)  # fmt: skip

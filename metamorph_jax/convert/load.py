@@ -8,7 +8,6 @@
 Every tensor is read when its turn comes, cast, and put on its shards; no other copy exists.
 """
 
-import json
 import pathlib
 from collections.abc import Mapping
 
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from metamorph_jax import config
+from metamorph_jax import config, files
 from metamorph_jax import recipe as recipes
 from metamorph_jax.convert import names
 from metamorph_jax.errors import ConfigError
@@ -71,13 +70,19 @@ def open_run(workdir: str | pathlib.Path):
     """(recipe, its Config, the whole resolved config as a dict) of a run, from its workdir.
 
     Raises:
-        ConfigError: it has no config.json, or one that this version can't read.
+        FileError: its config.json is not JSON.
+        ConfigError: it has no config.json, or one that this version can't read; or it names a
+            recipe that is neither in this package nor named by the user.
     """
     file = pathlib.Path(workdir).absolute() / "config.json"
     if not file.is_file():
         raise ConfigError(f"{file.parent} is not the workdir of a training run (no config.json)")
-    values = json.loads(file.read_text())
-    recipe = recipes.find(values["recipe"])
+    values = files.read_json(file)
+    absent = [key for key in ("recipe", "model") if key not in values]
+    if absent or not isinstance(values["model"], dict):
+        wrong = f"it has no {absent[0]}" if absent else "its model is not an object"
+        raise ConfigError(f"{file} is not the config of a training run: {wrong}")
+    recipe = recipes.find_saved(values["recipe"], file)
     return recipe, config.build(recipe.Config, values["model"], "config.model"), values
 
 

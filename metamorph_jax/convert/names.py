@@ -28,6 +28,7 @@ import numpy as np
 from flax import nnx
 
 from metamorph_jax import distributed
+from metamorph_jax.convert import casts
 from metamorph_jax.models import lora
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
@@ -42,7 +43,7 @@ _passed_over = contextvars.ContextVar("passed_over", default=frozenset())
 
 @contextlib.contextmanager
 def allow_nan():
-    """Inside, tensors with NaN are loaded instead of refused."""
+    """Inside, tensors with NaN or inf are loaded instead of refused."""
     token = _nan_allowed.set(True)
     try:
         yield
@@ -241,22 +242,22 @@ def load_torch_dict(
 
     Raises:
         ValueError: listing every missing, left-over and mis-shaped key; or every tensor that holds
-            NaN (see `allow_nan`), after which the module is partly filled. Where the module is
-            spread over several processes, all raise it, whichever of them saw the NaN.
+            NaN or inf (see `allow_nan`), integers where floating-point numbers belong, or numbers
+            too large for the parameter's dtype, after which the module is partly filled. Where the
+            module is spread over several processes, all raise it, whichever of them saw it.
     """
     given = {k[len(prefix) :] for k in tensors if k.startswith(prefix)}
     given = {k for k in given if not ignore(k)}
     leaves = _plan(module, only, stacked, rename)
     _check(f"{type(module).__name__} (prefix {prefix!r})", leaves, tensors, prefix, given)
-    with_nan: list[str] = []
+    faults: list[tuple[str, str]] = []
     spread = False
     for leaf in leaves:
         if id(_variable(module, leaf.path)) in _passed_over.get():
             continue
         keys = [prefix + key for key, _ in leaf.tensors]
-        spread |= not _fill(module, leaf.path, tensors, keys, leaf.many, with_nan)
-    if not _nan_allowed.get():
-        _refuse_nan(with_nan, spread)
+        spread |= not _fill(module, leaf.path, tensors, keys, leaf.many, faults)
+    _refuse(faults, spread)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,14 +305,22 @@ def _check(what: str, leaves: list[_Leaf], tensors: Mapping, prefix: str, given:
     raise ValueError("\n".join(lines))
 
 
-def _refuse_nan(with_nan: list[str], spread: bool) -> None:
+def _refuse(faults: list[tuple[str, str]], spread: bool) -> None:
+    """Raises ValueError with every (fault, key); those of NaN and inf may be allowed."""
     if spread:  # each process has looked at its own shards only
-        with_nan = sorted({key for keys in distributed.gather(with_nan) for key in keys})
-    if with_nan:
-        raise ValueError(f"NaN in {len(with_nan)} tensors: {'; '.join(with_nan)}")
+        faults = [tuple(pair) for pairs in distributed.gather(faults) for pair in pairs]
+    found: dict[str, set[str]] = {}
+    for fault, key in faults:
+        if not (_nan_allowed.get() and fault in casts.ALLOWED):
+            found.setdefault(fault, set()).add(key)
+    if found:
+        raise ValueError("\n".join(
+            f"{fault} in {len(keys)} tensors: {'; '.join(sorted(keys))}"
+            for fault, keys in sorted(found.items())
+        ))  # fmt: skip
 
 
-def _fill(module, path, tensors, keys, many: bool, with_nan: list[str]) -> bool:
+def _fill(module, path, tensors, keys, many: bool, faults: list) -> bool:
     """Replaces one parameter by its tensor, or by many of them along its leading axis.
 
     Returns:
@@ -330,8 +339,8 @@ def _fill(module, path, tensors, keys, many: bool, with_nan: list[str]) -> bool:
         views = [from_torch_layout(leaf, np.asarray(tensors[k])) for k in keys]
         if not many:
             (view,) = views
-            return _Piece(keys, [view], view.shape, dtype, with_nan, alone=True)
-        return _Piece(keys, views, (len(views), *shape[1:]), dtype, with_nan)
+            return _Piece(keys, [view], view.shape, dtype, faults, alone=True)
+        return _Piece(keys, views, (len(views), *shape[1:]), dtype, faults)
 
     step = _layers_at_once(shape, dtype) if many else len(keys)
     if step >= len(keys):
@@ -365,9 +374,9 @@ def _layers_at_once(shape, dtype) -> int:
 class _Piece:
     """Some layers of a leaf (or all of it) on their way to the devices."""
 
-    def __init__(self, keys, views, shape, dtype, with_nan, alone=False):
+    def __init__(self, keys, views, shape, dtype, faults, alone=False):
         self.keys, self.views, self.shape, self.dtype = keys, views, shape, dtype
-        self.with_nan, self.alone = with_nan, alone
+        self.faults, self.alone = faults, alone
         self._made = {}  # devices that hold the same part share one host copy
 
     def __call__(self, index) -> np.ndarray:
@@ -376,32 +385,27 @@ class _Piece:
         if key in self._made:
             return self._made[key]
         if self.alone:
-            out = np.array(self.views[0][index], self.dtype, order="C")
-            self._look(self.keys[0], out)
+            part = self.views[0][index]
+            out = np.empty(part.shape, self.dtype)
+            self._copy(out, part, self.keys[0])
         else:
             which = range(*index[0].indices(len(self.views)))
             rest = index[1:]
             out = np.empty((len(which), *self.views[0][rest].shape), self.dtype)
             for row, i in zip(out, which, strict=True):
-                row[...] = self.views[i][rest]
-                self._look(self.keys[i], row)
+                self._copy(row, self.views[i][rest], self.keys[i])
         self._made[key] = out
         return out
 
-    def _look(self, key: str, array: np.ndarray) -> None:
-        if _has_nan(array) and key not in self.with_nan:
-            self.with_nan.append(key)
+    def _copy(self, out: np.ndarray, part: np.ndarray, key: str) -> None:
+        fault = casts.cast_into(out, part)
+        if fault and (fault, key) not in self.faults:
+            self.faults.append((fault, key))
 
     def put(self, where) -> jax.Array:
         if where is None:
             return jnp.asarray(self((slice(None),) * len(self.shape)))
         return jax.make_array_from_callback(self.shape, where, self)
-
-
-def _has_nan(array: np.ndarray) -> bool:
-    if array.dtype.name == "bfloat16":  # on its bits, several times faster than by way of float32
-        return bool(((array.view(np.uint16) & 0x7FFF) > 0x7F80).any())
-    return array.dtype.kind == "f" and bool(np.isnan(array).any())
 
 
 @functools.cache

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from metamorph_jax.convert import casts
 from metamorph_jax.errors import WeightError
 
 _DTYPES = {
@@ -198,7 +199,12 @@ def write(path: pathlib.Path, names: Iterable[str], shapes: Mapping, dtypes: Map
     with pathlib.Path(path).open("wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            array = np.ascontiguousarray(get(name), np.dtype(dtypes[name]))
-            if array.shape != tuple(shapes[name]):
-                raise WeightError(f"{name} is {array.shape}, expected {tuple(shapes[name])}")
+            given, dtype = get(name), np.dtype(dtypes[name])
+            if given.shape != tuple(shapes[name]):
+                raise WeightError(f"{name} is {given.shape}, expected {tuple(shapes[name])}")
+            with np.errstate(over="ignore", invalid="ignore"):  # it is looked at right below
+                array = np.ascontiguousarray(given, dtype)
+            fault = "" if given.dtype == dtype else casts.fault_of(given, array)
+            if fault and fault not in casts.ALLOWED:  # those were allowed when they were read
+                raise WeightError(f"{fault} in {name}: it can't be written as {dtype}")
             f.write(memoryview(array.reshape(-1).view(np.uint8)))

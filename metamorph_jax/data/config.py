@@ -28,8 +28,8 @@ class SourceConfig:
         root: folder of the images, which no path may leave; the file's folder if empty.
         weight: share in the mixture (with all 0: every record once an epoch).
         kind: "auto", or the kind of all its records (`sources/kinds.py`, and the recipe's own).
-        ignore: keys of its records that are passed over though they look like content
-            (`sources/schema.py`).
+        ignore: keys of its records, separated by commas, that are passed over though they look like
+            content (`sources/schema.py`).
     """
 
     path: str
@@ -37,7 +37,7 @@ class SourceConfig:
     root: str = ""
     weight: float = 0.0
     kind: str = "auto"
-    ignore: tuple[str, ...] = ()
+    ignore: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

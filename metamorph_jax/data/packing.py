@@ -231,7 +231,6 @@ class PackedIterator(grain.DatasetIterator):
 
     Attributes:
         counts: bad samples so far, "source/reason" -> number; those of `USED` were used.
-        used: good samples so far.
         samples: the stream.
         last_rows: numbers of the samples in each row of the batch that came last.
     """
@@ -263,7 +262,6 @@ class PackedIterator(grain.DatasetIterator):
         self._packer = kind(row_limit(self._config, self._spec), o.open_rows)
         self._ready: list[list[dict]] = []
         self.counts: collections.Counter[str] = collections.Counter()
-        self.used = 0
 
     @property
     def sources(self) -> list[str]:
@@ -318,7 +316,6 @@ class PackedIterator(grain.DatasetIterator):
                 )
             return []
         self._bad_in_a_row = 0
-        self.used += 1
         for note in USED:
             if item.get(note):
                 self.counts[f"{name}/{note}"] += int(item[note])
@@ -334,7 +331,6 @@ class PackedIterator(grain.DatasetIterator):
             "ready": numbers(self._ready),
             "bad_in_a_row": self._bad_in_a_row,
             "counts": dict(self.counts),
-            "used": self.used,
             "layout": self._layout,
         }
 
@@ -352,7 +348,6 @@ class PackedIterator(grain.DatasetIterator):
             self._packer.used.append(functools.reduce(Size.__add__, map(_size, row)))
         self._bad_in_a_row = int(state["bad_in_a_row"])
         self.counts = collections.Counter(state["counts"])
-        self.used = int(state.get("used", 0))
 
     def _again(self, n: int) -> dict:
         item = self.samples[n]

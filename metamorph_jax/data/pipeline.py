@@ -72,9 +72,9 @@ def open_sources(
         root = s.root or os.path.dirname(os.path.abspath(s.path.split(",")[0]))
         files = Files(root, config.frames)
         records = open_records(s.path, config.reading.index_dir or None)
-        out.append(
-            RecordSource(name, records, files, s.kind, config.images.max_images, table, s.ignore)
-        )
+        ignore = tuple(key.strip() for key in s.ignore.split(","))
+        most = config.images.max_images
+        out.append(RecordSource(name, records, files, s.kind, most, table, ignore))
     return out
 
 

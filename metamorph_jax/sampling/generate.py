@@ -195,9 +195,12 @@ def read(args, outcome: "Outcome") -> list[Request]:
 
 def load(args):
     """The generator that the command line names."""
+    from metamorph_jax import recipe
     from metamorph_jax.sampling import image_decoder
     from metamorph_jax.sampling.trained import load_generator
 
+    if args.recipe:
+        recipe.find(args.recipe)
     if args.decoder:  # what can be told before weights are read
         image_decoder.check_image_decoder(args.decoder, args.steps)
     asked = {"force_end": args.force_end, "parity": args.parity}

@@ -34,6 +34,7 @@ from metamorph_jax.train.goodput import Goodput
 from metamorph_jax.train.metrics import Logger, flops_per_step
 from metamorph_jax.train.optim import Optimizer, Params
 from metamorph_jax.train.profile import Trace
+from metamorph_jax.train.skipped import Skipped
 from metamorph_jax.train.state import Parts, TrainState
 from metamorph_jax.train.step import make_step
 
@@ -326,6 +327,7 @@ class Loop:
         )
         skip = cfg.guard.on_bad == "skip"
         self.bad = BadSteps(workdir, skip, cfg.guard.most_in_a_row, self.data.sources)
+        self.skipped = Skipped(self.data, self.log.say)
         self.saving = Saving(start, self.log)
         self.pending: Pending | None = None  # the step whose values are not read yet
 
@@ -405,6 +407,8 @@ class Loop:
             if not self.data.dry:
                 raise ConfigError(f"step {pending.step}: nothing in the batch has a target")
             return False
+        if self.log.due(pending.step) or pending.step == self.start.first + 1:
+            self.log.data = self.skipped.report()
         skipped = self.bad.judge(pending, report)
         if skipped:
             self.log.say(skipped)
@@ -453,7 +457,7 @@ class Loop:
         ended |= not self.read()
         if ended:
             step = int(self.state.step)
-            self.log.say(f"the data ended after {step} of {self.cfg.steps} steps")
+            self.log.say(self.skipped.ended(step, self.cfg.steps))
         if self.saving.step < step:
             best = self.evaluate(step, self.evals.due(step, last=True))
             self.saving.save(step, self.state, best, evaluated=True)

@@ -80,6 +80,7 @@ class Logger:
     ):
         self.steps, self.first, self.every, self.active = steps, first, every, active
         self.goodput = goodput
+        self.data: Mapping[str, float] = {}  # counts of samples that were skipped or cut
         self.flops_per_step = 0.0  # of the model, set when the first batch is known
         chip = chips.find(jax.devices()[0].device_kind)
         self.chips = devices / (chip.devices if chip else 1)
@@ -171,12 +172,16 @@ class Logger:
             self.goodput.step(wait)
         if self._bar is not None:
             self._bar.update()
-        if step % self.every and step != self.steps:
+        if not self.due(step):
             return None
         line = self._line(step)
         self._write(step, line)
         self._clear()
         return line
+
+    def due(self, step: int) -> bool:
+        """Whether a line is written after this step."""
+        return step % self.every == 0 or step == self.steps
 
     def _line(self, step: int) -> dict[str, float]:
         line = {name: n / d for name, (n, d) in self._sums.items() if d > 0}
@@ -187,6 +192,7 @@ class Logger:
         line["images_per_second"] = self._counts["images"] / steps * timed / seconds
         line["data_wait"] = min(self._wait / seconds, 1.0)
         line["seconds_left"] = (self.steps - step) * seconds / timed
+        line |= self.data
         if self.skipped:
             line["skipped_steps"] = self.skipped
         if self._counts["positions"]:
@@ -241,7 +247,7 @@ def format_line(step: int, steps: int, line: Mapping[str, float]) -> str:
     pieces = [f"step {step}/{steps}", f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"]
     apart = ("learning_rate", "data_wait", "mfu", "hbm_peak_gib", "goodput", "goodput_restarts")
     for name, value in line.items():
-        if name in apart or "seconds" in name or "per_second" in name:
+        if name in apart or name.startswith("data/") or "seconds" in name or "per_second" in name:
             continue
         pieces.append(f"{name} {value:.4g}")
     if "learning_rate" in line:

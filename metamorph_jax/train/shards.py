@@ -14,6 +14,7 @@ of each data shard, can be read by any number. Processes that share rows (tensor
 the same data shards; a sample that can't be read is skipped by all that read its data shard.
 """
 
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -21,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from metamorph_jax import sharding
-from metamorph_jax.errors import ConfigError
+from metamorph_jax.errors import ConfigError, DataError
 from metamorph_jax.recipe import DataStream, Shard
 
 
@@ -66,6 +67,12 @@ class DataShards:
         return all(self._ended)
 
     @property
+    def skipped_by_shard(self) -> dict[str, dict[str, int]]:
+        """Number of a data shard that this process reads -> its `DataStream.skipped`."""
+        pairs = zip(self.numbers, self._data, strict=True)
+        return {str(k): dict(data.skipped) for k, data in pairs}
+
+    @property
     def skipped(self) -> dict[str, int]:
         """Bad samples so far of the data shards that this process reads, by reason."""
         total: dict[str, int] = {}
@@ -94,7 +101,7 @@ class DataShards:
         if any(last is None for last in self._last):
             found = next((last for last in self._last if last is not None), None)
             if found is None:
-                raise ValueError("the data are too few for one batch on every host")
+                raise DataError("the data are too few for one batch on every host")
             self._last = [found.blank() if last is None else last for last in self._last]
         if len(self._last) == 1 and len(self._take) == self.each:
             return self._last[0]
@@ -159,8 +166,10 @@ def peek(data: DataShards, n: int, mesh: Mesh, rows: int) -> list:
     if not n:
         return []
     before = data.get_state()
-    batches = [next(data) for _ in range(n)]
+    batches = list(itertools.islice(data, n))
     data.set_state(before)
+    if not batches:
+        return []  # the loop will find that there are none, and say why
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 

@@ -12,7 +12,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from metamorph_jax import cli, config
-from metamorph_jax.convert import command, export, families, hf, safetensors, specs
+from metamorph_jax.convert import command, export, families, hf, names, safetensors, specs
 from metamorph_jax.convert.llama import config_to_hf, export_llama
 from metamorph_jax.models.llm import llama
 from metamorph_jax.recipes import metamorph as recipe
@@ -188,6 +188,31 @@ def test_nan_is_refused_unless_allowed(source, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     assert convert(*words, "--allow-nan") == 0
     assert np.isnan(hf.Tensors(tmp_path / "out")["model.norm.weight"][3])
+
+
+@pytest.mark.parametrize("value, words, message", [
+    (np.inf, (), "inf in 1 tensors: model.norm.weight"),
+    (1e5, ("--dtype", "f16"), "numbers too large for float16 in 1 tensors: model.norm.weight"),
+])  # fmt: skip
+def test_inf_is_neither_read_nor_written(value, words, message, source, tmp_path, capsys):
+    tensors = {k: np.array(v) for k, v in hf.Tensors(source).items()}
+    tensors["model.norm.weight"][3] = value
+    save_file(tensors, source / "model.safetensors")
+    assert convert("--from", source, "--out", tmp_path / "out", *words) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_with_large_weights_is_not_written_as_f16(run, tmp_path, monkeypatch, capsys):
+    folder, model = run
+    array = np.array([1.0, 1e5], np.float32)
+    large = names.Lazy({"w": (lambda: array, (2,), np.dtype("f4"))})
+    write = lambda folder, model, source, writer: writer.weights(folder, large)  # noqa: E731
+    monkeypatch.setattr(command, "_save_of", lambda *_: write)
+    words = ["--from", f"workdir:{folder}", "--out", tmp_path / "out"]
+    assert convert(*words, "--dtype", "f16") == 2
+    assert "numbers too large for float16 in w" in capsys.readouterr().err
+    assert convert(*words, "--dtype", "bf16") == 0
 
 
 @pytest.mark.parametrize("pixels", [False, True])

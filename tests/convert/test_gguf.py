@@ -59,8 +59,10 @@ def write_tiny(path, weights, extra=None, arch="llama", kinds=None, more=None, t
     tokens(writer)
     writer.add_chat_template("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
                              "<|im_end|>\n{% endfor %}")  # fmt: skip
+    add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32,
+           float: writer.add_float32, list: writer.add_array}  # fmt: skip
     for key, value in (extra or {}).items():
-        writer.add_string(key, value)
+        add[type(value)](key, value)
     for name, value in weights.items():
         if kinds and name in kinds:
             writer.add_tensor(foreign_name(name), value, raw_dtype=kinds[name])
@@ -275,6 +277,83 @@ def test_unsupported_rope_scaling(tmp_path):
     write_tiny(path, tiny_weights(), extra={"llama.rope.scaling.type": "yarn"})
     with pytest.raises(reader.GGUFError, match="yarn"):
         read_llama(path)
+
+
+OTHER_NUMBERS = {
+    "llama.rope.scaling.factor": (8.0, "llama.rope.scaling.type, which says how"),
+    "llama.attention.sliding_window": (4096, "llama.attention.sliding_window=4096"),
+    "llama.attention.causal": (False, "llama.attention.causal=False"),
+    "llama.expert_count": (8, "llama.expert_count=8"),
+    "llama.logit_scale": (0.5, "llama.logit_scale=0.5"),
+    "llama.rope.scaling.attn_factor": (2.0, "attn_factor=2.0"),
+    "llama.some.future_key": (1, "llama.some.future_key=1"),
+    "llama.vocab_size": (V + 1, f"vocab_size is {V + 1}, but token_embd.weight has {V}"),
+    "llama.attention.value_length": (8, "value_length"),
+    "llama.rope.dimension_count": (8, "partial rotation"),
+    "split.count": (3, "part 1 of 3 of a split model.*--merge"),
+}
+
+
+@pytest.mark.parametrize("key", OTHER_NUMBERS)
+def test_what_changes_numbers_is_refused(key, tmp_path):
+    value, message = OTHER_NUMBERS[key]
+    path = tmp_path / "x.gguf"
+    write_tiny(path, tiny_weights(), extra={key: value})
+    with pytest.raises(reader.GGUFError, match=f"x.gguf.*{message}"):
+        read_llama(path)
+
+
+def test_what_changes_nothing_is_passed_over(tmp_path):
+    path = tmp_path / "x.gguf"
+    neutral = {"llama.rope.scaling.factor": 1.0, "llama.rope.scaling.attn_factor": 1.0,
+               "llama.expert_count": 0, "llama.attention.causal": True, "split.count": 1,
+               "general.name": "tiny", "llama.vocab_size": V}  # fmt: skip
+    write_tiny(path, tiny_weights(), extra=neutral)
+    assert "rope_scaling" not in read_llama(path)[0]
+    linear = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
+    write_tiny(path, tiny_weights(), extra=linear)
+    assert read_llama(path)[0]["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+
+
+def words(pre):
+    """A vocabulary with the word "hello", to which its merges don't lead."""
+
+    def tokens(writer):
+        byte_level(writer)
+        for data in writer.kv_data:
+            data.pop("tokenizer.ggml.pre")
+            if pieces := data.get("tokenizer.ggml.tokens"):
+                pieces.value[-1] = "hello"
+        if pre:
+            writer.add_tokenizer_pre(pre)
+
+    return tokens
+
+
+@pytest.mark.parametrize("pre", ["llama-bpe", "llama3", "llama-v3", "smollm", "gpt-2"])
+def test_llama3_takes_whole_words_without_merges(pre, tmp_path):
+    path = tmp_path / "x.gguf"
+    write_tiny(path, tiny_weights(), tokens=words(pre))
+    tokenizer = reader.load_tokenizer(path)
+    llama3 = pre.startswith("llama")
+    assert tokenizer.tokenize("hello") == (["hello"] if llama3 else ["hell", "o"])
+    # As in llama.cpp, Llama 3's adds BOS where the file doesn't say.
+    assert (tokenizer.encode("o")[0] == tokenizer.bos_token_id) == llama3
+    saved = str(tmp_path / "saved")
+    tokenizer.save_pretrained(saved)
+    from metamorph_jax.convert import tokenizers
+
+    assert tokenizers.load(saved).tokenize("hello") == tokenizer.tokenize("hello")
+
+
+@pytest.mark.parametrize("pre", [None, "default", "dbrx"])
+def test_how_text_is_split_is_never_guessed(pre, tmp_path):
+    path = tmp_path / "x.gguf"
+    write_tiny(path, tiny_weights(), tokens=words(pre))
+    message = "is not supported; known: smollm" if pre else "tokenizer.ggml.pre is missing"
+    with pytest.raises(reader.GGUFError, match=f"x.gguf.*{message}"):
+        reader.load_tokenizer(path)
+    read_llama(path)  # its weights are fine
 
 
 def nibbles(q):

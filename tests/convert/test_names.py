@@ -1,6 +1,7 @@
 """Name and layout mapping between NNX modules and PyTorch checkpoints."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -109,20 +110,53 @@ def test_rename_and_ignore():
     load_torch_dict(model, tensors, rename=rename, ignore=lambda key: key == "position_ids")
 
 
-def test_nan_is_an_error_that_names_its_tensors():
+def test_nan_and_inf_are_errors_that_name_their_tensors():
     for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
         model = Model(nnx.Rngs(0))
         nnx.update(model, jax.tree.map(lambda x, d=dtype: x.astype(d), nnx.state(model)))
         tensors = {k: v.copy() for k, v in to_torch_dict(model).items()}
         tensors["parts.1.bias"][1] = np.nan
-        tensors["embed.weight"][6, 2] = -np.inf  # not ours to judge
+        tensors["embed.weight"][6, 2] = -np.inf
         tensors["query"][0, 1, 2] = np.nan
-        with pytest.raises(ValueError, match="NaN in 2 tensors: ") as error:
+        with pytest.raises(ValueError) as error:
             load_torch_dict(model, tensors)
-        assert "parts.1.bias" in str(error.value) and "query" in str(error.value)
+        assert str(error.value).splitlines() == [
+            "NaN in 2 tensors: parts.1.bias; query", "inf in 1 tensors: embed.weight"]  # fmt: skip
         with names.allow_nan():
             load_torch_dict(model, tensors)
         assert jnp.isnan(model.query[...]).sum() == 1
+        assert jnp.isinf(model.embed.embedding[...]).sum() == 1
+
+
+# dtype of the source, its value, dtype of the parameter -> what is wrong
+CASTS = {
+    "f32 to f16": ("float32", 65520.0, "float16", "numbers too large for float16"),
+    "bf16 to f16": ("bfloat16", -1e5, "float16", "numbers too large for float16"),
+    "f64 to f32": ("float64", 1e39, "float32", "numbers too large for float32"),
+    "f32 to bf16": ("float32", 3.4e38, "bfloat16", "numbers too large for bfloat16"),
+    "f32 fits f16": ("float32", 65503.0, "float16", ""),
+    "f16 to f32": ("float16", 65503.0, "float32", ""),
+    "f8": ("float8_e4m3fn", 448.0, "float16", ""),
+    **{kind: (kind, 1, "float32", f"{kind} instead of floating-point numbers")
+       for kind in ("int8", "uint8", "int32", "int64", "bool", "complex64")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("name", CASTS)
+def test_casts_lose_nothing_in_silence(name, stacked):
+    kind, value, dtype, fault = CASTS[name]
+    model = stacked_model() if stacked else Model(nnx.Rngs(0))
+    nnx.update(model, jax.tree.map(lambda x: x.astype(dtype), nnx.state(model)))
+    extra = {"stacked": ("layers",)} if stacked else {}
+    tensors = {k: np.asarray(v) for k, v in to_torch_dict(model, **extra).items()}
+    key = sorted(tensors)[0]
+    tensors[key] = np.full(tensors[key].shape, value).astype(np.dtype(kind))
+    with names.allow_nan():  # which allows NaN and inf only where the source has them
+        if not fault:
+            return load_torch_dict(model, tensors, **extra)
+        with pytest.raises(ValueError, match=f"{fault} in 1 tensors: {re.escape(key)}"):
+            load_torch_dict(model, tensors, **extra)
 
 
 def test_pieces_of_stacked_layers_make_the_same_leaf(monkeypatch):

@@ -3,6 +3,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import re
 import signal
 
 import jax
@@ -480,7 +481,46 @@ def test_check_command(dataset, capsys):
     )
     assert cli.main(["data", "check", f"--config={config}"]) == 1
     assert "truncated" in capsys.readouterr().out
+    assert cli.main(["data", "check", f"--config={config}", "--length=99"]) == 2
+    assert "--length goes with files" in capsys.readouterr().err
     assert code == 1 and {r["reason"] for r in report["problems"]} >= set(BAD) - {"fully_masked"}
+
+
+def test_check_reads_as_the_run_of_a_config(tmp_path, capsys):
+    """Its tokenizer, length, limits and options; and samples are shown as the model reads them."""
+    from metamorph_jax import cli
+
+    make_image(1).save(tmp_path / "a.png")
+    clear = make_image(2)
+    clear.putalpha(0)
+    clear.save(tmp_path / "b.png")
+    path = tmp_path / "d.jsonl"
+    write_jsonl(path, [
+        {"id": "q", "image": "a.png", "conversations": conversation("<image>\nQ <|im_end|>?", "Aha")},
+        {"id": "long", "conversations": conversation("Q", "word " * 500)},
+        {"id": "lost", "conversations": conversation("word " * 500, "A")},
+        {"id": "two", "images": ["a.png", "b.png"], "conversations": conversation(
+            "<image>", "A <image>")},
+        {"id": "three", "image": ["a.png"] * 3, "conversations": conversation("<image>" * 3, "A")},
+    ])  # fmt: skip
+    command = ["data", "check", "--config=configs/metamorph/vpit.py:smoke", "--show=1",
+               f"--config.data.sources={{'one': {{'path': '{path}'}}}}",
+               "--config.data.row.length=64", "--config.data.row.images=2"]  # fmt: skip
+    assert cli.main(command) == 1
+    text = capsys.readouterr().out
+    assert "images 1, image 1" in text or "image 1, images 1, text 1" in text
+    for line in (
+        r"d.jsonl line 1, id 'q' \(one, image\): \d+ positions",
+        r"reads  '<\|im_start\|>user\\n<image_start>'",
+        r"sees   a.png \(4 visual tokens\)",
+        r"learns 'Aha<\|im_end\|>'",
+        r"draws  b.png \(4 visual tokens\)",
+        r"cut \(used\) +1 .*line 2, id 'long'",
+        r"too_long +1 .*line 3, id 'lost': no answer begins in the first 64 positions",
+        r"too_many_images +1 .*line 5, id 'three'",
+        r"transparent \(used\) +1 .*line 4",
+    ):
+        assert re.search(line, text), (line, text)
 
 
 # ---- decoder -------------------------------------------------------------------------------------
