@@ -61,6 +61,10 @@ def add_model_arguments(parser) -> None:
         "--checkpoint", metavar="SPEC", help="published weights (hf:OWNER/NAME or a folder)"
     )
     group.add_argument("--config", metavar="FILE[:SIZE]", help="the config of --checkpoint")
+    group.add_argument(
+        "--recipe", metavar="MODULE",
+        help="your own recipe, where --workdir was trained with one; its code is imported",
+    )  # fmt: skip
     group.add_argument("--decoder", metavar="WORKDIR", help="of a decoder stage: draws the images")
 
 

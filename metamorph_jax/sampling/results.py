@@ -262,10 +262,9 @@ class Output:
             if self._file.is_file():
                 lines = [json.dumps(record) + "\n" for record in self._records.values()]
                 _replace(self._file, "".join(lines))
-        except OSError as error:
-            raise UserError(
-                f"--out {files.shown(self.folder)} can't be written: {error.strerror}"
-            ) from error
+        except (OSError, ValueError) as error:  # ValueError: of a name that is none
+            why = getattr(error, "strerror", None) or error
+            raise UserError(f"--out {files.shown(self.folder)} can't be written: {why}") from error
 
     def has(self, request: Request) -> bool:
         """Whether this very request was answered, and the files of its reply are there."""
