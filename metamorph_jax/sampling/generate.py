@@ -200,13 +200,14 @@ def read(args, outcome: "Outcome") -> list[Request]:
 def load(args):
     """The generator that the command line names."""
     from metamorph_jax import recipe
-    from metamorph_jax.sampling import image_decoder
+    from metamorph_jax.sampling.image_decoder import load_image_decoder
     from metamorph_jax.sampling.trained import load_generator
 
     if args.recipe:
         recipe.find(args.recipe)
-    if args.decoder:  # what can be told before weights are read
-        image_decoder.check_image_decoder(args.decoder, args.steps)
+    drawing = None
+    if args.decoder:  # first, as it is the smaller one and its options can be wrong
+        drawing = load_image_decoder(args.decoder, args.steps)
     asked = {"force_end": args.force_end, "parity": args.parity}
     generator = load_generator(
         args.workdir, weights_of=args.checkpoint, config=args.config, overrides=args.overrides,
@@ -214,8 +215,8 @@ def load(args):
     )  # fmt: skip
     if args.context:
         generator.prompts = dataclasses.replace(generator.prompts, length=args.context)
-    if args.decoder:
-        generator.image_decoder = image_decoder.load_image_decoder(args.decoder, args.steps)
+    if drawing is not None:
+        generator.image_decoder = drawing
     return generator
 
 

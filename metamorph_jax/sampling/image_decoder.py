@@ -1,5 +1,6 @@
 """A trained decoder that draws images from visual tokens."""
 
+import pathlib
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -94,12 +95,8 @@ def checked_sampler(sampling: SamplingConfig, decoder: DiffusionConfig, steps: i
     return sampler
 
 
-def check_image_decoder(workdir: str, steps: int | None = None) -> None:
-    """Raises where `load_image_decoder` would, as far as can be told without weights.
-
-    Raises:
-        UserError: there is no finished run, its model does not draw, or not in so many steps.
-    """
+def check_run(workdir: str, steps: int | None) -> None:
+    """Raises where `load_image_decoder` would, as far as can be told without reading weights."""
     recipe, cfg, _ = load.open_run(workdir)
     model = nnx.eval_shape(lambda: recipe.create(cfg, nnx.Rngs(0)))
     _check_draws(workdir, model)
@@ -119,6 +116,8 @@ def load_image_decoder(workdir: str, steps: int | None = None) -> ImageDecoder:
     Raises:
         UserError: the model in there does not draw, or not in so many steps.
     """
+    if (pathlib.Path(workdir) / "config.json").is_file():
+        check_run(workdir, steps)
     model = load_trained(workdir)[2]
     _check_draws(workdir, model)
     return ImageDecoder(model, steps)

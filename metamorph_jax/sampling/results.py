@@ -86,7 +86,7 @@ class Reply:
             inside = False
         for part in self.segments:
             if isinstance(part, TextPart):
-                print(part.text)
+                print(printable(part.text))
             elif part.drawn:
                 image = next(images)
                 display(image) if inside else image.show()
