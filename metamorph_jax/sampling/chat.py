@@ -46,9 +46,9 @@ def run(args) -> int:
     out = pathlib.Path(args.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {shown(args.out)} is not a folder")
-    generator = generate.load(args)
     if jax.process_count() > 1:
         raise UserError("chat runs on one host: its terminal is that of one process")
+    generator = generate.load(args)
     session = Session(generator, options, out)
     for line in typed_lines():
         if not session.take(line):
