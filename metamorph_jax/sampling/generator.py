@@ -325,6 +325,11 @@ class Generator:
                 parts.append(TextPart(self.prompts.tokenizer.decode(ids), tuple(ids)))
                 continue
             number = sum(isinstance(part, ImagePart) for part in parts)
+            if not np.isfinite(segment.features).all():
+                raise WeightError(
+                    f"the visual tokens of image {number} are not finite, so it is not kept: the "
+                    "model's weights are damaged"
+                )
             drawn = {}
             if draw and self.image_decoder is not None and segment.complete:
                 one = self.image_decoder.draw

@@ -111,7 +111,6 @@ def test_an_image_that_is_not_finite_is_never_kept(generator, monkeypatch):
         with pytest.raises(UserError, match=f"--steps .*: {steps} steps"):
             ImageDecoder(Drawing(), steps)
     # One such image is that request's fault, not the others'.
-    monkeypatch.setattr(generator, "image_decoder", drawing)
     results = {"bad": np.nan, "good": 0.5}
     monkeypatch.setattr(
         generator, "loop",
@@ -121,11 +120,13 @@ def test_an_image_that_is_not_finite_is_never_kept(generator, monkeypatch):
         ],
     )  # fmt: skip
     monkeypatch.setattr(generator, "prompt", lambda *_: (np.zeros((3, 4)), np.zeros(3, int)))
-    told = []
-    requests = [Request(name, "Draw") for name in results]
-    replies = generator.replies(requests, Options(8), lambda r, e: told.append((r.id, str(e))))
-    assert [request.id for request, _ in replies] == ["good"]
-    assert told[0][0] == "bad" and "not finite" in told[0][1]
+    requests, told = [Request(name, "Draw") for name in results], []
+    for one in (drawing, None):  # nor are visual tokens, where nothing is drawn
+        monkeypatch.setattr(generator, "image_decoder", one)
+        replies = generator.replies(requests, Options(8), lambda r, e: told.append((r.id, str(e))))
+        assert [request.id for request, _ in replies] == ["good"]
+    assert [name for name, _ in told] == ["bad"] * 2
+    assert all("not finite" in why for _, why in told)
 
 
 def test_a_folder_with_results_keeps_its_settings(tmp_path):
