@@ -1,6 +1,5 @@
 """The Python API: load a trained model, ask it."""
 
-import itertools
 import pathlib
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -8,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from PIL import Image
 
 from metamorph_jax.errors import UserError
+from metamorph_jax.sampling.conversation import Conversation
 from metamorph_jax.sampling.generator import Generator, Options
 from metamorph_jax.sampling.image_decoder import load_image_decoder
-from metamorph_jax.sampling.requests import Request
+from metamorph_jax.sampling.requests import Request, checked
 from metamorph_jax.sampling.results import Reply, Stream
 from metamorph_jax.sampling.trained import load_generator
 
@@ -24,7 +24,6 @@ class Model:
 
     def __init__(self, generator: Generator):
         self.generator = generator
-        self._numbers = itertools.count()
 
     def generate(
         self,
@@ -56,12 +55,19 @@ class Model:
         chosen = Options(**{"batch_size": 1, **options})
         with tempfile.TemporaryDirectory() as folder:
             files = [_file(image, folder, i) for i, image in enumerate(images)]
-            request = Request(str(next(self._numbers)), prompt, tuple(files), think=think)
+            request = checked(Request("0", prompt, tuple(files), think=think))
             printer = Stream(self.generator) if stream else None
             (reply,) = self.generator.generate([request], chosen, printer)
         if printer is not None:
             printer.end()
         return reply
+
+    def chat(self, **options) -> Conversation:
+        """A conversation, whose `say(Request(id, prompt, images))` gives the next reply.
+
+        options: as for `generate`.
+        """
+        return Conversation(self.generator, Options(**{"batch_size": 1, **options}))
 
 
 def _file(image, folder: str, number: int) -> str:

@@ -12,11 +12,13 @@ import sys
 
 from metamorph_jax import files, platforms
 from metamorph_jax.errors import UserError
+from metamorph_jax.files import shown
 
 COMMANDS = {
     "train": ("metamorph_jax.train.command", "train a stage, or resume its training"),
     "config": ("metamorph_jax.train.show_config", "list every option of a config"),
     "generate": ("metamorph_jax.sampling.generate", "answer, draw, edit, think visually"),
+    "chat": ("metamorph_jax.sampling.chat", "talk with a model, which is loaded once"),
     "sweep": ("metamorph_jax.sweep.command", "train the runs that a config lists and compare them"),
     "plan": ("metamorph_jax.plan.command", "memory and speed of a step on chips you don't have"),
     "convert": ("metamorph_jax.convert.command", "read, write and check published weights"),
@@ -73,7 +75,7 @@ def parse(argv: list[str]):
     if "config" in vars(args):
         args.overrides, rest = _take_overrides(rest)
     if rest:
-        parser.error(f"unknown arguments: {' '.join(rest)}")
+        parser.error(f"unknown arguments: {shown(' '.join(rest))}")
     return module, args
 
 

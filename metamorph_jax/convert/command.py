@@ -226,21 +226,28 @@ def _from_workdir(workdir, folder, dtype, most, decoder, title, reference) -> in
     recipe, cfg, model, values = _load_run(workdir)
     print(f"workdir:{workdir}: recipe {values['recipe']}; writing {kind}", flush=True)
     form, model = families.run_form(recipe), lora.merged(model)
-    source, licence = form.source(cfg), licence_of_spec(form.base(cfg))
+    source, licence = form.source(cfg, _data(recipe, values)), licence_of_spec(form.base(cfg))
     progress = Progress("writing", _bytes(model))
     writer = export.Writer(kind, most, progress)
     total = _save_of(form, recipe, reference)(folder, model, source, writer)
     if decoder:
-        recipe, cfg, model, _ = _load_run(decoder)
+        recipe, cfg, model, drawn = _load_run(decoder)
         form = families.run_form(recipe)
         if not form.beside:
             raise UserError(f"--decoder {decoder} is not a run of an image decoder")
-        model, other = lora.merged(model), form.source(cfg)
+        model, other = lora.merged(model), form.source(cfg, _data(recipe, drawn))
         total += _save_of(form, recipe, reference)(folder / form.beside, model, other, writer)
     progress.close()
     lines, numbers = export.run_lines(values), export.last_numbers(workdir)
     write_card(folder, title, "", lines, licence, numbers)
     return total
+
+
+def _data(recipe, values: Mapping):
+    """The run's `recipe.Data`."""
+    from metamorph_jax import config
+
+    return config.build(recipe.Data, values.get("data") or {}, "config.data")
 
 
 def _save_of(form, recipe, reference: bool):

@@ -9,6 +9,7 @@ tensor at a time is fetched, cast and written.
 """
 
 import contextlib
+import copy
 import dataclasses
 import json
 import os
@@ -19,7 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from metamorph_jax.convert import names, safetensors, tokenizers
+from metamorph_jax.convert import chat_template, names, safetensors, tokenizers
+from metamorph_jax.errors import WeightError
+from metamorph_jax.files import shown
 
 DTYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16"}
 
@@ -111,11 +114,13 @@ class Source:
         fields: of the source's config.json, or {}: for ids of special tokens.
         tokenizer: a transformers tokenizer, or None.
         folder: whose tokenizer, processor and generation files are copied, or None.
+        generation: fields of its generation_config.json, which come before `fields`.
     """
 
     fields: Mapping = dataclasses.field(default_factory=dict)
     tokenizer: Any = None
     folder: pathlib.Path | None = None
+    generation: Mapping = dataclasses.field(default_factory=dict)
 
 
 # ---- what goes beside the weights
@@ -130,6 +135,55 @@ def special_ids(fields: Mapping, tokenizer) -> dict:
         if value is not None:
             out[name] = value
     return out
+
+
+def write_generation(folder: pathlib.Path, source: Source) -> dict:
+    """Writes generation_config.json; returns the ids of special tokens for config.json."""
+    ids = special_ids(source.fields, source.tokenizer)
+    write_json(folder / "generation_config.json", {**ids, **source.generation})
+    return ids
+
+
+def trained_source(chat, single_bos: bool, fields: Mapping, generation: Mapping) -> Source:
+    """What a run takes over: its tokenizer with the chat template that it was trained with.
+
+    An answer of it ends with the template's closing token, so that is its eos; the tokenizer's own
+    and those of the base's generation config stay ids at which generation stops.
+
+    Args:
+        chat: of the run; single_bos: of its config.
+        fields, generation: config.json and generation_config.json of the weights that it began
+            with, or {}.
+    """
+    ends = eos_ids(chat.close, chat.tokenizer.eos_token_id, *listed_eos(generation))
+    tokenizer = copy.deepcopy(chat.tokenizer)
+    tokenizer.chat_template = chat_template.to_jinja(chat, single_bos)
+    if ends:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
+        fields = {**fields, "eos_token_id": ends[0]}
+        generation = {**generation, "eos_token_id": ends[0] if len(ends) == 1 else ends}
+    return Source(fields, tokenizer, generation=generation)
+
+
+def eos_ids(*ids: int | None) -> list[int]:
+    """The ids that there are, each once, in this order."""
+    return list(dict.fromkeys(i for i in ids if i is not None))
+
+
+def listed_eos(generation: Mapping) -> list[int]:
+    """The ids at which a generation_config.json says to stop; they may be one, a list or none.
+
+    Raises:
+        WeightError: they are something else.
+    """
+    given = generation.get("eos_token_id")
+    ids = given if isinstance(given, list) else [] if given is None else [given]
+    if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+        raise WeightError(
+            f"generation_config.json: eos_token_id {shown(repr(given), 100)} is neither an id nor "
+            "a list of ids"
+        )
+    return ids
 
 
 def save_part(family, folder: pathlib.Path, part, source: Source, writer: Writer) -> int:

@@ -87,7 +87,8 @@ class RunForm:
 
     Attributes:
         save: (folder, model, source, writer) -> bytes of all tensors.
-        source: the run's `Config` -> what the folder takes over beside the weights.
+        source: the run's `Config` and `Data` -> what goes beside the weights: the tokenizer, chat
+            template and generation parameters that it was trained with.
         adapted: path of the part whose adapters are written to the folder itself; those of other
             parts go into folders inside it.
         base: the run's `Config` -> spec of the published weights that it started from, or "".
@@ -97,7 +98,7 @@ class RunForm:
     """
 
     save: Callable[[pathlib.Path, Any, Source, Writer], int]
-    source: Callable[[Any], Source]
+    source: Callable[[Any, Any], Source]
     adapted: tuple[str, ...]
     base: Callable[[Any], str] = lambda cfg: ""
     reference: Callable[[pathlib.Path, Any, Source, Writer], int] | None = None

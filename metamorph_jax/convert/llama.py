@@ -284,11 +284,10 @@ def save_llm(family, folder: pathlib.Path, llm: Llama, source: Source, writer: W
     Added tokens become rows of the tables. The generation config is the source's, or the ids of
     special tokens alone.
     """
-    ids = export.special_ids(source.fields, source.tokenizer)
+    ids = export.write_generation(folder, source)
     kind = writer.torch_dtype
     fields = family.config_to_hf(llm.cfg) | ids | {"torch_dtype": kind, "dtype": kind}
     export.write_json(folder / "config.json", fields)
-    export.write_json(folder / "generation_config.json", ids)
     total = writer.weights(folder, export_llama(llm))
     if source.folder is not None:
         export.copy_files(source.folder, folder)

@@ -61,6 +61,23 @@ def processor_fields(spec: str) -> dict | None:
     return hf.read_json(file) if folder.is_dir() and file.exists() else None
 
 
+def generation_fields(spec: str) -> dict:
+    """Fields of the generation_config.json beside a language model's weights; {} without one.
+
+    An `eos_token_id` that only the config.json has is among them.
+
+    Raises:
+        WeightError: a file isn't JSON.
+    """
+    if not spec or spec == RANDOM or file_of(spec, ".gguf") is not None:
+        return {}
+    folder = hf.find(spec)
+    if (folder / "generation_config.json").is_file():
+        return hf.read_json(folder / "generation_config.json")
+    fields = hf.read_config(folder) if (folder / "config.json").is_file() else {}
+    return {key: fields[key] for key in ("eos_token_id",) if key in fields}
+
+
 def tokenizer(spec: str):
     """A transformers tokenizer."""
     if spec == RANDOM:

@@ -273,6 +273,22 @@ class Chat:
         self._write(ids, pieces)
         return np.array(ids, np.int32)
 
+    def next_prompt(self, text: str, closed: bool) -> np.ndarray:
+        """int32[n]: what stands between an answer and the next one, of a conversation so far.
+
+        Args:
+            text: of the user's next turn.
+            closed: whether the answer ended with the template's closing token.
+        """
+        row = self.template.row("assistant")
+        _, after = split(row, "", "")
+        specials = [k for k, (piece, _) in enumerate(after) if isinstance(piece, Special)]
+        after = after[specials[-1] + 1 :] if closed and specials else after
+        ids: list[int] = []
+        user = fill(self.template.row("user"), text, self.system or "")
+        self._write(ids, [*after, *user, *fill(row, "")])
+        return np.array(ids, np.int32)
+
     def question(self, text: str, images: int = 0) -> np.ndarray:
         """int32[n]: prompt of one question, its images in front on a line of their own."""
         lead = IMAGE * images + "\n" if images else ""

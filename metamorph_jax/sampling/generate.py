@@ -13,17 +13,48 @@ file. In `--out` there will be:
     segments.json              all of them as one list, at the end
     ID_image0.npy              the visual tokens of an image, float32[P, C]
     ID_image0_scale7.5.png     drawn from them, for each guidance scale
+
+An ID that is not a short file name in lower case gets a hash, so that no two share files; further
+replies of `--samples` are ID+s1, ID+s2, … Prompts and files are checked before the model is loaded.
 """
 
+import dataclasses
 import sys
+import typing
 
 from metamorph_jax.errors import UserError
+from metamorph_jax.files import shown
 from metamorph_jax.sampling import WEIGHTS
-from metamorph_jax.sampling.requests import Request, read_requests
+from metamorph_jax.sampling.requests import Request, check_files, checked, read_requests
+from metamorph_jax.sampling.results import Output, Reply, Stream, printable
+
+if typing.TYPE_CHECKING:
+    from metamorph_jax.sampling.generator import Options
+
+MOST_SAMPLES = 10_000
 
 
 def add_arguments(parser) -> None:
     parser.description = "Answers prompts with text and images."
+    add_model_arguments(parser)
+    group = parser.add_argument_group("prompts")
+    group.add_argument("--prompt", help="one prompt")
+    group.add_argument("--prompts", metavar="FILE.jsonl", help="one prompt a line")
+    group.add_argument("--image", action="append", default=[], metavar="FILE", help="repeatable")
+    group.add_argument("--video", metavar="FILE", help="one frame a second of it")
+    group.add_argument(
+        "--think", action="store_true", help="ask the model to draw the relevant detail first"
+    )
+    group.add_argument(
+        "--samples", type=int, default=1, metavar="N", help="replies to each prompt (default: 1)"
+    )
+    group.add_argument("--batch-size", type=int, default=8, help="replies at a time")
+    add_decoding_arguments(parser)
+    parser.add_argument("--out", metavar="DIR", help="where results go")
+
+
+def add_model_arguments(parser) -> None:
+    """Which model answers, and on what devices."""
     group = parser.add_argument_group("model")
     group.add_argument("--workdir", help="of a finished training stage")
     group.add_argument(
@@ -34,17 +65,11 @@ def add_arguments(parser) -> None:
         "--recipe", metavar="MODULE",
         help="your own recipe, where --workdir was trained with one; its code is imported",
     )  # fmt: skip
-    group.add_argument(
-        "--decoder", metavar="WORKDIR", help="of a decoder stage: draws the images"
-    )
-    group = parser.add_argument_group("prompts")
-    group.add_argument("--prompt", help="one prompt")
-    group.add_argument("--prompts", metavar="FILE.jsonl", help="one prompt a line")
-    group.add_argument("--image", action="append", default=[], metavar="FILE", help="repeatable")
-    group.add_argument("--video", metavar="FILE", help="one frame a second of it")
-    group.add_argument(
-        "--think", action="store_true", help="ask the model to draw the relevant detail first"
-    )
+    group.add_argument("--decoder", metavar="WORKDIR", help="of a decoder stage: draws the images")
+
+
+def add_decoding_arguments(parser) -> None:
+    """How text is chosen and images are drawn."""
     group = parser.add_argument_group("decoding")
     group.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     group.add_argument("--top-k", type=int, default=0, help="0 is all tokens")
@@ -69,8 +94,9 @@ def add_arguments(parser) -> None:
         "--parity", action="store_true",
         help="reproduce the reference decoder, including its known bugs",
     )  # fmt: skip
-    group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--batch-size", type=int, default=8, help="for --prompts")
+    group.add_argument(
+        "--seed", type=int, default=0, help="each prompt and sample draws its own from it"
+    )
     group.add_argument(
         "--context", type=int, default=0,
         help="maximum sequence length (default: as in training)",
@@ -86,60 +112,102 @@ def add_arguments(parser) -> None:
         help="draw once with each (default: config.model.sampling of --decoder)",
     )  # fmt: skip
     group.add_argument("--steps", type=int, help="of the diffusion sampler (default: likewise)")
-    parser.add_argument("--out", metavar="DIR", help="where results go")
 
 
 def run(args) -> int:
-    if bool(args.workdir) == bool(args.checkpoint):
-        raise UserError("give either --workdir or --checkpoint")
+    check_model(args)
     if (args.prompt is None) == (args.prompts is None):
         raise UserError("give either --prompt or --prompts")
-    numbers = (args.max_new_tokens, args.batch_size, args.steps)
-    if any(n is not None and n < 1 for n in numbers):
-        raise UserError("--max-new-tokens, --batch-size and --steps must be at least 1")
     if args.decoder and not args.out:
         raise UserError("--decoder draws into files: give --out")
-    if args.checkpoint and not args.config:
-        raise UserError("--checkpoint needs --config FILE[:SIZE], which says what the model is")
-    if args.prompts and (args.image or args.video):
+    if args.prompts is not None and (args.image or args.video):
         raise UserError("with --prompts, images are named in the file, not by --image or --video")
-    bad = 0
-    if args.prompts:
-        requests, bad = read_requests(args.prompts, args.think)
-    else:
-        requests = [Request("0", args.prompt, tuple(args.image), args.video or "", args.think)]
-    from metamorph_jax.sampling.generator import Options
-    from metamorph_jax.sampling.results import Output
-
-    try:
-        options = Options(
-            args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.min_new_tokens,
-            args.repetition_penalty, args.seed, tuple(args.guidance or ()),
-            args.batch_size if args.prompts else 1,
-        )  # fmt: skip
-    except ValueError as error:
-        raise UserError(error) from error
+    many = args.prompts is not None or args.samples > 1
+    options = decoding_options(args, args.batch_size if many else 1)
+    if args.samples > 1 and args.temperature == 0 and not args.decoder:
+        raise UserError(f"--samples {args.samples} without --temperature gives equal replies")
+    outcome = Outcome(alone=not many)
+    requests = read(args, outcome)
     out = Output(args.out, settings(args)) if args.out else None
     todo = [r for r in requests if out is None or not out.has(r)]
     if len(todo) < len(requests):
         print(f"{len(requests) - len(todo)} of {len(requests)} were done before", file=sys.stderr)
+    todo = list(check_files(todo, outcome.failed))
+    if out is not None and requests:
+        out.open()
     if todo:
-        bad += answer(load(args), todo, options, out, alone=args.prompts is None)
-    if out is not None:
+        generator = load(args)
+        answer(generator, todo, options, out, outcome)
+        outcome.report_images(generator)
+    if out is not None and requests:
         out.finish(requests)
-    return 1 if bad else 0
+    if outcome.bad:
+        raise UserError(f"{outcome.bad} prompts were skipped, for the reasons above")
+    return 0
+
+
+def check_model(args) -> None:
+    """Raises UserError where options of the model contradict each other."""
+    if bool(args.workdir) == bool(args.checkpoint):
+        raise UserError("give either --workdir or --checkpoint")
+    if args.checkpoint and not args.config:
+        raise UserError("--checkpoint needs --config FILE[:SIZE], which says what the model is")
+    if args.workdir and (args.config or args.overrides):
+        raise UserError("--config goes with --checkpoint; a --workdir has its own")
+    if args.steps is not None and args.steps < 1:
+        raise UserError(f"--steps must be at least 1, not {args.steps}")
+    if args.context and args.context < 2:
+        raise UserError(f"--context must be at least 2, not {args.context}")
+    if args.context and (args.max_new_tokens or 0) >= args.context:
+        raise UserError(
+            f"--max-new-tokens {args.max_new_tokens} leave no room for a prompt in a --context of "
+            f"{args.context}"
+        )
+    parse_mesh(args.mesh)
+
+
+def decoding_options(args, batch_size: int) -> "Options":
+    """The `Options` of the command line; UserError for values that make no sense."""
+    from metamorph_jax.sampling.generator import Options
+
+    try:
+        return Options(
+            args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.min_new_tokens,
+            args.repetition_penalty, args.seed, tuple(args.guidance or ()), batch_size,
+        )  # fmt: skip
+    except ValueError as error:
+        raise UserError(error) from error
+
+
+def read(args, outcome: "Outcome") -> list[Request]:
+    """The requests of the command line or of --prompts, each as often as --samples says."""
+    if not 1 <= args.samples <= MOST_SAMPLES:
+        raise UserError(f"--samples must be 1 to {MOST_SAMPLES}, not {args.samples}")
+    if args.prompts is not None:
+        requests, outcome.bad = read_requests(args.prompts, args.think)
+        if not requests and not outcome.bad:
+            raise UserError(f"{shown(args.prompts)} holds no prompts")
+    else:
+        request = Request("0", args.prompt, tuple(args.image), args.video or "", args.think)
+        try:
+            requests = [checked(request)]
+        except ValueError as error:
+            raise UserError(error) from error
+    samples = range(args.samples)
+    return [dataclasses.replace(r, sample=k) for r in requests for k in samples]
 
 
 def load(args):
     """The generator that the command line names."""
-    import dataclasses
-
     from metamorph_jax import recipe
     from metamorph_jax.sampling.image_decoder import load_image_decoder
     from metamorph_jax.sampling.trained import load_generator
 
     if args.recipe:
         recipe.find(args.recipe)
+    drawing = None
+    if args.decoder:  # first, as it is the smaller one and its options can be wrong
+        drawing = load_image_decoder(args.decoder, args.steps)
     asked = {"force_end": args.force_end, "parity": args.parity}
     generator = load_generator(
         args.workdir, weights_of=args.checkpoint, config=args.config, overrides=args.overrides,
@@ -147,8 +215,8 @@ def load(args):
     )  # fmt: skip
     if args.context:
         generator.prompts = dataclasses.replace(generator.prompts, length=args.context)
-    if args.decoder:
-        generator.image_decoder = load_image_decoder(args.decoder, args.steps)
+    if drawing is not None:
+        generator.image_decoder = drawing
     return generator
 
 
@@ -156,11 +224,18 @@ def parse_mesh(text: str | None) -> dict[str, int] | None:
     """{"tensor": 2, "data": -1} of "tensor=2,data=-1"."""
     if not text:
         return None
+    bad = UserError(f"--mesh {shown(text)}: expected AXIS=SIZE, e.g. tensor=4")
     try:
         pairs = [part.split("=") for part in text.split(",")]
-        return {axis.strip(): int(size) for axis, size in pairs}
+        axes = {axis.strip(): int(size) for axis, size in pairs}
     except ValueError:
-        raise UserError(f"--mesh {text!r}: expected AXIS=SIZE, e.g. tensor=4") from None
+        raise bad from None
+    from metamorph_jax import sharding
+
+    wrong_size = any(size < 1 and size != -1 for size in axes.values())
+    if len(axes) < len(pairs) or wrong_size or axes.keys() - {*sharding.AXES}:
+        raise bad
+    return axes
 
 
 def settings(args) -> dict:
@@ -172,31 +247,58 @@ def settings(args) -> dict:
     return {name: getattr(args, name) for name in names.split()}
 
 
-def answer(generator, requests, options, out, alone: bool) -> int:
-    """Answers all requests, writing each reply as it comes; returns how many were bad.
+@dataclasses.dataclass
+class Outcome:
+    """What became of the requests.
 
-    `alone`: a single prompt, whose text is printed token by token.
+    Attributes:
+        alone: a single prompt, whose fault ends the command and whose text is printed as it comes.
+        bad: prompts that can't be answered.
+        images, cut, drawn: images in the replies; those that the number of new tokens cut off, and
+            files that were drawn.
     """
+
+    alone: bool = False
+    bad: int = 0
+    images: int = 0
+    cut: int = 0
+    drawn: int = 0
+
+    def failed(self, request: Request, error: Exception) -> None:
+        """Counts and reports a request that can't be answered."""
+        if self.alone:
+            raise UserError(shown(error, 1000)) from error
+        print(f"{request.name}: {shown(error, 1000)}; skipped", file=sys.stderr, flush=True)
+        self.bad += 1
+
+    def count(self, reply: Reply) -> None:
+        self.images += len(reply.image_parts)
+        self.cut += sum(not part.complete for part in reply.image_parts)
+        self.drawn += sum(len(part.drawn) for part in reply.image_parts)
+
+    def report_images(self, generator) -> None:
+        """Says why fewer images were drawn than one may expect."""
+        if self.cut:
+            print(f"{self.cut} images are cut off by --max-new-tokens and were not drawn",
+                  file=sys.stderr)  # fmt: skip
+        if generator.image_decoder is None and self.images:
+            print(f"{self.images} images in the replies: nothing was drawn, since no --decoder is "
+                  "given", file=sys.stderr)  # fmt: skip
+        elif generator.image_decoder is not None and not self.images:
+            print("nothing was drawn: the model answered with text alone", file=sys.stderr)
+
+
+def answer(generator, requests, options: "Options", out: Output | None, outcome: Outcome) -> None:
+    """Answers all requests; each reply is written and printed as soon as it is there."""
     import jax
 
-    from metamorph_jax.sampling.results import Stream
-
-    bad = 0
     speaks = jax.process_index() == 0  # all hosts decode, one of them prints and writes
-
-    def failed(request, error) -> None:
-        nonlocal bad
-        if alone:
-            raise UserError(error) from error
-        print(f"{request.id}: {error}; skipped", file=sys.stderr, flush=True)
-        bad += 1
-
-    stream = Stream(generator) if alone and speaks else None
-    for request, reply in generator.replies(requests, options, failed, stream):
+    stream = Stream(generator) if outcome.alone and speaks else None
+    for request, reply in generator.replies(requests, options, outcome.failed, stream):
+        outcome.count(reply)
         if stream is not None:
             stream.end()
         if out is not None and speaks:
             out.write(request, reply)
-        if not alone and speaks:
-            print(f"{request.id}: {reply.text}", flush=True)
-    return bad
+        if not outcome.alone and speaks:
+            print(f"{request.name}: {printable(reply.text)}", flush=True)

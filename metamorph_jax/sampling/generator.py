@@ -7,6 +7,8 @@ recipe, which makes the generator; everything that generates talks to this class
 
 import collections
 import dataclasses
+import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
@@ -15,13 +17,14 @@ from flax import nnx
 
 from metamorph_jax import sharding
 from metamorph_jax.data.chat import Chat
-from metamorph_jax.data.config import ImageConfig
+from metamorph_jax.data.config import MAX_FRAMES, ImageConfig
 from metamorph_jax.data.interleave import build_row, read_place
+from metamorph_jax.data.sources.base import Turn
 from metamorph_jax.data.views import Views
-from metamorph_jax.errors import BadSample
+from metamorph_jax.errors import WeightError
 from metamorph_jax.sampling.loop import Loop, bucket
 from metamorph_jax.sampling.policy import Policy, TextPolicy
-from metamorph_jax.sampling.requests import Request, image_refs, place_images
+from metamorph_jax.sampling.requests import FAULTS, Request, as_sample
 from metamorph_jax.sampling.results import ImagePart, Reply, TextPart
 from metamorph_jax.sampling.segments import Result, Text
 from metamorph_jax.sampling.text import Sampler
@@ -35,7 +38,8 @@ class Options:
         max_new_tokens: visual tokens count; None: 512, or half of the length if that is less.
         temperature, top_k, top_p: see `text.Sampler`; the default is greedy.
         min_new_tokens, repetition_penalty: see `policy.TextPolicy`.
-        seed: of text that is drawn by chance, and of drawings.
+        seed: of text that is drawn by chance, and of drawings. Each request draws its own, by seed,
+            id and sample: it gets the same reply whatever else is in the batch.
         guidance: scales with which each image is drawn; (): the one of the image decoder's config.
         batch_size: requests that are decoded together.
     """
@@ -55,11 +59,25 @@ class Options:
             raise ValueError(f"batch_size must be at least 1, not {self.batch_size}")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens {self.min_new_tokens} is more than max_new_tokens "
+                f"{self.max_new_tokens}"
+            )
+        if not all(map(math.isfinite, self.guidance)):
+            raise ValueError(f"guidance must be finite, not {self.guidance}")
+        if len(set(self.guidance)) < len(self.guidance):
+            raise ValueError(f"guidance has a scale twice: {self.guidance}")
         self.text(())
 
     def text(self, eos: tuple[int, ...]) -> TextPolicy:
         sampler = Sampler(self.temperature, self.top_k, self.top_p)
         return TextPolicy(sampler, eos, self.min_new_tokens, self.repetition_penalty)
+
+    def seed_of(self, request: Request) -> int:
+        """In [0, 2^31), of this request."""
+        named = f"{self.seed}/{request.sample}/{request.id}".encode()
+        return int.from_bytes(hashlib.sha256(named).digest()[:4], "big") >> 1
 
 
 DEFAULTS = Options()
@@ -74,14 +92,19 @@ class Prompts:
         views: how an image becomes views.
         images: limits of images that are read.
         length: most positions of prompt and reply together.
-        think: text that asks the model to draw the relevant detail before it answers.
+        think: text of a question -> the question that asks for the relevant detail first; None:
+            the model was not trained to do so.
+        frames: most frames of a video.
+        ends: further ids that end a reply, of the model's generation config.
     """
 
     chat: Chat
     views: Views
     images: ImageConfig
     length: int
-    think: str = ""
+    think: Callable[[str], str] | None = None
+    frames: int = MAX_FRAMES
+    ends: tuple[int, ...] = ()
 
     @property
     def tokenizer(self):
@@ -90,39 +113,50 @@ class Prompts:
     @property
     def eos(self) -> tuple[int, ...]:
         """Ids that end a reply."""
-        ends = {self.chat.close, self.tokenizer.eos_token_id}
+        ends = {self.chat.close, self.tokenizer.eos_token_id, *self.ends}
         return tuple(sorted(ends - {None}))
 
-    def row(self, request: Request, max_new_tokens: int):
+    def row(
+        self,
+        request: Request,
+        max_new_tokens: int,
+        write: Callable[[Sequence[Turn]], np.ndarray] | None = None,
+        used: int = 0,
+    ):
         """(`interleave.Row`, uint8[views, h, w, 3] or None) of a request.
+
+        Args:
+            write: the ids of its turns; None: `Chat.prompt`, a conversation that begins.
+            used: positions that the conversation has taken so far.
 
         Raises:
             ValueError, BadSample: with a message for the user.
         """
-        refs = image_refs(request)
-        text = place_images((self.think if request.think else "") + request.prompt, len(refs))
-        ids = self.chat.prompt([("user", text)])
+        if request.think and self.think is None:
+            raise ValueError("this model was not trained to draw a detail before it answers")
+        sample = as_sample(request, self.think, self.frames)
+        refs, ids = sample.images, (write or self.chat.prompt)(sample.turns)
         loaded = self.images.load(refs)
         places = [read_place(*self.views.plan(image.size)) for image in loaded]
         sizes = [len(place.slots) for place in places]
-        need = len(ids) - len(refs) + sum(sizes)
-        if need > self.length - max_new_tokens:
-            raise ValueError(self._too_long(sizes, len(ids) - len(refs), max_new_tokens))
+        need, room = len(ids) - len(refs) + sum(sizes), self.length - used
+        if need > room - max_new_tokens:
+            raise ValueError(_too_long(sizes, len(ids) - len(refs), max_new_tokens, room))
         row = build_row(ids, None, places, self.views.tokens, max(need, 1))
         pixels = [self.views.pixels(image) for image in loaded]
         return row, np.concatenate(pixels) if pixels else None
 
-    def _too_long(self, sizes: list[int], words: int, max_new_tokens: int) -> str:
-        room = max(self.length - max_new_tokens, 0)
-        advice = "shorten the prompt or --max-new-tokens"
-        if sizes:
-            fit = int((np.cumsum(sizes) + words <= room).sum())
-            advice = f"{fit} images fit"
-        return (
-            f"{len(sizes)} images and {words} text tokens make {sum(sizes) + words} positions, but "
-            f"beside {max_new_tokens} new tokens the context of {self.length} has room for {room}: "
-            f"{advice}"
-        )
+
+def _too_long(sizes: list[int], words: int, max_new_tokens: int, length: int) -> str:
+    room = max(length - max_new_tokens, 0)
+    advice = "shorten the prompt or --max-new-tokens"
+    if sizes:
+        fit = int((np.cumsum(sizes) + words <= room).sum())
+        advice = f"{fit} images fit"
+    return (
+        f"{len(sizes)} images and {words} text tokens make {sum(sizes) + words} positions, but "
+        f"beside {max_new_tokens} new tokens the context of {length} has room for {room}: {advice}"
+    )
 
 
 class Generator:
@@ -138,6 +172,7 @@ class Generator:
 
     Attributes:
         feature_shape: (P, C) of an image's visual tokens.
+        policy: see above.
         image_decoder: draws visual tokens (`load_image_decoder`), or None: nothing is drawn.
         prompts: may be replaced, for another length.
     """
@@ -152,7 +187,7 @@ class Generator:
     ):
         self.feature_shape = prompts.views.tokens, feature_width
         self.loop, self.prompts, self.image_decoder = loop, prompts, None
-        self._policy = policy
+        self.policy = policy
         self._see = self._project = None
         if encoder is not None:
             graph, self._encoder = nnx.split(encoder)
@@ -203,19 +238,25 @@ class Generator:
         requests = list(requests)
         size = min(options.batch_size, max(len(requests), 1))
         budget = self.budget(options)
-        policy = self._policy(options.text(self.prompts.eos))
+        policy = self.policy(options.text(self.prompts.eos))
         prompts = self._all_prompts(requests, budget, failed)
         for batch in batches(prompts, size):
             # A short batch is filled up, so that it needs no compilation of its own.
             fill = size - len(batch)
             rows = [prompt for _, prompt, _ in batch] + [batch[0][1]] * fill
             results = self.loop(
-                rows, [budget] * len(batch) + [1] * fill, policy, seeds=[options.seed] * size,
+                rows, [budget] * len(batch) + [1] * fill, policy,
+                seeds=[options.seed_of(request) for request, *_ in batch] + [0] * fill,
                 prompt_ids=[ids for *_, ids in batch] + [batch[0][2]] * fill,
                 stream=stream and (lambda new: stream(new[0])),
             )  # fmt: skip
             for (request, *_), result in zip(batch, results, strict=False):
-                yield request, self._reply(result, options, draw)
+                try:
+                    reply = self.reply(result, options, options.seed_of(request), draw)
+                except WeightError as error:  # an image that is not finite
+                    failed(request, error)
+                    continue
+                yield request, reply
 
     def budget(self, options: Options) -> int:
         """New tokens that a reply may have."""
@@ -225,7 +266,7 @@ class Generator:
         for request in requests:
             try:
                 yield request, *self.prompt(request, budget)
-            except (BadSample, ValueError, OSError, ImportError) as error:
+            except FAULTS as error:
                 failed(request, error)
 
     def prompt(self, request: Request, max_new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
@@ -234,7 +275,10 @@ class Generator:
         Raises:
             ValueError, BadSample: with a message for the user.
         """
-        row, pixels = self.prompts.row(request, max_new_tokens)
+        return self.embedded(*self.prompts.row(request, max_new_tokens))
+
+    def embedded(self, row, pixels: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """(float32[L, D], int32[L]), as `prompt`, of what `Prompts.row` gives."""
         embeds = self.loop.embed(row.tokens)
         visual = row.image_slots >= 0
         if pixels is not None:
@@ -265,7 +309,15 @@ class Generator:
         with jax.set_mesh(sharding.mesh_of(self._encoder)):
             return function(self._encoder, x)
 
-    def _reply(self, result: Result, options: Options, draw: bool) -> Reply:
+    def reply(self, result: Result, options: Options, seed: int, draw: bool = True) -> Reply:
+        """What a row emitted as text and drawn images.
+
+        Args:
+            seed: of the first image; the next ones take those after it.
+
+        Raises:
+            WeightError: an image has values that are not finite.
+        """
         parts = []
         for segment in result.segments:
             if isinstance(segment, Text):
@@ -273,11 +325,16 @@ class Generator:
                 parts.append(TextPart(self.prompts.tokenizer.decode(ids), tuple(ids)))
                 continue
             number = sum(isinstance(part, ImagePart) for part in parts)
+            if not np.isfinite(segment.features).all():
+                raise WeightError(
+                    f"the visual tokens of image {number} are not finite, so it is not kept: the "
+                    "model's weights are damaged"
+                )
             drawn = {}
             if draw and self.image_decoder is not None and segment.complete:
                 one = self.image_decoder.draw
                 for scale in options.guidance or (self.image_decoder.sampling.guidance,):
-                    drawn[scale] = one(segment.features, scale, options.seed + number)
+                    drawn[scale] = one(segment.features, scale, seed + number)
             parts.append(ImagePart(segment.features, segment.complete, drawn))
         return Reply(tuple(parts), result.ended)
 

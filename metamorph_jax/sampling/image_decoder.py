@@ -1,15 +1,18 @@
 """A trained decoder that draws images from visual tokens."""
 
+import pathlib
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from flax import nnx
 
-from metamorph_jax.errors import UserError
-from metamorph_jax.models.diffusion.decoder import DiffusionDecoder
-from metamorph_jax.models.diffusion.samplers import SamplingConfig, make_sampler
+from metamorph_jax.convert import load
+from metamorph_jax.errors import UserError, WeightError
+from metamorph_jax.models.diffusion.decoder import DiffusionConfig, DiffusionDecoder
+from metamorph_jax.models.diffusion.samplers import Sampler, SamplingConfig, make_sampler
 from metamorph_jax.sampling.trained import load_trained
+from metamorph_jax.train import checkpoint
 
 
 @runtime_checkable
@@ -37,13 +40,16 @@ class ImageDecoder:
 
     Attributes:
         sampling: how it draws where nothing else is asked for.
+
+    Raises:
+        UserError: the sampler can't make so many steps.
     """
 
     def __init__(self, model: DrawingModel, steps: int | None = None):
         self.sampling: SamplingConfig = model.cfg.sampling
         self._shape = model.decoder.cfg.sample_shape
-        sampler = make_sampler(self.sampling.sampler, model.decoder.cfg.from_pure_noise)
-        steps = steps or self.sampling.steps
+        steps = self.sampling.steps if steps is None else steps
+        sampler = checked_sampler(self.sampling, model.decoder.cfg, steps)
         graph, self._weights = nnx.split(model)
 
         def draw(weights, features, noise, guidance):
@@ -57,20 +63,61 @@ class ImageDecoder:
         return self.draw_many(features[None], guidance, seed)[0]
 
     def draw_many(self, features: np.ndarray, guidance: float | None, seed: int) -> np.ndarray:
-        """uint8[n, h, w, 3] of float[n, P, C]; guidance None: as the model's config says."""
+        """uint8[n, h, w, 3] of float[n, P, C]; guidance None: as the model's config says.
+
+        Raises:
+            WeightError: an image would have values that are not finite.
+        """
         guidance = float(self.sampling.guidance if guidance is None else guidance)
+        if not np.isfinite(features).all():
+            raise WeightError("the visual tokens of an image are not finite, so it is not drawn")
         noise = jax.random.normal(jax.random.key(seed), (len(features), *self._shape))
         images = np.asarray(self._draw(self._weights, features, noise, guidance=guidance))
+        if not np.isfinite(images).all():
+            raise WeightError(
+                f"an image came out with values that are not finite (guidance {guidance:g}) and is "
+                "not kept: the decoder's weights are damaged, or the guidance is too high"
+            )
         return np.round(images * 255).astype(np.uint8)
+
+
+def checked_sampler(sampling: SamplingConfig, decoder: DiffusionConfig, steps: int) -> Sampler:
+    """The sampler of a drawing model.
+
+    Raises:
+        UserError: it can't make so many steps of the schedule that the model was trained with.
+    """
+    try:
+        sampler = make_sampler(sampling.sampler, decoder.from_pure_noise)
+        sampler.checked_table(decoder.schedule, steps)
+    except ValueError as error:
+        raise UserError(f"--steps (or config.model.sampling.steps): {error}") from error
+    return sampler
+
+
+def check_run(workdir: str, steps: int | None) -> None:
+    """Raises where `load_image_decoder` would, as far as can be told without reading weights."""
+    recipe, cfg, _ = load.open_run(workdir)
+    model = nnx.eval_shape(lambda: recipe.create(cfg, nnx.Rngs(0)))
+    _check_draws(workdir, model)
+    sampling = model.cfg.sampling
+    checked_sampler(sampling, model.decoder.cfg, sampling.steps if steps is None else steps)
+    checkpoint.export_shapes(workdir)
+
+
+def _check_draws(workdir: str, model) -> None:
+    if not isinstance(model, DrawingModel):
+        raise UserError(f"{workdir} holds a {type(model).__name__}, which draws no images")
 
 
 def load_image_decoder(workdir: str, steps: int | None = None) -> ImageDecoder:
     """The model that draws, from the workdir of its training.
 
     Raises:
-        UserError: the model in there does not draw.
+        UserError: the model in there does not draw, or not in so many steps.
     """
+    if (pathlib.Path(workdir) / "config.json").is_file():
+        check_run(workdir, steps)
     model = load_trained(workdir)[2]
-    if not isinstance(model, DrawingModel):
-        raise UserError(f"{workdir} holds a {type(model).__name__}, which draws no images")
+    _check_draws(workdir, model)
     return ImageDecoder(model, steps)

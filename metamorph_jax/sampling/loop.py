@@ -117,16 +117,19 @@ class Loop:
             One `Result` a row.
         """
         state = self.prefill(prompts, max_new_tokens, policy, **options)
+        return self.results(self.finish(state, policy, stream, chunk), policy)
+
+    def finish(self, state: State, policy: Policy, stream=None, chunk: int = 16) -> State:
+        """Advances until all rows are done or pause; consumes `state`, see `__call__`."""
         if stream is None:
-            state = self.advance(state, policy)
-            return self.results(state, policy)
-        shown = np.zeros(len(prompts), int)
+            return self.advance(state, policy)
+        shown = np.zeros(len(state.count), int)
         while True:
             record, count, waits = self.read(state.record, state.count, state.done | state.paused)
             stream([row[a:b] for row, a, b in zip(record, shown, count, strict=True)])
             shown = count
             if waits.all():
-                return self.results(state, policy)
+                return state
             state = self.advance(state, policy, chunk)
 
     def prefill(

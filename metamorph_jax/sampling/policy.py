@@ -7,6 +7,7 @@ loop carries.
 """
 
 import dataclasses
+import math
 from typing import Any, Protocol
 
 import jax
@@ -130,9 +131,9 @@ class TextPolicy:
     def __post_init__(self):
         if self.min_new_tokens < 0:
             raise ValueError(f"min_new_tokens must not be negative, not {self.min_new_tokens}")
-        if not self.repetition_penalty > 0:
+        if not 0 < self.repetition_penalty < math.inf:
             raise ValueError(
-                f"repetition_penalty must be positive, not {self.repetition_penalty}"
+                f"repetition_penalty must be positive and finite, not {self.repetition_penalty}"
             )
 
     def init(self, rows: int, prompt_ids, vocabulary: int):

@@ -1,16 +1,19 @@
 """Replies, and what becomes of them: on the terminal, and in the folder `--out`."""
 
 import dataclasses
+import hashlib
 import json
+import os
 import pathlib
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from PIL import Image
 
-from metamorph_jax.errors import UserError
+from metamorph_jax import files
+from metamorph_jax.errors import FileError, UserError
 from metamorph_jax.sampling.requests import Request
 
 
@@ -83,7 +86,7 @@ class Reply:
             inside = False
         for part in self.segments:
             if isinstance(part, TextPart):
-                print(part.text)
+                print(printable(part.text))
             elif part.drawn:
                 image = next(images)
                 display(image) if inside else image.show()
@@ -92,10 +95,9 @@ class Reply:
         """Writes NAME.json, and the images' visual tokens and drawings beside it."""
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        record, files = describe(self, name)
-        for file, value in files.items():
-            _write(folder / file, value)
-        (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+        record, arrays = describe(self, name)
+        write_arrays(folder, arrays)
+        (folder / f"{stem(name)}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 class Stream:
@@ -128,90 +130,169 @@ class Stream:
             self._ids, self._shown = [], ""
 
     def _print(self, text: str) -> None:
-        print(text, end="", file=self._file, flush=True)
+        print(printable(text), end="", file=self._file, flush=True)
 
     def end(self) -> None:
         self._flush(last=True)
         self._print("\n")
 
 
-def describe(reply: Reply, name: str) -> tuple[dict, dict]:
-    """(a JSON-able record of a reply, file name -> array of its images).
+def printable(text: str) -> str:
+    """Text of several lines as a terminal may show it: other control characters are escaped."""
+    return re.sub(r"[^\n\t]+", lambda match: files.shown(match[0], 10 * len(match[0])), text)
 
-    `name` is what the files' names begin with.
+
+# ---- files
+
+_PLAIN = re.compile(r"[a-z0-9_][a-z0-9_.-]{0,63}")
+
+
+def stem(id: str, sample: int = 0) -> str:
+    """What names of a reply's files begin with; it differs between any two ids and samples.
+
+    An id that is not a short, lower-case file name itself gets a hash: file systems fold cases.
     """
-    name = re.sub(r"[^\w.-]", "_", name)[:80] or "_"
-    segments, files = [], {}
+    name = id
+    if not _PLAIN.fullmatch(id):
+        short = re.sub(r"[^A-Za-z0-9_-]", "_", id)[:48]
+        name = f"{short}+{hashlib.sha256(id.encode()).hexdigest()[:12]}"
+    return f"{name}+s{sample}" if sample else name
+
+
+def scale_name(scale: float) -> str:
+    """A guidance scale in file names: short, but no two scales have the same."""
+    return f"{scale:g}" if float(f"{scale:g}") == scale else repr(scale)
+
+
+def describe(reply: Reply, id: str, sample: int = 0) -> tuple[dict, dict]:
+    """(a JSON-able record of a reply, file name -> array of its images)."""
+    segments, arrays = [], {}
     for part in reply.segments:
         if isinstance(part, TextPart):
             segments.append({"type": "text", "text": part.text, "ids": list(part.ids)})
             continue
         number = sum(segment["type"] == "image" for segment in segments)
-        stem = f"{name}_image{number}"
+        name = f"{stem(id, sample)}_image{number}"
         entry = {"type": "image", "image": number, "complete": part.complete}
-        entry |= {"tokens": len(part.features), "features": f"{stem}.npy", "drawings": {}}
-        files[f"{stem}.npy"] = part.features
+        entry |= {"tokens": len(part.features), "features": f"{name}.npy", "drawings": {}}
+        arrays[f"{name}.npy"] = part.features
         for scale, drawn in part.drawn.items():
-            file = f"{stem}_scale{scale:g}.png"
-            files[file] = drawn
-            entry["drawings"][f"{scale:g}"] = file
+            file = f"{name}_scale{scale_name(scale)}.png"
+            arrays[file] = drawn
+            entry["drawings"][scale_name(scale)] = file
         segments.append(entry)
     ended = "eos" if reply.ended else "budget"
-    return {"text": reply.text, "segments": segments, "ended": ended}, files
+    return {"text": reply.text, "segments": segments, "ended": ended}, arrays
 
 
-def _write(file: pathlib.Path, value: np.ndarray) -> None:
-    if file.suffix == ".npy":
-        np.save(file, value)
-    else:
-        Image.fromarray(value).save(file)
+def write_arrays(folder: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> list[pathlib.Path]:
+    """Writes visual tokens (.npy) and drawings (.png); returns their files."""
+    for name, value in arrays.items():
+        if name.endswith(".npy"):
+            np.save(folder / name, value)
+        else:
+            Image.fromarray(value).save(folder / name)
+    return [folder / name for name in arrays]
+
+
+def _replace(file: pathlib.Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    other = file.with_name(f".{file.name}.partial-{os.getpid()}")
+    other.write_text(text, encoding="utf-8")
+    other.replace(file)
 
 
 class Output:
-    """The folder of results; what is in it already is not generated again."""
+    """The folder of results; what is in it already is not generated again.
+
+    Raises:
+        UserError: the folder can't be used, or holds results of other settings or of something
+            else.
+    """
 
     def __init__(self, folder: str, settings: dict):
-        self.folder = pathlib.Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        saved = self.folder / "settings.json"
-        settings = json.loads(json.dumps(settings))
-        self._file = self.folder / "results.jsonl"
-        if saved.is_file() and self._file.is_file():
-            before = json.loads(saved.read_text())
-            changed = sorted(k for k in settings if settings[k] != before.get(k))
-            if changed:
-                raise UserError(
-                    f"{folder} holds results made with other settings ({', '.join(changed)}); "
-                    "choose another --out or remove it"
-                )
-        saved.write_text(json.dumps(settings, indent=1) + "\n")
-        self._records = {}
-        if self._file.is_file():
-            whole = []
-            for line in self._file.read_text().splitlines():
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    continue  # cut off while it was written
-                self._records[record["id"]] = record
-                whole.append(line + "\n")
-            self._file.write_text("".join(whole))
+        self.folder, where = pathlib.Path(folder), files.shown(folder)
+        self._saved, self._file = self.folder / "settings.json", self.folder / "results.jsonl"
+        self._settings = json.loads(json.dumps(settings))
+        self._records: dict[tuple[str, int], dict] = {}
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"--out {where} is not a folder")
+        if os.path.lexists(self._file) and files.regular(self._file).stat().st_size:
+            self._check_settings(where)
+            self._read()
+
+    def _check_settings(self, where: str) -> None:
+        if not os.path.lexists(self._saved):
+            raise UserError(
+                f"{where} holds a results.jsonl without settings.json, which is not of this "
+                "command: choose another --out"
+            )
+        before = files.read_json(self._saved)
+        changed = sorted(k for k, v in self._settings.items() if v != before.get(k))
+        if changed:
+            raise UserError(
+                f"{where} holds results made with other settings ({', '.join(changed)}); "
+                "choose another --out or remove it"
+            )
+
+    def _read(self) -> None:
+        """The records of an earlier start; those that are damaged are made again."""
+        damaged = []
+        for number, _, line in files.raw_lines(self._file):
+            try:
+                record = files.parse(line, "the line", dict)
+                request, _ = record["request"], [*_named(record), record["text"]]
+                self._records[request["id"], request["sample"]] = record
+            except (FileError, KeyError, TypeError, AttributeError):
+                # The last line may have been cut off while it was written.
+                if line.endswith(b"\n"):
+                    damaged.append(number)
+        if damaged:
+            print(
+                f"{files.shown(self._file)}: {len(damaged)} damaged lines (the first is line "
+                f"{damaged[0]}); their prompts are answered again",
+                file=sys.stderr,
+            )
+
+    def open(self) -> None:
+        """Makes the folder, and leaves only whole records in results.jsonl."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _replace(self._saved, json.dumps(self._settings, indent=1) + "\n")
+            if self._file.is_file():
+                lines = [json.dumps(record) + "\n" for record in self._records.values()]
+                _replace(self._file, "".join(lines))
+        except (OSError, ValueError) as error:  # ValueError: of a name that is none
+            why = getattr(error, "strerror", None) or error
+            raise UserError(f"--out {files.shown(self.folder)} can't be written: {why}") from error
 
     def has(self, request: Request) -> bool:
-        record = self._records.get(request.id)
-        wanted = dataclasses.asdict(request) | {"images": list(request.images)}
-        return record is not None and record["request"] == wanted
+        """Whether this very request was answered, and the files of its reply are there."""
+        record = self._records.get((request.id, request.sample))
+        if record is None or record["request"] != _asked(request):
+            return False
+        return all((self.folder / name).is_file() for name in _named(record))
 
     def write(self, request: Request, reply: Reply) -> None:
-        record, files = describe(reply, request.id)
-        for name, value in files.items():
-            _write(self.folder / name, value)
-        asked = dataclasses.asdict(request) | {"images": list(request.images)}
-        record = {"id": request.id, "request": asked, **record}
-        self._records[request.id] = record
-        with self._file.open("a") as f:
+        record, arrays = describe(reply, request.id, request.sample)
+        write_arrays(self.folder, arrays)
+        record = {"id": request.id, "request": _asked(request), **record}
+        self._records[request.id, request.sample] = record
+        with self._file.open("a", encoding="utf-8") as f:
             f.write(json.dumps(record) + "\n")
 
-    def finish(self, requests) -> None:
-        records = [self._records[r.id] for r in requests if r.id in self._records]
-        (self.folder / "segments.json").write_text(json.dumps(records, indent=1) + "\n")
+    def finish(self, requests: Iterable[Request]) -> None:
+        found = (self._records.get((r.id, r.sample)) for r in requests)
+        records = [record for record in found if record is not None]
+        _replace(self.folder / "segments.json", json.dumps(records, indent=1) + "\n")
+
+
+def _asked(request: Request) -> dict:
+    return dataclasses.asdict(request) | {"images": list(request.images)}
+
+
+def _named(record: Mapping) -> list[str]:
+    """The files that a record names; KeyError, TypeError or AttributeError if it is damaged."""
+    images = [s for s in record["segments"] if s["type"] == "image"]
+    names = [n for s in images for n in (s["features"], *s["drawings"].values())]
+    return [pathlib.PurePath(name).name for name in names]

@@ -1,6 +1,7 @@
 """Choosing the next text token from logits: greedy, temperature, top-k, top-p (nucleus)."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,8 @@ class Sampler:
     top_p: float = 1.0
 
     def __post_init__(self):
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature must not be negative, not {self.temperature}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be 0 or more, and finite, not {self.temperature}")
         if self.top_k < 0:
             raise ValueError(f"top_k must not be negative, not {self.top_k}")
         if not 0 < self.top_p <= 1:

@@ -14,6 +14,8 @@ from safetensors.numpy import save_file
 from metamorph_jax import cli, config
 from metamorph_jax.convert import command, export, families, hf, names, safetensors, specs
 from metamorph_jax.convert.llama import config_to_hf, export_llama
+from metamorph_jax.data.chat import Chat
+from metamorph_jax.data.config import RowConfig
 from metamorph_jax.models.llm import llama
 from metamorph_jax.recipes import metamorph as recipe
 
@@ -79,6 +81,14 @@ def test_a_run_becomes_a_folder_for_transformers(run, tmp_path, capsys):
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     assert tokenizer.convert_tokens_to_ids(["<image_start>", "<image_end>"]) == ids
     assert state["model.embed_tokens.weight"].shape[0] == ids[1] + 1  # no row only for sharding
+    chat = Chat.of(specs.tokenizer(model.cfg.tokenizer), RowConfig())  # as the run was trained
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_dict=False
+    )
+    assert list(asked) == chat.prompt([("user", "Hello")]).tolist()
+    assert tokenizer.eos_token_id == llm.config.eos_token_id == chat.close
+    ends = llm.generation_config.eos_token_id
+    assert chat.close in (ends if isinstance(ends, list) else [ends])
 
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2
@@ -103,6 +113,8 @@ def test_a_run_becomes_a_folder_for_transformers(run, tmp_path, capsys):
     comes_back(model, tmp_path / "reference")
     fields = hf.read_config(tmp_path / "reference")
     assert fields["model_type"] == "metamorph_llama" and fields["vocab_size"] == ids[1] + 1
+    assert fields["eos_token_id"] == chat.close
+    assert (tmp_path / "reference" / "generation_config.json").is_file()
 
 
 def comes_back(model, folder):

@@ -153,4 +153,4 @@ def save(folder: pathlib.Path, model: Toy, source: Source, writer: Writer) -> in
     return writer.weights(folder, names.lazy_torch_dict(model, stacked=("layers",)))
 
 
-FAMILIES = (RunForm(save, lambda cfg: Source(), adapted=("llm",)),)
+FAMILIES = (RunForm(save, lambda cfg, data: Source(), adapted=("llm",)),)

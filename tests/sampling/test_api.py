@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 
 import metamorph_jax
+from metamorph_jax import api
 from metamorph_jax.errors import UserError
+from metamorph_jax.sampling.generator import Options
 
 
 def test_load_and_generate(workdir, image_files, capsys):
@@ -26,6 +28,13 @@ def test_load_and_generate(workdir, image_files, capsys):
         model.generate("x", surprise=1)
     with pytest.raises(UserError, match="config="):
         metamorph_jax.load("hf:owner/name")
+
+
+def test_a_chat_has_the_options_of_generate(generator):
+    conversation = api.Model(generator).chat(max_new_tokens=4, temperature=0.5)
+    assert conversation.options == Options(4, 0.5, batch_size=1) and conversation.turns == 0
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        api.Model(generator).generate(" ")
 
 
 def test_importing_the_package_starts_nothing():

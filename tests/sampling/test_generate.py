@@ -2,11 +2,16 @@
 
 import argparse
 import json
+import pathlib
 
+import numpy as np
 import pytest
 
-from metamorph_jax import cli
+from metamorph_jax import cli, options
+from metamorph_jax.recipes import decoder
+from metamorph_jax.recipes.decoder.config import pixels
 from metamorph_jax.sampling import generate, trained
+from metamorph_jax.sampling.results import ImagePart, Reply
 
 
 @pytest.fixture
@@ -63,9 +68,10 @@ def test_jsonl(workdir, loaded, image_files, tmp_path, capsys):
     file.write_text("\n".join(lines))
     out = tmp_path / "out"
     words = ["--prompts", file, "--out", out, "--max-new-tokens", 6, "--batch-size", 2]
-    assert _run(workdir, *words) == 1  # something was skipped
+    with pytest.raises(cli.UserError, match="4 prompts were skipped"):
+        _run(workdir, *words)
     heard = capsys.readouterr()
-    assert "line 2" in heard.err and "2 <image> markers" in heard.err
+    assert "line 2" in heard.err and "2 markers, 1 images" in heard.err
     assert "gone.png" in heard.err and "c.png" in heard.err
     records = json.loads((out / "segments.json").read_text())
     assert [r["id"] for r in records] == ["one", "3", "last"]
@@ -79,7 +85,8 @@ def test_jsonl(workdir, loaded, image_files, tmp_path, capsys):
     kept = results.read_text().splitlines()
     results.write_text("\n".join(kept[:2]) + '\n{"id": "las')
     capsys.readouterr()
-    _run(workdir, *words)
+    with pytest.raises(cli.UserError, match="4 prompts were skipped"):
+        _run(workdir, *words)
     heard = capsys.readouterr()
     assert "2 of 6 were done before" in heard.err
     assert json.loads((out / "segments.json").read_text()) == records
@@ -91,7 +98,7 @@ def test_jsonl(workdir, loaded, image_files, tmp_path, capsys):
     "words, message",
     [
         (["--prompt", "x", "--image", "missing.png"], "missing.png"),
-        (["--prompt", "<image>"], "1 <image> markers, but 0 images"),
+        (["--prompt", "<image>"], "1 markers, 0 images"),
         (["--prompt", "x", "--prompts", "y"], "either --prompt or --prompts"),
         (["--prompts", "missing.jsonl"], "no file missing.jsonl"),
         (["--prompt", "x", "--decoder", "d"], "--out"),
@@ -113,6 +120,83 @@ def test_too_many_images(workdir, loaded, image_files):
 def test_unknown_format(workdir, loaded, image_files):
     with pytest.raises(cli.UserError, match=r"c\.png"):
         _run(workdir, "--prompt", "x", "--image", image_files / "c.png", "--max-new-tokens", 8)
+
+
+def test_samples(workdir, loaded, tmp_path, capsys):
+    """N replies to each prompt; a larger N keeps the ones that are there."""
+    words = ["--prompt", "Hello", "--max-new-tokens", 6, "--temperature", 3, "--min-new-tokens", 6]
+    out = tmp_path / "out"
+    _run(workdir, *words, "--samples", 2, "--out", out)
+    two = json.loads((out / "segments.json").read_text())
+    capsys.readouterr()
+    _run(workdir, *words, "--samples", 4, "--out", out)
+    assert "2 of 4 were done before" in capsys.readouterr().err
+    four = json.loads((out / "segments.json").read_text())
+    assert four[:2] == two and [r["request"]["sample"] for r in four] == [0, 1, 2, 3]
+    assert len({r["text"] for r in four}) == 4
+    with pytest.raises(cli.UserError, match="gives equal replies"):
+        _run(workdir, "--prompt", "x", "--samples", 2)
+
+
+def test_colliding_ids(workdir, loaded, tmp_path, monkeypatch):
+    """Both are answered, with files of their own."""
+    P, C = loaded.feature_shape
+    image = ImagePart(np.zeros((P, C), np.float32), True, {})
+    monkeypatch.setattr(loaded, "reply", lambda *_: Reply((image,), True))
+    file = pathlib.Path(__file__).parents[1] / "cases" / "prompts" / "colliding_ids.jsonl"
+    assert _run(workdir, "--prompts", file, "--max-new-tokens", 6, "--out", tmp_path / "o") == 0
+    assert len(list((tmp_path / "o").glob("*.npy"))) == 2
+
+
+def test_encodings_of_prompts(workdir, loaded, monkeypatch, capsys):
+    folder = pathlib.Path(__file__).parents[1] / "cases" / "prompts"
+    words = ["--max-new-tokens", 6]
+    assert _run(workdir, "--prompts", folder / "prompts_utf-8-sig.jsonl", *words) == 0
+    assert [line[:2] for line in capsys.readouterr().out.splitlines() if line[1:2] == ":"] == [
+        "a:", "b:", "c:"
+    ]  # fmt: skip
+    with pytest.raises(cli.UserError, match=r"prompts_cp1252.jsonl, line 1: not UTF-8"):
+        _run(workdir, "--prompts", folder / "prompts_cp1252.jsonl", *words)
+
+
+def test_files_are_checked_before_the_model_loads(workdir, image_files, monkeypatch, capsys):
+    monkeypatch.setattr(trained, "load_generator", lambda *_, **__: pytest.fail("it was loaded"))
+    for name in ("gone.png", "c.png"):
+        with pytest.raises(cli.UserError, match=name):
+            _run(workdir, "--prompt", "x", "--image", image_files / name)
+    file = image_files / "none_good.jsonl"
+    file.write_text('{"prompt": "x", "image": "gone.png"}\n')
+    with pytest.raises(cli.UserError, match="1 prompts were skipped"):
+        _run(workdir, "--prompts", file)
+    with pytest.raises(cli.UserError, match="draws no images"):
+        _run(workdir, "--prompt", "x", "--decoder", workdir, "--out", image_files / "out")
+
+
+def test_steps_are_checked_before_a_model_loads(workdir, tmp_path, monkeypatch):
+    monkeypatch.setattr(trained, "load_generator", lambda *_, **__: pytest.fail("it was loaded"))
+    model = options.complete(decoder.Config, pixels(8, 4, side=16, width=64))
+    values = {"recipe": "decoder", "model": model, "data": {}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    for steps in (1001, 5000):
+        with pytest.raises(cli.UserError, match=f"{steps} steps"):
+            _run(workdir, "--prompt", "x", "--decoder", tmp_path, "--out", tmp_path / "out",
+                 "--steps", steps)  # fmt: skip
+
+
+def test_it_says_when_nothing_was_drawn(workdir, loaded, tmp_path, monkeypatch, capsys):
+    def run(*more):
+        assert _run(workdir, "--prompt", "x", "--max-new-tokens", 6, *more) == 0
+        return capsys.readouterr().err
+
+    assert not run()
+    P, C = loaded.feature_shape
+    parts = [ImagePart(np.zeros((n, C), np.float32), n == P, {}) for n in (P, 1)]
+    with monkeypatch.context() as patch:
+        patch.setattr(loaded, "reply", lambda *_: Reply(tuple(parts), True))
+        told = run()
+    assert "1 images are cut off" in told and "nothing was drawn, since no --decoder" in told
+    monkeypatch.setattr(loaded, "image_decoder", object())
+    assert "the model answered with text alone" in run()
 
 
 def test_no_workdir(tmp_path):

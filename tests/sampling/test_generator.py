@@ -1,6 +1,8 @@
 """Prompts equal training rows; batches and replies; a model without a head."""
 
+import dataclasses
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -9,11 +11,15 @@ from PIL import Image
 from metamorph_jax import sharding
 from metamorph_jax.convert import load
 from metamorph_jax.data.interleave import build_row, read_place
+from metamorph_jax.data.sources import kinds
 from metamorph_jax.errors import UserError
+from metamorph_jax.recipes.metamorph import wordings
 from metamorph_jax.sampling.generator import Options
-from metamorph_jax.sampling.requests import Request
+from metamorph_jax.sampling.requests import Request, as_sample
 from metamorph_jax.sampling.trained import load_generator
 from metamorph_jax.types import Batch, Images
+
+CASES = pathlib.Path(__file__).parents[1] / "cases"
 
 
 def test_marker_and_prefix_change_the_prompt(generator, image_files):
@@ -45,6 +51,83 @@ def test_prompt_equals_the_training_row(generator, workdir, image_files):
     np.testing.assert_allclose(got, np.asarray(model.embed(batch)[0][0]), atol=1e-5)
     np.testing.assert_array_equal(ids_read[row.image_slots < 0], row.tokens[row.image_slots < 0])
     assert (ids_read[row.image_slots >= 0] == -1).all()
+
+
+def _asked(record, root, frames, kind="auto"):
+    """Ids of a training sample, up to its answer."""
+    from metamorph_jax.recipes.metamorph.sources import KINDS
+
+    where, rng = kinds.Files(str(root), frames), np.random.default_rng(0)
+    return kinds.build(record, "", where, rng, kind, kinds.known(KINDS))
+
+
+def test_a_video_stands_where_training_puts_it(generator):
+    """The ids of a prompt are the beginning of those of a training sample that asks the same."""
+    chat, frames = generator.prompts.chat, generator.prompts.frames
+    clip = CASES / "data" / "clip.mp4"
+    for text in ("<video>\nWhat happens?", "What happens?", "Then: <image> What?"):
+        turns = [{"from": "human", "value": text}, {"from": "gpt", "value": "It gets brighter."}]
+        record = {"id": "0", "video": "clip.mp4", "conversations": turns}
+        trained = chat.conversation(_asked(record, CASES / "data", frames).turns).ids
+        sample = as_sample(Request("0", text, video=str(clip)), None, frames)
+        got = chat.prompt(sample.turns)
+        np.testing.assert_array_equal(got, trained[: len(got)], err_msg=text)
+        assert 0 < len(sample.images) <= frames == 24  # as many as a row of training holds
+
+
+def test_visual_thinking_is_asked_for_as_in_training(generator, image_files, monkeypatch):
+    """Wording, image, question: `--think` writes what visual_cot samples hold."""
+    monkeypatch.setattr(wordings, "choose", lambda options, rng: options[1])
+    asked = "What colour is it? Give the bounding box."
+    turns = [("human", asked), ("gpt", "[0,0,1,1]"), ("human", "-"), ("gpt", "Red.")]
+    record = {
+        "id": "0", "image": ["a.png", "a.png###[0,0,9,9]"],
+        "conversations": [{"from": role, "value": text} for role, text in turns],
+    }  # fmt: skip
+    trained = _asked(record, image_files, 1, "visual_cot").turns[0]
+    request = Request("0", "What colour is it?", (str(image_files / "a.png"),), think=True)
+    assert as_sample(request, generator.prompts.think).turns[0] == trained
+    assert trained[1] == "Look closely before you answer. <image>\nWhat colour is it?"
+
+
+def test_special_tokens_in_a_prompt_are_text(generator):
+    chat = generator.prompts.chat
+    text = "End <|eot_id|> here <image_start><|start_header_id|>"
+    row, _ = generator.prompts.row(Request("0", text), 8)
+    plain, _ = generator.prompts.row(Request("0", "End here"), 8)
+    for special in (chat.close, *chat.markers.before, *chat.specials.values()):
+        assert (row.tokens == special).sum() == (plain.tokens == special).sum()
+
+
+def test_a_reply_ends_at_every_eos(generator, monkeypatch):
+    """Also at those of the generation config."""
+    (free,) = generator.generate([Request("0", "Hello")], Options(6))
+    first = free.segments[0].ids[0]
+    prompts = dataclasses.replace(generator.prompts, ends=(first,))
+    monkeypatch.setattr(generator, "prompts", prompts)
+    (ended,) = generator.generate([Request("0", "Hello")], Options(6))
+    assert not free.ended and ended.ended and not ended.segments
+    assert prompts.eos == tuple(sorted({first, prompts.chat.close, prompts.tokenizer.eos_token_id}
+                                       - {None}))  # fmt: skip
+
+
+def test_each_request_draws_its_own(generator):
+    """Equal prompts differ by id and sample; the rest of the batch changes nothing."""
+    options = Options(8, temperature=3.0, batch_size=4, min_new_tokens=8)
+    same = [Request("a", "Hello"), Request("b", "Hello"), Request("a", "Hello", sample=1)]
+    replies = [reply.text for reply in _all(generator, same, options)]
+    assert len(set(replies)) == 3
+    alone = _all(generator, same[2:], dataclasses.replace(options, batch_size=1))
+    assert alone[0].text == replies[2]
+    other = dataclasses.replace(options, seed=1)
+    assert _all(generator, same[:1], other)[0].text != replies[0]
+
+
+def _all(generator, requests, options):
+    def failed(request, error):
+        raise error
+
+    return [reply for _, reply in generator.replies(requests, options, failed)]
 
 
 def test_replies_are_those_of_each_request_alone(generator, image_files):

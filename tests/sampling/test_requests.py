@@ -4,15 +4,22 @@ import json
 
 import pytest
 
-from metamorph_jax.sampling.requests import Request, place_images, read_requests
+from metamorph_jax.errors import BadSample
+from metamorph_jax.sampling.requests import Request, as_sample, place, read_requests
 
 
-def test_place_images():
-    assert place_images("look", 0) == "look"
-    assert place_images("look", 2) == "<image><image>\nlook"
-    assert place_images("a <image> b", 1) == "a <image> b"
-    with pytest.raises(ValueError, match="1 <image> markers, but 2 images"):
-        place_images("a <image> b", 2)
+def _place(prompt, images=0, video=""):
+    return place(Request("0", prompt, ("x.png",) * images, video))
+
+
+def test_place():
+    assert _place("look") == "look"
+    assert _place("look", 2) == "<image><image>\nlook"
+    assert _place("a <image> b", 1) == "a <image> b"
+    assert _place("look", 0, "a.mp4") == "<video>look"
+    assert _place("look", 1, "a.mp4") == "<image><video>\nlook"
+    with pytest.raises(BadSample, match="1 markers, 2 images"):
+        as_sample(Request("0", "a <image> b", ("x.png", "y.png")))
 
 
 def test_read_requests(tmp_path, capsys):

@@ -66,6 +66,12 @@ class Table:
             rows["repeat"] = jnp.asarray(self.repeat)
         return rows
 
+    def fits(self, total: int) -> bool:
+        """Whether all numbers are finite and all timesteps among the `total` of training."""
+        values = [v for v in vars(self).values() if v is not None]
+        inside = self.t.min() >= 0 and self.t.max() <= total - 1
+        return bool(inside and all(np.isfinite(v).all() for v in values))
+
 
 def timesteps(spacing: str, total: int, steps: int, offset: int) -> np.ndarray:
     """`steps` of `total` training timesteps, descending, float64 (fractional for linspace)."""
@@ -122,6 +128,28 @@ class Sampler:
         """The rows for `steps` steps of this training schedule."""
         raise NotImplementedError
 
+    def checked_table(self, s: Schedule, steps: int) -> Table:
+        """`table`, if this sampler can make so many steps of the schedule.
+
+        Raises:
+            ValueError: there are more steps than training timesteps, or so many that two of them
+                fall together or one lies outside of training.
+        """
+        total = s.num_train_timesteps
+        if not 1 <= steps <= total:
+            raise ValueError(f"{steps} steps: expected 1 to {total}, the training timesteps")
+        try:
+            with np.errstate(all="ignore"):
+                table = self.table(s, steps)
+        except IndexError:
+            table = None
+        if table is None or not table.fits(total):
+            name = type(self).__name__
+            raise ValueError(
+                f"{steps} steps are too many for {name} with {total} training timesteps"
+            )
+        return table
+
     def integrate(
         self,
         predict: Callable,
@@ -141,8 +169,11 @@ class Sampler:
             steps: number of steps.
             clip: (low, high) that every x0 estimate is clipped to, numbers or [c]; for pixels.
             return_trajectory: also return the states [N + 1, ...] and predictions [N, ...].
+
+        Raises:
+            ValueError: see `checked_table`.
         """
-        table = self.table(schedule, steps)
+        table = self.checked_table(schedule, steps)
         rows = table.rows(clip is not None)
         x = noise.astype(jnp.float32) * table.init_sigma
         carry = {"x": x}

@@ -175,7 +175,7 @@ def save(folder: pathlib.Path, model: Decoder, source: Source, writer: Writer) -
     return total + exact.weights(folder / "statistics", statistics)
 
 
-def source(cfg: Config) -> Source:
+def source(cfg: Config, data) -> Source:
     """What the folder of a run takes over beside its weights: nothing."""
     return Source()
 

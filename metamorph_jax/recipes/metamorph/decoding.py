@@ -19,17 +19,17 @@ from flax import nnx
 from jax import lax
 
 from metamorph_jax import sharding
+from metamorph_jax.convert.export import listed_eos
 from metamorph_jax.data.chat import Chat
-from metamorph_jax.recipes.metamorph.input import input_spec, markers
+from metamorph_jax.recipes.metamorph.input import input_spec
 from metamorph_jax.recipes.metamorph.model import MetaMorph
-from metamorph_jax.recipes.metamorph.published import load_tokenizer
+from metamorph_jax.recipes.metamorph.published import generation_fields, load_tokenizer, markers
+from metamorph_jax.recipes.metamorph.wordings import look_first
 from metamorph_jax.sampling.cached_llm import once, take_over
 from metamorph_jax.sampling.generator import Generator, Prompts
 from metamorph_jax.sampling.loop import Loop
 from metamorph_jax.sampling.policy import Emission, Model, Policy, Step, TextPolicy
 from metamorph_jax.sampling.segments import VISUAL, Result, read_record
-
-THINK = "Look closely before you answer. "  # before a prompt, to have the model draw first
 
 
 @jax.tree_util.register_dataclass
@@ -234,5 +234,6 @@ def generator(
         encoder = nnx.merge(*nnx.split(model))
         del encoder.llm
     policy = partial(make_policy, parts, force_end=force_end, parity=parity)
-    prompts = Prompts(chat, views, data.images, data.row.length, THINK)
+    ends = tuple(listed_eos(generation_fields(cfg)))
+    prompts = Prompts(chat, views, data.images, data.row.length, look_first, data.frames, ends)
     return Generator(loop, policy, prompts, encoder, model.feature_shape[1])

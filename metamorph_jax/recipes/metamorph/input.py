@@ -7,13 +7,13 @@ import numpy as np
 
 from metamorph_jax.convert import vision
 from metamorph_jax.data import pipeline
-from metamorph_jax.data.chat import Chat, Markers
+from metamorph_jax.data.chat import Chat
 from metamorph_jax.data.config import DataConfig, InputSpec
 from metamorph_jax.data.packing import PackedIterator
 from metamorph_jax.errors import ConfigError
 from metamorph_jax.recipe import Shard
 from metamorph_jax.recipes.metamorph.config import Config, llm_config
-from metamorph_jax.recipes.metamorph.published import load_tokenizer
+from metamorph_jax.recipes.metamorph.published import load_tokenizer, markers
 from metamorph_jax.recipes.metamorph.sources import KINDS
 from metamorph_jax.types import Batch
 
@@ -34,12 +34,6 @@ class AfterSupervisedStart:
         """See `data.interleave.Rule`."""
         before = np.maximum(sentinels - 1, 0)
         return (sentinels > 0) & (labels[before] == self.start)
-
-
-def markers(cfg: Config) -> Markers:
-    """Start and end token: the two ids after the language model's own."""
-    start = llm_config(cfg).vocab_size
-    return Markers((start,), (start + 1,))
 
 
 def input_spec(cfg: Config, read: bool = True) -> InputSpec:

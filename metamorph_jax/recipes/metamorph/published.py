@@ -24,12 +24,22 @@ from flax import nnx
 
 from metamorph_jax.convert import compare, families, hf, names, specs, tokenizers, vit
 from metamorph_jax.convert import llama as llama_names
-from metamorph_jax.convert.export import Source, Writer, save_part, write_json
+from metamorph_jax.convert.export import (
+    Source,
+    Writer,
+    listed_eos,
+    save_part,
+    trained_source,
+    write_generation,
+    write_json,
+)
 from metamorph_jax.convert.families import Family, Reference, RunForm
 from metamorph_jax.convert.llama import export_llama, load_llama
 from metamorph_jax.convert.load import WORKDIR
 from metamorph_jax.convert.vit import export_complete, export_vit, load_vit
-from metamorph_jax.data.chat import END_TOKEN, START_TOKEN
+from metamorph_jax.data.chat import END_TOKEN, START_TOKEN, Chat, Markers
+from metamorph_jax.data.config import DataConfig
+from metamorph_jax.errors import WeightError
 from metamorph_jax.models.vision.encoder import VisionConfig
 from metamorph_jax.models.vision.vit import SIZES as TOWER_SIZES
 from metamorph_jax.models.vision.vit import ViT, ViTConfig
@@ -330,7 +340,8 @@ def save(folder: pathlib.Path, model: MetaMorph, source: Source, writer: Writer)
     added = [START_TOKEN, END_TOKEN][: llm.cfg.added_tokens]
     tokenizer = tokenizers.extend(source.tokenizer, llm.cfg.vocab_size, added)
     family = families.of_fields(llama_names.config_to_hf(llm.cfg))
-    total = family.write(folder, llm, Source(source.fields, tokenizer), writer)
+    source = dataclasses.replace(source, tokenizer=tokenizer)
+    total = family.write(folder, llm, source, writer)
     (P, C), cfg, D = model.feature_shape, model.cfg, llm.cfg.width
     visual = {
         "image_tokens": P,
@@ -363,7 +374,10 @@ def save_reference(folder: pathlib.Path, model: MetaMorph, source: Source, write
     llm = model.llm.cfg
     added = [START_TOKEN, END_TOKEN][: llm.added_tokens]
     tokenizers.extend(source.tokenizer, llm.vocab_size, added).save_pretrained(folder)
-    return save_part(FAMILY, folder, model, Source(), writer)
+    total = save_part(FAMILY, folder, model, Source(), writer)
+    ids = write_generation(folder, source)
+    write_json(folder / "config.json", hf.read_config(folder) | ids)
+    return total
 
 
 def _save_published(family, folder, model, source: Source, writer: Writer) -> int:
@@ -373,14 +387,36 @@ def _save_published(family, folder, model, source: Source, writer: Writer) -> in
 
 def load_tokenizer(cfg: Config):
     """The tokenizer that the config names, or that of its weights."""
-    whole = "" if cfg.weights.startswith(WORKDIR) else cfg.weights
-    return specs.tokenizer(cfg.tokenizer or whole or cfg.llm_weights)
+    return specs.tokenizer(cfg.tokenizer or base(cfg) or cfg.llm_weights)
 
 
-def source(cfg: Config) -> Source:
+def markers(cfg: Config) -> Markers:
+    """Start and end token: the two ids after the language model's own."""
+    start = llm_config(cfg).vocab_size
+    return Markers((start,), (start + 1,))
+
+
+def generation_fields(cfg: Config) -> dict:
+    """The generation_config.json of the weights that the config names; {} without one.
+
+    Raises:
+        WeightError: it is damaged, or its eos is none of the model's ids.
+    """
+    fields = specs.generation_fields(base(cfg))
+    wrong = [i for i in listed_eos(fields) if i >= llm_config(cfg).vocab_size]
+    if wrong:
+        raise WeightError(
+            f"generation_config.json of {base(cfg)}: eos_token_id {wrong[0]} is none of the "
+            f"{llm_config(cfg).vocab_size} ids of the language model"
+        )
+    return fields
+
+
+def source(cfg: Config, data: DataConfig) -> Source:
     """What the folder of a run takes over beside its weights."""
     fields = specs.llm_fields(cfg.llm_weights) if cfg.llm == "auto" else {}
-    return Source(fields, load_tokenizer(cfg))
+    chat = Chat.of(load_tokenizer(cfg), data.row, markers(cfg))
+    return trained_source(chat, data.row.single_bos, fields, generation_fields(cfg))
 
 
 def base(cfg: Config) -> str:

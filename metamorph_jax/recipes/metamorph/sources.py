@@ -87,7 +87,8 @@ def visual_cot(record: dict, files: Files, rng: np.random.Generator):
     if not (np.isfinite([x1, y1, x2, y2]).all() and x2 > x1 and y2 > y1):
         raise bad
     images = files.image(paths[0]), files.image(cut, box=(x1, y1, x2, y2))
-    human = wordings.choose(wordings.THINK_HUMAN, rng) + _with_marker(question)
+    wording = wordings.choose(wordings.THINK_HUMAN, rng)
+    human = wordings.look_first(_with_marker(question), wording)
     gpt = wordings.choose(wordings.THINK_GPT, rng) + f" {IMAGE} " + answer
     return (("user", human), ("assistant", gpt)), images
 

@@ -62,6 +62,14 @@ BOXES_FOUND = "The question is about {names}. I mark what I found with boxes: "
 BOXES_LINK = " From this I can tell: "
 
 
+def look_first(question: str, wording: str = THINK_HUMAN[1]) -> str:
+    """A question, with its images, that asks the model to draw the relevant detail first.
+
+    Training and generation both write it with this; training draws the wording.
+    """
+    return wording + question
+
+
 def choose(options, rng: np.random.Generator):
     return options[int(rng.integers(len(options)))]
 

@@ -132,3 +132,16 @@ def test_add_noise_then_one_perfect_ddim_step_reaches_the_next_level():
     x = sch.add_noise(s, x0, noise, t)
     new, _ = samplers.step(row, lambda x, t: noise, {"x": x})
     np.testing.assert_allclose(new["x"], sch.add_noise(s, x0, noise, following), atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1000, 1001, 2000])
+@pytest.mark.parametrize("rule", [DDIM(), DPMSolverPP(), DPMSolverPP("trailing"), Euler(), PNDM()],
+                         ids=repr)  # fmt: skip
+def test_more_steps_than_a_schedule_has_are_an_error(rule, steps):
+    """They used to draw noise or black, from timesteps that fall together or lie outside."""
+    s = Schedule()
+    if (rule, steps) != (DPMSolverPP("trailing"), 1000):  # which takes each timestep once
+        with pytest.raises(ValueError, match=rf"{steps} steps"):
+            rule.integrate(lambda x, t: x, jnp.zeros((1, 2, 2, 1)), s, steps)
+    for fine in (2, 50, 998):
+        assert rule.checked_table(s, fine).fits(1000)

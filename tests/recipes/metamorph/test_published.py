@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from metamorph_jax.convert import check, oracles
+from metamorph_jax.errors import WeightError
 from metamorph_jax.models.vision.vit import SIZES as TOWER_SIZES
 from metamorph_jax.models.vision.vit import ViTConfig
 from metamorph_jax.recipes import metamorph as recipe
@@ -123,3 +124,19 @@ def test_reference_tower_is_so400m_at_its_layer():
     tower = metamorph.config_from_hf(fields | {"mm_vision_select_layer": -1}).vision.vit
     assert isinstance(tower, ViTConfig) and tower.depth == 27
     assert tower.width == TOWER_SIZES["siglip-so400m-384"].width
+
+
+def test_generation_fields_are_those_of_the_weights(tmp_path):
+    """Of the llm's folder, or of the whole model's; an eos that is no id of the model is named."""
+    cfg = recipe.Config(llm="tiny", llm_weights=str(tmp_path))
+    assert metamorph.generation_fields(cfg) == {}
+    file = tmp_path / "generation_config.json"
+    file.write_text('{"eos_token_id": [3, 5], "temperature": 0.6}')
+    wanted = {"eos_token_id": [3, 5], "temperature": 0.6}
+    assert metamorph.generation_fields(cfg) == wanted
+    whole = recipe.Config(llm="tiny", weights=str(tmp_path))
+    assert metamorph.generation_fields(whole) == wanted
+    for wrong in ("[3, 10000000]", "-1", '"</s>"'):
+        file.write_text(f'{{"eos_token_id": {wrong}}}')
+        with pytest.raises(WeightError, match="eos_token_id"):
+            metamorph.generation_fields(cfg)
