@@ -14,6 +14,8 @@ them out.
 import pathlib
 from collections.abc import Sequence
 
+from metamorph_jax.errors import ConfigError
+
 # Files of a tokenizer or processor, which are copied as they are.
 FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
@@ -41,34 +43,49 @@ def load(folder: str | pathlib.Path):
         ) from error
 
 
+def check(tokenizer, vocab_size: int, added: Sequence[str]) -> None:
+    """Compares the ids of a tokenizer with the rows of a model's table.
+
+    Args:
+        added: tokens that the model adds; where the tokenizer has them, their ids must be
+            `vocab_size` and those that follow.
+
+    Raises:
+        ConfigError: a token has an id that the table doesn't have, or is that of an added token.
+    """
+    ids, expected = tokenizer.get_vocab(), {text: vocab_size + j for j, text in enumerate(added)}
+    for text, id in expected.items():
+        if ids.get(text, id) != id:
+            raise ConfigError(f"{text} has id {ids[text]} in the tokenizer, {id} in the model")
+    extra = sorted((id, text) for text, id in ids.items() if id >= vocab_size
+                   and text not in expected)  # fmt: skip
+    if extra:
+        listed = ", ".join(f"{text!r} ({id})" for id, text in extra[:8])
+        raise ConfigError(
+            f"the tokenizer has {len(ids)} tokens, but the model's table has {vocab_size} rows, "
+            f"none for {listed}: take these tokens out of the tokenizer, or weights with more rows"
+        )
+
+
 def extend(tokenizer, vocab_size: int, added: Sequence[str]):
     """A copy of a tokenizer in which `added[j]` has the id `vocab_size + j`; the ids in between get
     placeholder names.
 
     Raises:
-        ValueError: if the tokenizer has more tokens than the table has rows, or one of the added
-            tokens with another id.
+        ConfigError: as `check` has it.
     """
     import copy
 
     from tokenizers import AddedToken
 
+    check(tokenizer, vocab_size, added)
     out = copy.deepcopy(tokenizer)
     special = lambda text: AddedToken(text, special=True, normalized=False)  # noqa: E731
     known = {text: id for text, id in out.get_vocab().items() if text in added}
     rest = [text for text in added if text not in known]
-    if len(out) > vocab_size + len(known):
-        raise ValueError(
-            f"the tokenizer has {len(out)} tokens, but the model's table has {vocab_size} rows"
-        )
     if rest:
         gap = vocab_size + len(known) - len(out)
         out.add_tokens([special(f"<|unused_{i}|>") for i in range(gap)], special_tokens=True)
         out.add_tokens([special(text) for text in rest], special_tokens=True)
-    for j, text in enumerate(added):
-        found = out.convert_tokens_to_ids(text)
-        if found != vocab_size + j:
-            raise ValueError(
-                f"{text} has id {found} in the tokenizer, {vocab_size + j} in the model"
-            )
+    check(out, vocab_size, added)
     return out

@@ -35,7 +35,9 @@ def add_arguments(parser) -> None:
         help="your own recipe, where --workdir was trained with one; its code is imported",
     )  # fmt: skip
     group.add_argument(
-        "--decoder", metavar="WORKDIR", help="of a decoder stage: draws the images"
+        "--decoder", metavar="DIR",
+        help="draws the images: workdir of a decoder stage, or a folder with the files of "
+        "MetaMorph's public decoder (unet_checkpoint, adapter_checkpoint, model_config.json)",
     )
     group = parser.add_argument_group("prompts")
     group.add_argument("--prompt", help="one prompt")

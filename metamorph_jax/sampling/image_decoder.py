@@ -9,7 +9,7 @@ from flax import nnx
 from metamorph_jax.errors import UserError
 from metamorph_jax.models.diffusion.decoder import DiffusionDecoder
 from metamorph_jax.models.diffusion.samplers import SamplingConfig, make_sampler
-from metamorph_jax.sampling.trained import load_trained
+from metamorph_jax.sampling.trained import load_published, load_trained
 
 
 @runtime_checkable
@@ -65,12 +65,13 @@ class ImageDecoder:
 
 
 def load_image_decoder(workdir: str, steps: int | None = None) -> ImageDecoder:
-    """The model that draws, from the workdir of its training.
+    """The model that draws, from the workdir of its training or the folder ("hf:…" too) of a public
+    implementation's files.
 
     Raises:
         UserError: the model in there does not draw.
     """
-    model = load_trained(workdir)[2]
+    model = load_published(workdir) or load_trained(workdir)[2]
     if not isinstance(model, DrawingModel):
         raise UserError(f"{workdir} holds a {type(model).__name__}, which draws no images")
     return ImageDecoder(model, steps)

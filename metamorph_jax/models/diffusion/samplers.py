@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metamorph_jax.errors import ConfigError
 from metamorph_jax.models.diffusion.schedule import Schedule, x0_weights
 
 SPACINGS = ("leading", "linspace", "trailing")
@@ -142,6 +143,9 @@ class Sampler:
             clip: (low, high) that every x0 estimate is clipped to, numbers or [c]; for pixels.
             return_trajectory: also return the states [N + 1, ...] and predictions [N, ...].
         """
+        total = schedule.num_train_timesteps
+        if not 1 <= steps <= total:
+            raise ConfigError(f"{steps} sampling steps, but the schedule was trained with {total}")
         table = self.table(schedule, steps)
         rows = table.rows(clip is not None)
         x = noise.astype(jnp.float32) * table.init_sigma

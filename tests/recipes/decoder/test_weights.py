@@ -1,6 +1,8 @@
 """A decoder starts from Stable Diffusion's weights, and from adapters."""
 
 import dataclasses
+import operator
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +14,10 @@ from metamorph_jax import config as configs
 from metamorph_jax.convert import diffusion, export, hf, peft
 from metamorph_jax.errors import ConfigError
 from metamorph_jax.models import lora
+from metamorph_jax.models.diffusion import samplers
 from metamorph_jax.recipes import decoder
 from metamorph_jax.recipes.decoder import published as files
+from metamorph_jax.sampling import image_decoder, trained
 from metamorph_jax.types import Conditioning
 from tests.convert.conftest import make as published
 from tests.recipes.decoder.tiny import fast, latent_config
@@ -78,7 +82,7 @@ def test_sd_weights_of_another_structure(sd_folder):
     cfg = sd_config(sd_folder)
     denoiser = dataclasses.replace(cfg.decoder.denoiser, num_heads=(4, 4))
     wrong = dataclasses.replace(cfg, decoder=dataclasses.replace(cfg.decoder, denoiser=denoiser))
-    message = r"config\.model\.decoder\.denoiser: num_heads is \(4, 4\), in .*json \(2, 2\)$"
+    message = r"denoiser\.num_heads is \(4, 4\), in the checkpoint \(2, 2\)\. config\.model\.decoder "
     with pytest.raises(ConfigError, match=message):
         decoder.load_pretrained(decoder.create(wrong, nnx.Rngs(0)), wrong)
 
@@ -111,3 +115,44 @@ def test_adapters_start_from_pefts_files(tmp_path):
     mine, theirs = (peft.tensors(m.decoder.denoiser) for m in (model, again))
     assert mine.keys() == theirs.keys()
     assert all(np.array_equal(mine[k], theirs[k]) for k in mine)
+
+
+def test_a_model_that_predicts_something_else(sd_folder, tmp_path):
+    """A velocity model is not drawn as one of noise; structure and schedule are in one error."""
+    shutil.copytree(sd_folder, tmp_path / "sd")
+    cfg = sd_config(sd_folder, sd_weights=str(tmp_path / "sd"))
+    file = tmp_path / "sd" / "scheduler" / "scheduler_config.json"
+    schedule = dataclasses.replace(cfg.decoder.schedule, prediction_type="v_prediction")
+    export.write_json(file, diffusion.scheduler_to_hf(schedule, samplers.DDIM()))
+    model = nnx.eval_shape(lambda: decoder.create(cfg, nnx.Rngs(0)))
+    message = "schedule.prediction_type is 'epsilon', in the checkpoint 'v_prediction'"
+    with pytest.raises(ConfigError, match=message):
+        decoder.load_pretrained(model, cfg)
+    parts = dataclasses.replace(cfg.decoder, schedule=schedule)
+    files.load_stable_diffusion(model, dataclasses.replace(cfg, decoder=parts))
+
+
+def test_the_reference_s_files_draw(sd_folder, tmp_path):
+    """`--decoder` takes a folder with the three files, and Stable Diffusion's parts beside them."""
+    cfg = sd_config(sd_folder)
+    model = decoder.create(cfg, nnx.Rngs(1))
+    folder = tmp_path / "public"
+    files.save_reference(folder, model, export.Source(), export.Writer(), torch_files=False)
+    for part in ("unet", "vae"):
+        shutil.copytree(sd_folder / part, folder / part)
+    fields = diffusion.scheduler_to_hf(cfg.decoder.schedule, samplers.DDIM())
+    export.write_json(folder / "scheduler" / "scheduler_config.json", fields)
+    found = trained.load_published(str(folder))
+    for part in ("projector", "decoder.denoiser"):
+        get = operator.attrgetter(part)
+        a, b = (nnx.to_flat_state(nnx.state(get(m), nnx.Param)) for m in (model, found))
+        for (path, x), (_, y) in zip(a, b, strict=True):
+            np.testing.assert_array_equal(x[...], y[...], err_msg=str(path))
+    drawer = image_decoder.load_image_decoder(str(folder), steps=1)
+    image = drawer.draw(np.ones((4, 32), np.float32), None, 0)
+    assert image.shape == (16, 16, 3) and image.dtype == np.uint8
+    assert trained.load_published(str(tmp_path)) is None  # a workdir, or nothing
+
+    shutil.rmtree(folder / "vae")
+    with pytest.raises(ConfigError, match="output_dim 32, which no Stable Diffusion"):
+        image_decoder.load_image_decoder(str(folder))
