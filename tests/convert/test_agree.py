@@ -10,7 +10,17 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from metamorph_jax.convert import diffusion, export, gguf, hf, library, llama, specs, tokenizers, vit
+from metamorph_jax.convert import (
+    diffusion,
+    export,
+    gguf,
+    hf,
+    library,
+    llama,
+    specs,
+    tokenizers,
+    vit,
+)
 from metamorph_jax.convert.command import convert
 from metamorph_jax.errors import ConfigError, UserError, WeightError
 from metamorph_jax.models.llm.llama import LlamaConfig

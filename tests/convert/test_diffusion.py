@@ -1,5 +1,6 @@
 """Stable Diffusion folders: configs, complete key lists, and whole pipelines both ways."""
 
+import inspect
 import json
 import shutil
 
@@ -11,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from metamorph_jax.convert import command, diffusion, families, hf
 from metamorph_jax.convert.export import Source, Writer
+from metamorph_jax.errors import ConfigError
 from metamorph_jax.models.diffusion import samplers
 from metamorph_jax.models.diffusion.decoder import guided
 from metamorph_jax.models.diffusion.schedule import Schedule
@@ -195,7 +197,9 @@ def test_every_field_of_a_scheduler_is_known():
         assert stated == {n: theirs[n] for n in stated}, kind
     dpm = {"_class_name": "DPMSolverMultistepScheduler"}
     diffusion.scheduler_from_hf(dpm | {"lambda_min_clipped": float("-inf"), "sigma_min": 3.0})
-    with pytest.raises(ConfigError, match=r"lambda_min_clipped=-5.1, .*; .*solver_order|solver_ord"):
+    with pytest.raises(
+        ConfigError, match=r"lambda_min_clipped=-5.1, .*; .*solver_order|solver_ord"
+    ):
         diffusion.scheduler_from_hf(dpm | {"lambda_min_clipped": -5.1, "solver_order": 3})
     pndm = SD15_SCHEDULER | {"rescale_betas_zero_snr": True, "lambda_min_clipped": -5.1}
     assert not diffusion.scheduler_from_hf(pndm)[0].zero_snr

@@ -82,7 +82,9 @@ def test_sd_weights_of_another_structure(sd_folder):
     cfg = sd_config(sd_folder)
     denoiser = dataclasses.replace(cfg.decoder.denoiser, num_heads=(4, 4))
     wrong = dataclasses.replace(cfg, decoder=dataclasses.replace(cfg.decoder, denoiser=denoiser))
-    message = r"denoiser\.num_heads is \(4, 4\), in the checkpoint \(2, 2\)\. config\.model\.decoder "
+    message = (
+        r"denoiser\.num_heads is \(4, 4\), in the checkpoint \(2, 2\)\. config\.model\.decoder "
+    )
     with pytest.raises(ConfigError, match=message):
         decoder.load_pretrained(decoder.create(wrong, nnx.Rngs(0)), wrong)
 
