@@ -1,7 +1,6 @@
 """A decoder starts from Stable Diffusion's weights, and from adapters."""
 
 import dataclasses
-import operator
 import shutil
 
 import jax
@@ -9,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import save_file
 
 from metamorph_jax import config as configs
-from metamorph_jax.convert import diffusion, export, hf, peft
+from metamorph_jax.convert import diffusion, export, hf, names, peft
 from metamorph_jax.errors import ConfigError
 from metamorph_jax.models import lora
 from metamorph_jax.models.diffusion import samplers
@@ -134,25 +134,32 @@ def test_a_model_that_predicts_something_else(sd_folder, tmp_path):
     files.load_stable_diffusion(model, dataclasses.replace(cfg, decoder=parts))
 
 
-def test_the_reference_s_files_draw(sd_folder, tmp_path):
+def test_the_reference_s_files_are_an_image_decoder(sd_folder, tmp_path):
     """`--decoder` takes a folder with the three files, and Stable Diffusion's parts beside them."""
     cfg = sd_config(sd_folder)
-    model = decoder.create(cfg, nnx.Rngs(1))
-    folder = tmp_path / "public"
-    files.save_reference(folder, model, export.Source(), export.Writer(), torch_files=False)
+    shapes = names.lazy_torch_dict(
+        nnx.eval_shape(lambda: decoder.create(cfg, nnx.Rngs(1)).projector)
+    )
+    rng, folder = np.random.default_rng(0), tmp_path / "public"
+    adapter = {k: rng.normal(size=shapes.shape_of(k)).astype(np.float32) for k in shapes}
     for part in ("unet", "vae"):
         shutil.copytree(sd_folder / part, folder / part)
-    fields = diffusion.scheduler_to_hf(cfg.decoder.schedule, samplers.DDIM())
-    export.write_json(folder / "scheduler" / "scheduler_config.json", fields)
+    save_file(adapter, folder / "adapter_checkpoint.safetensors")
+    shutil.copy(
+        sd_folder / "unet" / "diffusion_pytorch_model.safetensors",
+        folder / "unet_checkpoint.safetensors",
+    )
+    fields = {k: v for k, v in vars(cfg.projector).items() if k != "dtype"}
+    export.write_json(folder / "model_config.json", fields)
+    schedule = diffusion.scheduler_to_hf(cfg.decoder.schedule, samplers.DDIM())
+    export.write_json(folder / "scheduler" / "scheduler_config.json", schedule)
+
     found = trained.load_published(str(folder))
-    for part in ("projector", "decoder.denoiser"):
-        get = operator.attrgetter(part)
-        a, b = (nnx.to_flat_state(nnx.state(get(m), nnx.Param)) for m in (model, found))
-        for (path, x), (_, y) in zip(a, b, strict=True):
-            np.testing.assert_array_equal(x[...], y[...], err_msg=str(path))
-    drawer = image_decoder.load_image_decoder(str(folder), steps=1)
-    image = drawer.draw(np.ones((4, 32), np.float32), None, 0)
-    assert image.shape == (16, 16, 3) and image.dtype == np.uint8
+    assert found.decoder.cfg == cfg.decoder and found.cfg.unet_from_scratch
+    loaded = names.lazy_torch_dict(found.projector)
+    for key, value in adapter.items():
+        np.testing.assert_array_equal(loaded[key], value, err_msg=key)
+    assert isinstance(image_decoder.load_image_decoder(str(folder), 3), image_decoder.ImageDecoder)
     assert trained.load_published(str(tmp_path)) is None  # a workdir, or nothing
 
     shutil.rmtree(folder / "vae")
