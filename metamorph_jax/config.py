@@ -7,6 +7,8 @@ the type that its dataclass declares, see `options`.
 
 import dataclasses
 import importlib.util
+import math
+import numbers
 import pathlib
 import traceback
 import types
@@ -60,6 +62,34 @@ def replaced(instance: T, changes: Mapping[str, Any], where: str) -> T:
         return build(type(instance), values | dict(changes), where)
     except ConfigError as error:  # the dataclass that has the table knows where it is
         raise ValueError(str(error)) from error
+
+
+def check_numbers(cfg, counts: str = "", positive: str = "") -> None:
+    """Raises for sizes and constants with which nothing can be computed.
+
+    Args:
+        cfg: a dataclass.
+        counts: its fields that are whole numbers of at least 1, or tuples of them, separated by
+            spaces.
+        positive: its fields that are finite numbers above 0, likewise.
+
+    Raises:
+        ConfigError: naming every such field and its value.
+    """
+    number = lambda x, kind: isinstance(x, kind) and not isinstance(x, bool)  # noqa: E731
+    whole = lambda x: number(x, numbers.Integral) and x >= 1  # noqa: E731
+    real = lambda x: number(x, numbers.Real) and 0 < x < math.inf  # noqa: E731
+    wrong = []
+    for names, good, words in (
+        (counts, whole, "a whole number of at least 1"),
+        (positive, real, "a number above 0"),
+    ):
+        for name in names.split():
+            value = getattr(cfg, name)
+            if not all(map(good, value if isinstance(value, tuple) else (value,))):
+                wrong.append(f"{name} {value!r} is not {words}")
+    if wrong:
+        raise ConfigError(f"{type(cfg).__name__}: {'; '.join(wrong)}")
 
 
 def _make(hint, value, where: str):

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import numpy as np
 from flax import nnx
 
-from metamorph_jax.convert import compare, names
+from metamorph_jax.convert import compare, library, names
 from metamorph_jax.convert.families import Family, Reference
 from metamorph_jax.convert.vit import encoder_layers
 from metamorph_jax.models.diffusion.clip_text import CLIPTextConfig, CLIPTextModel
@@ -22,12 +22,9 @@ from metamorph_jax.models.diffusion.clip_text import CLIPTextConfig, CLIPTextMod
 PREFIX = "text_model."
 OTHER = ("vision_model.", "text_projection.", "visual_projection.", "logit_scale")
 _POSITION_IDS = "embeddings.position_ids"
-# What transformers assumes for fields that config.json lacks.
-_DEFAULTS = {
-    "vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,
-    "num_attention_heads": 8, "max_position_embeddings": 77, "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5, "eos_token_id": 49407,
-}  # fmt: skip
+_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+           "num_attention_heads", "max_position_embeddings", "hidden_act", "layer_norm_eps",
+           "eos_token_id")  # fmt: skip
 
 
 def config_from_hf(fields: Mapping, **overrides) -> CLIPTextConfig:
@@ -36,8 +33,8 @@ def config_from_hf(fields: Mapping, **overrides) -> CLIPTextConfig:
     if kind not in ("clip", "clip_text_model"):
         raise ValueError(f"model_type {kind!r} is none of clip, clip_text_model")
     own = fields.get("text_config") or {} if kind == "clip" else fields
-    given = {k: own[k] for k in _DEFAULTS if own.get(k) is not None}
-    return CLIPTextConfig(**{**_DEFAULTS, **given, **overrides})
+    found = library.resolved("clip_text_model", own)
+    return CLIPTextConfig(**{**{k: found[k] for k in _FIELDS}, **overrides})
 
 
 def config_to_hf(cfg: CLIPTextConfig) -> dict:
@@ -45,7 +42,7 @@ def config_to_hf(cfg: CLIPTextConfig) -> dict:
     return {
         "architectures": ["CLIPTextModel"],
         "model_type": "clip_text_model",
-        **{k: getattr(cfg, k) for k in _DEFAULTS},
+        **{k: getattr(cfg, k) for k in _FIELDS},
         "attention_dropout": 0.0,
         "bos_token_id": 0,
         "pad_token_id": 1,

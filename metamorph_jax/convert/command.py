@@ -182,13 +182,16 @@ def _from_gguf(spec: str, file, folder: pathlib.Path, dtype: str, most: int, tit
 
 
 def _from_folder(spec: str, where, folder: pathlib.Path, dtype: str, most: int, title: str) -> int:
-    from metamorph_jax.convert import export, families, hf, tokenizers
+    from metamorph_jax.convert import export, families, hf, llama, tokenizers
 
     fields = hf.read_config(where)
     tokenizers.check_all(pathlib.Path(where))
     family = families.of_fields(fields, spec)
+    tensors = family.read(where)
+    if llama.EMBED in tensors:
+        fields = llama.untied(fields, tensors)
     source = export.Source(fields, folder=where)
-    total = _rewrite(spec, family, family.read(where), source, folder, dtype, most)
+    total = _rewrite(spec, family, tensors, source, folder, dtype, most)
     write_card(folder, title, spec, [], licence_of(where))
     return total
 

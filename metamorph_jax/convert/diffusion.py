@@ -16,6 +16,7 @@ a folder without them unchanged.
 """  # noqa: E501
 
 import dataclasses
+import math
 import pathlib
 import shutil
 from collections.abc import Mapping
@@ -27,6 +28,7 @@ from metamorph_jax import files
 from metamorph_jax.convert import compare, export, families, hf, names
 from metamorph_jax.convert.export import Source, Writer
 from metamorph_jax.convert.families import Family, Reference
+from metamorph_jax.errors import ConfigError
 from metamorph_jax.models.diffusion import samplers
 from metamorph_jax.models.diffusion.clip_text import CLIPTextModel
 from metamorph_jax.models.diffusion.schedule import Schedule
@@ -170,7 +172,9 @@ _SAMPLERS = {
     "DDIMScheduler": (
         samplers.DDIM,
         {"timestep_spacing": "leading", "steps_offset": 0, "set_alpha_to_one": True},
-        {"clip_sample": (True, (False,)), "thresholding": (False, (False,))},
+        {"clip_sample": (True, (False,)), "thresholding": (False, (False,)),
+         "dynamic_thresholding_ratio": (0.995, (0.995,)), "clip_sample_range": (1.0, (1.0,)),
+         "sample_max_value": (1.0, (1.0,))},
     ),
     "PNDMScheduler": (
         samplers.PNDM,
@@ -185,7 +189,11 @@ _SAMPLERS = {
          "solver_type": ("midpoint", ("midpoint",)), "thresholding": (False, (False,)),
          "euler_at_final": (False, (False,)), "use_lu_lambdas": (False, (False,)),
          "use_exponential_sigmas": (False, (False,)), "use_beta_sigmas": (False, (False,)),
-         "use_flow_sigmas": (False, (False,)), "variance_type": (None, (None,))},
+         "use_flow_sigmas": (False, (False,)), "variance_type": (None, (None,)),
+         "dynamic_thresholding_ratio": (0.995, (0.995,)), "sample_max_value": (1.0, (1.0,)),
+         "flow_shift": (1.0, (1.0,)), "lambda_min_clipped": (-math.inf, (-math.inf,)),
+         "use_dynamic_shifting": (False, (False,)),
+         "time_shift_type": ("exponential", ("exponential",))},
     ),
     "EulerDiscreteScheduler": (
         samplers.Euler,
@@ -200,21 +208,41 @@ _FIELDS = {"timestep_spacing": "spacing", "steps_offset": "offset", "set_alpha_t
            "use_karras_sigmas": "karras", "lower_order_final": "lower_order_final"}  # fmt: skip
 
 
-def scheduler_from_hf(fields: Mapping) -> tuple[Schedule, samplers.Sampler]:
-    """(training schedule, sampler) of a scheduler_config.json; ValueError for other rules.
+def schedule_from_hf(fields: Mapping) -> Schedule:
+    """The training schedule of a scheduler_config.json of any scheduler of diffusers.
 
-    Fields of other schedulers, which published files also contain, are ignored."""
+    Raises:
+        ConfigError: for a schedule that is not ours.
+    """
+    kind = fields.get("_class_name")
+    if fields.get("trained_betas") is not None:
+        raise ConfigError(f"{kind}: trained_betas={fields['trained_betas']!r}, only None")
+    # The class of PNDM doesn't have this field, and passes over it in a file.
+    zero_snr = kind != "PNDMScheduler" and bool(fields.get("rescale_betas_zero_snr", False))
+    return Schedule(**{k: fields.get(k, v) for k, v in _SCHEDULE.items()}, zero_snr=zero_snr)
+
+
+def scheduler_from_hf(fields: Mapping) -> tuple[Schedule, samplers.Sampler]:
+    """(training schedule, sampler) of a scheduler_config.json.
+
+    Fields of other classes, which published files also contain, are passed over.
+
+    Raises:
+        ConfigError: for another scheduler, and for fields of this one that we don't implement,
+            unless they have the value that we compute with; names all of them.
+    """
     kind = fields.get("_class_name")
     if kind not in _SAMPLERS:
-        raise ValueError(f"scheduler {kind!r} is none of {', '.join(_SAMPLERS)}")
+        raise ConfigError(f"scheduler {kind!r} is none of {', '.join(_SAMPLERS)}")
     sampler, defaults, required = _SAMPLERS[kind]
-    for name, (default, accepted) in (required | {"trained_betas": (None, (None,))}).items():
-        if fields.get(name, default) not in accepted:
-            raise ValueError(f"{kind}: {name}={fields.get(name, default)!r}, only {accepted[0]!r}")
-    schedule = Schedule(
-        **{k: fields.get(k, v) for k, v in _SCHEDULE.items()},
-        zero_snr=bool(fields.get("rescale_betas_zero_snr", False)),
-    )
+    wrong = [
+        f"{name}={fields.get(name, default)!r}, only {accepted[0]!r}"
+        for name, (default, accepted) in required.items()
+        if fields.get(name, default) not in accepted
+    ]
+    if wrong:
+        raise ConfigError(f"{kind}: {'; '.join(wrong)}")
+    schedule = schedule_from_hf(fields)
     given = {k: fields.get(k, v) for k, v in defaults.items()}
     final = given.pop("final_sigmas_type", None)
     values = {_FIELDS[k]: v for k, v in given.items()}

@@ -95,6 +95,8 @@ class RunForm:
         reference: as `save`, but in the files of the system's public implementation; None if there
             is none.
         beside: folder for an image decoder that is written beside another system; "" for all else.
+        published_config: folder with files of the system's public implementation -> the recipe's
+            `Config` that loads them, or None if it holds no such files.
     """
 
     save: Callable[[pathlib.Path, Any, Source, Writer], int]
@@ -103,6 +105,18 @@ class RunForm:
     base: Callable[[Any], str] = lambda cfg: ""
     reference: Callable[[pathlib.Path, Any, Source, Writer], int] | None = None
     beside: str = ""
+    published_config: Callable[[pathlib.Path], Any] = lambda folder: None
+
+
+def published_run(folder: pathlib.Path):
+    """(recipe, its Config) of a folder with files of a system's public implementation that have no
+    config.json; None if no installed recipe knows them."""
+    for name in recipe.installed():
+        found = recipe.find(name)
+        for form in found.FAMILIES:
+            if isinstance(form, RunForm) and (cfg := form.published_config(folder)) is not None:
+                return found, cfg
+    return None
 
 
 def kind_of(fields: Mapping) -> str | None:

@@ -148,7 +148,20 @@ def read_config(folder: pathlib.Path) -> dict:
     file = pathlib.Path(folder) / "config.json"
     if not file.exists():
         raise MissingFile(f"no config.json in {folder}")
-    return read_json(file)
+    return _unquantised(read_json(file), file)
+
+
+def _unquantised(fields: dict, file: pathlib.Path) -> dict:
+    """The fields of a config.json; WeightError if it says that its weights are quantised: they
+    would be read as numbers."""
+    for part in (fields, fields.get("text_config"), fields.get("vision_config")):
+        for name in ("quantization_config", "compression_config"):
+            if isinstance(part, Mapping) and part.get(name):
+                raise WeightError(
+                    f"{file} has {name}: quantised weights are not supported, take the checkpoint "
+                    "that they were made from (or a GGUF file)"
+                )
+    return fields
 
 
 def read_json(file: pathlib.Path) -> dict:

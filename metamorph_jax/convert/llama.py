@@ -10,10 +10,11 @@
 
 Where a published table has V rows, `added` keeps its values, or gets the mean of the rows if it has
 none yet. Our rows from V to R (`vocab_multiple`) are zeros, and are not written. Dropped on
-purpose: `rotary_emb.inv_freq`, and `lm_head.weight` where the model ties it.
+purpose: `rotary_emb.inv_freq`, and `lm_head.weight` where the model ties it and it is equal.
 """
 
 import functools
+import math
 import pathlib
 from collections.abc import Mapping
 
@@ -21,9 +22,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from metamorph_jax.convert import compare, export, names
+from metamorph_jax.convert import agree, compare, export, library, names
 from metamorph_jax.convert.export import Source, Writer
 from metamorph_jax.convert.families import Family, Reference
+from metamorph_jax.errors import ConfigError, WeightError
 from metamorph_jax.models.llm.llama import SIZES, Llama, LlamaConfig
 from metamorph_jax.nn.rope import RopeScaling
 
@@ -52,64 +54,76 @@ def config_from_hf(fields: Mapping, **overrides) -> LlamaConfig:
                           "num_attention_heads") if fields.get(k) is None]  # fmt: skip
     if absent:
         raise ValueError(f"the config lacks {', '.join(absent)}")
-    _refuse(fields, kind)
-    heads = fields["num_attention_heads"]
-    rope = dict(fields.get("rope_parameters") or {})  # transformers 5 keeps both in one table
-    scaling = dict(fields.get("rope_scaling") or rope)
-    bias = bool(fields.get("attention_bias", False))
-    head_dim = fields.get("head_dim") or (
-        128 if kind == "qwen3" else fields["hidden_size"] // heads
-    )
+    f = library.resolved(kind, fields)
+    _refuse(f, kind)
+    rope, heads = f["rope_parameters"] or {}, f["num_attention_heads"]
+    bias = bool(f.get("attention_bias"))
     values = dict(
-        vocab_size=fields["vocab_size"],
-        width=fields["hidden_size"],
-        mlp_width=fields["intermediate_size"],
-        layers=fields["num_hidden_layers"],
+        vocab_size=f["vocab_size"],
+        width=f["hidden_size"],
+        mlp_width=f["intermediate_size"],
+        layers=f["num_hidden_layers"],
         heads=heads,
-        kv_heads=fields.get("num_key_value_heads") or heads,
-        head_dim=head_dim,
-        norm_eps=fields.get("rms_norm_eps", 1e-6),
-        rope_theta=float(fields.get("rope_theta") or rope.get("rope_theta") or 10000.0),
-        rope_scaling=_scaling(scaling),
-        tied=bool(fields.get("tie_word_embeddings", False)),
+        kv_heads=f["num_key_value_heads"],
+        head_dim=f.get("head_dim") or f["hidden_size"] // max(heads, 1),
+        norm_eps=f["rms_norm_eps"],
+        rope_theta=rope.get("rope_theta"),
+        rope_scaling=_scaling(rope),
+        tied=bool(f["tie_word_embeddings"]),
         qkv_bias=bias or kind == "qwen2",
         o_bias=bias and kind != "qwen2",
-        mlp_bias=bool(fields.get("mlp_bias", False)),
+        mlp_bias=bool(f.get("mlp_bias")),
         qk_norm=kind == "qwen3",
-        max_positions=int(fields.get("max_position_embeddings") or 2048),
+        max_positions=f["max_position_embeddings"],
     )
     return LlamaConfig(**{**values, **overrides})
 
 
-def _refuse(fields: Mapping, kind: str) -> None:
-    act = fields.get("hidden_act", "silu")
-    if act != "silu":
-        raise ValueError(f"hidden_act {act!r} is not supported, only 'silu'")
-    window = fields.get("sliding_window")
-    windowed = fields.get("use_sliding_window", False) if kind.startswith("qwen") else True
-    if window and windowed and window < fields.get("max_position_embeddings", window + 1):
-        raise ValueError(f"sliding_window {window} is not supported")
-    rope = fields.get("rope_parameters") or {}
-    part = fields.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0
+def _refuse(f: Mapping, kind: str) -> None:
+    if f["hidden_act"] not in ("silu", "swish"):
+        raise ConfigError(f"hidden_act {f['hidden_act']!r} is not supported, only 'silu'")
+    window, layers = f.get("sliding_window"), f.get("layer_types") or ()
+    windowed = f.get("use_sliding_window") or "sliding_attention" in layers
+    windowed = windowed or not kind.startswith("qwen")
+    if window and windowed and window < f["max_position_embeddings"]:
+        stated = f"sliding_window {window}"
+        raise ConfigError(
+            f"{stated} is not supported ({kind}'s default where the config doesn't state one; null "
+            "is none)"
+        )
+    rope = f["rope_parameters"] or {}
+    part = f.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0
     if part != 1.0:
-        raise ValueError(f"partial_rotary_factor {part} is not supported")
+        raise ConfigError(f"partial_rotary_factor {part} is not supported")
 
 
-def _scaling(fields: Mapping) -> RopeScaling:
-    kind = fields.get("rope_type", fields.get("type", "default"))
+def _scaling(rope: Mapping) -> RopeScaling:
+    """The scaling of transformers' `rope_parameters`."""
+    kind = rope.get("rope_type", "default")
     if kind == "default":
+        if rope.get("factor", 1.0) != 1.0:
+            raise ConfigError(f"RoPE scaling has factor {rope['factor']}, but no rope_type")
         return RopeScaling()
-    if kind == "linear":
-        return RopeScaling("linear", float(fields["factor"]))
-    if kind != "llama3":
-        raise ValueError(f"RoPE scaling {kind!r} is none of default, linear, llama3")
-    return RopeScaling(
-        "llama3",
-        float(fields["factor"]),
-        float(fields["low_freq_factor"]),
-        float(fields["high_freq_factor"]),
-        int(fields["original_max_position_embeddings"]),
-    )
+    names = {"linear": ("factor",),
+             "llama3": ("factor", "low_freq_factor", "high_freq_factor",
+                        "original_max_position_embeddings")}  # fmt: skip
+    if kind not in names:
+        raise ConfigError(f"RoPE scaling {kind!r} is none of default, linear, llama3")
+    values = [rope.get(name) for name in names[kind]]
+    wrong = [f"{n} {x!r}" for n, x in zip(names[kind], values, strict=True) if not _positive(x)]
+    if wrong:
+        raise ConfigError(f"RoPE scaling {kind!r}: not a number above 0: {', '.join(wrong)}")
+    return RopeScaling(kind, *map(float, values[:3]), *map(int, values[3:]))
+
+
+def _positive(x) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < math.inf
+
+
+def disagreements(cfg: LlamaConfig, fields: Mapping, where: str = "llm.") -> list[str]:
+    """Where a model is not the one of a config.json (or of a GGUF's metadata), in what shapes don't
+    show; see `agree`."""
+    return agree.differences(cfg, config_from_hf(fields), agree.LLM, where)
 
 
 def kind_of(cfg: LlamaConfig) -> str:
@@ -238,9 +252,41 @@ def _table(table: np.ndarray, V: int, R: int) -> np.ndarray:
     return np.concatenate([table[:V], np.zeros((R - V, *table.shape[1:]), table.dtype)])
 
 
+def untied(fields: Mapping, tensors: Mapping) -> dict:
+    """The fields of a config.json, with what the tensors say about ties.
+
+    As transformers has it, a config that ties tables is not followed where the file has both and
+    they differ.
+    """
+    tied = fields.get("tie_word_embeddings", False)
+    return dict(fields) | ({"tie_word_embeddings": False} if tied and _two_tables(tensors) else {})
+
+
+def _two_tables(tensors: Mapping) -> bool:
+    """Whether there are an input and an output table, and they differ."""
+    if EMBED not in tensors or HEAD not in tensors:
+        return False
+    if names.shape_of(tensors, EMBED) != names.shape_of(tensors, HEAD):
+        return True
+    return not np.array_equal(np.asarray(tensors[EMBED]), np.asarray(tensors[HEAD]))
+
+
 def load_llama(llm: Llama, tensors: Mapping[str, np.ndarray]) -> None:
-    """Fills `llm` in place from tensors by Hugging Face name; anything else is an error."""
+    """Fills `llm` in place from tensors by Hugging Face name; anything else is an error.
+
+    Where the model ties its tables, a file may hold either of them, or both if they are equal.
+
+    Raises:
+        ValueError: with a list of all that doesn't fit.
+    """
     tied = llm.cfg.tied
+    if tied and _two_tables(tensors):
+        raise WeightError(
+            f"{HEAD} is not {EMBED}, but the model ties them: set llm_options.tied=false"
+        )
+    if tied and EMBED not in tensors and HEAD in tensors:
+        only = lambda key: key != HEAD  # noqa: E731
+        tensors = names.Mapped(tensors, {EMBED: (HEAD, lambda table: table)}, only)
     names.load_torch_dict(
         llm,
         _fit_tables(tensors, llm),

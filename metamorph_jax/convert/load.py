@@ -28,9 +28,7 @@ from metamorph_jax.train import checkpoint
 WORKDIR = "workdir:"
 
 
-def load_model(
-    recipe, cfg, mesh: Mesh, *, dtype=None, workdir=None, pack: str = ""
-) -> nnx.Module:
+def load_model(recipe, cfg, mesh: Mesh, *, dtype=None, workdir=None, pack: str = "") -> nnx.Module:
     """A model on a mesh with its weights.
 
     Args:

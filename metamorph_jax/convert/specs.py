@@ -8,7 +8,7 @@ path/to/folder        config.json and weight files         file.gguf, gguf:file,
 import pathlib
 from collections.abc import Mapping
 
-from metamorph_jax.convert import gguf, hf, onnx, packages, tokenizers
+from metamorph_jax.convert import gguf, hf, llama, onnx, packages, tokenizers
 from metamorph_jax.errors import ConfigError
 
 RANDOM = "random"
@@ -24,13 +24,16 @@ def file_of(spec: str, ending: str) -> pathlib.Path | None:
 
 
 def llm_fields(spec: str) -> dict:
-    """Fields of Hugging Face's config of a language model."""
+    """Fields of Hugging Face's config of a language model; tables that are not tied count as such,
+    whatever the file says (`llama.untied`)."""
     if spec == RANDOM:
         raise ConfigError('llm "auto" needs llm_weights that name a model, not "random"')
     file = file_of(spec, ".gguf")
     if file is not None:
         return gguf.read_config(gguf.open_gguf(file))
-    return hf.read_config(hf.find(spec))
+    folder = hf.find(spec)
+    fields = hf.read_config(folder)
+    return llama.untied(fields, hf.Tensors(folder)) if fields.get("tie_word_embeddings") else fields
 
 
 def llm_tensors(spec: str) -> Mapping:
@@ -46,6 +49,22 @@ def tower_tensors(spec: str) -> Mapping:
     """A vision tower's weights by Hugging Face name."""
     file = file_of(spec, ".onnx")
     return onnx.read_dinov2(file)[1] if file is not None else hf.Tensors(hf.find(spec))
+
+
+def has_fields(spec: str) -> bool:
+    """Whether something beside a language model's or tower's weights says what they are."""
+    if spec == RANDOM:
+        return False
+    if packages.is_package(spec) or spec.startswith(("gguf:", "onnx:")):
+        return True
+    path = hf.find(spec)
+    return path.suffix in (".gguf", ".onnx") or (path / "config.json").is_file()
+
+
+def tower_fields(spec: str) -> dict:
+    """Fields of Hugging Face's config of a tower (or of a two-tower model)."""
+    file = file_of(spec, ".onnx")
+    return onnx.read_dinov2(file)[0] if file is not None else hf.read_config(hf.find(spec))
 
 
 def processor_fields(spec: str) -> dict | None:

@@ -17,7 +17,7 @@ import pathlib
 from collections.abc import Sequence
 
 from metamorph_jax import files
-from metamorph_jax.errors import FileError, MissingFile, WeightError
+from metamorph_jax.errors import ConfigError, FileError, MissingFile, WeightError
 
 # Files of a tokenizer or processor, which are copied as they are.
 FILES = (
@@ -98,34 +98,49 @@ def _naming(where):
         ) from error
 
 
+def check_ids(tokenizer, vocab_size: int, added: Sequence[str]) -> None:
+    """Compares the ids of a tokenizer with the rows of a model's table.
+
+    Args:
+        added: tokens that the model adds; where the tokenizer has them, their ids must be
+            `vocab_size` and those that follow.
+
+    Raises:
+        ConfigError: a token has an id that the table doesn't have, or is that of an added token.
+    """
+    ids, expected = tokenizer.get_vocab(), {text: vocab_size + j for j, text in enumerate(added)}
+    for text, id in expected.items():
+        if ids.get(text, id) != id:
+            raise ConfigError(f"{text} has id {ids[text]} in the tokenizer, {id} in the model")
+    extra = sorted((id, text) for text, id in ids.items() if id >= vocab_size
+                   and text not in expected)  # fmt: skip
+    if extra:
+        listed = ", ".join(f"{text!r} ({id})" for id, text in extra[:8])
+        raise ConfigError(
+            f"the tokenizer has {len(ids)} tokens, but the model's table has {vocab_size} rows, "
+            f"none for {listed}: take these tokens out of the tokenizer, or weights with more rows"
+        )
+
+
 def extend(tokenizer, vocab_size: int, added: Sequence[str]):
     """A copy of a tokenizer in which `added[j]` has the id `vocab_size + j`; the ids in between get
     placeholder names.
 
     Raises:
-        WeightError: if the tokenizer has more tokens than the table has rows, or one of the added
-            tokens with another id.
+        ConfigError: as `check_ids` has it.
     """
     import copy
 
     from tokenizers import AddedToken
 
+    check(tokenizer, vocab_size, added)
     out = copy.deepcopy(tokenizer)
     special = lambda text: AddedToken(text, special=True, normalized=False)  # noqa: E731
     known = {text: id for text, id in out.get_vocab().items() if text in added}
     rest = [text for text in added if text not in known]
-    if len(out) > vocab_size + len(known):
-        raise WeightError(
-            f"the tokenizer has {len(out)} tokens, but the model's table has {vocab_size} rows"
-        )
     if rest:
         gap = vocab_size + len(known) - len(out)
         out.add_tokens([special(f"<|unused_{i}|>") for i in range(gap)], special_tokens=True)
         out.add_tokens([special(text) for text in rest], special_tokens=True)
-    for j, text in enumerate(added):
-        found = out.convert_tokens_to_ids(text)
-        if found != vocab_size + j:
-            raise WeightError(
-                f"{text} has id {found} in the tokenizer, {vocab_size + j} in the model"
-            )
+    check_ids(out, vocab_size, added)
     return out

@@ -14,7 +14,7 @@ import jax
 from flax import nnx
 
 from metamorph_jax import sharding
-from metamorph_jax.convert import specs
+from metamorph_jax.convert import agree, specs, vit
 from metamorph_jax.convert.vit import load_vit
 from metamorph_jax.data.config import ImageConfig, InputSpec
 from metamorph_jax.data.images import Preprocess, preprocess_from_hf
@@ -29,9 +29,16 @@ def load_vision(encoder: VisionEncoder, cfg: VisionConfig) -> None:
     The tower takes mean and deviation of pixels from the weights' own preprocessing, too.
 
     Raises:
+        ConfigError: the config beside the weights says other things than the tower's.
         ValueError: with a list of all that doesn't fit.
     """
     if encoder.tower is not None and cfg.weights != specs.RANDOM:
+        if specs.has_fields(cfg.weights):
+            agree.require(
+                cfg.weights,
+                lambda: vit.disagreements(cfg.vit, specs.tower_fields(cfg.weights)),
+                advice="config.model.vision.tower and its tower_options must say the same",
+            )
         load_vit(encoder.tower, specs.tower_tensors(cfg.weights))
         found = preprocessing(cfg)
         changes = {"mean": found.mean, "std": found.std}

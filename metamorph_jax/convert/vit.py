@@ -28,10 +28,11 @@ from collections.abc import Mapping
 import numpy as np
 from flax import nnx
 
-from metamorph_jax.convert import compare, export, names
+from metamorph_jax.convert import agree, compare, export, library, names
 from metamorph_jax.convert.export import Source, Writer
 from metamorph_jax.convert.families import Family, Reference
 from metamorph_jax.data import images
+from metamorph_jax.errors import ConfigError
 from metamorph_jax.models.vision import vit
 from metamorph_jax.models.vision.vit import ViT, ViTConfig, resize_positions
 
@@ -173,17 +174,7 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
     "quick_gelu": "quick_gelu", "gelu": "gelu",
 }  # fmt: skip
-# What transformers assumes for fields that config.json lacks.
-_COMMON = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-           "num_attention_heads": 12, "image_size": 224, "num_channels": 3}  # fmt: skip
-_DEFAULTS = {
-    "siglip": _COMMON | {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh",
-                         "layer_norm_eps": 1e-6, "vision_use_head": True},
-    "clip": _COMMON | {"patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
-    "dinov2": _COMMON | {"patch_size": 14, "hidden_act": "gelu", "layer_norm_eps": 1e-6,
-                         "mlp_ratio": 4, "qkv_bias": True, "use_swiglu_ffn": False,
-                         "use_mask_token": True, "num_register_tokens": 4},
-}  # fmt: skip
+_TOWERS = {"siglip": "siglip_vision_model", "clip": "clip_vision_model"}
 
 
 def vision_fields(fields: Mapping) -> tuple[str, dict]:
@@ -197,7 +188,9 @@ def vision_fields(fields: Mapping) -> tuple[str, dict]:
     if kind not in _KINDS:
         raise ValueError(f"model_type {kind!r} is none of {', '.join(_KINDS)}")
     own = fields.get("vision_config") or {} if kind in ("siglip", "clip") else fields
-    return _KINDS[kind], _DEFAULTS[_KINDS[kind]] | {k: v for k, v in own.items() if v is not None}
+    if not isinstance(own, Mapping):
+        raise ConfigError(f"vision_config is not a table of fields: {own!r}")
+    return _KINDS[kind], library.resolved(_TOWERS.get(kind, kind), own)
 
 
 def config_from_hf(fields: Mapping, **overrides) -> ViTConfig:
@@ -214,7 +207,7 @@ def config_from_hf(fields: Mapping, **overrides) -> ViTConfig:
         image_size=f["image_size"],
         patch=f["patch_size"],
         width=f["hidden_size"],
-        mlp_width=f["intermediate_size"],
+        mlp_width=f.get("intermediate_size") or int(f["hidden_size"] * f["mlp_ratio"]),
         layers=f["num_hidden_layers"],
         heads=f["num_attention_heads"],
         activation=_ACTIVATIONS[f["hidden_act"]],
@@ -233,11 +226,15 @@ def config_from_hf(fields: Mapping, **overrides) -> ViTConfig:
             raise ValueError("use_swiglu_ffn (DINOv2 giant) is not supported; small to large are")
         if not f["qkv_bias"]:
             raise ValueError("qkv_bias false is not supported")
-        values["mlp_width"] = int(f["hidden_size"] * f["mlp_ratio"])
-        values["whole"] = bool(f["use_mask_token"])
+        values["whole"] = bool(f.get("use_mask_token", True))
         if fields["model_type"] == "dinov2_with_registers":
             values["registers"] = f["num_register_tokens"]
     return ViTConfig(**{**values, **overrides})
+
+
+def disagreements(cfg: ViTConfig, fields: Mapping, where: str = "tower.") -> list[str]:
+    """Where a tower is not the one of a config.json, in what shapes don't show; see `agree`."""
+    return agree.differences(cfg, config_from_hf(fields), agree.TOWER, where)
 
 
 def config_to_hf(cfg: ViTConfig) -> dict:
@@ -327,7 +324,7 @@ def encoder_layers(count: int) -> list[str]:
 def _published_dinov2(kind: str, f: Mapping) -> list[str]:
     keys = ["embeddings.cls_token", "embeddings.position_embeddings", *_both("layernorm")]
     keys += _both("embeddings.patch_embeddings.projection")
-    keys += ["embeddings.mask_token"] if f["use_mask_token"] else []
+    keys += ["embeddings.mask_token"] if f.get("use_mask_token", True) else []
     keys += ["embeddings.register_tokens"] if kind == "dinov2_with_registers" else []
     parts = ["norm1", "norm2", "mlp.fc1", "mlp.fc2", "attention.output.dense"]
     parts += [f"attention.attention.{x}" for x in ("query", "key", "value")]

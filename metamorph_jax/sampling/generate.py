@@ -65,7 +65,12 @@ def add_model_arguments(parser) -> None:
         "--recipe", metavar="MODULE",
         help="your own recipe, where --workdir was trained with one; its code is imported",
     )  # fmt: skip
-    group.add_argument("--decoder", metavar="WORKDIR", help="of a decoder stage: draws the images")
+    group.add_argument(
+        "--decoder",
+        metavar="DIR",
+        help="draws the images: workdir of a decoder stage, or a folder with the files of "
+        "MetaMorph's public decoder (unet_checkpoint, adapter_checkpoint, model_config.json)",
+    )
 
 
 def add_decoding_arguments(parser) -> None:

@@ -11,7 +11,7 @@ from metamorph_jax.convert import load
 from metamorph_jax.errors import UserError, WeightError
 from metamorph_jax.models.diffusion.decoder import DiffusionConfig, DiffusionDecoder
 from metamorph_jax.models.diffusion.samplers import Sampler, SamplingConfig, make_sampler
-from metamorph_jax.sampling.trained import load_trained
+from metamorph_jax.sampling.trained import load_published, load_trained
 from metamorph_jax.train import checkpoint
 
 
@@ -111,13 +111,14 @@ def _check_draws(workdir: str, model) -> None:
 
 
 def load_image_decoder(workdir: str, steps: int | None = None) -> ImageDecoder:
-    """The model that draws, from the workdir of its training.
+    """The model that draws, from the workdir of its training or the folder ("hf:…" too) of a public
+    implementation's files.
 
     Raises:
         UserError: the model in there does not draw, or not in so many steps.
     """
     if (pathlib.Path(workdir) / "config.json").is_file():
         check_run(workdir, steps)
-    model = load_trained(workdir)[2]
+    model = load_published(workdir) or load_trained(workdir)[2]
     _check_draws(workdir, model)
     return ImageDecoder(model, steps)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import pathlib
 import re
 from collections.abc import Mapping
 
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 from metamorph_jax import config as configs
 from metamorph_jax import recipe as recipes
 from metamorph_jax import sharding
-from metamorph_jax.convert import load
+from metamorph_jax.convert import families, hf, load
 from metamorph_jax.errors import CheckpointError, UserError
 from metamorph_jax.models.llm.llama import Llama
 from metamorph_jax.sampling.cached_llm import kernel_dtype
@@ -28,6 +29,16 @@ def load_trained(workdir: str):
     except CheckpointError as error:
         raise UserError(error) from error
     return recipe, cfg, model, values
+
+
+def load_published(spec: str):
+    """The model of files of a public implementation that a recipe knows, on one device; None if the
+    spec is not a folder (or "hf:…") with such files."""
+    folder = hf.find(spec) if spec.startswith(hf.PREFIX) else pathlib.Path(spec)
+    if (folder / "config.json").is_file() or (found := families.published_run(folder)) is None:
+        return None
+    recipe, cfg = found
+    return load.load_model(recipe, cfg, sharding.make_mesh(devices=jax.local_devices()[:1]))
 
 
 def load_generator(
@@ -60,9 +71,7 @@ def load_generator(
         values = configs.load_config(config, overrides).to_dict()
         recipe = recipes.find(values["recipe"])
         cfg = configs.build(recipe.Config, values["model"], "config.model")
-        cfg = dataclasses.replace(
-            cfg, weights=weights_of, tokenizer=cfg.tokenizer or weights_of
-        )
+        cfg = dataclasses.replace(cfg, weights=weights_of, tokenizer=cfg.tokenizer or weights_of)
     unknown = options.keys() - inspect.signature(recipe.generator).parameters.keys()
     if unknown:
         raise UserError(f"recipe {values['recipe']} has no option {', '.join(sorted(unknown))}")

@@ -1,5 +1,6 @@
 """Stable Diffusion folders: configs, complete key lists, and whole pipelines both ways."""
 
+import inspect
 import json
 import shutil
 
@@ -11,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from metamorph_jax.convert import command, diffusion, families, hf
 from metamorph_jax.convert.export import Source, Writer
+from metamorph_jax.errors import ConfigError
 from metamorph_jax.models.diffusion import samplers
 from metamorph_jax.models.diffusion.decoder import guided
 from metamorph_jax.models.diffusion.schedule import Schedule
@@ -178,6 +180,35 @@ def test_schedulers_that_are_not_ours(fields, words):
         diffusion.scheduler_from_hf(fields)
     with pytest.raises(ValueError, match="snr_shift"):
         diffusion.scheduler_to_hf(Schedule(snr_shift=0.5), samplers.DDIM())
+
+
+def test_every_field_of_a_scheduler_is_known():
+    """What we don't implement of a class is an error unless it is at its default; what belongs to
+    another class is passed over."""
+    pytest.importorskip("diffusers", reason=ORACLE)
+    import diffusers as library
+
+    for kind, (_, defaults, required) in diffusion._SAMPLERS.items():
+        signature = inspect.signature(getattr(library, kind).__init__).parameters
+        theirs = {n: p.default for n, p in signature.items() if n != "self"}
+        ours = set(diffusion._SCHEDULE) | {"trained_betas", "rescale_betas_zero_snr"}
+        assert theirs.keys() <= ours | defaults.keys() | required.keys(), kind
+        stated = defaults | {n: default for n, (default, _) in required.items()}
+        assert stated == {n: theirs[n] for n in stated}, kind
+    dpm = {"_class_name": "DPMSolverMultistepScheduler"}
+    diffusion.scheduler_from_hf(dpm | {"lambda_min_clipped": float("-inf"), "sigma_min": 3.0})
+    with pytest.raises(
+        ConfigError, match=r"lambda_min_clipped=-5.1, .*; .*solver_order|solver_ord"
+    ):
+        diffusion.scheduler_from_hf(dpm | {"lambda_min_clipped": -5.1, "solver_order": 3})
+    pndm = SD15_SCHEDULER | {"rescale_betas_zero_snr": True, "lambda_min_clipped": -5.1}
+    assert not diffusion.scheduler_from_hf(pndm)[0].zero_snr
+
+
+def test_more_steps_than_were_trained():
+    schedule = Schedule(num_train_timesteps=10)
+    with pytest.raises(ConfigError, match="11 sampling steps, .* trained with 10"):
+        samplers.DDIM().integrate(None, np.zeros((1, 2, 2, 1)), schedule, 11)
 
 
 @pytest.fixture(scope="module")

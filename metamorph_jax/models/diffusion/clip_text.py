@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from metamorph_jax.config import check_numbers
 from metamorph_jax.models.diffusion import blocks
 from metamorph_jax.models.diffusion.blocks import LayerNorm, linear
 
@@ -43,6 +44,12 @@ class CLIPTextConfig:
     dtype: str = "float32"
 
     def __post_init__(self):
+        check_numbers(
+            self,
+            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
+            " max_position_embeddings",
+            "layer_norm_eps",
+        )
         if self.hidden_act not in _ACTIVATIONS:
             known = f"expected one of {sorted(_ACTIVATIONS)}"
             raise ValueError(f"CLIPTextModel config: hidden_act={self.hidden_act!r}, {known}")

@@ -14,6 +14,8 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
+from metamorph_jax.config import check_numbers
+
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
@@ -36,6 +38,7 @@ class Schedule:
     snr_shift: float = 1.0
 
     def __post_init__(self):
+        check_numbers(self, "num_train_timesteps", "beta_start beta_end snr_shift")
         if self.prediction_type not in PREDICTIONS:
             raise ValueError(f"prediction_type={self.prediction_type!r}, expected {PREDICTIONS}")
         if self.beta_schedule not in _BETAS:

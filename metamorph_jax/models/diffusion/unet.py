@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from metamorph_jax.config import check_numbers
 from metamorph_jax.models.diffusion import blocks
 from metamorph_jax.models.diffusion.blocks import (
     Downsample2D,
@@ -74,6 +75,12 @@ class UNetConfig:
     dtype: str = "float32"
 
     def __post_init__(self):
+        check_numbers(
+            self,
+            "sample_size in_channels out_channels layers_per_block cross_attention_dim"
+            " norm_num_groups block_out_channels num_heads",
+            "norm_eps",
+        )
         levels = len(self.block_out_channels)
         for name in ("down_block_types", "up_block_types", "num_heads"):
             if len(getattr(self, name)) != levels:

@@ -11,6 +11,7 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
+from metamorph_jax.config import check_numbers
 from metamorph_jax.models.diffusion import blocks
 from metamorph_jax.models.diffusion.blocks import (
     Downsample2D,
@@ -48,6 +49,14 @@ class VAEConfig:
     sample_size: int = 512
     scaling_factor: float = 0.18215
     dtype: str = "float32"
+
+    def __post_init__(self):
+        check_numbers(
+            self,
+            "in_channels out_channels latent_channels layers_per_block norm_num_groups sample_size"
+            " block_out_channels",
+            "scaling_factor",
+        )
 
     @classmethod
     def tiny(cls, **kw):

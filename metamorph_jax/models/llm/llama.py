@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from metamorph_jax.config import check_numbers
 from metamorph_jax.flops import Work
 from metamorph_jax.nn import rope
 from metamorph_jax.nn.attention import attend
@@ -83,6 +84,11 @@ class LlamaConfig:
     remat: str = "none"
 
     def __post_init__(self):
+        check_numbers(
+            self,
+            "vocab_size width mlp_width layers heads kv_heads head_dim vocab_multiple",
+            "norm_eps rope_theta",
+        )
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} heads don't divide over {self.kv_heads} kv heads")
         if self.remat not in REMAT:

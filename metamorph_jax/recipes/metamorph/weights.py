@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from metamorph_jax.convert import hf, load, specs
-from metamorph_jax.convert.llama import load_llama
+from metamorph_jax.convert import agree, hf, load, specs
+from metamorph_jax.convert.llama import disagreements, load_llama
 from metamorph_jax.convert.peft import load_peft
 from metamorph_jax.convert.vision import load_vision
 from metamorph_jax.models.build import is_open
@@ -16,7 +16,7 @@ from metamorph_jax.models.llm import llama
 from metamorph_jax.nn import quantized
 from metamorph_jax.recipes.metamorph.config import Config
 from metamorph_jax.recipes.metamorph.model import MetaMorph
-from metamorph_jax.recipes.metamorph.published import load_metamorph, read
+from metamorph_jax.recipes.metamorph.published import check_config, load_metamorph, read
 from metamorph_jax.types import Batch
 
 
@@ -37,9 +37,17 @@ def _fill(model: MetaMorph, cfg: Config) -> None:
             load_vision(model.vision, cfg.vision)  # the earlier stage had its features cached
         return
     if cfg.weights:
-        load_metamorph(model, read(hf.find(cfg.weights)))
+        folder = hf.find(cfg.weights)
+        check_config(cfg, folder)
+        load_metamorph(model, read(folder))
         return
     if cfg.llm_weights != "random":
+        if cfg.llm != "auto" and specs.has_fields(cfg.llm_weights):
+            agree.require(
+                cfg.llm_weights,
+                lambda: disagreements(model.llm.cfg, specs.llm_fields(cfg.llm_weights)),
+                advice='config.model.llm="auto" follows the checkpoint',
+            )
         load_llama(model.llm, specs.llm_tensors(cfg.llm_weights))
         if not is_open(model.llm.embed_tokens):  # else an earlier stage has trained the table
             llama.init_added_tokens(model.llm)

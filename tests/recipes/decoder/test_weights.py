@@ -1,19 +1,23 @@
 """A decoder starts from Stable Diffusion's weights, and from adapters."""
 
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import save_file
 
 from metamorph_jax import config as configs
-from metamorph_jax.convert import diffusion, export, hf, peft
+from metamorph_jax.convert import diffusion, export, hf, names, peft
 from metamorph_jax.errors import ConfigError
 from metamorph_jax.models import lora
+from metamorph_jax.models.diffusion import samplers
 from metamorph_jax.recipes import decoder
 from metamorph_jax.recipes.decoder import published as files
+from metamorph_jax.sampling import image_decoder, trained
 from metamorph_jax.types import Conditioning
 from tests.convert.conftest import make as published
 from tests.recipes.decoder.tiny import fast, latent_config
@@ -78,7 +82,9 @@ def test_sd_weights_of_another_structure(sd_folder):
     cfg = sd_config(sd_folder)
     denoiser = dataclasses.replace(cfg.decoder.denoiser, num_heads=(4, 4))
     wrong = dataclasses.replace(cfg, decoder=dataclasses.replace(cfg.decoder, denoiser=denoiser))
-    message = r"config\.model\.decoder\.denoiser: num_heads is \(4, 4\), in .*json \(2, 2\)$"
+    message = (
+        r"denoiser\.num_heads is \(4, 4\), in the checkpoint \(2, 2\)\. config\.model\.decoder "
+    )
     with pytest.raises(ConfigError, match=message):
         decoder.load_pretrained(decoder.create(wrong, nnx.Rngs(0)), wrong)
 
@@ -111,3 +117,51 @@ def test_adapters_start_from_pefts_files(tmp_path):
     mine, theirs = (peft.tensors(m.decoder.denoiser) for m in (model, again))
     assert mine.keys() == theirs.keys()
     assert all(np.array_equal(mine[k], theirs[k]) for k in mine)
+
+
+def test_a_model_that_predicts_something_else(sd_folder, tmp_path):
+    """A velocity model is not drawn as one of noise; structure and schedule are in one error."""
+    shutil.copytree(sd_folder, tmp_path / "sd")
+    cfg = sd_config(sd_folder, sd_weights=str(tmp_path / "sd"))
+    file = tmp_path / "sd" / "scheduler" / "scheduler_config.json"
+    schedule = dataclasses.replace(cfg.decoder.schedule, prediction_type="v_prediction")
+    export.write_json(file, diffusion.scheduler_to_hf(schedule, samplers.DDIM()))
+    model = nnx.eval_shape(lambda: decoder.create(cfg, nnx.Rngs(0)))
+    message = "schedule.prediction_type is 'epsilon', in the checkpoint 'v_prediction'"
+    with pytest.raises(ConfigError, match=message):
+        decoder.load_pretrained(model, cfg)
+    parts = dataclasses.replace(cfg.decoder, schedule=schedule)
+    files.load_stable_diffusion(model, dataclasses.replace(cfg, decoder=parts))
+
+
+def test_the_reference_s_files_are_an_image_decoder(sd_folder, tmp_path):
+    """`--decoder` takes a folder with the three files, and Stable Diffusion's parts beside them."""
+    cfg = sd_config(sd_folder)
+    shapes = names.lazy_torch_dict(
+        nnx.eval_shape(lambda: decoder.create(cfg, nnx.Rngs(1)).projector)
+    )
+    rng, folder = np.random.default_rng(0), tmp_path / "public"
+    adapter = {k: rng.normal(size=shapes.shape_of(k)).astype(np.float32) for k in shapes}
+    for part in ("unet", "vae"):
+        shutil.copytree(sd_folder / part, folder / part)
+    save_file(adapter, folder / "adapter_checkpoint.safetensors")
+    shutil.copy(
+        sd_folder / "unet" / "diffusion_pytorch_model.safetensors",
+        folder / "unet_checkpoint.safetensors",
+    )
+    fields = {k: v for k, v in vars(cfg.projector).items() if k != "dtype"}
+    export.write_json(folder / "model_config.json", fields)
+    schedule = diffusion.scheduler_to_hf(cfg.decoder.schedule, samplers.DDIM())
+    export.write_json(folder / "scheduler" / "scheduler_config.json", schedule)
+
+    found = trained.load_published(str(folder))
+    assert found.decoder.cfg == cfg.decoder and found.cfg.unet_from_scratch
+    loaded = names.lazy_torch_dict(found.projector)
+    for key, value in adapter.items():
+        np.testing.assert_array_equal(loaded[key], value, err_msg=key)
+    assert isinstance(image_decoder.load_image_decoder(str(folder), 3), image_decoder.ImageDecoder)
+    assert trained.load_published(str(tmp_path)) is None  # a workdir, or nothing
+
+    shutil.rmtree(folder / "vae")
+    with pytest.raises(ConfigError, match="output_dim 32, which no Stable Diffusion"):
+        image_decoder.load_image_decoder(str(folder))
