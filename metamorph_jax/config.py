@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
-from metamorph_jax import options
+from metamorph_jax import files, options
 from metamorph_jax.errors import ConfigError
 
 T = TypeVar("T")
@@ -169,10 +169,10 @@ def _run(path: str | pathlib.Path, function, *args):
     except ConfigError as error:
         known = str(path) in str(error)
         raise error if known else ConfigError(f"{path}: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__)
                  if pathlib.Path(f.filename) == pathlib.Path(path).absolute()]  # fmt: skip
         if isinstance(error, SyntaxError):
             lines = [error.lineno]
         at = f"{path}, line {lines[-1]}" if lines else path
-        raise ConfigError(f"{at}: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{at}: {type(error).__name__}: {files.shown(error)}") from error

@@ -37,7 +37,6 @@ _training = ocp.training
 FORMAT = 2
 
 
-
 def steps_in(workdir: pathlib.Path) -> list[int]:
     """Steps of the checkpoints in a workdir, whole or damaged, ascending; nothing is opened."""
     folder = workdir / "checkpoints"

@@ -84,7 +84,8 @@ def check(workdir: pathlib.Path, config: dict, trained: bool) -> list[str]:
     if not os.path.lexists(file):
         return []
     about = files.read_json(saved) if os.path.lexists(saved) else {}
-    checkpoint.check_format(about, workdir)
+    if trained:
+        checkpoint.check_format(about, workdir)
     before = files.read_json(file, what="the config of the run in this workdir")
     if not trained:
         _check_nothing_lost(workdir, before)
