@@ -15,20 +15,18 @@ from metamorph_jax.files import shown
 # Options by command: "in", which must be there; "folder" and "file", which are written; "spec": a
 # path, or "hf:OWNER/NAME" and the like; "config": FILE[:SIZE].
 _IN, _FOLDER, _FILE, _SPEC, _CONFIG = "in", "folder", "file", "spec", "config"
-_MODEL = {
-    "workdir": _IN, "checkpoint": _SPEC, "config": _CONFIG, "decoder": _SPEC, "out": _FOLDER,
-}  # fmt: skip
+_MODEL = dict(workdir=_IN, checkpoint=_SPEC, config=_CONFIG, decoder=_SPEC, out=_FOLDER)
 OPTIONS = {
-    "train": {"config": _CONFIG, "workdir": _FOLDER, "data_root": _IN},
-    "config": {"config": _CONFIG},
-    "sweep": {"config": _CONFIG, "workdir": _FOLDER},
-    "quickstart": {"workdir": _FOLDER},
-    "plan": {"config": _CONFIG, "json": _FILE, "hlo": _FILE, "data_root": _IN},
-    "convert": {"source": _SPEC, "out": _FOLDER, "decoder": _IN},
-    "data": {"config": _CONFIG, "root": _IN, "data_root": _IN, "tokenizer": _SPEC},
-    "generate": _MODEL | {"prompts": _IN, "image": _IN, "video": _IN},
+    "train": dict(config=_CONFIG, workdir=_FOLDER, data_root=_IN),
+    "config": dict(config=_CONFIG),
+    "sweep": dict(config=_CONFIG, workdir=_FOLDER),
+    "quickstart": dict(workdir=_FOLDER),
+    "plan": dict(config=_CONFIG, json=_FILE, hlo=_FILE, data_root=_IN),
+    "convert": dict(source=_SPEC, out=_FOLDER, decoder=_IN),
+    "data": dict(config=_CONFIG, root=_IN, data_root=_IN, tokenizer=_SPEC),
+    "generate": dict(**_MODEL, prompts=_IN, image=_IN, video=_IN),
     "chat": _MODEL,
-}  # fmt: skip
+}
 _REMOTE = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*:/")
 _SOURCE = re.compile(r"([a-z]+:)(?!/)(.*)", re.S)
 

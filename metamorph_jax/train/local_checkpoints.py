@@ -216,8 +216,8 @@ class LocalCheckpoints:
         leaf, file = self._about["leaves"][name], self._file(self.step)
         if leaf["dtype"] != like.dtype.name:
             raise CheckpointError(
-                f"{file} has {leaf['dtype']} for {name}, this run needs {like.dtype.name}; undo the "
-                f"change of dtype, or remove {self._run} on all hosts to resume from the workdir's"
+                f"{file} has {leaf['dtype']} for {name}, this run needs {like.dtype.name}; undo "
+                f"that change, or remove {self._run} on all hosts to resume from the workdir's"
             )
         where = _span(index, like.shape)
         shape = [end - start for start, end in where]

@@ -85,7 +85,8 @@ WRONG = [
     b'{"recipe": 3, "model": {}, "data": {}}', b'{"recipe": "metamorph", "model": []}',
     b'{"recipe": "metamorph", "model": {"x": 1}}', b'{"recipe": "os", "model": {}}',
     b'{"starts": [[1]], "sums": {}}', b'{"starts": [], "sums": {"x": [1, 2, 3]}}',
-    b'{"starts": 3, "sums": {"1": [NaN, 1, 1]}}', b'{"optim": 3, "steps": {}, "checkpoint_every": ""}',
+    b'{"starts": 3, "sums": {"1": [NaN, 1, 1]}}',
+    b'{"optim": 3, "steps": {}, "checkpoint_every": ""}',
 ]  # fmt: skip
 
 
