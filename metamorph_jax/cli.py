@@ -9,8 +9,9 @@ import difflib
 import importlib
 import os
 import sys
+from functools import partial
 
-from metamorph_jax import files, platforms
+from metamorph_jax import files, paths, platforms
 from metamorph_jax.errors import UserError
 from metamorph_jax.files import shown
 
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"metamorph: no command {name!r}{hint}\n\n{_usage()}", end="", file=sys.stderr)
         return 2
     module, args = parse(argv)
-    return _run(module.run, args)
+    return _run(partial(_checked, name, module), args)
 
 
 def parse(argv: list[str]):
@@ -71,12 +72,17 @@ def parse(argv: list[str]):
     parser = argparse.ArgumentParser(f"metamorph {name}", description=COMMANDS[name][1])
     module.add_arguments(parser)
     args, rest = parser.parse_known_args(rest)
-    args.overrides = {}
+    args.overrides, args.parser = {}, parser
     if "config" in vars(args):
         args.overrides, rest = _take_overrides(rest)
     if rest:
         parser.error(f"unknown arguments: {shown(' '.join(rest))}")
     return module, args
+
+
+def _checked(name: str, module, args) -> int:
+    paths.check_options(name, args, args.parser.get_default)
+    return module.run(args)
 
 
 def _run(run, args) -> int:

@@ -199,7 +199,7 @@ def call(path: str | pathlib.Path, function, *args):
     except ConfigError as error:
         known = str(path) in str(error)
         raise error if known else ConfigError(f"{path}: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__)
                  if pathlib.Path(f.filename) == pathlib.Path(path).absolute()]  # fmt: skip
         if isinstance(error, SyntaxError):

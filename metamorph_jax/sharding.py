@@ -55,6 +55,9 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices=None) -> Mesh:
     if unknown:
         raise ValueError(f"mesh axes {sorted(unknown)} are unknown; there are {', '.join(AXES)}")
     sizes = [shape.get(axis, 1) for axis in AXES]
+    wrong = [f"{a}={n!r}" for a, n in shape.items() if type(n) is not int or n < 1 and n != -1]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)}: an axis has a size from 1, or -1 for the rest")
     if sizes.count(-1) > 1:
         raise ValueError(f"only one mesh axis may be -1: {shape}")
     known = math.prod(s for s in sizes if s != -1)

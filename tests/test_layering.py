@@ -13,7 +13,7 @@ from metamorph_jax import recipe
 
 PACKAGE = pathlib.Path(recipe.__file__).parent
 LINES = (
-    ("errors", "files", "options", "config", "types", "recipe", "sharding", "distributed",
+    ("errors", "files", "paths", "options", "config", "types", "recipe", "sharding", "distributed",
      "platforms", "chips", "flops"),
     ("nn",),
     ("models",),

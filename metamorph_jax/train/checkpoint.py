@@ -36,6 +36,14 @@ _training = ocp.training
 # metadata. 2: the state of an optax transformation, `opt_state`.
 FORMAT = 2
 
+
+def steps_in(workdir: pathlib.Path) -> list[int]:
+    """Steps of the checkpoints in a workdir, whole or damaged, ascending; nothing is opened."""
+    folder = workdir / "checkpoints"
+    names = [f.name for f in folder.iterdir() if f.is_dir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
 class Checkpoints:
     """The checkpoints of one workdir.
 
@@ -173,7 +181,7 @@ class Checkpoints:
         Raises:
             CheckpointError: if it is damaged, or holds something else.
         """
-        messages = []
+        damaged: list[tuple[int, CheckpointError]] = []
         for step in reversed(self.steps):
             error = result = None
             try:
@@ -181,12 +189,16 @@ class Checkpoints:
             except _Damaged as found:
                 error = found
             if not any_process(error is not None):
-                return *result, messages
+                break
             error = error or _damaged(self.folder / str(step), "another host could not read it")
             if not fall_back:
                 raise error
-            messages.append(f"{error}. It is now in {self._set_aside(step)}")
-        raise CheckpointError("; ".join(messages) + "; no whole checkpoint is left")
+            damaged.append((step, error))
+        else:
+            reasons = "; ".join(str(error) for _, error in damaged)
+            raise CheckpointError(f"{reasons}; no whole checkpoint is left, none was set aside")
+        messages = [f"{error}. It is now in {self._set_aside(step)}" for step, error in damaged]
+        return *result[:3], messages + result[3]
 
     def _describe(self, step: int) -> tuple[dict, dict]:
         """(name -> metadata of a leaf, notes) of a checkpoint."""
@@ -208,14 +220,17 @@ class Checkpoints:
         tree, added = expected(state, buffers, shapes)
         compare(flat(tree), shapes, folder)
         try:
-            loaded = self._manager.load_checkpointables(step, {"state": _abstract(tree)})["state"]
+            there = _abstract(tree, shapes)
+            loaded = self._manager.load_checkpointables(step, {"state": there})["state"]
         except Exception as error:
             raise _damaged(folder, error) from error
         if "sums" in notes:
             wrong = altered(loaded, notes["sums"])
             if wrong:
                 raise _damaged(folder, f"altered: {wrong}")
-        return *from_tree(loaded, added, state), notes
+        loaded, messages = converted(loaded, tree, folder)
+        messages += changed_parts(tree, added, state)
+        return *from_tree(loaded, added, state), notes, messages
 
     def _set_aside(self, step: int) -> pathlib.Path:
         """Moves a damaged checkpoint out of the way."""
@@ -337,15 +352,37 @@ def _opt_leaves(opt_state) -> list[tuple[str, Any]]:
 
 
 def expected(state: TrainState, buffers: Params, names) -> tuple[dict, dict]:
-    """(the tree that a checkpoint with leaves of these names should hold, what it may lack)."""
-    tree = as_tree(state, buffers)
-    lacks = "loss_statistics" in tree and "['loss_statistics']" not in names
-    return tree, {"loss_statistics": tree.pop("loss_statistics")} if lacks else {}
+    """What a checkpoint with leaves of these names should hold, whatever the run now keeps.
+
+    Returns:
+        (the tree, what of the state it lacks). The tree has the moving average and the statistics
+        of the loss if the checkpoint has them, even where the run no longer does.
+    """
+    tree, added = as_tree(state, buffers), {}
+    here = state.step.sharding
+    absent = {
+        "ema": {k: _like(x, x.shape, x.sharding) for k, x in state.params.items()},
+        "loss_statistics": jax.ShapeDtypeStruct((3,), jnp.float32, sharding=here),
+    }
+    for part, shapes in absent.items():
+        saved = any(name.startswith(f"[{part!r}]") for name in names)
+        if part in tree and not saved:
+            added[part] = tree.pop(part)
+        elif part not in tree and saved:
+            tree[part] = shapes
+    return tree, added
+
+
+def _like(x, shape, where) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, x.dtype, sharding=where)
 
 
 def from_tree(tree: dict, added: dict, like: TrainState) -> tuple[TrainState, Params]:
-    """The inverse of `as_tree`: (state, buffers)."""
+    """The inverse of `as_tree`, with the parts that `like` has: (state, buffers)."""
+    if "ema" in added:  # it begins with what was trained; a copy, as a step donates both
+        added = added | {"ema": jax.tree.map(jnp.copy, tree["params"])}
     rest = {"ema": None, "loss_statistics": None, "opt_state": {}} | added | tree
+    rest |= {part: None for part in ("ema", "loss_statistics") if getattr(like, part) is None}
     buffers, found = rest.pop("buffers", {}), rest.pop("opt_state")
     leaves = [found[name] for name, _ in _opt_leaves(like.opt_state)]
     opt_state = jax.tree.unflatten(jax.tree.structure(like.opt_state), leaves)
@@ -387,8 +424,43 @@ def compare(wanted: dict, found: dict, folder) -> None:
         raise CheckpointError(f"{folder} doesn't fit this run: " + "; ".join(sorted(wrong)[:20]))
 
 
-def _abstract(tree):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+def _abstract(tree, saved: dict):
+    """The leaves of a tree in the dtypes that they were saved in, to be read where those lie."""
+
+    def one(path, x):
+        dtype = saved[jax.tree_util.keystr(path)].dtype
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def converted(loaded: dict, wanted: dict, folder) -> tuple[dict, list[str]]:
+    """(the tree in the dtypes of `wanted`, messages about those that it did not have).
+
+    Raises:
+        CheckpointError: it holds integers for floating-point numbers, or the other way round.
+    """
+    like, found, names = flat(wanted), flat(loaded), {}
+    for name, x in found.items():
+        before, after = jnp.dtype(x.dtype), jnp.dtype(like[name].dtype)
+        if before == after:
+            continue
+        if not (jnp.issubdtype(before, jnp.floating) and jnp.issubdtype(after, jnp.floating)):
+            raise CheckpointError(f"{folder} has {before} for {name}, this run needs {after}")
+        names.setdefault((before.name, after.name), []).append(name)
+    messages = [
+        f"{len(group)} leaves of {folder} are converted from {before} to {after}: {group[0]} …"
+        for (before, after), group in names.items()
+    ]
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), loaded, wanted), messages
+
+
+def changed_parts(tree: dict, added: dict, state: TrainState) -> list[str]:
+    """Messages about what the run keeps now and did not when it was saved, or the reverse."""
+    words = {"ema": "a moving average of the parameters", "loss_statistics": "loss statistics"}
+    messages = [f"the checkpoint has no {words[part]}: begun anew" for part in added]
+    gone = [part for part in words if part in tree and getattr(state, part) is None]
+    return messages + [f"the checkpoint has {words[part]}: no longer kept" for part in gone]
 
 
 def from_all_processes(states: dict[int, dict]) -> list[dict]:
@@ -412,12 +484,48 @@ def from_all_processes(states: dict[int, dict]) -> list[dict]:
 # ---- the export
 
 
-def export(workdir: str | pathlib.Path, state: TrainState, buffers: Params) -> pathlib.Path:
-    """Writes `workdir/final`: the trained parameters, or their moving average."""
+def export(
+    workdir: str | pathlib.Path, state: TrainState, buffers: Params, about: dict
+) -> pathlib.Path:
+    """Writes `workdir/final`: the trained parameters, or their moving average.
+
+    Args:
+        workdir: of the run.
+        state, buffers: its end.
+        about: "step", "stage", "recipe" and "config" that they are of, kept with a checksum of
+            every leaf.
+    """
     folder = pathlib.Path(workdir).absolute() / "final"
-    params = state.params if state.ema is None else state.ema
-    ocp.save(folder, {**params, **buffers}, overwrite=True)
+    tree = {**(state.params if state.ema is None else state.ema), **buffers}
+    notes = about | {"sums": checksums(tree)}
+    ocp.save(folder, tree, overwrite=True, custom_metadata=notes)
     return folder
+
+
+def export_notes(workdir: str | pathlib.Path) -> dict:
+    """What `export` noted in `workdir/final`; {} for one of an earlier version.
+
+    Raises:
+        ConfigError, CheckpointError: see `export_shapes`.
+    """
+    return _export_metadata(workdir).custom_metadata or {}
+
+
+def _export_metadata(workdir: str | pathlib.Path):
+    folder = pathlib.Path(workdir).absolute() / "final"
+    if not folder.is_dir():
+        raise ConfigError(f"the stage in {folder.parent} isn't finished: it has no final/")
+    try:
+        return ocp.metadata(folder)
+    except Exception as error:
+        raise _damaged_export(folder, error) from error
+
+
+def _damaged_export(folder: pathlib.Path, error) -> CheckpointError:
+    return CheckpointError(
+        f"the weights {folder} are damaged ({reason(error)}); remove that folder and start the "
+        "training command again, which writes it from the last checkpoint"
+    )
 
 
 def export_shapes(workdir: str | pathlib.Path) -> dict[str, jax.ShapeDtypeStruct]:
@@ -427,13 +535,7 @@ def export_shapes(workdir: str | pathlib.Path) -> dict[str, jax.ShapeDtypeStruct
         ConfigError: the stage isn't finished.
         CheckpointError: its weights are damaged.
     """
-    folder = pathlib.Path(workdir).absolute() / "final"
-    if not folder.is_dir():
-        raise ConfigError(f"the stage in {folder.parent} isn't finished: it has no final/")
-    try:
-        found = ocp.metadata(folder).metadata
-    except Exception as error:
-        raise _damaged(folder, error) from error
+    found = _export_metadata(workdir).metadata
     return {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in found.items()}
 
 
@@ -451,19 +553,33 @@ def read_export(
         ConfigError, CheckpointError: see `export_shapes`.
     """
     folder = pathlib.Path(workdir).absolute() / "final"
+    shapes, sums = export_shapes(workdir), export_notes(workdir).get("sums", {})
     if wanted is None:
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)  # noqa: E731
-        wanted = {k: place(x) for k, x in export_shapes(workdir).items()}
-    if not wanted:
-        return {}
+        wanted = {k: _like(x, x.shape, here) for k, x in shapes.items()}
+    # One by one where they are converted, as checksums are of what is in the file.
+    same = [k for k, x in wanted.items() if k in shapes and x.dtype == shapes[k].dtype]
+    groups = [same] * bool(same) + [[k] for k in wanted if k not in same]
+    found = {}
+    for names in groups:
+        there = {k: _like(shapes.get(k, wanted[k]), wanted[k].shape, wanted[k].sharding)
+                 for k in names}  # fmt: skip
+        loaded = _read_part(folder, there)
+        wrong = altered(loaded, sums) if sums else ""
+        if wrong:
+            raise _damaged_export(folder, f"altered: {wrong}")
+        found |= {k: x.astype(wanted[k].dtype) for k, x in loaded.items()}
+    return {k: found[k] for k in wanted}
+
+
+def _read_part(folder: pathlib.Path, wanted: dict) -> dict[str, jax.Array]:
     try:
         context = ocp.Context()
         context.pytree.loading.partial_load = True
         with context:
             return ocp.load(folder, wanted)
     except Exception as error:
-        raise _damaged(folder, error) from error
+        raise _damaged_export(folder, error) from error
 
 
 def buffers_of(parts: Parts, frozen: Params) -> Params:

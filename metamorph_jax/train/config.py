@@ -328,5 +328,3 @@ def resolve(config) -> Run:
     data = configs.build(recipe.Data, cfg.data, "config.data")
     whole = {"model": dataclasses.asdict(model), "data": dataclasses.asdict(data)}
     return Run(cfg, recipe, model, data, dataclasses.asdict(cfg) | whole)
-
-

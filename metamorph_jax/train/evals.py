@@ -14,6 +14,7 @@ TensorBoard and the log as "evals.NAME.METRIC".
 import importlib
 import json
 import math
+import os
 import pathlib
 from collections.abc import Mapping
 from functools import partial
@@ -24,9 +25,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from metamorph_jax import config as configs
-from metamorph_jax import sharding
+from metamorph_jax import files, sharding
 from metamorph_jax.distributed import gather
-from metamorph_jax.errors import ConfigError
+from metamorph_jax.errors import ConfigError, FileError
 from metamorph_jax.recipe import Shard
 from metamorph_jax.train import checkpoint, shards
 from metamorph_jax.train.config import EvalConfig, Run
@@ -236,9 +237,12 @@ class Best:
     def _find(self, checkpoints: checkpoint.Checkpoints) -> dict | None:
         """The record of the newest checkpoint that was the best when it was saved."""
         records = [checkpoints.notes(step).get("best") for step in checkpoints.steps]
-        if self._file.is_file():
-            records.append(json.loads(self._file.read_text()))
-        mine = [r for r in records if r and r["metric"] == self.metric]
+        if os.path.lexists(self._file):
+            saved = files.read_json(self._file)
+            if type(saved.get("step")) is not int or type(saved.get("value")) not in (int, float):
+                raise FileError(f"{self._file} does not name a checkpoint (metric, value, step)")
+            records.append(saved)
+        mine = [r for r in records if r and r.get("metric") == self.metric]
         there = [r for r in mine if r["step"] in checkpoints.steps]
         return max(there, key=lambda r: r["step"], default=None)
 

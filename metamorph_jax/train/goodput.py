@@ -7,8 +7,13 @@ wall time since the first start that went into steps that count.
 """
 
 import json
+import math
+import os
 import pathlib
 import time
+
+from metamorph_jax import files
+from metamorph_jax.errors import FileError
 
 _KEPT = 100  # checkpoints whose sums are remembered
 
@@ -27,12 +32,8 @@ class Goodput:
         self.file, self.active = pathlib.Path(workdir) / "goodput.json", active
         self.starts: list[list] = []  # [time, step, seconds until the first step was done or None]
         self.sums: dict[str, list[float]] = {}
-        if active and self.file.is_file():
-            try:
-                saved = json.loads(self.file.read_text())
-                self.starts, self.sums = saved["starts"], saved["sums"]
-            except (ValueError, KeyError):
-                pass  # a damaged account must not stop a run from resuming
+        if active and os.path.lexists(self.file):
+            self.starts, self.sums = _read(self.file)
         self.sums = {step: x for step, x in self.sums.items() if int(step) <= first}
         self.steps, self.waiting, self.saving = self.sums.get(str(first), [0.0, 0.0, 0.0])
         self.starts.append([began, first, None])
@@ -94,6 +95,34 @@ class Goodput:
         new = self.file.with_suffix(".new")
         new.write_text(json.dumps({"starts": self.starts, "sums": self.sums}) + "\n")
         new.replace(self.file)
+
+
+def _read(file: pathlib.Path) -> tuple[list[list], dict[str, list[float]]]:
+    """(starts, sums) of an account.
+
+    Raises:
+        FileError: it is damaged.
+    """
+    saved = files.read_json(file)
+    starts, sums = saved.get("starts"), saved.get("sums")
+    whole = (
+        isinstance(starts, list)
+        and isinstance(sums, dict)
+        and all(_numbers(row, 3, last_may_lack=True) for row in starts)
+        and all(step.isdecimal() and _numbers(row, 3) for step, row in sums.items())
+    )
+    if not whole:
+        raise FileError(
+            f"{file} is not the account of a run (starts, sums); remove it to begin another one"
+        )
+    return starts, sums
+
+
+def _numbers(row, length: int, last_may_lack: bool = False) -> bool:
+    if not isinstance(row, list) or len(row) != length:
+        return False
+    row = row[:-1] if last_may_lack and row[-1] is None else row
+    return all(type(x) in (int, float) and math.isfinite(x) for x in row)
 
 
 def _clock(seconds: float) -> str:

@@ -26,6 +26,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import secrets
 import shutil
 import struct
@@ -38,7 +39,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from metamorph_jax import distributed
+from metamorph_jax import distributed, files
 from metamorph_jax.errors import CheckpointError, ConfigError
 from metamorph_jax.train import checkpoint
 from metamorph_jax.train.config import LocalConfig
@@ -113,8 +114,7 @@ class LocalCheckpoints:
                 new.unlink()
         except OSError as error:
             return found | {"error": str(error)}
-        for file in self._run.glob("*/host_*/*.shards"):
-            step = int(file.stem)
+        for step, file in _numbered(self._run, "*/host_*/*.shards"):
             if step <= (-1 if self._newest is None else self._newest):
                 continue
             if file.parent != self._mine:
@@ -126,7 +126,7 @@ class LocalCheckpoints:
                 about = _describe(file)
                 digest = zlib.crc32(json.dumps(about["notes"], sort_keys=True).encode())
                 found["have"].append([step, digest, about["alike"]])
-            except (OSError, ValueError, KeyError, struct.error) as error:
+            except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
                 found["bad"].append([step, str(file), str(error)])
         return found
 
@@ -158,7 +158,7 @@ class LocalCheckpoints:
             self.messages.append(f"local checkpoint {step} isn't on all hosts: {lack} lacks it")
         limit = self._newest if self.step is None else self.step
         self._stale += [
-            file for file in self._mine.glob("*.shards") if int(file.stem) > (limit or 0)
+            file for step, file in _numbered(self._mine, "*.shards") if step > (limit or 0)
         ]
         if self.step is None:
             if self.messages:
@@ -195,7 +195,7 @@ class LocalCheckpoints:
         file, shapes = self._file(self.step), self._notes["shapes"]
         checkpoint.check_format(self._notes, file)
         tree, added = checkpoint.expected(state, buffers, shapes)
-        names = checkpoint.flat(tree)
+        names, checkpoint_tree = checkpoint.flat(tree), tree
         found = {k: types.SimpleNamespace(shape=shape) for k, shape in shapes.items()}
         checkpoint.compare(names, found, file)
         all_have = len(self._has) == jax.process_count()
@@ -209,13 +209,15 @@ class LocalCheckpoints:
                 f"the local checkpoint {file} was altered on some host: {wrong}. Remove "
                 f"{self._run} on all hosts to resume from the workdir's"
             )
+        self.messages += checkpoint.changed_parts(checkpoint_tree, added, state)
         return *checkpoint.from_tree(tree, added, state), self._notes
 
     def _read(self, name: str, like: jax.Array, index: tuple) -> np.ndarray:
         leaf, file = self._about["leaves"][name], self._file(self.step)
         if leaf["dtype"] != like.dtype.name:
             raise CheckpointError(
-                f"{file} has {leaf['dtype']} for {name}, expected {like.dtype.name}"
+                f"{file} has {leaf['dtype']} for {name}, this run needs {like.dtype.name}; undo "
+                f"that change, or remove {self._run} on all hosts to resume from the workdir's"
             )
         where = _span(index, like.shape)
         shape = [end - start for start, end in where]
@@ -309,7 +311,7 @@ class LocalCheckpoints:
             if stale != self._file(step):
                 stale.unlink(missing_ok=True)
         self._stale = []
-        steps = sorted(int(file.stem) for file in self._mine.glob("*.shards"))
+        steps = sorted(step for step, _ in _numbered(self._mine, "*.shards"))
         for old in steps[: -self._cfg.keep]:
             self._file(old).unlink()
 
@@ -354,12 +356,19 @@ def _name_of_run(workdir: pathlib.Path) -> str:
     """A name that a run in the same, emptied workdir wouldn't have."""
     name, file = "", workdir / "run_name"
     if jax.process_index() == 0:
-        if not file.is_file():
+        if not os.path.lexists(file):
             new = file.with_suffix(".new")
             new.write_text(f"{workdir.absolute().name}-{secrets.token_hex(4)}\n")
             new.replace(file)
-        name = file.read_text().strip()
+        name = files.read_text(file).strip()
+        if not re.fullmatch(r"[^/\0]{1,255}", name) or name in (".", ".."):
+            raise CheckpointError(f"{file} does not hold the name of a run; remove it")
     return distributed.gather(name)[0]
+
+
+def _numbered(folder: pathlib.Path, pattern: str) -> list[tuple[int, pathlib.Path]]:
+    """(step, file) of the files there that a step names."""
+    return [(int(f.stem), f) for f in folder.glob(pattern) if f.stem.isdecimal()]
 
 
 def _layout(mesh: Mesh) -> str:

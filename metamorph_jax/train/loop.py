@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import shutil
 import time
 from collections.abc import Iterator
 
@@ -20,8 +21,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from metamorph_jax import sharding
-from metamorph_jax.errors import BadStep, CheckpointError, ConfigError, Preempted
+from metamorph_jax import paths, sharding
+from metamorph_jax.errors import BadStep, CheckpointError, ConfigError, Preempted, UserError
 from metamorph_jax.models.build import outline
 from metamorph_jax.recipe import Shard
 from metamorph_jax.train import checkpoint, local_checkpoints, optim, shards
@@ -54,6 +55,7 @@ def train(
 
     Raises:
         ConfigError: the config is wrong, or the workdir belongs to another one.
+        UserError: the workdir can't be used, or another process trains in it.
         CheckpointError: a checkpoint can't be read or written.
         BadStep: a loss or gradient was not finite, or a loss was a spike.
         Preempted: SIGTERM came, and a checkpoint was saved.
@@ -62,8 +64,15 @@ def train(
     run = resolve(config)
     name = run.cfg.matmul_precision
     with jax.default_matmul_precision(name) if name != "default" else contextlib.nullcontext():
-        start = set_up(run, pathlib.Path(workdir).expanduser())
-        return Loop(start, began, profile).run()
+        folder = paths.output_folder("--workdir", workdir)
+        lock = workdirs.Lock(folder) if jax.process_index() == 0 else None
+        try:
+            start = set_up(run, folder)
+            start.messages += [lock.message] if lock and lock.message else []
+            return Loop(start, began, profile).run()
+        finally:
+            if lock:
+                lock.close()
 
 
 # ---- set-up
@@ -103,7 +112,8 @@ def set_up(run: Run, workdir: pathlib.Path) -> Start:
     """Opens the data and makes the model and its state, new ones or those of a checkpoint."""
     cfg = run.cfg
     mesh = open_mesh(cfg)
-    changes = workdirs.prepare(workdir, run.table, write=jax.process_index() == 0)
+    trained = bool(checkpoint.steps_in(workdir))
+    changes = workdirs.check(workdir, run.table, trained or bool(cfg.local_checkpoints.folder))
     checkpoints = checkpoint.Checkpoints(workdir, cfg.keep)
     local = local_checkpoints.open_local(cfg.local_checkpoints, workdir, mesh, checkpoints.latest)
     resuming = checkpoints.latest is not None or local.step is not None
@@ -122,8 +132,20 @@ def set_up(run: Run, workdir: pathlib.Path) -> Start:
     start.messages += [f"changed since the run began: {change}" for change in changes]
     if resuming:
         restore(start)
+    begin(start)
     start.seconds = time.perf_counter() - clock
     return start
+
+
+def begin(start: Start) -> None:
+    """Writes the config, now that all that the run needs is there; an older export goes."""
+    folder = start.workdir / "final"
+    if start.first < start.run.cfg.steps and folder.is_dir():
+        start.messages.append(f"{folder} is of an earlier end of the run: removed")
+    if jax.process_index() == 0:
+        workdirs.record(start.workdir, start.run.table)
+        if start.first < start.run.cfg.steps:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def open_mesh(cfg: TrainConfig) -> Mesh:
@@ -169,7 +191,9 @@ def make_model(run: Run, mesh: Mesh, batches: list) -> tuple[Parts, Params, Para
         return recipe.create(run.model, rngs)
 
     # First of all, as a mistake in `optim` shouldn't come to light after the weights are loaded.
-    _, shapes, _ = states.split(outline(make, mesh), run.pattern, mesh)
+    with _about_the_model():
+        outlined = outline(make, mesh)
+    _, shapes, _ = states.split(outlined, run.pattern, mesh)
     optimizer = optim.build(cfg.optim, shapes, cfg.batch_size, cfg.steps)
     parts, params, frozen = states.create(
         make,
@@ -180,6 +204,18 @@ def make_model(run: Run, mesh: Mesh, batches: list) -> tuple[Parts, Params, Para
         adapt=(lambda model: recipe.initialize(model, batches)) if batches else None,
     )
     return parts, params, frozen, optimizer
+
+
+@contextlib.contextmanager
+def _about_the_model():
+    """What fails when only the shapes of a model are made is a matter of config.model."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        said = checkpoint.reason(error)
+        raise ConfigError(f"config.model: no such model: {type(error).__name__}: {said}") from error
 
 
 def restore(start: Start) -> None:
@@ -269,7 +305,9 @@ class Saving:
         start = self._start
         if self._wrote or not (start.workdir / "final").is_dir():
             buffers = checkpoint.buffers_of(start.parts, start.frozen)
-            folder = checkpoint.export(start.workdir, state, buffers)
+            about = {"step": step, "stage": start.run.cfg.stage, "recipe": start.run.cfg.recipe}
+            about["config"] = workdirs.digest(start.run.table)
+            folder = checkpoint.export(start.workdir, state, buffers, about)
             self._logger.say(f"{step} steps done; weights in {folder}")
         if self.best.record:
             said = f"best {self.best.metric}: {self.best.record['value']:.5g}"

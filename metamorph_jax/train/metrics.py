@@ -7,6 +7,7 @@ up over the steps of a line before they are divided, so a line is exact whatever
 
 import json
 import math
+import os
 import pathlib
 import sys
 import time
@@ -15,7 +16,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from metamorph_jax import chips, flops
+from metamorph_jax import chips, files, flops
 from metamorph_jax.train.goodput import Goodput
 
 
@@ -271,15 +272,22 @@ def format_line(step: int, steps: int, line: Mapping[str, float]) -> str:
 
 def _take_back(file: pathlib.Path, step: int) -> None:
     """Removes lines after `step`, whose steps are done again now, and a half-written last line."""
-    if not file.is_file():
+    if not os.path.lexists(file):
         return
-    kept = []
-    for text in file.read_text().splitlines():
+    kept, torn = [], None
+    for number, text in files.lines(file):
+        if torn:
+            raise torn
+        where = f"{file}, line {number}"
         try:
-            if json.loads(text)["step"] <= step:
-                kept.append(text + "\n")
-        except (ValueError, KeyError):
+            found = files.parse(text, where, dict).get("step")
+        except files.FileError as error:
+            torn = error  # unless another line follows
             continue
+        if type(found) is not int:
+            raise files.FileError(f"{where} has no step; put it right, or move the file away")
+        if found <= step:
+            kept.append(text + "\n")
     new = file.with_suffix(".new")
     new.write_text("".join(kept))
     new.replace(file)

@@ -157,6 +157,8 @@ class MultiTierCheckpoints:
         wrong = checkpoint.altered(found, self._chosen["sums"])
         if wrong:
             raise self._unusable(file, f"was altered on some host: {wrong}")
+        found, messages = checkpoint.converted(found, tree, file)
+        self.messages += messages + checkpoint.changed_parts(tree, added, state)
         return *checkpoint.from_tree(found, added, state), self._chosen
 
     def _unusable(self, file, why: str) -> CheckpointError:

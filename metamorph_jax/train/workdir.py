@@ -4,14 +4,22 @@ The same command with the same workdir resumes. With another model, other data o
 layout, the checkpoints there would mean something else, so that is refused.
 """
 
+import contextlib
+import errno
+import fcntl
+import hashlib
 import importlib.metadata
 import json
+import os
 import pathlib
+import socket
 import subprocess
 import sys
+import time
 from typing import Any
 
-from metamorph_jax.errors import ConfigError
+from metamorph_jax import files
+from metamorph_jax.errors import CheckpointError, ConfigError, UserError
 from metamorph_jax.train import checkpoint
 
 # With another value of these it is another run; a change of all others (log and checkpoint
@@ -55,41 +63,136 @@ def compare(before: dict, now: dict) -> tuple[list[str], list[str]]:
     return binding, others
 
 
-def prepare(workdir: pathlib.Path, config: dict, write: bool) -> list[str]:
-    """Saves the resolved config and the versions, or checks against the saved one.
+def check(workdir: pathlib.Path, config: dict, trained: bool) -> list[str]:
+    """Compares a resolved config with the one saved in the workdir; writes nothing.
 
     Args:
-        workdir: made if it isn't there.
-        config: resolved, JSON-able.
-        write: on the first process only.
+        workdir: of the run.
+        config: JSON-able.
+        trained: the run has a checkpoint. Without one, nothing depends on the saved config, so
+            a start that failed can be corrected.
 
     Returns:
         Changes to report.
 
     Raises:
         ConfigError: if the workdir belongs to another run.
-        CheckpointError: if its checkpoints are of another version of this program.
+        CheckpointError: if its checkpoints are of another version of this program, or were lost.
+        FileError: a file of the run is damaged.
     """
-    file = workdir / "config.json"
-    now = json.loads(json.dumps(config))
-    changes = []
-    if file.is_file():
-        saved = workdir / "versions.json"
-        about = json.loads(saved.read_text()) if saved.is_file() else {}
+    file, saved = workdir / "config.json", workdir / "versions.json"
+    if not os.path.lexists(file):
+        return []
+    about = files.read_json(saved) if os.path.lexists(saved) else {}
+    if trained:
         checkpoint.check_format(about, workdir)
-        forbidden, changes = compare(json.loads(file.read_text()), now)
-        if forbidden:
-            listed = "\n  ".join(forbidden)
-            raise ConfigError(
-                f"{workdir} holds a run with another config; choose another --workdir, or undo"
-                " these changes:"
-                f"\n  {listed}"
-            )
-    if write:
-        workdir.mkdir(parents=True, exist_ok=True)
-        _write(workdir / "versions.json", versions())
-        _write(file, now)
-    return changes
+    before = files.read_json(file, what="the config of the run in this workdir")
+    if not trained:
+        _check_nothing_lost(workdir, before)
+    forbidden, changes = compare(before, json.loads(json.dumps(config)))
+    if forbidden and (trained or (workdir / "final").is_dir()):
+        listed = "\n  ".join(forbidden)
+        raise ConfigError(
+            f"{workdir} holds a run with another config; choose another --workdir, or undo"
+            " these changes:"
+            f"\n  {listed}"
+        )
+    return changes + forbidden
+
+
+def _check_nothing_lost(workdir: pathlib.Path, config: dict) -> None:
+    """Raises CheckpointError if a run without a checkpoint must have had one."""
+    every, last = config.get("checkpoint_every"), _last_step(workdir / "metrics.jsonl")
+    signs = [name for name in ("damaged", "final") if (workdir / name).is_dir()]
+    # The second checkpoint is begun when the first one is complete.
+    if isinstance(every, int) and last >= 2 * every:
+        signs.append(f"metrics up to step {last}")
+    if signs:
+        raise CheckpointError(
+            f"{workdir} has {' and '.join(signs)}, but no checkpoint: the run would start again at "
+            "step 1. Put its checkpoints back (those in damaged/ belong in checkpoints/), or "
+            "choose another --workdir"
+        )
+
+
+def _last_step(file: pathlib.Path) -> int:
+    """The largest step in a metrics.jsonl; 0 if there is none."""
+    last = 0
+    for _, text in files.lines(file) if os.path.lexists(file) else ():
+        with contextlib.suppress(files.FileError):  # a torn line
+            step = files.parse(text, str(file), dict).get("step")
+            last = max(last, step) if type(step) is int else last
+    return last
+
+
+def record(workdir: pathlib.Path, config: dict) -> None:
+    """Saves the resolved config and the versions."""
+    _write(workdir / "versions.json", versions())
+    _write(workdir / "config.json", config)
+
+
+class Lock:
+    """Keeps a second process from training in the same workdir, until it is closed or dies.
+
+    The file workdir/lock says who holds it. It is a POSIX record lock: released by the system
+    when the process ends in any way, and not inherited by workers. On NFS it holds between hosts;
+    on a mounted bucket (gcsfuse) only between processes of one host.
+
+    Attributes:
+        message: for the log, where the file system has no locks; else "".
+
+    Raises:
+        UserError: another process holds it; the message says which and since when.
+    """
+
+    def __init__(self, workdir: pathlib.Path):
+        self._path, self.message = workdir / "lock", ""
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            if os.path.lexists(self._path):
+                files.regular(self._path)
+            self._file = open(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644), "r+")  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"--workdir {workdir} can't be written: {error.strerror}") from error
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                holder = self._file.read(1000)
+                self._file.close()
+                raise self._held(holder) from error
+            self.message = f"{workdir} has no locks ({error.strerror}): start one run only in it"
+        who = {"host": socket.gethostname(), "pid": os.getpid(), "since": _now()}
+        self._file.truncate(0)
+        self._file.write(json.dumps(who) + "\n")
+        self._file.flush()
+
+    def _held(self, text: str) -> UserError:
+        try:
+            who = files.parse(text, str(self._path), dict)
+            said = ", ".join(f"{k} {files.shown(who.get(k), 60)}" for k in ("host", "pid", "since"))
+        except files.FileError:
+            said = "it has just started"
+        return UserError(
+            f"another process trains in {self._path.parent} ({said}); wait for its end, or choose "
+            "another --workdir"
+        )
+
+    def close(self) -> None:
+        """Releases it. The file stays, as one that is removed could be locked twice."""
+        with contextlib.suppress(OSError):
+            self._file.truncate(0)
+        self._file.close()
+
+
+def digest(config: dict) -> str:
+    """Identifies a resolved config."""
+    text = json.dumps(config, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S %z")
 
 
 def _write(file: pathlib.Path, value) -> None:

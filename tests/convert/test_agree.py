@@ -293,14 +293,14 @@ def test_a_tokenizer_with_more_ids_than_rows(tmp_path):
         return PreTrainedTokenizerFast(tokenizer_object=inner)
 
     added = ["<s>", "</s>"]
-    tokenizers.check(made(), 8, added)
-    tokenizers.check(made("<s>", "</s>"), 8, added)  # as we write them
-    tokenizers.check(made("[PAD]"), 9, added)
+    tokenizers.check_ids(made(), 8, added)
+    tokenizers.check_ids(made("<s>", "</s>"), 8, added)  # as we write them
+    tokenizers.check_ids(made("[PAD]"), 9, added)
     for extra in (("[PAD]",), ("[PAD]", "[X]")):
         with pytest.raises(ConfigError, match=r"table has 8 rows, none for '\[PAD\]' \(8\)"):
-            tokenizers.check(made(*extra), 8, added)
+            tokenizers.check_ids(made(*extra), 8, added)
     with pytest.raises(ConfigError, match="<s> has id 9 in the tokenizer, 8 in the model"):
-        tokenizers.check(made("[PAD]", "<s>"), 8, added)
+        tokenizers.check_ids(made("[PAD]", "<s>"), 8, added)
 
     file = tmp_path / "tokenizer.json"
     V = recipe.llm_config(TINY).vocab_size

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from metamorph_jax.errors import FileError
 from metamorph_jax.train import goodput, loop
 from metamorph_jax.train.goodput import Goodput
 
@@ -67,6 +68,9 @@ def test_killed_lost_and_down(clock, tmp_path):
 
 def test_other_work_and_bad_files(clock, tmp_path):
     (tmp_path / "goodput.json").write_text('{"starts": [[1')
+    with pytest.raises(FileError, match="goodput.json is not JSON"):
+        Goodput(tmp_path, 0, clock.now)
+    (tmp_path / "goodput.json").unlink()
     account = train(clock, tmp_path, 0, 1)
     clock.sleep(9)
     account.pause(9)
