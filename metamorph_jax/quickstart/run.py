@@ -170,8 +170,10 @@ class QuickStart:
         from metamorph_jax import config
 
         table = config.load_config(f"{configs_folder() / stage}.py:{self.size}")
+        data = config.load_config(f"{configs_folder() / stage}.py:quickstart").data
         table.seed = self.seed
         with table.unlocked():
+            table.data.sources = data.sources  # at smoke size, too
             for source in table.data.sources.values():
                 source.update(self.located(source))
             table.data.cache.features = str(self.workdir / "features")
@@ -185,12 +187,12 @@ class QuickStart:
                 table.evals = self.evals()
         if stage == "decoder":
             table.data.predicted = str(self.workdir / "predicted.npz")
+            table.model.with_tower = False  # the cache has the features of all images
         return table
 
     def located(self, source) -> dict[str, str]:
-        """The paths of a data source in this workdir."""
-        name = pathlib.Path(source["path"]).name
-        return {"path": str(self.files.root / name), "root": str(self.files.images)}
+        """The path of a data source in this workdir."""
+        return {"path": str(self.files.root / pathlib.Path(source["path"]).name)}
 
     def evals(self) -> dict:
         """The evaluations of the config's size quickstart, with the paths of this workdir."""
@@ -198,7 +200,7 @@ class QuickStart:
 
         evals = config.load_config(f"{configs_folder() / 'vpit'}.py:quickstart").evals
         for one in evals.values():
-            for source in one.data.sources.values():
+            for source in one.data.get("sources", {}).values():
                 source.update(self.located(source))
             if self.size == "smoke":
                 one.update(every=3, batches=2)
@@ -223,9 +225,7 @@ class QuickStart:
 
         settings = evaluate.Settings(seed=self.seed)
         if self.size == "smoke":
-            settings = evaluate.Settings(
-                questions=16, batch=8, judge_steps=20, seed=self.seed
-            )
+            settings = evaluate.Settings(questions=16, batch=8, judge_steps=20, seed=self.seed)
         generator = load_generator(str(self.workdir / "vpit"))
         image_decoder = load_image_decoder(str(self.workdir / "decoder"))
         result = evaluate.evaluate(

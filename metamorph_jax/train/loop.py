@@ -24,14 +24,14 @@ from metamorph_jax import sharding
 from metamorph_jax.errors import BadStep, CheckpointError, ConfigError, Preempted
 from metamorph_jax.models.build import outline
 from metamorph_jax.recipe import Shard
-from metamorph_jax.train import checkpoint, local_checkpoints, optim, shards
+from metamorph_jax.train import boards, checkpoint, local_checkpoints, optim, shards
 from metamorph_jax.train import state as states
 from metamorph_jax.train import workdir as workdirs
 from metamorph_jax.train.config import Run, TrainConfig, resolve
 from metamorph_jax.train.evals import Best, Evaluations
 from metamorph_jax.train.failures import BadSteps, Pending, Sigterm
 from metamorph_jax.train.goodput import Goodput
-from metamorph_jax.train.metrics import Logger, flops_per_step
+from metamorph_jax.train.metrics import Logger, flops_per_step, wrapped
 from metamorph_jax.train.optim import Optimizer, Params
 from metamorph_jax.train.profile import Trace
 from metamorph_jax.train.skipped import Skipped
@@ -60,6 +60,8 @@ def train(
     """
     began = time.time()
     run = resolve(config)
+    if run.cfg.wandb:
+        boards.require_wandb()  # before anything is made
     name = run.cfg.matmul_precision
     with jax.default_matmul_precision(name) if name != "default" else contextlib.nullcontext():
         start = set_up(run, pathlib.Path(workdir).expanduser())
@@ -316,6 +318,8 @@ class Loop:
             cfg.log_every,
             active=host0,
             tensorboard=cfg.tensorboard,
+            wandb=cfg.wandb,
+            config=start.run.table,
             devices=start.mesh.size,
             goodput=self.goodput,
         )
@@ -450,6 +454,7 @@ class Loop:
         clock = time.perf_counter()
         values = self.evals.run(names, self.state, self.start.frozen)
         self.log.evaluated(step, values, time.perf_counter() - clock)
+        self.log.show(step, self.evals.shown)
         return self.saving.best.better(step, values)
 
     def finish(self, step: int, ended: bool) -> None:
@@ -479,7 +484,7 @@ def banner(start: Start, state: TrainState, peak: float | None) -> Iterator[str]
         sizes[part] = sizes.get(part, 0) + p.size
     trained = ", ".join(f"{part} {n / 1e6:.2f} M" for part, n in sizes.items())
     frozen = sum(p.size for p in start.frozen.values())
-    yield f"trained: {trained}; frozen: {frozen / 1e6:.2f} M"
+    yield wrapped(f"trained: {trained}; frozen: {frozen / 1e6:.2f} M")
     rate = optim.peak_rate(cfg.optim, cfg.batch_size)
     yield f"{cfg.optim.name}, peak learning rate {rate:.3g}, {cfg.optim.schedule}"
     yield from start.messages

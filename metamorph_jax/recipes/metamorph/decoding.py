@@ -20,9 +20,12 @@ from jax import lax
 
 from metamorph_jax import sharding
 from metamorph_jax.data.chat import Chat
+from metamorph_jax.recipe import Shown
 from metamorph_jax.recipes.metamorph.input import input_spec, markers
 from metamorph_jax.recipes.metamorph.model import MetaMorph
 from metamorph_jax.recipes.metamorph.published import load_tokenizer
+from metamorph_jax.recipes.metamorph.sources import KINDS
+from metamorph_jax.sampling import samples
 from metamorph_jax.sampling.cached_llm import once, take_over
 from metamorph_jax.sampling.generator import Generator, Prompts
 from metamorph_jax.sampling.loop import Loop
@@ -236,3 +239,8 @@ def generator(
     policy = partial(make_policy, parts, force_end=force_end, parity=parity)
     prompts = Prompts(chat, views, data.images, data.row.length, THINK)
     return Generator(loop, policy, prompts, encoder, model.feature_shape[1])
+
+
+def show(model: MetaMorph, cfg, data, count: int) -> list[Shown]:
+    """Answers to the first questions of the data; images are read, not drawn."""
+    return samples.ask(generator(model, cfg, data), data, KINDS, count)
