@@ -1,9 +1,7 @@
 """`metamorph report`: the page of a run, from the files in its workdir; `train` ends with it, too.
 
-    WORKDIR/config.json, versions.json      what was run
-    WORKDIR/metrics.jsonl                   curves, counts of data that was left out
-    WORKDIR/samples/                        what evaluations of kind "samples" showed
-    WORKDIR/goodput.json                    where the time went
+Curves and counts of skipped data come from metrics.jsonl, options from config.json, samples from
+samples/, which evaluations of kind "samples" write.
 """
 
 import json

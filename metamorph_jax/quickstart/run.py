@@ -231,9 +231,13 @@ class QuickStart:
         result = evaluate.evaluate(
             generator, image_decoder, self.files, self.workdir / "evaluation", settings
         )
-        for name in ("accuracy", "tokens_right", "drawings_right"):
-            print(f"{name}: {100 * result[name]:.1f} % (goal {100 * GOALS[name]:.0f} %)")
-        return {name: result[name] for name in ("accuracy", "tokens_right", "drawings_right")}
+        found = {name: result[name] for name in ("accuracy", "tokens_right", "drawings_right")}
+        for name, value in found.items():
+            goal = f" (goal {100 * GOALS[name]:.0f} %)" if self.size == "quickstart" else ""
+            print(f"{name}: {100 * value:.1f} %{goal}")
+        if self.size == "smoke":
+            print("smoke size teaches nothing: answers are noise and drawings are grey squares")
+        return found
 
     def report(self) -> dict:
         from metamorph_jax.quickstart.page import make_report
@@ -249,7 +253,8 @@ class QuickStart:
         }
         if self.size == "smoke":
             facts["language model"] = facts["tower"] = "random, tiny (smoke size)"
-        return {"path": str(make_report(self.workdir, self.files, timings, facts, GOALS))}
+        goals = GOALS if self.size == "quickstart" else {}
+        return {"path": str(make_report(self.workdir, self.files, timings, facts, goals))}
 
 
 def _bfloat16_is_faster() -> bool:

@@ -31,7 +31,7 @@ from metamorph_jax.train.config import Run, TrainConfig, resolve
 from metamorph_jax.train.evals import Best, Evaluations
 from metamorph_jax.train.failures import BadSteps, Pending, Sigterm
 from metamorph_jax.train.goodput import Goodput
-from metamorph_jax.train.metrics import Logger, flops_per_step, wrapped
+from metamorph_jax.train.metrics import Logger, flops_per_step
 from metamorph_jax.train.optim import Optimizer, Params
 from metamorph_jax.train.profile import Trace
 from metamorph_jax.train.skipped import Skipped
@@ -484,7 +484,7 @@ def banner(start: Start, state: TrainState, peak: float | None) -> Iterator[str]
         sizes[part] = sizes.get(part, 0) + p.size
     trained = ", ".join(f"{part} {n / 1e6:.2f} M" for part, n in sizes.items())
     frozen = sum(p.size for p in start.frozen.values())
-    yield wrapped(f"trained: {trained}; frozen: {frozen / 1e6:.2f} M")
+    yield f"trained: {trained}; frozen: {frozen / 1e6:.2f} M"
     rate = optim.peak_rate(cfg.optim, cfg.batch_size)
     yield f"{cfg.optim.name}, peak learning rate {rate:.3g}, {cfg.optim.schedule}"
     yield from start.messages

@@ -143,9 +143,10 @@ class Logger:
             self.goodput.saved(step, seconds)
 
     def say(self, text: str) -> None:
-        """Prints a line on the console (of the first process)."""
+        """Prints text on the console (of the first process), long lines as several."""
         if not self.active:
             return
+        text = "\n".join(map(wrapped, text.splitlines()))
         if self._bar is not None:
             self._bar.write(text)
         else:
@@ -237,7 +238,7 @@ class Logger:
             self._record(step, values)
         words = [f"{name} {value:.4g}" for name, value in values.items() if "/" not in name]
         said = "  ".join(words) or "samples written"
-        self.say(wrapped(f"step {step}/{self.steps}  {said}  ({seconds:.1f} s)"))
+        self.say(f"step {step}/{self.steps}  {said}  ({seconds:.1f} s)")
 
     def _record(self, step: int, line: Mapping[str, float]) -> None:
         """Adds a line to metrics.jsonl and its values to TensorBoard."""
