@@ -60,7 +60,7 @@ LLM = {
 }
 
 # Eight images of shapes, each with a question and a request: any machine can train on them at once.
-SMOKE = dict(path=str(pathlib.Path(__file__).parent / "smoke" / "samples.jsonl"))
+SMOKE = dict(path=str(pathlib.Path(__file__).parent / "smoke" / "samples.json"))
 
 # Made by `metamorph quickstart`: requests for images, and questions about images.
 _FOLDER = "quickstart/data"
