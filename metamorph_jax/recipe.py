@@ -37,6 +37,21 @@ class Shard:
     count: int = 1
 
 
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """What a model made of one sample of the data, for people to look at.
+
+    Attributes:
+        name: of the sample.
+        text: what was asked, what the data answer, what the model answered: label -> text.
+        images: label -> uint8[h, w, 3].
+    """
+
+    name: str
+    text: Mapping[str, str]
+    images: Mapping[str, Any]
+
+
 @runtime_checkable
 class DataStream(Protocol):
     """An iterator of batches (numpy), each a pytree that counts itself (`types.Batch`).
@@ -155,10 +170,14 @@ class Recipe(Protocol):
         """A `sampling.generator.Generator` over this model, or None if it does not generate."""
         ...
 
+    def show(self, model: Model, cfg, data, count: int) -> Sequence[Shown]:
+        """What the model makes of the first `count` samples of `config.data`, always the same."""
+        ...
+
 
 NAMES = (
     *("Config", "Data", "STAGES", "FAMILIES", "KINDS", "create", "load_pretrained", "initialize"),
-    *("open_data", "batch_spec", "generator"),
+    *("open_data", "batch_spec", "generator", "show"),
 )
 
 

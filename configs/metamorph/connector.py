@@ -7,7 +7,7 @@ starts from the workdir of this one. `sizes.py` says what each size is made of.
 
 | size | hardware | expect |
 |---|---|---|
-| smoke | anything | 10 s; runs through |
+| smoke | anything | a minute; runs through |
 | quickstart | a laptop, 2 cores | 2 minutes; loss of answers falls to about 1 |
 | 1b | 8 chips of 16 GB | - |
 | 8b | 64 chips of 16 GB, or 8 GPUs of 80 GB | the paper's setting |

@@ -7,7 +7,7 @@ image it draws the image. Loss: mean square error of the predicted noise or imag
 
 | size | decoder | hardware | expect |
 |---|---|---|---|
-| smoke | two small transformer blocks | anything | 10 s; runs through |
+| smoke | two small transformer blocks | anything | a minute; runs through |
 | quickstart | transformer on 64 x 64 pixels, 3.3 M | a laptop, 2 cores | 6 minutes; a shape of |
 | | | | the colour asked for |
 | 1b, 8b | Stable Diffusion 1.5, its UNet tuned | 8 chips of 32 GB or | the reference's setting |
@@ -50,13 +50,9 @@ TRANSFORMER = dict(
         context_length=0,
         feature_noise=0.3,
     ),
-    data=dict(
-        sources=dict(images=sizes.DRAW),
-        cache=sizes.CACHE,
-        # `predicted`: visual tokens that the tuned language model gave for its training requests,
-        # in a file that the quick start makes after the VPiT stage.
-        predicted_share=0.7,
-    ),
+    # `predicted`: visual tokens that the tuned language model gave for its training requests, in a
+    # file that the quick start makes after the VPiT stage.
+    data=dict(predicted_share=0.7),
     optim=dict(learning_rate=2e-3, warmup=0.04, b2=0.99, ema_decay=0.99),
     initial_batches=4,
 )
@@ -70,7 +66,7 @@ STABLE_DIFFUSION = dict(
         sd_weights="hf:stable-diffusion-v1-5/stable-diffusion-v1-5",
         with_tower=True,
     ),
-    data=dict(sources=dict(main=dict(path="data/images.jsonl", root="data"))),
+    data=dict(sources=dict(main=dict(path="data/images.jsonl"))),
     optim=dict(
         learning_rate=1.1e-5,
         base_batch=2112,
@@ -99,11 +95,16 @@ SIZES = {
         TRANSFORMER,
         dict(steps=6, batch_size=4, log_every=1, checkpoint_every=3),
         dict(model=_transformer(32, 4, 32, steps=4, patch=16, depth=2, num_heads=2)),
+        # The tower runs on the images: there is no cache to fill.
+        dict(model=dict(with_tower=True), data=dict(sources=dict(main=sizes.SMOKE))),
+        dict(evals=dict(samples=dict(kind="samples", samples=2))),
     ),
     "quickstart": common.merged(
         TRANSFORMER,
         dict(steps=1400, batch_size=32, log_every=20, checkpoint_every=200),
         dict(model=_transformer(384, 16, 192, steps=20, patch=8, depth=5, num_heads=6)),
+        dict(data=dict(sources=dict(main=sizes.DRAW), cache=sizes.CACHE)),
+        dict(evals=dict(samples=dict(kind="samples", every=700))),
     ),
     "1b": STABLE_DIFFUSION,
     "8b": STABLE_DIFFUSION,

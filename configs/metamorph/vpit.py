@@ -3,6 +3,8 @@
     metamorph train --config=configs/metamorph/vpit.py:SIZE --workdir=DIR \\
         --config.model.weights=workdir:DIR_OF_STAGE_1
 
+(At smoke size without the second line: it needs no stage 1.)
+
 Trained: the language model, connector and visual head, all at once, on questions about images and
 requests for images. Losses: text, and minus the cosine to the next visual token. Features of one
 tower are alike, so that a head which repeats their mean has a high cosine already: the log has that
@@ -10,7 +12,7 @@ value, `visual_cosine_floor`, beside `visual_loss`. `sizes.py` says what each si
 
 | size | hardware | expect |
 |---|---|---|
-| smoke | anything | 10 s; runs through |
+| smoke | anything | a minute; runs through |
 | quickstart | a laptop, 2 cores | 12 minutes; most of easy-vqa's questions |
 | 1b | 16 chips of 16 GB | - |
 | 8b | 128 chips of 16 GB, or 64 GPUs of 80 GB | MMBench 75.2, COCO FID 11.8 (the paper) |
@@ -64,13 +66,18 @@ QUICKSTART = dict(
             every=175,
             batches=3,
             # The cache has the training images; these few images go through the tower.
-            data=dict(sources=dict(vqa=sizes.VQA_TEST), cache=dict(features="")),
+            data=dict(sources=dict(main=sizes.VQA_TEST), cache=dict(features="")),
         ),
     ),
 )
 SIZES = {
     "smoke": dict(
-        steps=6, batch_size=2, log_every=1, checkpoint_every=2, optim=dict(learning_rate=1e-3)
+        steps=6,
+        batch_size=2,
+        log_every=1,
+        checkpoint_every=2,
+        optim=dict(learning_rate=1e-3),
+        evals=dict(samples=dict(kind="samples", samples=2)),
     ),
     "quickstart": QUICKSTART,
     "1b": PAPER,

@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from metamorph_jax import files
 from metamorph_jax import recipe as recipes
-from metamorph_jax.config import build, load_config
-from metamorph_jax.data import images
+from metamorph_jax.config import build
+from metamorph_jax.data import images, option
 from metamorph_jax.data.chat import Chat
 from metamorph_jax.data.config import (
     CacheConfig,
@@ -270,6 +270,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=["check"], help="read everything, list what is wrong")
     parser.add_argument("paths", nargs="*", help=".json, .jsonl, .arrayrecord or tfds:NAME/SPLIT")
     parser.add_argument("--config", default="", help="check the sources of a training config")
+    option.add_arguments(parser)
     parser.add_argument("--root", default="", help="folder of the images; default: the file's")
     parser.add_argument("--kind", default="auto", help="kind of all records, or auto")
     parser.add_argument("--template", default="chatml", help="chat template")
@@ -291,8 +292,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the report; 0 if every sample is usable, else 1."""
+    if args.data and not args.config:  # the same as files and --root
+        args.paths, args.root = option.files(args), args.data_root or args.root
     if bool(args.paths) == bool(args.config):
-        raise ConfigError("data check needs either files or --config")
+        raise ConfigError("data check needs either files (or --data) or --config")
     try:
         stream = _stream_of_config(args) if args.config else _stream_of_files(args)
     except UserError:
@@ -310,9 +313,9 @@ def _stream_of_config(args: argparse.Namespace) -> SampleStream:
     add_arguments(parser)
     for name in _OF_FILES:
         if getattr(args, name) != parser.get_default(name):
-            option = "--" + name.replace("_", "-")
-            raise ConfigError(f"{option} goes with files; change the config's own option instead")
-    values = load_config(args.config, args.overrides).to_dict()
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag} goes with files; change the config's own option instead")
+    values = option.load(args).to_dict()
     recipe = recipes.find(values["recipe"])
     data = build(recipe.Data, values["data"], "config.data")
     if not (isinstance(data, DataConfig) and "model" in values):  # there are no rows

@@ -4,6 +4,7 @@ import json
 import pathlib
 import sys
 
+from metamorph_jax.data import option
 from metamorph_jax.errors import TopologyError
 from metamorph_jax.plan import chips
 from metamorph_jax.sampling import WEIGHTS
@@ -28,6 +29,7 @@ def add_arguments(parser) -> None:
         metavar="CHIP:SHAPE",
         help="v4:2x2x4, v5e:8x8, v5p:2x4x4, v6e:8x8, tpu7x:2x2x4, h100:8; or a name such as v5p-64",
     )
+    option.add_arguments(parser)
     parser.add_argument("--slices", type=int, default=1, help="number of slices of this shape")
     parser.add_argument(
         "--what", choices=("train", "generate"), default="train",
@@ -55,10 +57,9 @@ def add_arguments(parser) -> None:
 
 def run(args) -> int:
     chips.prepare_environment()  # before anything starts JAX
-    from metamorph_jax.config import load_config
     from metamorph_jax.errors import UserError
 
-    config = load_config(args.config, args.overrides)
+    config = option.load(args)
     try:
         topology = chips.parse(args.topology, args.slices)
         if args.slices > 1:

@@ -31,7 +31,7 @@ COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 SPLITS = ("train", "test")
 ANSWERS = ("yes", "no", *COLORS, *SHAPES)
-FORMAT = 2  # raise when the files' contents change for the same parameters
+FORMAT = 3  # raise when the files' contents change for the same parameters
 
 # Requests seen in training, and those kept for the test. {a} is "a"/"an".
 TRAIN_WORDINGS = (
@@ -245,7 +245,7 @@ def _vqa_sample(split: str, image: int, turns) -> dict:
     for i, (question, answer) in enumerate(turns):
         conversation.append({"from": "human", "value": ("<image>\n" if i == 0 else "") + question})
         conversation.append({"from": "gpt", "value": answer})
-    return {"id": f"vqa-{split}-{image}", "image": f"{split}/{image}.png",
+    return {"id": f"vqa-{split}-{image}", "image": f"images/{split}/{image}.png",
             "conversations": conversation}  # fmt: skip
 
 
@@ -255,7 +255,7 @@ def _draw_sample(image: int, color: str, shape: str, seed: int) -> dict:
     wording = TRAIN_WORDINGS[digest[0] % len(TRAIN_WORDINGS)]
     return {
         "id": f"draw-train-{image}",
-        "image": f"train/{image}.png",
+        "image": f"images/train/{image}.png",
         "conversations": [
             {"from": "human", "value": draw_request(color, shape, wording)},
             {"from": "gpt", "value": draw_request(color, shape, DRAW_REPLY)},

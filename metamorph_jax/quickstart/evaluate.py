@@ -95,7 +95,7 @@ def predict(generator: Generator, data: qdata.QuickstartData, path: str) -> dict
     features, whole = ask_for_images(generator, prompts)
     numbers = {prompt: i if whole[i] else -1 for i, prompt in enumerate(prompts)}
     rows = [numbers[prompt] for prompt in asked]
-    predicted.save(path, [str(data.images / s["image"]) for s in samples], rows, features)
+    predicted.save(path, [str(data.root / s["image"]) for s in samples], rows, features)
     print(f"{whole.sum()} of {len(prompts)} training requests were answered with a complete image")
     return {"requests": len(prompts), "whole_images": int(whole.sum())}
 

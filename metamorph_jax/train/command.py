@@ -6,9 +6,11 @@ aborted); 143, SIGTERM came.
 """
 
 import argparse
+import os
 import sys
 import traceback
 
+from metamorph_jax.data import option
 from metamorph_jax.errors import BadStep, JoinError, Preempted, UserError
 
 
@@ -22,6 +24,7 @@ def add_arguments(parser) -> None:
         "--config", required=True, metavar="FILE[:SIZE]", help="e.g. configs/metamorph/vpit.py:8b"
     )
     parser.add_argument("--workdir", required=True, help="folder of checkpoints, metrics, weights")
+    option.add_arguments(parser)
     parser.add_argument(
         "--profile", metavar="START:STOP",
         help="write a trace of these steps to WORKDIR/profile, for xprof",
@@ -54,10 +57,9 @@ def add_arguments(parser) -> None:
 
 def run(args) -> int:
     from metamorph_jax import distributed
-    from metamorph_jax.config import load_config
     from metamorph_jax.train import profile
 
-    config = load_config(args.config, args.overrides)
+    config = option.load(args, features=os.path.join(args.workdir, "features"))
     span = profile.parse(args.profile) if args.profile else None
     place = _join(args, config)
     from metamorph_jax.train.loop import train

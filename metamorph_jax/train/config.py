@@ -148,13 +148,16 @@ class EvalConfig:
     Attributes:
         name: the key of the table; results are called "evals.NAME.METRIC".
         kind: "loss": the losses of training on held-out data, without gradients; "task": a class
-            that puts requests to the model's generator and scores the replies (`evals.Task`).
+            that puts requests to the model's generator and scores the replies (`evals.Task`);
+            "samples": no numbers, but what the model makes of a few fixed samples, for TensorBoard,
+            `samples/` in the workdir and `report.html`.
         every: steps between two evaluations; there is one after the last step, too.
         average: evaluate the moving average of the parameters if the run keeps one.
-        data: (loss) options of `config.data` that differ; a table within is merged key by key,
-            except for `sources`, which replaces the training sources.
+        data: (loss, samples) options of `config.data` that differ; a table within is merged key by
+            key, except for `sources`, which replaces the training sources.
         batches: (loss) evaluate on that many batches; 0: until the data end, which needs data that
             do end (for most recipes `data=dict(epochs=1)`).
+        samples: (samples) how many.
         task: (task) "package.module:Class".
         options: (task) arguments of the class.
     """
@@ -165,12 +168,15 @@ class EvalConfig:
     average: bool = True
     data: dict = dataclasses.field(default_factory=dict)
     batches: int = 16
+    samples: int = 4
     task: str = ""
     options: dict = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        if self.kind not in ("loss", "task"):
-            raise ValueError(f"kind must be loss or task, not {self.kind!r}")
+        if self.kind not in ("loss", "task", "samples"):
+            raise ValueError(f"kind must be loss, task or samples, not {self.kind!r}")
+        if self.samples < 1:
+            raise ValueError(f"samples must be at least 1, not {self.samples}")
         if self.every < 1:
             raise ValueError(f"every must be at least 1, not {self.every}")
         if self.batches < 0:
@@ -178,7 +184,7 @@ class EvalConfig:
         if "." in self.name:
             raise ValueError(f"the name {self.name!r} has a dot")
         if (self.kind == "task") != bool(self.task):
-            raise ValueError("kind='task' needs `task`, and kind='loss' takes none")
+            raise ValueError("kind='task' needs `task`, and kind='loss' and 'samples' take none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,6 +214,7 @@ class TrainConfig:
         local_checkpoints: additional checkpoints on each host's own disk (`local_checkpoints`).
         damaged_checkpoint: "stop", or "previous": resume from the newest undamaged one.
         tensorboard: write TensorBoard files.
+        wandb: project of Weights & Biases that gets the metrics, too (extra `wandb`); "": none.
         matmul_precision: of products of float32 matrices, a name that
             `jax.default_matmul_precision` takes. "default" is one pass in bfloat16 on a TPU, and
             float32 on a CPU; with "bfloat16", linear layers on a CPU with matrix units multiply as
@@ -238,6 +245,7 @@ class TrainConfig:
     local_checkpoints: LocalConfig = LocalConfig()
     damaged_checkpoint: str = "stop"
     tensorboard: bool = True
+    wandb: str = ""
     matmul_precision: str = "default"
     compilation_cache: str = "~/.cache/metamorph_jax/compiled"
 

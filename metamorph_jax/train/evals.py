@@ -6,6 +6,8 @@
     ),
     keep_best="evals.heldout.text_loss",
 
+`kind="samples"` shows what the model makes of a few fixed samples in place of scores.
+
 Results depend on the parameters alone: every evaluation reads the same batches with the same random
 numbers, so a run that was interrupted and resumed finds the same ones. They go to metrics.jsonl,
 TensorBoard and the log as "evals.NAME.METRIC".
@@ -16,7 +18,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -28,7 +30,7 @@ from metamorph_jax import config as configs
 from metamorph_jax import files, sharding
 from metamorph_jax.distributed import gather
 from metamorph_jax.errors import ConfigError, FileError
-from metamorph_jax.recipe import Shard
+from metamorph_jax.recipe import Shard, Shown
 from metamorph_jax.train import checkpoint, shards
 from metamorph_jax.train.config import EvalConfig, Run
 from metamorph_jax.train.optim import Params
@@ -59,6 +61,7 @@ class Evaluations:
 
     Attributes:
         last: newest value of every metric.
+        shown: name of an evaluation -> what it showed when it ran last.
 
     Raises:
         ConfigError: a task or an option of the data doesn't exist.
@@ -66,13 +69,15 @@ class Evaluations:
 
     def __init__(self, run: Run, parts: Parts, mesh: Mesh, mine: np.ndarray, data_shards: int):
         self._steps, self.last = run.cfg.steps, {}
+        self.shown: dict[str, Sequence[Shown]] = {}
         self._every = {one.name: one.every for one in run.cfg.evals}
-        self._evals = {
-            one.name: HeldOutLoss(one, run, parts, mesh, mine, data_shards)
-            if one.kind == "loss"
-            else TaskScores(one, run, parts)
-            for one in run.cfg.evals
-        }
+        self._evals = {}
+        for one in run.cfg.evals:
+            if one.kind == "loss":
+                self._evals[one.name] = HeldOutLoss(one, run, parts, mesh, mine, data_shards)
+            else:
+                kind = TaskScores if one.kind == "task" else Samples
+                self._evals[one.name] = kind(one, run, parts)
 
     def due(self, step: int, last: bool = False) -> list[str]:
         """Names of the evaluations after this step, all of them after the last one."""
@@ -82,9 +87,13 @@ class Evaluations:
     def run(self, names: list[str], state: TrainState, frozen: Params) -> dict[str, float]:
         """ "evals.NAME.METRIC" -> value, the same on every process."""
         found = {}
+        self.shown = {}
         for name in names:
-            for metric, value in self._evals[name](state, frozen).items():
+            one = self._evals[name]
+            for metric, value in one(state, frozen).items():
                 found[f"evals.{name}.{metric}"] = value
+            if isinstance(one, Samples):
+                self.shown[name] = one.shown
         self.last |= found
         return found
 
@@ -173,6 +182,28 @@ class TaskScores:
             )
         scores = {name: float(score) for name, score in self._task.run(generator).items()}
         return gather(scores)[0]
+
+    def close(self) -> None:
+        pass
+
+
+class Samples:
+    """What the model makes of a few samples of the data; arguments as of `Evaluations`.
+
+    Attributes:
+        shown: the samples of the last call.
+    """
+
+    def __init__(self, cfg: EvalConfig, run: Run, parts: Parts):
+        self._cfg, self._run, self._parts = cfg, run, parts
+        where = f"config.evals.{cfg.name}.data"
+        self._data = configs.build(run.recipe.Data, overridden(run.cfg.data, cfg.data), where)
+        self.shown: Sequence[Shown] = ()
+
+    def __call__(self, state: TrainState, frozen: Params) -> dict[str, float]:
+        model = self._parts.merge(parameters(self._cfg, state), frozen)
+        self.shown = self._run.recipe.show(model, self._run.model, self._data, self._cfg.samples)
+        return {}
 
     def close(self) -> None:
         pass

@@ -25,7 +25,7 @@ from metamorph_jax import paths, sharding
 from metamorph_jax.errors import BadStep, CheckpointError, ConfigError, Preempted, UserError
 from metamorph_jax.models.build import outline
 from metamorph_jax.recipe import Shard
-from metamorph_jax.train import checkpoint, local_checkpoints, optim, shards
+from metamorph_jax.train import boards, checkpoint, local_checkpoints, optim, shards
 from metamorph_jax.train import state as states
 from metamorph_jax.train import workdir as workdirs
 from metamorph_jax.train.config import Run, TrainConfig, resolve
@@ -62,6 +62,8 @@ def train(
     """
     began = time.time()
     run = resolve(config)
+    if run.cfg.wandb:
+        boards.require_wandb()  # before anything is made
     name = run.cfg.matmul_precision
     with jax.default_matmul_precision(name) if name != "default" else contextlib.nullcontext():
         folder = paths.output_folder("--workdir", workdir)
@@ -354,6 +356,8 @@ class Loop:
             cfg.log_every,
             active=host0,
             tensorboard=cfg.tensorboard,
+            wandb=cfg.wandb,
+            config=start.run.table,
             devices=start.mesh.size,
             goodput=self.goodput,
         )
@@ -488,6 +492,7 @@ class Loop:
         clock = time.perf_counter()
         values = self.evals.run(names, self.state, self.start.frozen)
         self.log.evaluated(step, values, time.perf_counter() - clock)
+        self.log.show(step, self.evals.shown)
         return self.saving.best.better(step, values)
 
     def finish(self, step: int, ended: bool) -> None:

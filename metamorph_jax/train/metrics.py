@@ -10,14 +10,19 @@ import math
 import os
 import pathlib
 import sys
+import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
 
 from metamorph_jax import chips, files, flops
+from metamorph_jax.recipe import Shown
+from metamorph_jax.train import boards
 from metamorph_jax.train.goodput import Goodput
+
+COLUMNS = 100  # of a console line; what does not fit is in metrics.jsonl
 
 
 def flops_per_step(model, batch, rows: int, trained, mesh) -> float:
@@ -64,6 +69,8 @@ class Logger:
         every: steps between two lines.
         active: False on all processes but the first.
         tensorboard: write TensorBoard files, too.
+        wandb: project of Weights & Biases, see `boards.WandB`; "" for none.
+        config: all options of the run, for that.
         devices: of the run, over all processes.
         goodput: accounts for the run's time.
     """
@@ -76,6 +83,8 @@ class Logger:
         every: int = 10,
         active: bool = True,
         tensorboard: bool = True,
+        wandb: str = "",
+        config: Mapping | None = None,
         devices: int = 1,
         goodput: Goodput | None = None,
     ):
@@ -89,18 +98,19 @@ class Logger:
         self.last: dict[str, float] = {}
         self._first_wait = False
         self.skipped = 0  # bad steps since this process started
-        self._file = self._board = self._bar = None
+        self._file = self._bar = None
+        self._boards: list[boards.Board] = []
+        self._workdir = pathlib.Path(workdir)
         self._clear()
         if not active:
             return
-        workdir = pathlib.Path(workdir)
-        file = workdir / "metrics.jsonl"
+        file = self._workdir / "metrics.jsonl"
         _take_back(file, first)
         self._file = file.open("a", buffering=1)
         if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first + 1)
+            self._boards.append(boards.TensorBoard(self._workdir, first))
+        if wandb:
+            self._boards.append(boards.WandB(wandb, self._workdir, config or {}))
         if sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -134,9 +144,10 @@ class Logger:
             self.goodput.saved(step, seconds)
 
     def say(self, text: str) -> None:
-        """Prints a line on the console (of the first process)."""
+        """Prints text on the console (of the first process), long lines as several."""
         if not self.active:
             return
+        text = "\n".join(map(wrapped, text.splitlines()))
         if self._bar is not None:
             self._bar.write(text)
         else:
@@ -219,11 +230,16 @@ class Logger:
         self.say(format_line(step, self.steps, line))
 
     def evaluated(self, step: int, values: Mapping[str, float], seconds: float) -> None:
-        """Writes the results of evaluations after `step`; their seconds are left out."""
+        """Writes the results of evaluations after `step`; their seconds are left out.
+
+        Values of a single source ("NAME/SOURCE") are not on the console.
+        """
         self.pause(seconds)
-        self._record(step, values)
-        words = " ".join(f"{name} {value:.4g}" for name, value in values.items())
-        self.say(f"step {step}/{self.steps}  {words}  ({seconds:.1f} s)")
+        if values:
+            self._record(step, values)
+        words = [f"{name} {value:.4g}" for name, value in values.items() if "/" not in name]
+        said = "  ".join(words) or "samples written"
+        self.say(f"step {step}/{self.steps}  {said}  ({seconds:.1f} s)")
 
     def _record(self, step: int, line: Mapping[str, float]) -> None:
         """Adds a line to metrics.jsonl and its values to TensorBoard."""
@@ -231,43 +247,73 @@ class Logger:
             return
         safe = {k: v if math.isfinite(v) else str(v) for k, v in line.items()}
         self._file.write(json.dumps({"step": step, **safe}) + "\n")
-        if self._board is not None:
-            for name, value in line.items():
-                tag = name.replace(".", "/", 2) if name.startswith("evals.") else name
-                self._board.add_scalar(tag, value, step)
+        for board in self._boards:
+            board.numbers(step, line)
+
+    def show(self, step: int, shown: Mapping[str, Sequence[Shown]]) -> None:
+        """Keeps what evaluations after `step` showed, in workdir/samples and on the boards."""
+        if not self.active:
+            return
+        for name, samples in shown.items():
+            boards.keep(self._workdir, step, name, samples)
+            for board in self._boards:
+                board.samples(step, name, samples)
 
     def close(self) -> None:
-        for one in (self._file, self._board, self._bar):
+        for one in (self._file, *self._boards, self._bar):
             if one is not None:
                 one.close()
 
 
 def format_line(step: int, steps: int, line: Mapping[str, float]) -> str:
-    """The console line."""
+    """The console line: the values that matter most, as many as fit into `COLUMNS`."""
     left = int(line["seconds_left"])
     pieces = [f"step {step}/{steps}", f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"]
-    apart = ("learning_rate", "data_wait", "mfu", "hbm_peak_gib", "goodput", "goodput_restarts")
-    for name, value in line.items():
-        if name in apart or name.startswith("data/") or "seconds" in name or "per_second" in name:
-            continue
-        pieces.append(f"{name} {value:.4g}")
+    length = sum(map(len, pieces)) + 2
+    for piece in _by_importance(line):
+        length += 2 + len(piece)
+        if length > COLUMNS:
+            break
+        pieces.append(piece)
+    return "  ".join(pieces)
+
+
+APART = ("loss", "skipped_steps", "learning_rate", "data_wait", "mfu", "hbm_peak_gib", "grad_norm")
+
+
+def _by_importance(line: Mapping[str, float]) -> Iterator[str]:
+    """What a console line may say, the most important first."""
+    speed = ("goodput", "seconds", "per_second", "/")  # "/": of a single part or source
+    others = [n for n in line if n not in APART and not any(word in n for word in speed)]
+    yield from (f"{name} {line[name]:.4g}" for name in ("loss", "skipped_steps") if name in line)
+    parts = [name for name in others if name.endswith("_loss")]
+    yield from (f"{name.removesuffix('_loss')} {line[name]:.4g}" for name in parts)
     if "learning_rate" in line:
-        pieces.append(f"lr {line['learning_rate']:.3g}")
-    pieces.append(f"{line['seconds_per_step']:.3g} s/step")
-    if "positions_per_second_per_chip" in line:
-        pieces.append(f"{line['positions_per_second_per_chip']:.4g} tokens/s/chip")
-    pieces.append(f"{line['images_per_second']:.3g} images/s")
+        yield f"lr {line['learning_rate']:.3g}"
+    yield f"{line['seconds_per_step']:.3g} s/step"
     if "mfu" in line:
-        pieces.append(f"MFU {line['mfu']:.1%}")
+        yield f"MFU {line['mfu']:.1%}"
     elif "tflops_per_second_per_chip" in line:
-        pieces.append(f"{line['tflops_per_second_per_chip']:.3g} TFLOP/s/chip")
-    pieces.append(f"data wait {line['data_wait']:.0%}")
+        yield f"{line['tflops_per_second_per_chip']:.3g} TFLOP/s/chip"
+    yield f"wait {line['data_wait']:.0%}"
+    if "positions_per_second_per_chip" in line:
+        yield f"{line['positions_per_second_per_chip']:.4g} tok/s/chip"
     if "hbm_peak_gib" in line:
-        pieces.append(f"HBM peak {line['hbm_peak_gib']:.2f} GiB")
+        yield f"HBM peak {line['hbm_peak_gib']:.2f} GiB"
+    yield f"{line['images_per_second']:.3g} images/s"
     if "goodput" in line:
         restarts = f", {line['goodput_restarts']:.0f} restarts" if line["goodput_restarts"] else ""
-        pieces.append(f"goodput {line['goodput']:.0%}{restarts}")
-    return "  ".join(pieces)
+        yield f"goodput {line['goodput']:.0%}{restarts}"
+    if "grad_norm" in line:
+        yield f"grad_norm {line['grad_norm']:.4g}"
+    yield from (f"{name} {line[name]:.4g}" for name in others if name not in parts)
+
+
+def wrapped(text: str) -> str:
+    """Text in lines of at most `COLUMNS`, those after the first indented; words stay whole."""
+    return textwrap.fill(
+        text, COLUMNS, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _take_back(file: pathlib.Path, step: int) -> None:

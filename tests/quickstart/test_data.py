@@ -73,7 +73,7 @@ def test_files(source, tmp_path):
     train = qd.read_jsonl(data.vqa_train)
     assert len(train) == 48
     first = train[0]
-    assert first["image"] == "train/0.png" and (data.images / first["image"]).is_file()
+    assert first["image"] == "images/train/0.png" and (data.root / first["image"]).is_file()
     assert [turn["from"] for turn in first["conversations"]] == ["human", "gpt"] * 3
     markers = [turn["value"].count("<image>") for turn in first["conversations"]]
     assert markers == [1, 0, 0, 0, 0, 0]
@@ -82,7 +82,7 @@ def test_files(source, tmp_path):
     labels = json.loads(data.labels.read_text())["train"]
     assert len(drawn) == 48
     for sample in drawn:
-        color, shape = labels[sample["image"].split("/")[1].removesuffix(".png")]
+        color, shape = labels[sample["image"].split("/")[2].removesuffix(".png")]
         request, reply = (turn["value"] for turn in sample["conversations"])
         assert color in request and shape in request and reply.count("<image>") == 1
 
@@ -96,7 +96,7 @@ def test_files(source, tmp_path):
 def test_no_test_image_or_wording_in_training_files(source, tmp_path):
     data = qd.prepare(tmp_path / "out", source)
     for path in (data.vqa_train, data.draw_train):
-        assert all(sample["image"].startswith("train/") for sample in qd.read_jsonl(path))
+        assert all(sample["image"].startswith("images/train/") for sample in qd.read_jsonl(path))
     seen = {sample["conversations"][0]["value"] for sample in qd.read_jsonl(data.draw_train)}
     requests = qd.read_jsonl(data.draw_test)
     assert len(requests) == len({(r["color"], r["shape"]) for r in requests}) == 24

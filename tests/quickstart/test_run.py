@@ -73,10 +73,13 @@ def test_notebook_runs_every_step_and_shows_images(whole):
     assert len([o for o in outputs if "image/png" in o.get("data", {})]) == 3
     page = (workdir / "report.html").read_text()
     for expected in (
-        "Drawings of the right colour", "VPiT: visual loss", "is it this color?",
+        "Smoke size: every stage ran", "VPiT: visual loss", "is it this color?",
         "VPiT: text loss of held-out questions",
     ):  # fmt: skip
         assert expected in page
+    # It claims no training: no goals, and no sentence about what was taught.
+    assert "targets reached" not in page and "was taught, on this machine" not in page
+    assert "smoke size teaches nothing" in said
     steps, losses = read_metrics(workdir / "vpit" / "metrics.jsonl")["evals.heldout.text_loss"]
     assert list(steps) == [3, 6] and np.isfinite(losses).all()
     result, arrays = numbers(workdir)

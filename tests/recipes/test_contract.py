@@ -108,10 +108,10 @@ def run(config):
 
 @pytest.fixture(scope="module")
 def workdir(config, data, tmp_path_factory):
-    """A finished run of two steps, evaluated on held-out data after each."""
+    """A finished run of two steps, evaluated on held-out data after each, with samples at last."""
     folder = tmp_path_factory.mktemp("run")
     table = config.to_dict()
-    table["evals"] = {"heldout": {"every": 1}}
+    table["evals"] = {"heldout": {"every": 1}, "look": {"kind": "samples", "samples": 2}}
     loop.train(table, folder)
     return folder
 
@@ -201,6 +201,29 @@ def test_train_and_evaluate(workdir):
     evaluated = {k: v for line in lines for k, v in line.items() if k.startswith("evals.heldout.")}
     assert evaluated and all(np.isfinite(v) for v in evaluated.values())
     assert any(line["step"] == 2 and np.isfinite(line["loss"]) for line in lines if "loss" in line)
+
+
+def test_samples_are_shown(case, workdir):
+    """Both of the file's first two records, with question, wanted answer and given answer."""
+    shown = json.loads((workdir / "samples" / "look-00000002.json").read_text())["samples"]
+    assert len(shown) == 2
+    for one in shown:
+        assert all((workdir / "samples" / file).is_file() for file in one["images"].values())
+    if case.config.endswith("decoder.py:smoke"):
+        assert [set(one["images"]) for one in shown] == [{"wanted", "drawn"}] * 2
+        return
+    asks, draws = shown
+    assert asks["text"]["question"].endswith("Which colour is it?")
+    assert draws["text"]["wanted"] == "<image>"
+    assert [*asks["images"], *draws["images"]] == ["given 1", "wanted 1"]
+    assert all(isinstance(one["text"]["answer"], str) for one in shown)
+
+
+def test_a_run_has_a_report(workdir):
+    assert cli.main(["report", str(workdir)]) == 0
+    page = (workdir / "report.html").read_text()
+    for expected in ("evals.heldout.loss", "Evaluation “look”, after step 2", "learning_rate"):
+        assert expected in page
 
 
 def test_resume_is_exact(config, workdir, tmp_path, monkeypatch):

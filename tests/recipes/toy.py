@@ -27,6 +27,7 @@ from metamorph_jax.models.interleave import place_visual
 from metamorph_jax.models.llm import llama
 from metamorph_jax.nn.attention import row_mask
 from metamorph_jax.recipe import Shard
+from metamorph_jax.sampling import samples
 from metamorph_jax.sampling.cached_llm import take_over
 from metamorph_jax.sampling.generator import Generator, Prompts
 from metamorph_jax.sampling.loop import Loop
@@ -142,6 +143,10 @@ def generator(model: Toy, cfg: Config, data: DataConfig, *, weights: str = "auto
     chat = Chat.of(specs.tokenizer(cfg.tokenizer), data.row)
     prompts = Prompts(chat, input_spec(cfg).views, data.images, data.row.length)
     return Generator(Loop(llm, kept, None, mesh), lambda text: text, prompts, eyes, 3)
+
+
+def show(model: Toy, cfg: Config, data: DataConfig, count: int):
+    return samples.ask(generator(model, cfg, data), data, KINDS, count)
 
 
 # ---- published weights

@@ -13,12 +13,14 @@ in place of the whole context, in training and in sampling.
     weights.py  Stable Diffusion's weights, adapters, the statistics of the data
     published.py  Stable Diffusion's folders, the reference's files, and what we write
     input.py    pairs of images and visual tokens
+    samples.py  what it draws of a few images
 """
 
 from metamorph_jax.recipes.decoder import published
 from metamorph_jax.recipes.decoder.config import Config, Data, DecoderLora
 from metamorph_jax.recipes.decoder.input import KINDS, batch_spec, open_data
 from metamorph_jax.recipes.decoder.model import STAGES, Decoder, create
+from metamorph_jax.recipes.decoder.samples import show
 from metamorph_jax.recipes.decoder.weights import initialize, load_pretrained
 
 FAMILIES = (published.RUN,)
@@ -42,6 +44,7 @@ __all__ = [
     "initialize",
     "load_pretrained",
     "open_data",
+    "show",
     # More.
     "Decoder",
     "DecoderLora",

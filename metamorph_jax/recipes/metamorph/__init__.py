@@ -25,7 +25,7 @@ only the two new rows of the input table (`connector_tokens = "all"` trains all 
 from metamorph_jax.data.config import DataConfig as Data
 from metamorph_jax.recipes.metamorph import llava, published
 from metamorph_jax.recipes.metamorph.config import Config, llm_config
-from metamorph_jax.recipes.metamorph.decoding import generator
+from metamorph_jax.recipes.metamorph.decoding import generator, show
 from metamorph_jax.recipes.metamorph.input import batch_spec, input_spec, open_data
 from metamorph_jax.recipes.metamorph.model import STAGES, MetaMorph, create
 from metamorph_jax.recipes.metamorph.published import load_tokenizer
@@ -47,6 +47,7 @@ __all__ = [
     "initialize",
     "load_pretrained",
     "open_data",
+    "show",
     # More.
     "MetaMorph",
     "input_spec",

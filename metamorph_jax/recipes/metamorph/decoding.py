@@ -21,10 +21,13 @@ from jax import lax
 from metamorph_jax import sharding
 from metamorph_jax.convert.export import listed_eos
 from metamorph_jax.data.chat import Chat
+from metamorph_jax.recipe import Shown
 from metamorph_jax.recipes.metamorph.input import input_spec
 from metamorph_jax.recipes.metamorph.model import MetaMorph
 from metamorph_jax.recipes.metamorph.published import generation_fields, load_tokenizer, markers
+from metamorph_jax.recipes.metamorph.sources import KINDS
 from metamorph_jax.recipes.metamorph.wordings import look_first
+from metamorph_jax.sampling import samples
 from metamorph_jax.sampling.cached_llm import once, take_over
 from metamorph_jax.sampling.generator import Generator, Prompts
 from metamorph_jax.sampling.loop import Loop
@@ -237,3 +240,8 @@ def generator(
     ends = tuple(listed_eos(generation_fields(cfg)))
     prompts = Prompts(chat, views, data.images, data.row.length, look_first, data.frames, ends)
     return Generator(loop, policy, prompts, encoder, model.feature_shape[1])
+
+
+def show(model: MetaMorph, cfg, data, count: int) -> list[Shown]:
+    """Answers to the first questions of the data; images are read, not drawn."""
+    return samples.ask(generator(model, cfg, data), data, KINDS, count)

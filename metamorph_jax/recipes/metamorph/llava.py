@@ -288,7 +288,9 @@ def published(fields: Mapping) -> list[str]:
         for key in llama_names.published(llama_names.config_to_hf(llm_config(cfg)))
     ]
     keys += [f"{n.connector}{i}.{leaf}" for i in n.linears for leaf in ("weight", "bias")]
-    return keys + [n.tower + key for key in vit.published(vit.config_to_hf(cfg.vision.vit))]
+    return keys + [
+        n.tower + key for key in vit.published(vit.config_to_hf(cfg.vision.vit))
+    ]
 
 
 # ---- family
@@ -306,7 +308,6 @@ def _size(llm: str, rows: int = 32064) -> LlavaConfig:
 
 
 SIZES = {"llava-1.5-7b": _size("llama2-7b"), "llava-1.5-13b": _size("llama2-13b")}
-
 
 def _compare(model, theirs, rng) -> compare.Rows:
     torch, _ = compare.oracle()

@@ -1,0 +1,103 @@
+"""The first samples of a data set, put to a model: what it answers, beside what the data answer."""
+
+import itertools
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from metamorph_jax.data import images, pipeline
+from metamorph_jax.data.config import InputConfig
+from metamorph_jax.data.sources.base import Sample
+from metamorph_jax.data.sources.kinds import Kind
+from metamorph_jax.data.stream import choices
+from metamorph_jax.errors import BadSample
+from metamorph_jax.recipe import Shown
+from metamorph_jax.sampling.generator import Generator, Options
+from metamorph_jax.sampling.requests import IMAGE, Request
+
+TOKENS = 64  # of an answer, besides the visual tokens of one image
+LOOKED_AT = 50  # samples of each source for one that is wanted
+SIDE = 256  # pixels of an image that is shown
+
+
+def ask(
+    generator: Generator, data: InputConfig, kinds: Mapping[str, Kind], count: int
+) -> list[Shown]:
+    """The model's answers to the first user turns of the first usable samples.
+
+    Args:
+        generator: of the model.
+        data: where the samples come from.
+        kinds: of the recipe's own records.
+        count: number of samples; they are taken from the sources in turn.
+    """
+    samples = {str(k): sample for k, sample in enumerate(first(data, kinds, count))}
+    requests = {name: _request(name, sample) for name, sample in samples.items()}
+    budget = min(TOKENS + generator.feature_shape[0], generator.prompts.length // 2)
+    answers: dict[str, str] = {}
+
+    def failed(request: Request, error: Exception) -> None:
+        answers[request.id] = f"(no answer: {error})"
+
+    options = Options(budget, batch_size=count)
+    for request, reply in generator.replies(requests.values(), options, failed, draw=False):
+        answers[request.id] = reply.text
+    return [_shown(samples[name], requests[name], answers[name]) for name in samples]
+
+
+def first(data: InputConfig, kinds: Mapping[str, Kind], count: int) -> Iterator[Sample]:
+    """The first samples that can be asked again: with whole image files and an answer."""
+    sources = pipeline.open_sources(data, kinds)
+    looked = range(min(max(map(len, sources)), LOOKED_AT * count))
+    usable = (
+        _usable(source, number, k, data)
+        for k in looked
+        for number, source in enumerate(sources)
+        if k < len(source)
+    )
+    return itertools.islice((sample for sample in usable if sample is not None), count)
+
+
+def _usable(source, number: int, k: int, data: InputConfig) -> Sample | None:
+    """Sample k of source `number`; None if it is bad or its images are cut out of something."""
+    try:
+        sample = source.sample(k, choices(data.order.seed, number, 0, k))
+        data.images.load(sample.images)
+    except BadSample:
+        return None
+    return sample if all(map(_whole, sample.images)) else None
+
+
+def _whole(ref) -> bool:
+    return ref.frame is None and ref.box is None and not ref.marks
+
+
+def _turns(sample: Sample) -> tuple[str, str]:
+    """(text of the first user turn, text of the answer to it)."""
+    texts = [text for role, text in sample.turns if role != "system"]
+    return texts[0], "".join(texts[1:2])
+
+
+def _request(name: str, sample: Sample) -> Request:
+    question, _ = _turns(sample)
+    refs = sample.images[: question.count(IMAGE)]
+    return Request(name, question, tuple(ref.path for ref in refs))
+
+
+def _shown(sample: Sample, request: Request, reply: str) -> Shown:
+    question, answer = _turns(sample)
+    loaded = images.load(sample.images[: (question + answer).count(IMAGE)])
+    asked = len(request.images)
+    labels = [
+        f"given {k + 1}" if k < asked else f"wanted {k - asked + 1}" for k in range(len(loaded))
+    ]
+    text = {"question": question, "wanted": answer, "answer": reply}
+    shown = {label: thumbnail(image) for label, image in zip(labels, loaded, strict=True)}
+    return Shown(f"{sample.source} {sample.id}", text, shown)
+
+
+def thumbnail(image) -> np.ndarray:
+    """uint8[h, w, 3] of a Pillow image, at most `SIDE` pixels on a side."""
+    small = image.convert("RGB")
+    small.thumbnail((SIDE, SIDE))
+    return np.asarray(small)
