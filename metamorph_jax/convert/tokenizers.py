@@ -133,7 +133,7 @@ def extend(tokenizer, vocab_size: int, added: Sequence[str]):
 
     from tokenizers import AddedToken
 
-    check(tokenizer, vocab_size, added)
+    check_ids(tokenizer, vocab_size, added)
     out = copy.deepcopy(tokenizer)
     special = lambda text: AddedToken(text, special=True, normalized=False)  # noqa: E731
     known = {text: id for text, id in out.get_vocab().items() if text in added}
