@@ -48,7 +48,7 @@ def transformers_model(kind: str) -> Callable:
     def load(folder: pathlib.Path):
         torch, transformers = oracle()
         model = getattr(transformers, kind).from_pretrained(
-            str(folder), dtype=torch.float32, attn_implementation="eager"
+            str(folder), dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
         )
         return model.eval()
 

@@ -122,7 +122,7 @@ def of_gguf(file: pathlib.Path, fields: Mapping):
     reader.
     """
     torch, transformers = oracle()
-    where = dict(gguf_file=file.name)
+    where = dict(gguf_file=file.name, trust_remote_code=False)
     config = transformers.AutoConfig.from_pretrained(str(file.parent), **where)
     scaling = fields.get("rope_scaling")
     if scaling is not None:

@@ -49,6 +49,7 @@ def folder(tmp_path):
     (tmp_path / "empty.png").write_text("")
     (tmp_path / "text.mp4").write_text("no video")
     (tmp_path / "playlist.mp4").write_text("#EXTM3U\nhttp://localhost/x\n")
+    (tmp_path / "w").mkdir()
     os.mkfifo(tmp_path / "pipe.png")
     os.mkfifo(tmp_path / "pipe.mp4")
     return tmp_path
