@@ -80,7 +80,7 @@ def parse(argv: list[str]):
     module = importlib.import_module(COMMANDS[name][0])
     parser = argparse.ArgumentParser(f"metamorph {name}", description=COMMANDS[name][1])
     module.add_arguments(parser)
-    args, rest = parser.parse_known_args(rest)
+    args, rest = parser.parse_known_intermixed_args(rest)
     args.overrides, args.parser = {}, parser
     if "config" in vars(args):
         args.overrides, rest = _take_overrides(rest)

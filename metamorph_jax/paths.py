@@ -8,6 +8,7 @@ import argparse
 import os
 import pathlib
 import re
+from collections.abc import Mapping
 
 from metamorph_jax.errors import UserError
 from metamorph_jax.files import shown
@@ -28,6 +29,11 @@ OPTIONS = {
     "chat": _MODEL,
     "report": dict(workdir=_IN),
 }
+# Folders that a config names.
+CONFIG = (
+    "compilation_cache", "local_checkpoints.folder", "data.reading.index_dir", "data.cache.images",
+    "data.cache.features",
+)  # fmt: skip
 _REMOTE = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*:/")
 _SOURCE = re.compile(r"([a-z]+:)(?!/)(.*)", re.S)
 
@@ -51,6 +57,20 @@ def check_options(command: str, args: argparse.Namespace, default) -> None:
         many = isinstance(value, list)
         found = [_checked(option, each, kind) for each in (value if many else [value])]
         setattr(args, name, found if many else found[0])
+
+
+def check_config(table: Mapping) -> None:
+    """Checks the folders that a run's nested table of options names.
+
+    Raises:
+        UserError: see `local`; the message names the key.
+    """
+    for key in CONFIG:
+        value = table
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, Mapping) else None
+        if isinstance(value, str) and value:
+            local(f"config.{key}", value)
 
 
 def _checked(option: str, text: str, kind: str) -> str:

@@ -25,11 +25,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from metamorph_jax import files
 from metamorph_jax.data import images
 from metamorph_jax.data.config import InputSpec
 from metamorph_jax.data.sources.base import ImageRef
 from metamorph_jax.data.views import Views
-from metamorph_jax.errors import BadSample
+from metamorph_jax.errors import BadSample, DataError, MissingFile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,7 @@ class CacheSpec:
 
     def folder(self, root: str) -> str:
         tag = hashlib.sha256(self.fingerprint.encode()).hexdigest()[:16]
-        return os.path.join(root, f"{self.kind}-{tag}")
+        return os.path.join(os.path.expanduser(root), f"{self.kind}-{tag}")
 
     @property
     def row_bytes(self) -> int:
@@ -97,14 +98,14 @@ class ArrayCache:
     def __init__(
         self, folder: str, spec: CacheSpec | None = None, shape: tuple[int, ...] | None = None
     ):
-        self.folder = folder
+        self.folder = folder = os.path.expanduser(folder)
         meta = _read_meta(folder)
         if meta is None:
-            raise FileNotFoundError(f"no cache in {folder}; build it first")
+            raise MissingFile(f"no cache in {folder}; build it first")
         if spec is not None and meta != spec:
-            raise ValueError(f"{folder} holds {meta}, not {spec}")
+            raise DataError(f"{folder} holds {meta}, not {spec}")
         if shape is not None and meta.shape != shape:
-            raise ValueError(f"{folder} holds rows of shape {meta.shape}, expected {shape}")
+            raise DataError(f"{folder} holds rows of shape {meta.shape}, expected {shape}")
         self.spec = meta
         self._index = {entry["key"]: entry for entry in _good_lines(folder, meta)[0]}
         count = max(map(_end, self._index.values()), default=0)
@@ -302,7 +303,7 @@ def _prepare(root: str, spec: CacheSpec) -> str:
     if meta is None:
         _write_meta(folder, spec)
     elif meta != spec:
-        raise ValueError(f"{folder} holds {meta}, not {spec}")
+        raise DataError(f"{folder} holds {meta}, not {spec}")
     return folder
 
 
@@ -327,12 +328,18 @@ def _good_lines(folder: str, spec: CacheSpec) -> tuple[list[dict], int]:
 
 
 def _read_meta(folder: str) -> CacheSpec | None:
+    file = os.path.join(folder, "meta.json")
     try:
-        with open(os.path.join(folder, "meta.json")) as f:
-            meta = json.load(f)
-    except FileNotFoundError:
+        meta = files.read_json(file)
+    except MissingFile:
         return None
-    return CacheSpec(meta["kind"], meta["fingerprint"], tuple(meta["shape"]), meta["dtype"])
+    try:
+        return CacheSpec(meta["kind"], meta["fingerprint"], tuple(meta["shape"]), meta["dtype"])
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"{file} does not describe a cache ({type(error).__name__}: {files.shown(error)}); "
+            "delete the folder, and it is filled anew"
+        ) from error
 
 
 def _write_meta(folder: str, spec: CacheSpec) -> None:

@@ -18,6 +18,7 @@ import grain
 import jax
 import numpy as np
 
+from metamorph_jax import paths
 from metamorph_jax.data import cache as caches
 from metamorph_jax.data.chat import Chat
 from metamorph_jax.data.config import (
@@ -69,9 +70,11 @@ def open_sources(
                 f"config.data.sources: {name} is of kind {s.kind!r}, expected one of auto, "
                 f"{', '.join(table)}"
             )
-        root = s.root or os.path.dirname(os.path.abspath(s.path.split(",")[0]))
-        files = Files(root, config.frames)
-        records = open_records(s.path, config.reading.index_dir or None)
+        key = f"config.data.sources.{name}"
+        parts = [paths.local(f"{key}.path", part, slash=True) for part in s.path.split(",")]
+        root = paths.local(f"{key}.root", s.root, slash=True) if s.root else ""
+        files = Files(root or os.path.dirname(os.path.abspath(parts[0])), config.frames)
+        records = open_records(",".join(parts), config.reading.index_dir or None)
         ignore = tuple(key.strip() for key in s.ignore.split(","))
         most = config.images.max_images
         out.append(RecordSource(name, records, files, s.kind, most, table, ignore))

@@ -10,6 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from metamorph_jax import config as configs
+from metamorph_jax import paths
 from metamorph_jax.errors import ConfigError
 
 PRECISIONS = ("default", "bfloat16", "tensorfloat32", "float32", "highest")
@@ -325,6 +326,7 @@ def resolve(config) -> Run:
     from metamorph_jax import recipe as recipes
 
     table = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    paths.check_config(table)
     cfg = configs.build(TrainConfig, table)
     recipe = recipes.find(cfg.recipe)
     if cfg.stage not in recipe.STAGES:

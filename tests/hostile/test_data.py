@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from metamorph_jax.data import cache as caches
 from metamorph_jax.data.config import DataConfig, OrderConfig, RowConfig, SourceConfig
 from metamorph_jax.data.pipeline import open_sources
 from metamorph_jax.data.stream import choices
-from metamorph_jax.errors import BadSample
+from metamorph_jax.errors import BadSample, UserError
 from metamorph_jax.recipes.metamorph import KINDS
 from tests.hostile import harness
 
@@ -398,3 +399,13 @@ def test_odd_media(tmp_path):
     assert 5 < good < len(records) / 2
     for name in ("pipe.png", "zero.mp4", "playlist0.mp4", "playlist2.mp4", "size2_8_0.png"):
         assert f"id '{name}'" in found.out
+
+
+@pytest.mark.parametrize("meta", ["", "[]", "{}", '{"kind": 3}', "\0", "[" * 1000, "null"])
+def test_cache_that_is_none(meta, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/meta.json").write_text(meta)
+    with pytest.raises(UserError, match="meta.json"):
+        caches.ArrayCache(str(tmp_path / "cache"))
+    with pytest.raises(UserError, match="no cache in"):
+        caches.ArrayCache(str(tmp_path))

@@ -3,12 +3,14 @@
 import json
 import os
 import pathlib
+import re
 
 import pytest
 
-from metamorph_jax import options, sharding
+from metamorph_jax import options, paths, sharding
 from metamorph_jax.config import load_config
 from metamorph_jax.convert import load
+from metamorph_jax.errors import UserError
 from metamorph_jax.train import workdir
 from metamorph_jax.train.config import resolve, typed
 from metamorph_jax.train.goodput import Goodput
@@ -169,3 +171,18 @@ def test_home_is_expanded_and_used(tmp_path):
     (tmp_path / "w/config.json").write_text(json.dumps({}))
     argv = ["generate", "--prompt", "x", "--workdir", "~/w"]
     harness.check(argv, tmp_path, code=2, naming=tmp_path / "w")
+
+
+@pytest.mark.parametrize("key", paths.CONFIG)
+def test_folders_in_a_config(key):
+    table = found = {}
+    for name in key.split(".")[:-1]:
+        found = found.setdefault(name, {})
+    last = key.split(".")[-1]
+    for text in ("gs://bucket/x", "s3://x", "\0", "~nobody-at-all/x", " "):
+        found[last] = text
+        with pytest.raises(UserError, match=re.escape(f"config.{key}")):
+            paths.check_config(table)
+    for text in ("", "~/x", "relative", None):
+        found[last] = text
+        paths.check_config(table)

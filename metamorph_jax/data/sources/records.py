@@ -118,7 +118,7 @@ def _index_places(path: str, index_dir: str | None) -> list[str]:
     name = os.path.basename(path) + ".offsets.npz"
     tag = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:12]
     if index_dir:
-        return [os.path.join(index_dir, f"{tag}-{name}")]
+        return [os.path.join(os.path.expanduser(index_dir), f"{tag}-{name}")]
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     own = os.path.join(os.path.dirname(os.path.abspath(path)), "." + name)
     return [own, os.path.join(cache, "metamorph_jax", f"{tag}-{name}")]
