@@ -35,7 +35,7 @@ CONFIG = (
     "data.cache.features",
 )  # fmt: skip
 _REMOTE = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*:/")
-_SOURCE = re.compile(r"([a-z]+:)(?!/)(.*)", re.S)
+_SOURCE = re.compile(r"((?:workdir|gguf|onnx):|[a-z]+:(?!/))(.*)", re.S)
 
 
 def check_options(command: str, args: argparse.Namespace, default) -> None:

@@ -258,7 +258,7 @@ def test_a_decoder_lies_beside(pixels, tmp_path):
         (["--from", "hf:a", "--out", "out"], "expected hf:owner/name"),
         (["--from", "workdir:missing", "--out", "out"], "not the workdir of a training run"),
         (["--from", "x", "--out", "out", "--max-shard-size", "big"], "'big' is not a size"),
-        (["--from", "x", "--out", "out", "--decoder", "d"], "--from workdir:PATH"),
+        (["--from", "x", "--out", "out", "--decoder", "."], "--from workdir:PATH"),
         (["--from", "x", "--out", "out", "--to", "reference"], "--from workdir:PATH"),
     ],
 )

@@ -128,8 +128,9 @@ def test_what_a_run_trained_is_not_read_from_where_it_started(
         hf.Tensors, "__getitem__", lambda self, key: asked.append(key) or self._where[key][key]
     )
     found = load.load_model(recipe, cfg, mesh(), workdir=workdir)
-    # The table is looked at in any case: its shape says whether it has rows for new tokens.
-    assert (set(asked) > {"model.embed_tokens.weight"}) is read
+    # The tables are looked at in any case: they say whether there are rows for new tokens, and
+    # whether the tables are tied.
+    assert (set(asked) > {"model.embed_tokens.weight", "lm_head.weight"}) is read
     same(leaves(found), leaves(model))
 
 

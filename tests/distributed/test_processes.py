@@ -51,7 +51,7 @@ def write_pictures(folder):
 
 def pictures(path, golden_root, **changes):
     tokenizer = str(golden_root / "metamorph" / "tokenizer.json")
-    vocab = len(specs.tokenizer(tokenizer))
+    vocab = specs.tokenizer(tokenizer).convert_tokens_to_ids("<image_start>")
     model = {"llm": "tiny", "vision": {"tower": "siglip-tiny", "tokens": 4}, "text_chunk": 16,
              "tokenizer": tokenizer, "llm_options": {"vocab_size": vocab}}  # fmt: skip
     data = {"sources": [{"path": path, "name": "pairs"}], "row": {"length": 96, "images": 3}}

@@ -1,5 +1,6 @@
 """Config values of wrong kinds, damaged run files, and paths that can't be used."""
 
+import argparse
 import json
 import os
 import pathlib
@@ -186,3 +187,11 @@ def test_folders_in_a_config(key):
     for text in ("", "~/x", "relative", None):
         found[last] = text
         paths.check_config(table)
+
+
+@pytest.mark.parametrize("spec", ["workdir:{}", "gguf:{}/a.gguf", "onnx:{}", "{}", "workdir:~/w"])
+def test_sources_keep_their_prefix(spec, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = argparse.Namespace(source=spec.format(tmp_path), out=None)
+    paths.check_options("convert", args, lambda name: None)
+    assert args.source == spec.format(tmp_path).replace("~", str(tmp_path))
