@@ -21,7 +21,7 @@ def workdir(tmp_path_factory, golden_root):
     tokenizer = str(golden_root / "metamorph" / "tokenizer.json")
     from metamorph_jax.convert import specs
 
-    size = len(specs.tokenizer(tokenizer))
+    size = specs.tokenizer(tokenizer).convert_tokens_to_ids("<image_start>")
     model = {
         "llm": "tiny",
         "llm_options": {"vocab_size": size},

@@ -12,7 +12,7 @@ from metamorph_jax.data.config import DataConfig, InputSpec
 from metamorph_jax.data.packing import PackedIterator
 from metamorph_jax.errors import ConfigError
 from metamorph_jax.recipe import Shard
-from metamorph_jax.recipes.metamorph.config import Config, llm_config
+from metamorph_jax.recipes.metamorph.config import Config
 from metamorph_jax.recipes.metamorph.published import load_tokenizer, markers
 from metamorph_jax.recipes.metamorph.sources import KINDS
 from metamorph_jax.types import Batch
@@ -60,13 +60,7 @@ def open_data(data: DataConfig, cfg: Config, shard: Shard) -> PackedIterator:
         tower = functools.partial(vision.feature_function, cfg.vision)
         pipeline.fill_feature_cache(data, spec, sources, tower)
     vision.report_changes(data.images, cfg.vision)
-    llm, tokenizer = llm_config(cfg), load_tokenizer(cfg)
-    if len(tokenizer) > llm.tokens:  # it may know the added tokens
-        raise ConfigError(
-            f"the tokenizer has {len(tokenizer)} ids, the language model {llm.tokens}: set "
-            "config.model.tokenizer, or vocab_size in config.model.llm_options"
-        )
-    chat = Chat.of(tokenizer, data.row, markers(cfg))
+    chat = Chat.of(load_tokenizer(cfg), data.row, markers(cfg))
     return pipeline.make_pipeline(data, spec, chat, sources, shard)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from metamorph_jax.convert import specs
 from metamorph_jax.convert.vit import export_vit
 from metamorph_jax.data.config import CacheConfig, OrderConfig, RowConfig, SourceConfig
 from metamorph_jax.errors import ConfigError
@@ -41,8 +42,7 @@ def data_config(tmp_path, count=6, **options):
 def test_data_with_and_without_a_feature_cache(tmp_path, golden_root):
     tokenizer = str(golden_root / "metamorph" / "tokenizer.json")
     data = data_config(tmp_path, row=RowConfig(length=64, images=2))
-    vocab = recipe.load_tokenizer(dataclasses.replace(TINY, tokenizer=tokenizer))
-    options = {"vocab_size": len(vocab)}
+    options = {"vocab_size": specs.tokenizer(tokenizer).convert_tokens_to_ids("<image_start>")}
     cfg = dataclasses.replace(TINY, tokenizer=tokenizer, llm_options=options)
     model = make(cfg)
     folder = tmp_path / "tower"
@@ -73,10 +73,10 @@ def test_data_with_and_without_a_feature_cache(tmp_path, golden_root):
 def test_a_tokenizer_larger_than_the_vocabulary_is_an_error(tmp_path, golden_root):
     tokenizer = str(golden_root / "metamorph" / "tokenizer.json")
     data = data_config(tmp_path)
-    n = len(recipe.load_tokenizer(dataclasses.replace(TINY, tokenizer=tokenizer)))
-    cfg = dataclasses.replace(TINY, tokenizer=tokenizer, llm_options={"vocab_size": n - 3})
-    message = f"the tokenizer has {n} ids, the language model {n - 1}"  # two are added
-    with pytest.raises(ValueError, match=message):
+    start = specs.tokenizer(tokenizer).convert_tokens_to_ids("<image_start>")
+    cfg = dataclasses.replace(TINY, tokenizer=tokenizer, llm_options={"vocab_size": start - 3})
+    message = f"<image_start> has id {start} in the tokenizer, {start - 3} in the model"
+    with pytest.raises(ConfigError, match=message):
         recipe.open_data(data, cfg, Shard(1))
 
 
@@ -86,7 +86,7 @@ def test_no_row_has_more_visual_targets_than_the_head_takes(tmp_path, golden_roo
     data = data_config(
         tmp_path, 12, row=RowConfig(length=256, images=8), order=OrderConfig(epochs=1)
     )
-    vocab = len(recipe.load_tokenizer(dataclasses.replace(TINY, tokenizer=tokenizer)))
+    vocab = specs.tokenizer(tokenizer).convert_tokens_to_ids("<image_start>")
     cfg = dataclasses.replace(TINY, tokenizer=tokenizer, llm_options={"vocab_size": vocab})
 
     def targets(limit):
