@@ -206,7 +206,7 @@ def test_two_processes_find_the_same(whole, tmp_path):
     ("change", "message"),
     [
         ({"evals": {"a": {"data": {"seeed": 1}}}}, "config.evals.a.data.seed"),
-        ({"evals": {"a": {"kind": "tusk"}}}, "kind must be loss or task, not 'tusk'"),
+        ({"evals": {"a": {"kind": "tusk"}}}, "kind must be loss, task or samples, not 'tusk'"),
         ({"evals": {"a": {"kind": "task"}}}, "kind='task' needs `task`"),
         ({"evals": {"a": TASK | {"task": "tests.train.toy:No"}}}, "must be package.module:Class"),
         ({"evals": {"a": TASK | {"task": "tests.none:No"}}}, "no module tests.none"),

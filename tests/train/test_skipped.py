@@ -31,8 +31,10 @@ def test_counts_are_logged_and_in_the_metrics(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(toy.Stream, "skipped", {"good/missing": 10, "good/cut": 3})
     loop.train(config(data={"end": 3}), tmp_path / "w")
     out = capsys.readouterr().out
+    said = " ".join(out.split())  # lines are wrapped
     assert out.count("data so far: skipped 10: good/missing 10; used, though good/cut 3") == 1
-    assert "the data ended after 3 of 6 steps" in out and "(skipped 10: good/missing 10;" in out
+    assert "the data ended after 3 of 6 steps" in said
+    assert "(skipped 10: good/missing 10;" in said
     assert all(line["data/good/missing"] == 10 for line in lines(tmp_path / "w"))
     step = next(line for line in out.splitlines() if line.startswith("step 2/6"))
     assert "missing" not in step
