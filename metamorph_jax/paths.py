@@ -29,6 +29,8 @@ OPTIONS = {
     "chat": _MODEL,
     "report": dict(workdir=_IN),
 }
+# Options that messages call otherwise than by their name.
+_LABELS = {("convert", "source"): "--from", ("report", "workdir"): "WORKDIR"}
 # Folders that a config names.
 CONFIG = (
     "compilation_cache", "local_checkpoints.folder", "data.reading.index_dir", "data.cache.images",
@@ -53,7 +55,7 @@ def check_options(command: str, args: argparse.Namespace, default) -> None:
         value = getattr(args, name, None)
         if value is None or value == default(name):
             continue
-        option = "--from" if name == "source" else f"--{name.replace('_', '-')}"
+        option = _LABELS.get((command, name), f"--{name.replace('_', '-')}")
         many = isinstance(value, list)
         found = [_checked(option, each, kind) for each in (value if many else [value])]
         setattr(args, name, found if many else found[0])

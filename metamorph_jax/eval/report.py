@@ -14,7 +14,6 @@ import numpy as np
 
 from metamorph_jax.eval import figures, page
 from metamorph_jax.eval.scorers import TypeScore, blind_accuracy
-from metamorph_jax.train.metrics_file import read_metrics as read_metrics
 
 
 @dataclasses.dataclass(frozen=True)

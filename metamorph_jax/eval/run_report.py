@@ -11,6 +11,7 @@ import numpy as np
 
 from metamorph_jax.errors import UserError
 from metamorph_jax.eval import page, report
+from metamorph_jax.train.metrics_file import read_metrics
 
 FEW = 20  # steps: a run of fewer checks that everything works, and teaches nothing
 SHORT = (
@@ -36,7 +37,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    print(f"report: {write(pathlib.Path(args.workdir).expanduser()).resolve()}")
+    print(f"report: {write(pathlib.Path(args.workdir)).resolve()}")
     return 0
 
 
@@ -63,7 +64,7 @@ def write(workdir: pathlib.Path) -> pathlib.Path:
 def as_page(workdir: pathlib.Path, config: dict) -> page.Page:
     """The page of the run in `workdir`, whose options are `config`."""
     file = workdir / "metrics.jsonl"
-    metrics = report.read_metrics(file) if file.is_file() else {}
+    metrics = read_metrics(file) if file.is_file() else {}
     done = max((int(steps[-1]) for steps, _ in metrics.values() if steps), default=0)
     versions = _table(workdir / "versions.json") or {}
     sections = [

@@ -7,6 +7,7 @@ import numpy as np
 
 from metamorph_jax.eval import report, scorers
 from metamorph_jax.quickstart import data as qdata
+from metamorph_jax.train.metrics_file import read_metrics
 from metamorph_jax.train.workdir import versions
 
 EXAMPLES = 24
@@ -94,7 +95,7 @@ def curves(workdir: pathlib.Path) -> list[report.Curve]:
         ("vpit", "VPiT: visual loss (minus cosine)", ["visual_loss", "visual_cosine_floor"]),
         ("decoder", "Decoder: error of the predicted velocity", ["mse"]),
     ):
-        values = report.read_metrics(workdir / stage / "metrics.jsonl")
+        values = read_metrics(workdir / stage / "metrics.jsonl")
         lines = {name: values[name] for name in names if name in values}
         marks = {}
         if "visual_cosine_floor" in lines:

@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from metamorph_jax import files
+from metamorph_jax import files, paths
 from metamorph_jax.errors import ConfigError, UserError
 
 PREEMPTED = 143  # the run was stopped by SIGTERM: the machine goes away, so the sweep stops, too
@@ -230,27 +230,10 @@ def _loss_weights(table: dict) -> dict[str, float]:
     return dict(nnx.eval_shape(lambda: run.recipe.create(run.model, nnx.Rngs(0))).loss_weights)
 
 
-def _workdir(text: str) -> pathlib.Path:
-    """The folder of a sweep, which need not exist.
-
-    Raises:
-        ConfigError: it can't be one.
-    """
-    if not text.strip():
-        raise ConfigError("--workdir is empty")
-    folder = pathlib.Path(text).expanduser()
-    try:
-        if folder.exists() and not folder.is_dir():
-            raise ConfigError(f"--workdir={files.shown(text)} is not a folder")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--workdir={files.shown(text)}: {files.shown(error)}") from error
-    return folder
-
-
 def run(args) -> int:
     from metamorph_jax.sweep import grid
 
-    workdir = _workdir(args.workdir)
+    workdir = paths.output_folder("--workdir", args.workdir)
     runs = plan(args.config, args.overrides, workdir)
     common = [f"--config={args.config}", *grid.as_arguments(args.overrides)]
 

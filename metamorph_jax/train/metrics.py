@@ -17,9 +17,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax
 import numpy as np
 
-from metamorph_jax import chips, files, flops
+from metamorph_jax import chips, flops
 from metamorph_jax.recipe import Shown
-from metamorph_jax.train import boards
+from metamorph_jax.train import boards, metrics_file
 from metamorph_jax.train.goodput import Goodput
 
 COLUMNS = 100  # of a console line; what does not fit is in metrics.jsonl
@@ -320,20 +320,7 @@ def _take_back(file: pathlib.Path, step: int) -> None:
     """Removes lines after `step`, whose steps are done again now, and a half-written last line."""
     if not os.path.lexists(file):
         return
-    kept, torn = [], None
-    for number, text in files.lines(file):
-        if torn:
-            raise torn
-        where = f"{file}, line {number}"
-        try:
-            found = files.parse(text, where, dict).get("step")
-        except files.FileError as error:
-            torn = error  # unless another line follows
-            continue
-        if type(found) is not int:
-            raise files.FileError(f"{where} has no step; put it right, or move the file away")
-        if found <= step:
-            kept.append(text + "\n")
+    kept = [text + "\n" for found, text, _ in metrics_file.lines(file) if found <= step]
     new = file.with_suffix(".new")
     new.write_text("".join(kept))
     new.replace(file)

@@ -1,7 +1,8 @@
-"""metrics.jsonl, read back: for reports and for tables of sweeps."""
+"""metrics.jsonl, read back: by a resumed run, for reports and for tables of sweeps."""
 
 import math
 import os
+from collections.abc import Iterator
 
 from metamorph_jax import files
 from metamorph_jax.errors import FileError
@@ -9,35 +10,45 @@ from metamorph_jax.errors import FileError
 Series = dict[str, tuple[list[int], list[float]]]
 
 
-def read_metrics(path: str | os.PathLike, finite: bool = True) -> Series:
-    """metric -> (steps, values), in the order of the steps.
-
-    After a resume a step may appear twice: the last one counts. The incomplete last line of a run
-    that was killed is left out.
-
-    Args:
-        path: of the file.
-        finite: leave out values that are NaN or infinite.
+def lines(path: str | os.PathLike) -> Iterator[tuple[int, str, dict]]:
+    """(step, text, values by metric) of each line; the incomplete last line of a run that was
+    killed is left out.
 
     Raises:
-        MissingFile: there is none.
+        MissingFile: there is no such file.
         FileError: another line is not a JSON object with a whole number as `step`.
     """
-    found: dict[str, dict[int, float]] = {}
     torn: FileError | None = None
     for number, text in files.lines(path):
         if torn:
             raise torn
         where = f"{files.shown(path)}, line {number}"
         try:
-            line = files.parse(text, where, dict)
+            values = files.parse(text, where, dict)
         except FileError as error:
             torn = error  # unless another line follows
             continue
-        step = line.pop("step", None)
+        step = values.pop("step", None)
         if type(step) is not int or not 0 <= step < 2**63:
             raise FileError(f"{where}: step is {files.shown(repr(step), 40)}, not a whole number")
-        for name, value in line.items():
+        yield step, text, values
+
+
+def read_metrics(path: str | os.PathLike, finite: bool = True) -> Series:
+    """metric -> (steps, values), in the order of the steps.
+
+    After a resume a step may appear twice: the last one counts.
+
+    Args:
+        path: of the file.
+        finite: leave out values that are NaN or infinite.
+
+    Raises:
+        MissingFile, FileError: as `lines`.
+    """
+    found: dict[str, dict[int, float]] = {}
+    for step, _, values in lines(path):
+        for name, value in values.items():
             read = _number(value)
             if read is not None and (math.isfinite(read) or not finite):
                 found.setdefault(name, {})[step] = read

@@ -20,7 +20,7 @@ from typing import Any
 
 from metamorph_jax import files
 from metamorph_jax.errors import CheckpointError, ConfigError, UserError
-from metamorph_jax.train import checkpoint
+from metamorph_jax.train import checkpoint, metrics_file
 
 # With another value of these it is another run; a change of all others (log and checkpoint
 # intervals, number of steps, learning rate) is reported.
@@ -117,12 +117,8 @@ def _check_nothing_lost(workdir: pathlib.Path, config: dict) -> None:
 
 def _last_step(file: pathlib.Path) -> int:
     """The largest step in a metrics.jsonl; 0 if there is none."""
-    last = 0
-    for _, text in files.lines(file) if os.path.lexists(file) else ():
-        with contextlib.suppress(files.FileError):  # a torn line
-            step = files.parse(text, str(file), dict).get("step")
-            last = max(last, step) if type(step) is int else last
-    return last
+    there = metrics_file.lines(file) if os.path.lexists(file) else ()
+    return max((step for step, _, _ in there), default=0)
 
 
 def record(workdir: pathlib.Path, config: dict) -> None:

@@ -197,10 +197,9 @@ def test_every_field_of_a_scheduler_is_known():
         assert stated == {n: theirs[n] for n in stated}, kind
     dpm = {"_class_name": "DPMSolverMultistepScheduler"}
     diffusion.scheduler_from_hf(dpm | {"lambda_min_clipped": float("-inf"), "sigma_min": 3.0})
-    with pytest.raises(
-        ConfigError, match=r"lambda_min_clipped=-5.1, .*; .*solver_order|solver_ord"
-    ):
+    with pytest.raises(ConfigError, match="lambda_min_clipped=-5.1") as caught:
         diffusion.scheduler_from_hf(dpm | {"lambda_min_clipped": -5.1, "solver_order": 3})
+    assert "solver_order=3" in str(caught.value)
     pndm = SD15_SCHEDULER | {"rescale_betas_zero_snr": True, "lambda_min_clipped": -5.1}
     assert not diffusion.scheduler_from_hf(pndm)[0].zero_snr
 

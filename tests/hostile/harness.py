@@ -15,13 +15,14 @@ import faulthandler
 import io
 import os
 import pathlib
+import random
 import re
 import resource
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from metamorph_jax import cli
 
@@ -209,3 +210,18 @@ def attempt(
 
     run_ = lambda: cli._run(command, argparse.Namespace())  # noqa: E731
     return judge(_run(run_, folder, "", seconds), code=code, naming=naming)
+
+
+def damaged(
+    whole: bytes, step: int, count: int, seed: int, changes: tuple[int, ...] = (1,)
+) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of a file that is cut at every `step` bytes, and `count` times with as many
+    bytes changed as one of `changes` says."""
+    for at in range(0, len(whole), step):
+        yield f"cut at {at}", whole[:at]
+    dice = random.Random(seed)
+    for k in range(count):
+        data = bytearray(whole)
+        for _ in range(dice.choice(changes)):
+            data[dice.randrange(len(data))] = dice.randrange(256)
+        yield f"bytes {k}", bytes(data)

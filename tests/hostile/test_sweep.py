@@ -9,18 +9,11 @@ import pytest
 
 from metamorph_jax.sweep import table
 from tests.hostile import harness
+from tests.sweep import toy
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-FILE = """
-from metamorph_jax.train.config import run
-def get_config(arg=""):
-    return run(
-        recipe="tests.train.toy", stage="all", steps=4, batch_size=8, model=dict(noise=0.0),
-        data=dict(poison=-1, pause=0.0), optim=dict(learning_rate=0.02, warmup=2), log_every=1,
-        checkpoint_every=1, tensorboard=False, compilation_cache="",
-    )
-def sweep(add):
+FILE = toy.CONFIG + """def sweep(add):
     SWEEP
 """
 SWEEP = 'add.product({"optim.learning_rate": [0.01, 0.1]})'

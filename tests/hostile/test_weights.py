@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 import pickle
-import random
 import struct
 import sys
 import zipfile
@@ -167,14 +166,8 @@ def gguf_cases():
             for name, (kind, value) in WRONG_TYPED.items():
                 yield f"spelled: {key} is {name}", with_value(key, kind, value, SPELLED)
     whole = gguf_bytes()
-    for at in range(0, len(whole), max(1, len(whole) // 60)):
-        yield f"cut at {at}", whole[:at]
-    dice = random.Random(0)
-    for seed in range(150):
-        data = bytearray(whole)
-        for _ in range(dice.choice((1, 1, 4))):
-            data[dice.randrange(len(data))] = dice.randrange(256)
-        yield f"bytes {seed}", bytes(data)
+    step = max(1, len(whole) // 60)
+    yield from harness.damaged(whole, step, 150, seed=0, changes=(1, 1, 4))
 
 
 def read_gguf(path):
@@ -260,13 +253,7 @@ def safetensors_cases():
     yield "wide", header(b"[" + b"{}," * 10**6 + b"{}]")
     yield "many", header({str(i): entry(shape=[0], offsets=[0, 0]) for i in range(20_000)}, b"")
     whole = header({"a": entry(), "b": entry(offsets=(8, 16))}, b"\0" * 16)
-    for at in range(0, len(whole), 5):
-        yield f"cut at {at}", whole[:at]
-    dice = random.Random(1)
-    for seed in range(60):
-        data = bytearray(whole)
-        data[dice.randrange(len(data))] = dice.randrange(256)
-        yield f"bytes {seed}", bytes(data)
+    yield from harness.damaged(whole, 5, 60, seed=1)
 
 
 def read_all(path):
@@ -342,13 +329,8 @@ def torch_cases(folder):
                 continue
             yield f"{title} {new}", good.read_bytes()
     for data, title in ((whole, "new"), (old, "old")):
-        for at in range(0, len(data), max(1, len(data) // 25)):
-            yield f"{title}, cut at {at}", data[:at]
-        dice = random.Random(2)
-        for seed in range(40):
-            changed = bytearray(data)
-            changed[dice.randrange(len(changed))] = dice.randrange(256)
-            yield f"{title}, bytes {seed}", bytes(changed)
+        for name, changed in harness.damaged(data, max(1, len(data) // 25), 40, seed=2):
+            yield f"{title}, {name}", changed
     yield "a bomb", packed(pickle.dumps({"a": b"\0" * 2**24}, 2), zipfile.ZIP_DEFLATED)
     yield "many entries", packed(b"N.", names=[str(i) for i in range(2000)])
     yield "deep", b"\x80\x02" + b"(" * 10**5 + b"."
@@ -418,13 +400,7 @@ def onnx_cases():
             made[i].external_data.add(key="location", value="../../../etc/passwd")
 
         yield f"outside {i}", model(outside)
-    for at in range(0, len(whole), 12):
-        yield f"cut at {at}", whole[:at]
-    dice = random.Random(3)
-    for seed in range(80):
-        data = bytearray(whole)
-        data[dice.randrange(len(data))] = dice.randrange(256)
-        yield f"bytes {seed}", bytes(data)
+    yield from harness.damaged(whole, 12, 80, seed=3)
 
 
 def test_onnx(tmp_path):

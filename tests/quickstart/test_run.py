@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from metamorph_jax.convert import packages
-from metamorph_jax.eval.report import read_metrics
 from metamorph_jax.quickstart import run as quickstart
+from metamorph_jax.train.metrics_file import read_metrics
 
 nbclient = pytest.importorskip("nbclient", reason="pip install 'metamorph-jax[notebook]'")
 pytest.importorskip("matplotlib", reason="pip install 'metamorph-jax[notebook]'")
