@@ -80,12 +80,13 @@ def parse(argv: list[str]):
     module = importlib.import_module(COMMANDS[name][0])
     parser = argparse.ArgumentParser(f"metamorph {name}", description=COMMANDS[name][1])
     module.add_arguments(parser)
+    overrides, rest = _take_overrides(rest)
     args, rest = parser.parse_known_intermixed_args(rest)
-    args.overrides, args.parser = {}, parser
-    if "config" in vars(args):
-        args.overrides, rest = _take_overrides(rest)
+    if "config" not in vars(args):
+        rest += [f"--config.{key}" for key in overrides]
     if rest:
         parser.error(f"unknown arguments: {shown(' '.join(rest))}")
+    args.overrides, args.parser = overrides, parser
     return module, args
 
 

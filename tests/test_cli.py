@@ -84,3 +84,11 @@ def test_config_lists_every_option(capsys):
     assert cli.main([*args, "weight_decay"]) == 0
     assert len(listed) > 20 * len(capsys.readouterr().out)
     assert cli.main([*args, "--config.batch_size=0"]) == 2
+
+
+def test_options_and_files_in_any_order():
+    """The value of an override is not taken for a file."""
+    words = ["--config.data.row.length", "64", "--show", "3", "a.json", "--config.tensorboard"]
+    _, args = cli.parse(["data", "check", *words])
+    assert args.paths == ["a.json"] and args.show == 3
+    assert args.overrides == {"data.row.length": "64", "tensorboard": "true"}
