@@ -207,7 +207,8 @@ def open_inception(path: str | os.PathLike) -> Inception:
 
 def open_tower(spec: str) -> Extractor:
     """A vision tower with published weights ("hf:…", "pkg:…", a folder); see `ViT.image_vector`."""
-    cfg, prepare = _with_preprocessing(spec, vit.config_from_hf(specs.tower_fields(spec)))
+    cfg = vit.config_from_hf(specs.tower_fields(spec), whole=False)
+    cfg, prepare = _with_preprocessing(spec, cfg)
     tensors = specs.tower_tensors(spec)
     tower = _build(lambda rngs: ViT(cfg, rngs=rngs), lambda m: vit.load_vit(m, tensors))
     return Extractor(spec, prepare, _compiled(tower, lambda m, x: m.image_vector(x)))
