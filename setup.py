@@ -9,6 +9,7 @@ EXTRAS = {
     "sweep": ["matplotlib"],  # for sweep.png
     "wandb": ["wandb"],  # config.wandb=PROJECT
     "video": ["av"],
+    "eval": ["pyarrow"],  # Parquet files of benchmarks
     "tfds": ["tensorflow-datasets"],
     "oracle": ["torch==2.13.0", "diffusers", "onnxruntime", "peft", "qwix"],
     "notebook": ["nbclient", "nbformat", "ipykernel", "matplotlib"],

@@ -1,0 +1,94 @@
+"""The tasks by name, and how they are asked for: NAME or NAME:OPTION=VALUE,…
+
+    make("pope", root)
+    make("seed:form=choose,kind=image", root)
+    make("package.module:Class", root)
+
+The files of a task are in BENCH_ROOT/NAME (the part before the colon), see `docs/evaluation.md`.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import pathlib
+import re
+
+from metamorph_jax import options
+from metamorph_jax.errors import ConfigError
+from metamorph_jax.eval.tasks.base import Task
+from metamorph_jax.files import shown
+
+_HERE = "metamorph_jax.eval.tasks"
+# Name -> module:Class; names in lower case. The folder under the bench root has the same name.
+TASKS = {}  # fmt: skip
+
+
+def make(spec: str, bench_root: str | pathlib.Path = "", **given) -> Task:
+    """The task that a text names.
+
+    Args:
+        spec: see the module docstring.
+        bench_root: folder with a folder for each task.
+        given: further options; `root` replaces the folder of this task.
+
+    Raises:
+        ConfigError: there is no such task or option, or a value is of the wrong kind.
+    """
+    cls, name, texts = _split(spec)
+    known = {field.name for field in dataclasses.fields(cls)} - {"name"}
+    unknown = (texts.keys() | given.keys()) - known
+    if unknown:
+        raise ConfigError(
+            f"task {shown(spec)}: no option {shown(', '.join(sorted(unknown)))}; it has "
+            + ", ".join(sorted(known))
+        )
+    start = {"root": str(pathlib.Path(bench_root, name)), **given, "name": spec}
+    values = options.complete(cls, start, f"task {name}")
+    return cls(**options.change(cls, values, texts, f"task {name}"))
+
+
+def _split(spec: str) -> tuple[type[Task], str, dict[str, str]]:
+    """(class, short name, option -> text) of a task as it is asked for."""
+    name, _, rest = spec.partition(":")
+    if name in TASKS:
+        address = TASKS[name]
+    else:
+        attribute, _, rest = rest.partition(":")
+        if "." not in name or not attribute:
+            near = difflib.get_close_matches(name, TASKS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(
+                f"no task {shown(name)!r}{hint or '.'} Tasks: {', '.join(sorted(TASKS))}; or "
+                "package.module:Class"
+            )
+        address, name = f"{name}:{attribute}", attribute.lower()
+    texts = {}
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise ConfigError(f"task {shown(spec)}: expected OPTION=VALUE, not {shown(part)!r}")
+        texts[key.strip()] = value
+    return find(address), name, texts
+
+
+def find(address: str) -> type[Task]:
+    """The class "package.module:Class".
+
+    Raises:
+        ConfigError: there is none.
+    """
+    module, _, attribute = address.partition(":")
+    try:
+        found = vars(importlib.import_module(module)).get(attribute)
+    except ModuleNotFoundError as error:
+        if error.name and not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there, but something that it needs is not
+        raise ConfigError(f"no module {module} (task {shown(address)!r})") from error
+    if not (isinstance(found, type) and issubclass(found, Task)):
+        raise ConfigError(f"{shown(address)} is not a task (a subclass of {_HERE}.base.Task)")
+    return found
+
+
+def file_name(spec: str) -> str:
+    """A task as a folder's name: "seed:form=choose" -> "seed-form=choose"."""
+    return re.sub(r"[^A-Za-z0-9_=.,-]", "-", spec)
