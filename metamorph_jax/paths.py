@@ -27,6 +27,7 @@ OPTIONS = {
     "data": dict(config=_CONFIG, root=_IN, data_root=_IN, tokenizer=_SPEC),
     "generate": dict(**_MODEL, prompts=_IN, image=_IN, video=_IN),
     "chat": _MODEL,
+    "eval": dict(**_MODEL, bench_root=_IN),
     "score": dict(drawn=_IN, real=_IN, captions=_IN, inception=_IN, clip=_SPEC, tower=_SPEC,
                   json=_FILE),
     "report": dict(workdir=_IN),

@@ -14,7 +14,7 @@ from metamorph_jax import recipe
 PACKAGE = pathlib.Path(recipe.__file__).parent
 LINES = (
     ("errors", "files", "paths", "options", "config", "types", "recipe", "sharding", "distributed",
-     "platforms", "chips", "flops"),
+     "platforms", "chips", "flops", "endpoint"),
     ("nn",),
     ("models",),
     ("data",),

@@ -177,7 +177,7 @@ class Loop:
             forced_ids = np.asarray(forced_ids, np.int32)[:, :capacity]
             forced[:, : forced_ids.shape[1]] = forced_ids
         seeds = np.arange(B) if seeds is None else np.asarray(seeds)
-        with self._on_mesh():
+        with self.on_mesh():
             return self._prefill(
                 self.weights, _padded(prompts, L, np.float32, 0), lengths, budget,
                 seeds.astype(np.uint32), _padded(prompt_ids or [()] * B, L, np.int32, -1), forced,
@@ -190,7 +190,7 @@ class Loop:
         Consumes `state`.
         """
         steps = np.int32(2**31 - 1 if steps is None else steps)
-        with self._on_mesh():
+        with self.on_mesh():
             return self._advance(self.weights, state, steps, policy=policy)
 
     def extend(
@@ -233,7 +233,7 @@ class Loop:
             raise ValueError(f"{need} positions don't fit the cache, which has {slots} slots")
         n = bucket(int(lengths.max()), buckets)
         budget = np.int32(left if turn else 0)
-        with self._on_mesh():
+        with self.on_mesh():
             return self._extend(
                 self.weights, state, _padded(block, n, np.float32, 0), lengths, budget,
                 policy=policy, turn=turn,
@@ -249,7 +249,7 @@ class Loop:
 
     def read(self, *arrays) -> tuple[np.ndarray, ...]:
         """Arrays of the state on every host."""
-        with self._on_mesh():
+        with self.on_mesh():
             return jax.device_get(self._read(arrays))
 
     def embed(self, ids: np.ndarray) -> np.ndarray:
@@ -257,11 +257,12 @@ class Loop:
         n = bucket(max(len(ids), 1))
         padded = np.zeros(n, np.int32)
         padded[: len(ids)] = ids
-        with self._on_mesh():
+        with self.on_mesh():
             embeds = self._embed(self.weights["llm"], padded)
         return np.array(self.read(embeds)[0], np.float32)[: len(ids)]
 
-    def _on_mesh(self):
+    def on_mesh(self):
+        """A context in which functions of the weights are called."""
         return jax.set_mesh(self.mesh or sharding.mesh_of(self.weights))
 
     # ---- what is compiled

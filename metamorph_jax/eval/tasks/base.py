@@ -101,12 +101,14 @@ class Answer:
         choice: index of the chosen text; None for other forms.
         likelihoods: log-likelihood of each choice.
         images: files of the drawn images.
+        cut: whether the number of new tokens ended it, not the model.
     """
 
     text: str
     choice: int | None = None
     likelihoods: tuple[float, ...] = ()
     images: tuple[str, ...] = ()
+    cut: bool = False
 
 
 Record = dict[str, Any]
