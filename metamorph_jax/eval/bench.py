@@ -142,6 +142,7 @@ def run_task(
     if not records:
         why = next(iter(asking.failures.values()), "it has none")
         raise UserError(f"task {task.name}: no question could be answered: {why}")
+    records = task.complete(records)
     if judge is not None and task.judged:
         records = task.judge(records, judge)
     result = Result(task, len(questions), records, asking.failures, depends, seconds=seconds)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from metamorph_jax import files
 from metamorph_jax.errors import UserError
-from metamorph_jax.eval.images import scores
+from metamorph_jax.eval.images import measures
 from metamorph_jax.eval.images.features import ImageSet
 from metamorph_jax.files import shown
 
@@ -38,7 +38,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    measures = scores.Measures(
+    asked = measures.Measures(
         args.inception, args.tower, args.clip, _size(args.fid_size), args.prefix
     )
     if not (args.inception or args.tower or args.clip):
@@ -51,12 +51,12 @@ def run(args) -> int:
     if args.clip and not (args.captions or (args.real and args.paired)):
         raise UserError("--clip compares with captions or real images: give --captions FILE, or "
                         "--real FOLDER and --paired")  # fmt: skip
-    found = scores.score(gather(args.drawn, args.real, args.captions, args.paired), measures)
+    found = measures.score(gather(args.drawn, args.real, args.captions, args.paired), asked)
     print(table(found))
     for note in found.notes:
         print(f"note: {shown(note, 500)}", file=sys.stderr)
     if args.json:
-        text = json.dumps(as_json(found), indent=1, ensure_ascii=False)
+        text = json.dumps(measures.as_json(found), indent=1, ensure_ascii=False)
         pathlib.Path(args.json).write_text(text + "\n", encoding="utf-8")
     return 0 if found.values else 2
 
@@ -69,7 +69,7 @@ def _size(text: str) -> int | None:
     return int(text)
 
 
-def gather(drawn: str, real: str, captions: str, paired: bool) -> scores.Drawn:
+def gather(drawn: str, real: str, captions: str, paired: bool) -> measures.Drawn:
     """The images of folders with what belongs to them.
 
     Raises:
@@ -83,7 +83,7 @@ def gather(drawn: str, real: str, captions: str, paired: bool) -> scores.Drawn:
     if paired and real:
         table = {str(pathlib.Path(p).relative_to(real).with_suffix("")): p for p in others}
         partners = _matched(paths, folder, table, real)
-    return scores.Drawn(paths, texts, partners, others)
+    return measures.Drawn(paths, texts, partners, others)
 
 
 def _captions(file: str) -> Mapping[str, str]:
@@ -114,7 +114,7 @@ def _matched(paths, folder: pathlib.Path, table: Mapping[str, str], where: str) 
     return tuple(out)
 
 
-def table(found: scores.Scores) -> str:
+def table(found: measures.Scores) -> str:
     """The scores a line each, with their intervals."""
     width = max(map(len, found.values), default=0)
     lines = []
@@ -123,13 +123,3 @@ def table(found: scores.Scores) -> str:
         more = f"   {low_high[0]:.4f} to {low_high[1]:.4f}" if low_high else ""
         lines.append(f"{name:{width}}  {value:10.4f}{more}")
     return "\n".join(lines)
-
-
-def as_json(found: scores.Scores) -> dict:
-    return {
-        "scores": found.values,
-        "intervals": found.intervals,
-        "settings": found.settings,
-        "notes": found.notes,
-        "bad_images": found.bad,
-    }

@@ -156,14 +156,17 @@ def _batched(items: Iterable, size: int) -> Iterator[list]:
 
 
 def _compiled(module: nnx.Module, call: Callable) -> Callable:
-    """x -> call(module, x) as numpy, compiled for one size of batch, on the module's devices."""
+    """x -> call(module, x) as numpy, on the module's devices; compiled for batches of powers of two
+    up to `BATCH`."""
     graph, weights = nnx.split(module)
     function = jax.jit(lambda weights, x: call(nnx.merge(graph, weights), x))
     mesh = sharding.mesh_of(weights)
-    size = -(-BATCH // mesh.size) * mesh.size
+    most = -(-BATCH // mesh.size) * mesh.size
 
     def run(x: np.ndarray) -> np.ndarray:
-        out = []
+        out, size = [], mesh.size
+        while size < min(len(x), most):
+            size = min(2 * size, most)
         for start in range(0, len(x), size):
             part = x[start : start + size]
             filled = np.concatenate([part, np.zeros((size - len(part), *x.shape[1:]), x.dtype)])

@@ -20,7 +20,11 @@ from metamorph_jax.files import shown
 
 _HERE = "metamorph_jax.eval.tasks"
 # Name -> module:Class; names in lower case. The folder under the bench root has the same name.
-TASKS = {}  # fmt: skip
+TASKS = {
+    "coco30k": f"{_HERE}.coco_drawing:Coco30k",
+    "coco30k-rows": f"{_HERE}.coco_drawing:Coco30kRows",
+    "lncoco": f"{_HERE}.coco_drawing:LnCoco",
+}
 
 
 def make(spec: str, bench_root: str | pathlib.Path = "", **given) -> Task:

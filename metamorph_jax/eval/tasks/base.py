@@ -166,6 +166,11 @@ class Task:
         """
         raise NotImplementedError
 
+    def complete(self, records: Sequence[Record]) -> list[Record]:
+        """The records with what is found about all answers together: a network that looks at drawn
+        images wants them in batches."""
+        return list(records)
+
     def scores(self, records: Sequence[Record]) -> dict[str, float]:
         """Metrics of the answered questions, in the unit that papers use, the `main` one first.
 

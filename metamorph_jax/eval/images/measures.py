@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from metamorph_jax.errors import ConfigError
+from metamorph_jax.errors import ConfigError, DataError
 from metamorph_jax.eval.images import features, statistics
 from metamorph_jax.eval.images.features import Features, ImageSet
 
@@ -121,11 +121,11 @@ def _inception(drawn: Drawn, measures: Measures, found: Scores) -> None:
         real, bad = network.gaussian(ImageSet(drawn.real, measures.fid_size))
         found.bad.update(bad)
         _distance(measures.fid, statistics.Gaussian.of(mine.values), real, found)
-    if len(mine.values) < statistics.SPLITS:
-        found.notes.append(f"no inception score of fewer than {statistics.SPLITS} images")
-        return
-    mean, deviation = statistics.inception_score(network.logits(mine.values))
-    found.values.update({INCEPTION: mean, DEVIATION: deviation})
+    try:
+        mean, deviation = statistics.inception_score(network.logits(mine.values))
+        found.values.update({INCEPTION: mean, DEVIATION: deviation})
+    except DataError as error:
+        found.notes.append(f"no {INCEPTION}: {error}")
 
 
 def _tower(drawn: Drawn, measures: Measures, found: Scores) -> None:
@@ -137,7 +137,11 @@ def _tower(drawn: Drawn, measures: Measures, found: Scores) -> None:
 
 
 def _distance(name: str, mine, real, found: Scores) -> None:
-    found.values[name] = statistics.frechet_distance(mine, real)
+    try:
+        found.values[name] = statistics.frechet_distance(mine, real)
+    except DataError as error:
+        found.notes.append(f"no {name}: {error}")
+        return
     for what, one in (("drawn", mine), ("real", real)):
         if one.note:
             found.notes.append(f"{name}, {what} images: {one.note}")
@@ -179,3 +183,14 @@ def text_cosines(
 def _mean(name: str, values: np.ndarray, found: Scores) -> None:
     found.values[name] = float(values.mean())
     found.intervals[name] = statistics.interval(values)
+
+
+def as_json(found: Scores) -> dict:
+    """For files."""
+    return {
+        "scores": found.values,
+        "intervals": found.intervals,
+        "settings": found.settings,
+        "notes": found.notes,
+        "bad_images": found.bad,
+    }
