@@ -20,7 +20,18 @@ from metamorph_jax.files import shown
 
 _HERE = "metamorph_jax.eval.tasks"
 # Name -> module:Class; names in lower case. The folder under the bench root has the same name.
-TASKS = {}  # fmt: skip
+TASKS = {
+    "easy-vqa": f"{_HERE}.easy_vqa:EasyVQA",
+    "mmbench": f"{_HERE}.mmbench:MMBench",
+    "mme": f"{_HERE}.mme:MME",
+    "mmmu": f"{_HERE}.mmmu:MMMU",
+    "mmvp": f"{_HERE}.mmvp:MMVP",
+    "pope": f"{_HERE}.pope:Pope",
+    "realworldqa": f"{_HERE}.realworldqa:RealWorldQA",
+    "scienceqa": f"{_HERE}.scienceqa:ScienceQA",
+    "seed": f"{_HERE}.seed:Seed",
+    "vstar": f"{_HERE}.vstar:VStar",
+}
 
 
 def make(spec: str, bench_root: str | pathlib.Path = "", **given) -> Task:
