@@ -23,7 +23,17 @@ _HERE = "metamorph_jax.eval.tasks"
 TASKS = {
     "coco30k": f"{_HERE}.coco_drawing:Coco30k",
     "coco30k-rows": f"{_HERE}.coco_drawing:Coco30kRows",
+    "easy-vqa": f"{_HERE}.easy_vqa:EasyVQA",
     "lncoco": f"{_HERE}.coco_drawing:LnCoco",
+    "mmbench": f"{_HERE}.mmbench:MMBench",
+    "mme": f"{_HERE}.mme:MME",
+    "mmmu": f"{_HERE}.mmmu:MMMU",
+    "mmvp": f"{_HERE}.mmvp:MMVP",
+    "pope": f"{_HERE}.pope:Pope",
+    "realworldqa": f"{_HERE}.realworldqa:RealWorldQA",
+    "scienceqa": f"{_HERE}.scienceqa:ScienceQA",
+    "seed": f"{_HERE}.seed:Seed",
+    "vstar": f"{_HERE}.vstar:VStar",
 }
 
 
