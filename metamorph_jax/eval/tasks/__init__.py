@@ -23,8 +23,11 @@ _HERE = "metamorph_jax.eval.tasks"
 TASKS = {
     "coco30k": f"{_HERE}.coco_drawing:Coco30k",
     "coco30k-rows": f"{_HERE}.coco_drawing:Coco30kRows",
+    "dpg": f"{_HERE}.judged_drawing:Dpg",
     "easy-vqa": f"{_HERE}.easy_vqa:EasyVQA",
+    "geneval": f"{_HERE}.judged_drawing:GenEval",
     "lncoco": f"{_HERE}.coco_drawing:LnCoco",
+    "made-images": f"{_HERE}.made_images:MadeImages",
     "mmbench": f"{_HERE}.mmbench:MMBench",
     "mme": f"{_HERE}.mme:MME",
     "mmmu": f"{_HERE}.mmmu:MMMU",
