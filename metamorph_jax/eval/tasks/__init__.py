@@ -20,7 +20,14 @@ from metamorph_jax.files import shown
 
 _HERE = "metamorph_jax.eval.tasks"
 # Name -> module:Class; names in lower case. The folder under the bench root has the same name.
-TASKS = {}  # fmt: skip
+TASKS = {
+    "chartqa": f"{_HERE}.chartqa:ChartQA",
+    "gqa": f"{_HERE}.gqa:GQA",
+    "okvqa": f"{_HERE}.vqa:OKVQA",
+    "textvqa": f"{_HERE}.vqa:TextVQA",
+    "vizwiz": f"{_HERE}.vqa:VizWiz",
+    "vqav2": f"{_HERE}.vqa:VQAv2",
+}
 
 
 def make(spec: str, bench_root: str | pathlib.Path = "", **given) -> Task:
