@@ -23,6 +23,10 @@ _HERE = "metamorph_jax.eval.tasks"
 TASKS = {
     "chartqa": f"{_HERE}.chartqa:ChartQA",
     "gqa": f"{_HERE}.gqa:GQA",
+    "llava_bench_coco": f"{_HERE}.llava_bench:LLaVABenchCOCO",
+    "llava_bench_wild": f"{_HERE}.llava_bench:LLaVABenchWild",
+    "mmvet": f"{_HERE}.mmvet:MMVet",
+    "mvbench": f"{_HERE}.mvbench:MVBench",
     "okvqa": f"{_HERE}.vqa:OKVQA",
     "refcoco": f"{_HERE}.refcoco:RefCOCO",
     "refcoco+": f"{_HERE}.refcoco:RefCOCOPlus",
