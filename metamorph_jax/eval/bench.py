@@ -144,6 +144,7 @@ def run_task(
         raise UserError(f"task {task.name}: no question could be answered: {why}")
     if judge is not None and task.judged:
         records = task.judge(records, judge)
+    records = task.finish(records)
     result = Result(task, len(questions), records, asking.failures, depends, seconds=seconds)
     return _scored(result, folder, settings.resamples)
 

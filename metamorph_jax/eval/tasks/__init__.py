@@ -21,15 +21,28 @@ from metamorph_jax.files import shown
 _HERE = "metamorph_jax.eval.tasks"
 # Name -> module:Class; names in lower case. The folder under the bench root has the same name.
 TASKS = {
+    "chartqa": f"{_HERE}.chartqa:ChartQA",
     "easy-vqa": f"{_HERE}.easy_vqa:EasyVQA",
+    "gqa": f"{_HERE}.gqa:GQA",
+    "llava_bench_coco": f"{_HERE}.llava_bench:LLaVABenchCOCO",
+    "llava_bench_wild": f"{_HERE}.llava_bench:LLaVABenchWild",
     "mmbench": f"{_HERE}.mmbench:MMBench",
     "mme": f"{_HERE}.mme:MME",
     "mmmu": f"{_HERE}.mmmu:MMMU",
+    "mmvet": f"{_HERE}.mmvet:MMVet",
     "mmvp": f"{_HERE}.mmvp:MMVP",
+    "mvbench": f"{_HERE}.mvbench:MVBench",
+    "okvqa": f"{_HERE}.vqa:OKVQA",
     "pope": f"{_HERE}.pope:Pope",
     "realworldqa": f"{_HERE}.realworldqa:RealWorldQA",
+    "refcoco": f"{_HERE}.refcoco:RefCOCO",
+    "refcoco+": f"{_HERE}.refcoco:RefCOCOPlus",
+    "refcocog": f"{_HERE}.refcoco:RefCOCOg",
     "scienceqa": f"{_HERE}.scienceqa:ScienceQA",
     "seed": f"{_HERE}.seed:Seed",
+    "textvqa": f"{_HERE}.vqa:TextVQA",
+    "vizwiz": f"{_HERE}.vqa:VizWiz",
+    "vqav2": f"{_HERE}.vqa:VQAv2",
     "vstar": f"{_HERE}.vstar:VStar",
 }
 

@@ -184,6 +184,11 @@ class Task:
         have "score": None and "parsed": False. `ask` remembers replies across starts."""
         return list(records)
 
+    def finish(self, records: Sequence[Record]) -> list[Record]:
+        """The records with what only all of them together can tell, such as how rare a word is.
+        Called once, before `scores`, which may see a part of them or some of them repeated."""
+        return list(records)
+
     # ---- for tasks to use
 
     def path(self, *parts: str) -> str:
