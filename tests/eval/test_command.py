@@ -12,9 +12,9 @@ from tests.eval.toy import png
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    """Small POPE, easy-vqa and SEED."""
+    """Small POPE, easy_vqa and SEED."""
     root = tmp_path_factory.mktemp("bench")
-    pope, easy, seed = (root / name for name in ("pope", "easy-vqa", "seed"))
+    pope, easy, seed = (root / name for name in ("pope", "easy_vqa", "seed"))
     for folder in (pope / "val2014", easy / "images", seed / "SEED-Bench-image"):
         folder.mkdir(parents=True)
         for k, colour in enumerate(("red", "blue")):
@@ -75,9 +75,9 @@ def test_end_to_end(workdir, bench, tmp_path, capsys, monkeypatch):
 
 def test_a_missing_image_ends_with_2_after_all_else_is_done(workdir, bench, tmp_path, capsys):
     args = ("--workdir", workdir, "--bench-root", bench, "--max-new-tokens", 3)
-    assert run(*args, "--tasks", "easy-vqa", "--out", tmp_path, "--resamples", 0) == 2
+    assert run(*args, "--tasks", "easy_vqa", "--out", tmp_path, "--resamples", 0) == 2
     out, err = capsys.readouterr()
-    assert "easy-vqa" in out and "2 of 3" in out
+    assert "easy_vqa" in out and "2 of 3" in out
     assert "1 questions could not be asked" in err and "question 2: missing" in err
 
 

@@ -1,4 +1,4 @@
-"""easy-vqa, from the quick start's files and from those of the package."""
+"""easy_vqa, from the quick start's files and from those of the package."""
 
 import json
 import pathlib
@@ -27,7 +27,7 @@ def test_easy_vqa(layout, tmp_path):
         (tmp_path / "test" / "questions.json").write_text(json.dumps(ASKED))
         first = tmp_path / "test" / "images" / "3.png"
     replies = iter(["Red.", "yes", "circle"])
-    questions, _, scores, files = run("easy-vqa", tmp_path, lambda q: next(replies), tmp_path)
+    questions, _, scores, files = run("easy_vqa", tmp_path, lambda q: next(replies), tmp_path)
     assert questions[0].prompt == "<image>\nwhat color is the circle?"
     assert pathlib.Path(questions[0].images[0]) == first
     assert scores == {
