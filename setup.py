@@ -9,8 +9,8 @@ EXTRAS = {
     "sweep": ["matplotlib"],  # for sweep.png
     "wandb": ["wandb"],  # config.wandb=PROJECT
     "video": ["av"],
-    # endpoints (judges, writers of data); Parquet files and answer sheets of benchmarks
-    "eval": ["openai", "pyarrow", "openpyxl"],
+    # endpoints (judges, writers of data); Parquet files and answer sheets of benchmarks; captions
+    "eval": ["openai", "pyarrow", "openpyxl", "pycocoevalcap"],
     "tfds": ["tensorflow-datasets"],
     "oracle": ["torch==2.13.0", "diffusers", "onnxruntime", "peft", "qwix"],
     "notebook": ["nbclient", "nbformat", "ipykernel", "matplotlib"],

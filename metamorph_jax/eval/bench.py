@@ -142,9 +142,9 @@ def run_task(
     if not records:
         why = next(iter(asking.failures.values()), "it has none")
         raise UserError(f"task {task.name}: no question could be answered: {why}")
-    records = task.complete(records)
     if judge is not None and task.judged:
         records = task.judge(records, judge)
+    records = task.finish(records)
     result = Result(task, len(questions), records, asking.failures, depends, seconds=seconds)
     return _scored(result, folder, settings.resamples)
 

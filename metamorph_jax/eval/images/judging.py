@@ -3,7 +3,7 @@
     judge(files of images, questions) -> float64[N] in [0, 1], NaN where there is no answer
 
 A model of ours compares the likelihoods of "Yes" and "No" (`LikelihoodJudge`); an endpoint answers
-in words (`EndpointJudge`). How often a judge is right is measured by the task `made-images`, on
+in words (`EndpointJudge`). How often a judge is right is measured by the task `made_images`, on
 images whose contents are known.
 """
 

@@ -166,11 +166,6 @@ class Task:
         """
         raise NotImplementedError
 
-    def complete(self, records: Sequence[Record]) -> list[Record]:
-        """The records with what is found about all answers together: a network that looks at drawn
-        images wants them in batches."""
-        return list(records)
-
     def scores(self, records: Sequence[Record]) -> dict[str, float]:
         """Metrics of the answered questions, in the unit that papers use, the `main` one first.
 
@@ -187,6 +182,12 @@ class Task:
     def judge(self, records: Sequence[Record], ask: Judge) -> list[Record]:
         """The records with a judge's verdicts, for tasks with `judged`; those without a verdict
         have "score": None and "parsed": False. `ask` remembers replies across starts."""
+        return list(records)
+
+    def finish(self, records: Sequence[Record]) -> list[Record]:
+        """The records with what is found about all of them together: how rare a word is, or what a
+        network sees in drawn images, which wants them in batches. Called once, before `scores`,
+        which may see a part of them or some of them repeated."""
         return list(records)
 
     # ---- for tasks to use

@@ -118,7 +118,7 @@ class CaptionDrawing(Task):
     def record(self, question: Question, answer: Answer) -> Record:
         return {"score": None, "parsed": bool(answer.images)}
 
-    def complete(self, records: Sequence[Record]) -> list[Record]:
+    def finish(self, records: Sequence[Record]) -> list[Record]:
         """With "score" the cosine of caption and image, where there is a CLIP."""
         drawn = [record for record in records if record.get("drawn")]
         if not (self.clip and drawn):

@@ -2,7 +2,7 @@
 
 The judge is a model of ours or behind an endpoint (`eval/images/judging.py`), not the detector or
 the model of the official scripts. Without one, the images are written in the official layout and
-not scored. A score is compared only with scores of the same judge; the task `made-images` says how
+not scored. A score is compared only with scores of the same judge; the task `made_images` says how
 far it can be trusted.
 """
 
@@ -68,7 +68,7 @@ class JudgedDrawing(Task):
     def record(self, question: Question, answer: Answer) -> Record:
         return {"score": None, "parsed": bool(answer.images)}
 
-    def complete(self, records: Sequence[Record]) -> list[Record]:
+    def finish(self, records: Sequence[Record]) -> list[Record]:
         drawn = [record for record in records if record.get("drawn")]
         if not (self.judged_by and drawn):
             return list(records)
