@@ -72,9 +72,9 @@ class EndpointJudge:
         told = _Failures()
 
         def ask(image: str, question: str) -> float:
-            parts = [endpoint.image_part(image), endpoint.text_part(asked(question))]
-            message = {"role": "user", "content": parts}
             try:
+                parts = [endpoint.image_part(image), endpoint.text_part(asked(question))]
+                message = {"role": "user", "content": parts}
                 done = self._client.complete(
                     [message], model=self._model, temperature=0.0, max_tokens=16
                 )
