@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from metamorph_jax import endpoint
+from metamorph_jax.convert import hf
 from metamorph_jax.errors import FileError, RequestRefused, UserError
 from metamorph_jax.files import shown
 from metamorph_jax.sampling.requests import Request
@@ -112,6 +113,18 @@ def verdict(reply: str) -> float:
         if word.startswith(text) and not word[len(text) : len(text) + 1].isalpha():
             return value
     return float("nan")
+
+
+def check_judge(spec: str) -> None:
+    """Raises what `open_judge` would for a judge that is not there, before images are drawn.
+
+    Raises:
+        UserError: there is no such folder, or no endpoint is set up.
+    """
+    if spec.startswith(ENDPOINT):
+        endpoint.Endpoint()
+    elif spec and not spec.startswith(hf.PREFIX):
+        hf.find(spec)
 
 
 def open_judge(spec: str, config: str = "", batch_size: int = 8) -> ImageJudge:

@@ -19,7 +19,7 @@ import numpy as np
 from metamorph_jax.data import images
 from metamorph_jax.errors import ConfigError, FileError
 from metamorph_jax.eval.images import dpg, geneval
-from metamorph_jax.eval.images.judging import ImageJudge, open_judge
+from metamorph_jax.eval.images.judging import ImageJudge, check_judge, open_judge
 from metamorph_jax.eval.tasks.base import (
     Answer,
     File,
@@ -95,6 +95,7 @@ class GenEval(JudgedDrawing):
         return geneval.read_prompts(self.find("evaluation_metadata.jsonl"))
 
     def questions(self) -> Iterable[Question]:
+        check_judge(self.judged_by)
         for index, row in enumerate(self._rows):
             groups, more = {"tag": row["tag"]}, {"index": index}
             yield from self.asked(f"{index:05}", row["prompt"], groups=groups, more=more)
@@ -160,6 +161,7 @@ class Dpg(JudgedDrawing):
         return dpg.read_items(self.find("dpg_bench.csv"), self.mode)
 
     def questions(self) -> Iterable[Question]:
+        check_judge(self.judged_by)
         folder = pathlib.Path(self.find("prompts"))
         names = sorted(path.stem for path in folder.glob("*.txt"))
         if not names:
