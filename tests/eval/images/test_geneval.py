@@ -32,7 +32,7 @@ ROWS = [
 ]  # fmt: skip
 
 CIRCLE, SQUARE = Thing("circle", "red", 50, 60, 40), Thing("square", "blue", 150, 70, 50)
-SQUARES = [Thing("square", "green", 40 + 70 * i, 100, 40) for i in range(4)]
+SQUARES = [Thing("square", "green", 30 + 55 * i, 100, 40) for i in range(4)]
 # Row -> images with the sentence about what is wrong in them, "" for what is right.
 IMAGES = {
     0: [([CIRCLE], ""), ([SQUARE], "no: Does the image show a circle?"), ([CIRCLE] * 2, "")],
