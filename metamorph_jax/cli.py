@@ -29,6 +29,7 @@ COMMANDS = {
         "metamorph_jax.instruct.command",
         "have a language model write instruction data about images",
     ),
+    "features": ("metamorph_jax.sampling.features", "write what a model makes of your images"),
     "quickstart": (
         "metamorph_jax.quickstart.run",
         "run every stage end to end at small scale and write a report",

@@ -29,6 +29,7 @@ OPTIONS = {
         captions=_IN, instances=_IN, contexts=_IN, images=_IN, shots=_IN, workdir=_IN,
         checkpoint=_SPEC, config=_CONFIG, out=_FOLDER,
     ),
+    "features": dict(images=_IN, workdir=_IN, checkpoint=_SPEC, config=_CONFIG, out=_FOLDER),
     "generate": dict(**_MODEL, prompts=_IN, image=_IN, video=_IN),
     "chat": _MODEL,
     "report": dict(workdir=_IN),

@@ -117,6 +117,8 @@ def _write(steps, kind: Kind, found: list[Context], bare: list[Context], writer)
         steps[kind].write_contexts(found)
     elif found:
         steps[kind].samples(found, writer)
+    else:
+        raise DataError("no image got a caption, so there is nothing to write about")
 
 
 def _step(args, kind: Kind, skipped: Tally) -> Step:
@@ -154,7 +156,7 @@ def _contexts(args, skipped: Tally) -> list[Context]:
     elif args.contexts:
         found = read.read_lines(args.contexts, skipped.add)
     else:
-        found = read.read_folder(args.images)
+        found = read.read_folder(args.images, skipped.add)
     found = found[: args.limit or None]
     usable = []
     for context in found:

@@ -10,12 +10,11 @@ Boxes of JSON lines are [x1, y1, x2, y2] from 0 to 1; COCO's, in pixels, are bro
 import collections
 import dataclasses
 import os
-import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 from metamorph_jax import files
+from metamorph_jax.data import images
 from metamorph_jax.data.sources.base import confined
-from metamorph_jax.data.sources.schema import IMAGE_EXTENSIONS
 from metamorph_jax.errors import BadSample, FileError
 from metamorph_jax.files import shown
 
@@ -204,24 +203,16 @@ def _without_outline(value: dict) -> dict:
 # ---- a folder
 
 
-def read_folder(folder: str) -> list[Context]:
+def read_folder(folder: str, skipped: Skipped) -> list[Context]:
     """Every image below a folder, by the extension of its name, in the order of the names.
 
     Raises:
-        FileError: there is none.
+        MissingFile: there is none.
     """
-    found = [Context(name, name) for name in image_names(folder)]
-    if not found:
-        ends = ", ".join(IMAGE_EXTENSIONS)
-        raise FileError(f"{shown(folder)} holds no images ({ends})")
+    found = []
+    for name in images.names_in(folder):
+        try:
+            found.append(made(name, name))
+        except BadSample as error:  # the name is not UTF-8
+            skipped(error)
     return found
-
-
-def image_names(folder: str | os.PathLike) -> Iterator[str]:
-    """Paths of the images below a folder, relative to it, in the order of their names."""
-    root = pathlib.Path(folder)
-    for place, folders, names in os.walk(root):
-        folders.sort()
-        for name in sorted(names):
-            if name.lower().endswith(IMAGE_EXTENSIONS):
-                yield (pathlib.Path(place) / name).relative_to(root).as_posix()

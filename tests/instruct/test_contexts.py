@@ -1,10 +1,11 @@
 """What is known of images: COCO's files, JSON lines, and folders."""
 
 import json
+import os
 
 import pytest
 
-from metamorph_jax.errors import FileError
+from metamorph_jax.errors import FileError, MissingFile
 from metamorph_jax.instruct.contexts import Context, read_coco, read_folder, read_lines
 
 IMAGES = [
@@ -110,8 +111,11 @@ def test_a_folder(tmp_path):
     for name in ("z.JPG", "b/a.png", "b/c.webp", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    found = read_folder(str(tmp_path))
+    (tmp_path / os.fsdecode(b"\xff.png")).write_bytes(b"")
+    bad = []
+    found = read_folder(str(tmp_path), bad.append)
     assert [(c.id, c.image) for c in found] == [(n, n) for n in ("z.JPG", "b/a.png", "b/c.webp")]
+    assert [error.reason for error in bad] == ["bad_path"]
     (tmp_path / "none").mkdir()
-    with pytest.raises(FileError, match="none holds no images"):
-        read_folder(str(tmp_path / "none"))
+    with pytest.raises(MissingFile, match="none holds no images"):
+        read_folder(str(tmp_path / "none"), print)
