@@ -32,7 +32,7 @@ OPTIONS = {
     "features": dict(images=_IN, workdir=_IN, checkpoint=_SPEC, config=_CONFIG, out=_FOLDER),
     "generate": dict(**_MODEL, prompts=_IN, image=_IN, video=_IN),
     "chat": _MODEL,
-    "eval": dict(**_MODEL, bench_root=_IN),
+    "eval": dict(**_MODEL, bench_root=_IN, judge_workdir=_IN),
     "score": dict(drawn=_IN, real=_IN, captions=_IN, inception=_IN, clip=_SPEC, tower=_SPEC,
                   json=_FILE),
     "report": dict(workdir=_IN),

@@ -156,8 +156,8 @@ def test_only_judged_answers_count(tmp_path):
     task = tasks.make("tests.eval.toy:Colours:judge_it=true", root=root)
     result = bench.run_task(task, toy.Model(), tmp_path, SETTINGS)
     assert result.scores == {} and "5 answers have no verdict" in results_page.notes(result)[-1]
-    verdicts = ["yes", "no", None, "yes", "no"]
-    result = bench.run_task(task, toy.Model(last=0), tmp_path, SETTINGS, lambda texts: verdicts)
+    judge = lambda texts: ["yes", "no", None, "yes", "no"]  # noqa: E731
+    result = bench.run_task(task, toy.Model(last=0), tmp_path, SETTINGS, lambda folder: judge)
     assert result.scores["accuracy"] == 50 and result.unparsed == 1
 
 
