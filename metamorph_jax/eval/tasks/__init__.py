@@ -22,8 +22,11 @@ _HERE = "metamorph_jax.eval.tasks"
 # Name -> module:Class; names in lower case. The folder under the bench root has the same name.
 TASKS = {
     "chartqa": f"{_HERE}.chartqa:ChartQA",
+    "coco_caption": f"{_HERE}.captions:CocoCaption",
     "easy-vqa": f"{_HERE}.easy_vqa:EasyVQA",
+    "flickr30k": f"{_HERE}.captions:Flickr30k",
     "gqa": f"{_HERE}.gqa:GQA",
+    "image2paragraph": f"{_HERE}.captions:Image2Paragraph",
     "llava_bench_coco": f"{_HERE}.llava_bench:LLaVABenchCOCO",
     "llava_bench_wild": f"{_HERE}.llava_bench:LLaVABenchWild",
     "mmbench": f"{_HERE}.mmbench:MMBench",
@@ -32,6 +35,7 @@ TASKS = {
     "mmvet": f"{_HERE}.mmvet:MMVet",
     "mmvp": f"{_HERE}.mmvp:MMVP",
     "mvbench": f"{_HERE}.mvbench:MVBench",
+    "nocaps": f"{_HERE}.captions:NoCaps",
     "okvqa": f"{_HERE}.vqa:OKVQA",
     "pope": f"{_HERE}.pope:Pope",
     "realworldqa": f"{_HERE}.realworldqa:RealWorldQA",
