@@ -107,9 +107,10 @@ class CocoCaption(Task):
         return str(pathlib.Path(self.images or self.root, place))
 
     def questions(self):
+        rows = list(self.rows())
         if self.public:
             captions.check_tools(self.tokenizer)  # now, not after the last answer
-        for key, picture, given, groups in self.rows():
+        for key, picture, given, groups in rows:
             yield Question(
                 str(key), PROMPTS[self.prompt], (picture,), gold=given or None, groups=groups,
                 more={"image_id": key},
