@@ -175,7 +175,7 @@ def test_scores_during_training(tmp_path):
     from metamorph_jax.train import evals
 
     root = toy.write_questions(tmp_path, ROWS)
-    find = evals.find_task("easy-vqa")
+    find = evals.find_task("easy_vqa")
     with pytest.raises(ConfigError, match="no option nonsense"):
         find(nonsense=1)
     (tmp_path / "questions_test.jsonl").write_text("".join(

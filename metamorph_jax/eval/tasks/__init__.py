@@ -22,13 +22,17 @@ _HERE = "metamorph_jax.eval.tasks"
 # Name -> module:Class; names in lower case. The folder under the bench root has the same name.
 TASKS = {
     "chartqa": f"{_HERE}.chartqa:ChartQA",
+    "coco30k": f"{_HERE}.coco_drawing:Coco30k",
+    "coco30k_rows": f"{_HERE}.coco_drawing:Coco30kRows",
     "coco_caption": f"{_HERE}.captions:CocoCaption",
     "easy-vqa": f"{_HERE}.easy_vqa:EasyVQA",
+    "easy_vqa": f"{_HERE}.easy_vqa:EasyVQA",
     "flickr30k": f"{_HERE}.captions:Flickr30k",
     "gqa": f"{_HERE}.gqa:GQA",
     "image2paragraph": f"{_HERE}.captions:Image2Paragraph",
     "llava_bench_coco": f"{_HERE}.llava_bench:LLaVABenchCOCO",
     "llava_bench_wild": f"{_HERE}.llava_bench:LLaVABenchWild",
+    "lncoco": f"{_HERE}.coco_drawing:LnCoco",
     "mmbench": f"{_HERE}.mmbench:MMBench",
     "mme": f"{_HERE}.mme:MME",
     "mmmu": f"{_HERE}.mmmu:MMMU",

@@ -185,8 +185,9 @@ class Task:
         return list(records)
 
     def finish(self, records: Sequence[Record]) -> list[Record]:
-        """The records with what only all of them together can tell, such as how rare a word is.
-        Called once, before `scores`, which may see a part of them or some of them repeated."""
+        """The records with what is found about all of them together: how rare a word is, or what a
+        network sees in drawn images, which wants them in batches. Called once, before `scores`,
+        which may see a part of them or some of them repeated."""
         return list(records)
 
     # ---- for tasks to use
