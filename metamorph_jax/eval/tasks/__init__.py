@@ -25,7 +25,6 @@ TASKS = {
     "coco30k": f"{_HERE}.coco_drawing:Coco30k",
     "coco30k_rows": f"{_HERE}.coco_drawing:Coco30kRows",
     "coco_caption": f"{_HERE}.captions:CocoCaption",
-    "easy-vqa": f"{_HERE}.easy_vqa:EasyVQA",
     "easy_vqa": f"{_HERE}.easy_vqa:EasyVQA",
     "flickr30k": f"{_HERE}.captions:Flickr30k",
     "gqa": f"{_HERE}.gqa:GQA",

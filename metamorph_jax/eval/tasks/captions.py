@@ -37,9 +37,9 @@ from metamorph_jax.eval.tasks.base import (
     Record,
     Task,
     by_group,
+    one_of,
     write_json,
 )
-from metamorph_jax.eval.tasks.vqa import one_of
 
 PROMPTS = {
     "brief": "Describe the image briefly.",  # LMMs-eval for COCO
