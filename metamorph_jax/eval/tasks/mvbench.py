@@ -90,6 +90,7 @@ class MVBench(Task):
             raise ConfigError(f"task {self.name or 'mvbench'}: frames={self.frames}, at least 1")
 
     def questions(self):
+        self.find("json")
         for kind in self.only.split("+") if self.only else FOLDERS:
             path = self.find(f"json/{kind}.json")
             for number, row in enumerate(reading.json_file(path, list)):
