@@ -28,6 +28,7 @@ from metamorph_jax.sampling.requests import FAULTS, Request, as_sample
 from metamorph_jax.sampling.results import ImagePart, Reply, TextPart
 from metamorph_jax.sampling.segments import Result, Text
 from metamorph_jax.sampling.text import Sampler
+from metamorph_jax.types import NEWLINE, TEXT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +170,7 @@ class Generator:
         encoder: a module with `visual_features` (uint8[n, h, w, 3] -> float32[n, P, C]) and
             `project` (-> float[n, P, D]); None if the model can't read images.
         feature_width: C.
+        newline: float32[D] embedding that stands at `NEWLINE` slots, where there are any.
 
     Attributes:
         feature_shape: (P, C) of an image's visual tokens.
@@ -184,7 +186,9 @@ class Generator:
         prompts: Prompts,
         encoder: nnx.Module | None = None,
         feature_width: int = 0,
+        newline: np.ndarray | None = None,
     ):
+        self._newline = newline
         self.feature_shape = prompts.views.tokens, feature_width
         self.loop, self.prompts, self.image_decoder = loop, prompts, None
         self.policy = policy
@@ -286,7 +290,9 @@ class Generator:
             tokens = self._run(self._project, features)
             tokens = np.asarray(tokens, np.float32).reshape(-1, embeds.shape[-1])
             embeds[visual] = tokens[row.image_slots[visual]]
-        return embeds, np.where(visual, -1, row.tokens)
+            if self._newline is not None:
+                embeds[row.image_slots == NEWLINE] = self._newline
+        return embeds, np.where(row.image_slots == TEXT, row.tokens, -1)
 
     def see(self, pixels: np.ndarray) -> np.ndarray:
         """float32[n, P, C] visual tokens of uint8[n, h, w, 3].
