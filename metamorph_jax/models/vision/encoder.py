@@ -99,6 +99,8 @@ class VisionConfig:
         made_by |= dataclasses.asdict(self.reduce)
         made_by |= {"weights": self.weights, "normalize": self.normalize, "softmax": self.softmax}
         made_by.pop("remat", None)  # changes no feature
+        if not made_by.get("class_out"):  # so that caches of earlier versions stay valid
+            made_by.pop("class_out", None)
         return json.dumps(made_by, sort_keys=True)
 
 

@@ -17,24 +17,30 @@ from metamorph_jax.sampling.loop import Loop
 from metamorph_jax.sampling.policy import TextPolicy
 
 
+def make_loop(model: Llava, weights: str = "auto") -> Loop:
+    """The decoding loop over a model, whose language model it takes over (see `take_over`)."""
+    mesh = sharding.mesh_of(nnx.state(model))
+    llm, kept = take_over(model.llm, weights, mesh)
+    return Loop(llm, kept, None, mesh)
+
+
 def generator(model: Llava, cfg, data, *, weights: str = "auto") -> Generator:
     """A generator over this model, whose language model it takes over.
 
     Args:
         weights: how those of the language model are kept, see `take_over`.
     """
-    mesh = sharding.mesh_of(nnx.state(model))
     encoder = nnx.merge(*nnx.split(model))  # the same arrays, another module
     del encoder.llm
     newline = np.asarray(model.newline[...], np.float32) if model.cfg.newline else None
-    llm, kept = take_over(model.llm, weights, mesh)
+    loop = make_loop(model, weights)
     views = data.images.change(input_spec(cfg).views)
     ends = tuple(listed_eos(generation_fields(cfg)))
     prompts = Prompts(make_chat(cfg, data), views, data.images, data.row.length,
                       frames=data.frames, ends=ends)  # fmt: skip
     reads = None if model.vision.tower is None else encoder
     width = model.vision.feature_shape[1]
-    return Generator(Loop(llm, kept, None, mesh), _policy, prompts, reads, width, newline)
+    return Generator(loop, _policy, prompts, reads, width, newline)
 
 
 def _policy(text: TextPolicy) -> TextPolicy:
