@@ -62,7 +62,7 @@ INSTRUCT = dict(
 V15 = dict(steps=5198, batch_size=64, optim=dict(learning_rate=2e-5), model=dict(image_mode="pad"))
 V1 = dict(steps=3697, batch_size=32, optim=dict(learning_rate=2e-5), model=dict(image_mode="crop"))
 QUICKSTART = dict(
-    steps=520,
+    steps=306,  # asks as many questions as MetaMorph's 520 steps, of which some are for images
     batch_size=1,
     checkpoint_every=120,
     optim=dict(
