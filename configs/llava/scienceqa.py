@@ -33,6 +33,9 @@ reply counts only if it is a letter A to E, or begins with one, a full stop and 
 answer is X" exactly once with a character after the X; all else is wrong. In the reference's
 converter the codes AL and AE have lecture and solution swapped.
 
+The files are made from ScienceQA's own by `python -m metamorph_jax.recipes.llava.scienceqa
+--folder=data/scienceqa --split=train --out=data/scienceqa/llava_train_QCM-LEA.json`.
+
 Train: 12,726 questions, about half of them with an image, which stands in ID/image.png below
 `main.root`. The tag `<image>` is at the end of a question, and the image stays there;
 `--config.data.row.legacy_image_front=true` moves it to the front, as the reference does. `v1-7b`

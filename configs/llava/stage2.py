@@ -25,7 +25,8 @@ is made of.
 2e-5, cosine to 0 after 3 % of the steps, no weight decay; at most 2048 positions for a sample. The
 reference groups samples of similar length into batches; here they are packed into rows, so that no
 position is lost to padding: 64 rows of 2048 hold some 128 samples of mix-665K, and 32 rows some 128
-of Instruct-158K. `--config.data.row.packing=pad --config.batch_size=128` puts one into each row.
+of Instruct-158K. `--config.data.row.packing=pad --config.batch_size=128` puts one into each row,
+and `--config.data.order.grouping=modality` adds the reference's sampler.
 
 mix-665K, 665,298 rows in one file (`main`); its paths begin with the folders below `main.root`:
 

@@ -83,6 +83,8 @@ class OrderConfig:
         fixed_choices: draw wording and video frames once for each sample, not again in every
             epoch. Always on with a feature cache, which has to hold every frame that is drawn.
         padding_batches: continue with empty batches after the last epoch.
+        grouping: "none", or "modality": batches of one modality and of similar lengths (see
+            `grouping.py`); it needs `shuffle`, and sources without weights.
     """
 
     seed: int = 42
@@ -90,6 +92,13 @@ class OrderConfig:
     epochs: int = 0
     fixed_choices: bool = False
     padding_batches: bool = False
+    grouping: str = "none"
+
+    def __post_init__(self):
+        if self.grouping not in ("none", "modality"):
+            raise ValueError(f"order.grouping is {self.grouping!r}: expected none or modality")
+        if self.grouping != "none" and not self.shuffle:
+            raise ValueError(f"order.grouping={self.grouping!r} needs order.shuffle")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +189,10 @@ class InputConfig:
         weights = [s.weight for s in self.sources] or [0.0]
         if min(weights) < 0 or (max(weights) > 0 and min(weights) == 0):
             raise ValueError(f"source weights must be all positive or all 0, got {weights}")
+        if self.order.grouping != "none" and max(weights) > 0:
+            raise ValueError(
+                "order.grouping takes every record of every source: leave their weights out"
+            )
 
     @property
     def frames(self) -> int:

@@ -19,6 +19,7 @@ moved to the front); rows are packed, so that text-only samples cost no view; an
     published.py checkpoints of LLaVA in all their namings, and what we write
     decoding.py  how it answers
     sources.py   kinds of records of its own
+    scienceqa.py ScienceQA's files as rows to train on
 """
 
 from metamorph_jax.data.config import DataConfig as Data
