@@ -32,8 +32,10 @@ def test_rows_of_a_format(format, golden_root, tmp_path, capsys):
     assert f"{len(ids)} rows" in capsys.readouterr().out
 
 
-PROBLEM = dict(question="Why?", choices=["so", "or  so"], answer=1, hint=" ", image=None, lecture="",
-               solution="")  # fmt: skip
+PROBLEM = {
+    "question": "Why?", "choices": ["so", "or  so"], "answer": 1, "hint": " ", "image": None,
+    "lecture": "", "solution": "",
+}  # fmt: skip
 
 
 def test_without_image_and_hint():
