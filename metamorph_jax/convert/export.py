@@ -12,6 +12,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -29,6 +30,19 @@ DTYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16"}
 
 def _quiet(name: str, size: int) -> None:
     pass
+
+
+def written_dtype(name: str, tensors: Mapping) -> str:
+    """The safetensors name of the dtype to write.
+
+    Args:
+        name: a key of `DTYPES`, or "same": that of the largest of these tensors.
+    """
+    if name != "same":
+        return DTYPES[name]
+    largest = max(tensors, key=lambda key: math.prod(names.shape_of(tensors, key)))
+    found = safetensors.name_of(tensors[largest].dtype)
+    return found if found in DTYPES.values() else "F32"
 
 
 @contextlib.contextmanager

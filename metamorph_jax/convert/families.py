@@ -94,6 +94,9 @@ class RunForm:
         base: the run's `Config` -> spec of the published weights that it started from, or "".
         reference: as `save`, but in the files of the system's public implementation; None if there
             is none.
+        connector: as `save`, but the file of the connector alone; None where there is no such file.
+        beside_adapters: (folder, model, source) -> bytes of all tensors: writes what was trained
+            whole, and else belongs to the adapters in this folder. None: nothing does.
         beside: folder for an image decoder that is written beside another system; "" for all else.
         published_config: folder with files of the system's public implementation -> the recipe's
             `Config` that loads them, or None if it holds no such files.
@@ -104,6 +107,8 @@ class RunForm:
     adapted: tuple[str, ...]
     base: Callable[[Any], str] = lambda cfg: ""
     reference: Callable[[pathlib.Path, Any, Source, Writer], int] | None = None
+    connector: Callable[[pathlib.Path, Any, Source, Writer], int] | None = None
+    beside_adapters: Callable[[pathlib.Path, Any, Source], int] | None = None
     beside: str = ""
     published_config: Callable[[pathlib.Path], Any] = lambda folder: None
 

@@ -261,7 +261,7 @@ def load_torch_dict(
             continue
         keys = [prefix + key for key, _ in leaf.tensors]
         spread |= not _fill(module, leaf.path, tensors, keys, leaf.many, faults)
-    _refuse(faults, spread)
+    refuse(faults, spread)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,7 +321,7 @@ def _check(what: str, leaves: list[_Leaf], tensors: Mapping, prefix: str, given:
     raise WeightError("\n".join(lines))
 
 
-def _refuse(faults: list[tuple[str, str]], spread: bool) -> None:
+def refuse(faults: list[tuple[str, str]], spread: bool = False) -> None:
     """Raises WeightError with every (fault, key); those of NaN and inf may be allowed."""
     if spread:  # each process has looked at its own shards only
         faults = [tuple(pair) for pairs in distributed.gather(faults) for pair in pairs]
