@@ -44,7 +44,8 @@ class Family:
 
     Attributes:
         name: short, unique.
-        kinds: values of `model_type` (transformers) or `_class_name` (diffusers) in a config.json.
+        kinds: values of `model_type` (transformers) or `_class_name` (diffusers) in a config.json;
+            "llama+x" is only of this family where the config.json has the field x.
         config_from_hf: fields of config.json -> our config; ValueError for what we don't support.
         config_to_hf: our config -> a config.json that transformers or diffusers reads unchanged.
         create: (cfg, *, rngs) -> module; works under `nnx.eval_shape`.
@@ -78,7 +79,9 @@ class Family:
 
     def matches(self, fields: Mapping) -> bool:
         """Whether the fields of a config.json are of this family."""
-        return kind_of(fields) in self.kinds
+        kind = kind_of(fields)
+        return any(kind == known and (not field or field in fields)
+                   for known, _, field in (name.partition("+") for name in self.kinds))  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,9 +153,9 @@ def of_fields(fields: Mapping, where: str = "config.json") -> Family:
     kind = kind_of(fields)
     if kind is None:
         raise ValueError(f"{where} has neither model_type nor _class_name")
-    for family in known().values():
-        if family.matches(fields):
-            return family
+    found = [family for family in known().values() if family.matches(fields)]
+    if found:  # systems come after parts: one that knows more of the fields wins
+        return found[-1]
     kinds = sorted(kind for family in known().values() for kind in family.kinds)
     raise ValueError(f"{where}: model type {kind!r} is not supported; known: {', '.join(kinds)}")
 

@@ -162,6 +162,10 @@ class Lazy(MutableMapping):
         """The function that makes the array of this key, or None without the key."""
         return self._makers[key][0] if key in self._makers else None
 
+    def only(self, keys: Iterable[str]) -> "Lazy":
+        """Those with these keys, as far as they are there."""
+        return Lazy({key: self._makers[key] for key in keys if key in self._makers})
+
     def shape_of(self, key: str) -> tuple[int, ...]:
         return self._makers[key][1]
 
