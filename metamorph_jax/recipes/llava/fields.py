@@ -305,6 +305,8 @@ def processor_files(cfg: Config, process: Preprocess) -> dict[str, dict]:
     """
     tower, tiled = cfg.vision.vit, cfg.image_mode == "anyres"
     kind = "LlavaNextProcessor" if tiled else "LlavaProcessor"
+    if tiled:  # each view is a square already
+        process = dataclasses.replace(process, mode="crop", resize=None)
     fields = preprocess_to_hf(process) | {"processor_class": kind}
     if tiled:
         fields |= {

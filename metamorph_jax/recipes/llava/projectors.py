@@ -98,8 +98,8 @@ _INSIDE_MODEL = keys.NAMINGS["original"].connector
 
 def _fill(model: Llava, tensors: Mapping, found: Mapping[str, str]) -> None:
     """Fills the parts that there are tensors of; `found` is name -> key."""
-    view = names.Mapped(tensors, {name: (key, np.asarray) for name, key in found.items()},
-                        lambda key: False)  # fmt: skip
+    moved = {name: (key, np.asarray) for name, key in found.items() if name != key}
+    view = names.Mapped(tensors, moved, lambda key: found.get(key) == key)
     begins = lambda start: [name for name in found if name.startswith(start)]  # noqa: E731
     known = {*begins("connector."), *begins("tower."), "newline", *_TABLES}
     if left := [key for name, key in found.items() if name not in known]:
@@ -127,7 +127,7 @@ def _check_tower(model: Llava, where: pathlib.Path) -> None:
     given = hf.read_config(folder)
     if not fields.is_original(given):
         return
-    ours, same = model.cfg.vision.vit, (*agree.TOWER, "select_layer")
+    ours, same = model.cfg.vision.vit, (*agree.TOWER, "depth")
     theirs = lambda: fields.named_tower(given)  # noqa: E731
     agree.require(str(folder), lambda: agree.differences(ours, theirs(), same, "tower."))
 
