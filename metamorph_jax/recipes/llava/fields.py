@@ -73,8 +73,9 @@ def config_from_hf(fields: Mapping, dtype: str = "float32", processor=None) -> C
     cfg = (_from_original if is_original(fields) else _from_library)(fields, dtype)
     if processor is None or cfg.image_mode == "anyres":
         return cfg
-    stated = fields.get("image_aspect_ratio") in _MODES
-    return cfg if stated else dataclasses.replace(cfg, image_mode=preprocess(processor).mode)
+    if fields.get("image_aspect_ratio") in _MODES:
+        return cfg
+    return dataclasses.replace(cfg, image_mode=preprocess_from_hf(processor).mode)
 
 
 def _from_library(fields: Mapping, dtype: str) -> Config:
@@ -187,8 +188,7 @@ def config_to_hf(cfg: Config) -> dict:
     _check_library(cfg)
     tower, llm = cfg.vision.vit, llm_config(cfg)
     tiled = cfg.image_mode == "anyres"
-    row = image_row(cfg)
-    rows = max(llm.tokens, row + 1)
+    row, rows = image_row(cfg), token_rows(cfg, "hf")
     vision = vit.config_to_hf(tower)
     text = llama_names.config_to_hf(dataclasses.replace(llm, vocab_size=rows, added_tokens=0))
     del vision["architectures"], vision["torch_dtype"]
@@ -214,6 +214,18 @@ def config_to_hf(cfg: Config) -> dict:
 def image_row(cfg: Config) -> int:
     """The id that stands for an image in transformers: the config's, or that after all others."""
     return cfg.image_token if cfg.image_token >= 0 else llm_config(cfg).tokens
+
+
+def token_rows(cfg: Config, naming: str) -> int:
+    """Rows of the token tables, see `keys.NAMINGS`.
+
+    In the original naming those below the image token; in the others one for it, too, and such as
+    fill up a multiple of 64, as published: tokenizers of these have a token for padding after it.
+    """
+    if naming == "original":
+        return image_row(cfg)
+    tokens = llm_config(cfg).tokens
+    return tokens if cfg.image_token >= 0 else -(-(tokens + 1) // 64) * 64
 
 
 def _layer(tower: ViTConfig) -> int:
@@ -247,7 +259,7 @@ def config_to_original(cfg: Config) -> dict:
     if tower is None or cfg.vision.normalize or cfg.vision.reduce.reduces:
         raise ConfigError("the original layout has no features from a cache, and none that are "
                           "reduced or normalised")  # fmt: skip
-    rows = cfg.image_token if cfg.image_token >= 0 else llm.tokens
+    rows = token_rows(cfg, "original")
     fields = llama_names.config_to_hf(dataclasses.replace(llm, vocab_size=rows, added_tokens=0))
     kind = "Qwen" if llm.qkv_bias or llm.qk_norm else "Llama"
     mode = next((k for k, v in _MODES.items() if v == cfg.image_mode), "square")
@@ -278,17 +290,6 @@ def _alike(a: ViTConfig, b: ViTConfig) -> bool:
 
 
 # ---- the image processor
-
-
-def preprocess(processor: Mapping) -> Preprocess:
-    """How one view becomes pixels, of a preprocessor_config.json; see `preprocess_from_hf`.
-
-    That of 1.6 is CLIP's for each view: its `do_pad` fills up the number of views of a batch.
-    """
-    if str(processor.get("image_processor_type", "")).startswith("LlavaNext"):
-        processor = dict(processor) | {"image_processor_type": "CLIPImageProcessor"}
-        processor.pop("do_pad", None)
-    return preprocess_from_hf(processor)
 
 
 def grids_of(processor: Mapping) -> tuple | None:

@@ -12,8 +12,9 @@
 The tower's prefix is followed by `vision_model.` or not. Versions of transformers have written files
 in which namings are mixed, so each key is read on its own. The first two namings are written.
 
-Original checkpoints have no row for the image token, which transformers needs: it is written as the
-mean of the others, and the original naming has only the rows below it.
+Original checkpoints have no row for the image token, which transformers needs: it (and rows that
+fill up a multiple of 64) is written as the mean of the others, and the original naming has only the
+rows below it.
 
 Dropped on purpose: `rotary_emb.inv_freq`, position ids, and the newline vector where the model has
 none (`mm_patch_merge_type` flat).
@@ -21,16 +22,18 @@ none (`mm_patch_merge_type` flat).
 
 import dataclasses
 import functools
+import pathlib
 import re
 from collections.abc import Mapping
 
 import numpy as np
 
-from metamorph_jax.convert import names, vit
+from metamorph_jax.convert import hf, names, vit
 from metamorph_jax.convert.llama import EMBED, HEAD, export_llama, load_llama
 from metamorph_jax.errors import WeightError
 from metamorph_jax.files import shown
-from metamorph_jax.recipes.llava.config import Config, llm_config
+from metamorph_jax.models.vision.vit import ViT
+from metamorph_jax.recipes.llava.fields import TOWERS, is_original, token_rows, tower_name
 from metamorph_jax.recipes.llava.model import Llava
 
 
@@ -109,6 +112,21 @@ def plainly(tensors: Mapping) -> names.Mapped:
 # ---- in
 
 
+def read(folder: pathlib.Path) -> Mapping:
+    """The tensors of a checkpoint; where an original one lacks its tower, those of the tower that
+    its config.json names, from the hub."""
+    tensors, stated = hf.Tensors(folder), hf.read_config(folder)
+    start = NAMINGS["original"].tower
+    if not is_original(stated) or any(key.startswith(start) for key in tensors):
+        return tensors
+    name = tower_name(stated)
+    if name not in TOWERS:
+        return tensors
+    tower = hf.Tensors(hf.fetch(f"openai/{name}"))
+    own = names.Mapped(tower, only=lambda key: not key.startswith(vit.OTHER))
+    return names.Joined(("", tensors), (start, own))
+
+
 def load_llava(
     model: Llava, tensors: Mapping, tower: Mapping | None = None, rows: int | None = None
 ) -> None:
@@ -135,7 +153,7 @@ def load_llava(
         except ValueError as error:
             problems.append(str(error))
 
-    attempt(_load_tower, model, found, tower)
+    attempt(load_tower, model.vision.tower, found, tower)
     attempt(names.load_torch_dict, model.connector, found, "connector.")
     if model.cfg.newline:
         attempt(load_newline, model, found)
@@ -146,13 +164,14 @@ def load_llava(
         raise ValueError("\n".join(problems))
 
 
-def _load_tower(model: Llava, found: Mapping, tower: Mapping | None) -> None:
-    if model.vision.tower is None:
+def load_tower(tower: ViT | None, found: Mapping, other: Mapping | None = None) -> None:
+    """Fills a tower, in place, from tensors by the names of `plain`, or else from its own."""
+    if tower is None:
         return
     if any(key.startswith("tower.") for key in found):
-        vit.load_vit(model.vision.tower, found, "tower.")
-    elif tower is not None:
-        vit.load_vit(model.vision.tower, tower)
+        vit.load_vit(tower, found, "tower.")
+    elif other is not None:
+        vit.load_vit(tower, other)
     else:
         raise WeightError(
             "no tower in this checkpoint: its weights are a checkpoint of their own "
@@ -195,14 +214,6 @@ def export_llm(model: Llava, naming: str) -> names.Lazy:
         name = n.table if key == HEAD else n.llm + key.removeprefix("model.")
         out.set(name, make, shape, llm.dtype_of(key))
     return out
-
-
-def token_rows(cfg: Config, naming: str) -> int:
-    """Rows of the token tables: with one for the image token, or, originally, those below it."""
-    tokens = llm_config(cfg).tokens
-    if naming == "original":
-        return cfg.image_token if cfg.image_token >= 0 else tokens
-    return max(tokens, cfg.image_token + 1) if cfg.image_token >= 0 else tokens + 1
 
 
 def _resized(make, rows: int) -> np.ndarray:

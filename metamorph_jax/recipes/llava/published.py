@@ -19,23 +19,23 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from metamorph_jax.convert import agree, compare, export, hf, names, specs, tokenizers, vit
+from metamorph_jax.convert import agree, compare, export, hf, specs, tokenizers, vit
 from metamorph_jax.convert import llama as llama_names
 from metamorph_jax.convert.export import Source, Writer, listed_eos, trained_source
 from metamorph_jax.convert.families import Family, Reference, RunForm
 from metamorph_jax.convert.load import WORKDIR
 from metamorph_jax.convert.peft import CONFIG as ADAPTERS
 from metamorph_jax.data.config import DataConfig
-from metamorph_jax.data.images import Preprocess
+from metamorph_jax.data.images import Preprocess, preprocess_from_hf
 from metamorph_jax.data.views import AnyRes
 from metamorph_jax.errors import ConfigError, WeightError
 from metamorph_jax.models.interleave import place_visual
 from metamorph_jax.models.llm.llama import SIZES as LLM_SIZES
 from metamorph_jax.models.vision.vit import SIZES as TOWER_SIZES
+from metamorph_jax.models.vision.vit import ViTConfig
 from metamorph_jax.recipes.llava.config import Config, added_names, llm_config
 from metamorph_jax.recipes.llava.fields import (
     IMAGE,
-    TOWERS,
     config_from_hf,
     config_to_hf,
     config_to_original,
@@ -43,9 +43,7 @@ from metamorph_jax.recipes.llava.fields import (
     image_row,
     is_original,
     make_config,
-    preprocess,
     processor_files,
-    tower_name,
 )
 from metamorph_jax.recipes.llava.input import input_spec, make_chat
 from metamorph_jax.recipes.llava.keys import (
@@ -53,6 +51,7 @@ from metamorph_jax.recipes.llava.keys import (
     connector_names,
     export_llava,
     load_llava,
+    read,
 )
 from metamorph_jax.recipes.llava.model import Llava
 from metamorph_jax.recipes.llava.model import create as model_of
@@ -60,21 +59,6 @@ from metamorph_jax.recipes.llava.projectors import save_beside_adapters, save_co
 from metamorph_jax.types import TEXT
 
 # ---- in
-
-
-def read(folder: pathlib.Path) -> Mapping:
-    """The tensors of a checkpoint; where an original one lacks its tower, those of the tower that
-    its config.json names, from the hub."""
-    tensors, fields = hf.Tensors(folder), hf.read_config(folder)
-    start = NAMINGS["original"].tower
-    if not is_original(fields) or any(key.startswith(start) for key in tensors):
-        return tensors
-    name = tower_name(fields)
-    if name not in TOWERS:
-        return tensors
-    tower = hf.Tensors(hf.fetch(f"openai/{name}"))
-    own = names.Mapped(tower, only=lambda key: not key.startswith(vit.OTHER))
-    return names.Joined(("", tensors), (start, own))
 
 
 def load_whole(model: Llava, cfg: Config, folder: pathlib.Path) -> None:
@@ -122,7 +106,7 @@ def check_config(cfg: Config, folder: pathlib.Path) -> Config:
         ours, stated = cfg.vision.vit, theirs.vision.vit
         if ours is not None:
             lines += agree.differences(ours, stated, (*agree.TOWER, "depth"), "tower.")
-            lines += [] if process is None else _pixel_differences(ours, preprocess(process))
+            lines += [] if process is None else _pixel_differences(ours, process)
         return lines + _token_differences(theirs, folder)
 
     agree.require(str(folder), differences)
@@ -138,10 +122,10 @@ def check_config(cfg: Config, folder: pathlib.Path) -> Config:
     return theirs
 
 
-def _pixel_differences(tower, process: Preprocess) -> list[str]:
-    """Where the files of an image processor ask for other pixels than the tower gets."""
+def _pixel_differences(tower: ViTConfig, process: Mapping) -> list[str]:
+    """Where a preprocessor_config.json asks for other pixels than the tower gets."""
     ours = {"mean": tower.mean, "std": tower.std, "size": tower.size, "resample": "bicubic"}
-    return agree.differences(ours, process, ours, "tower.")
+    return agree.differences(ours, preprocess_from_hf(process), ours, "tower.")
 
 
 def _token_differences(theirs: Config, folder: pathlib.Path) -> list[str]:

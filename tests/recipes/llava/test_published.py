@@ -336,10 +336,10 @@ def test_an_original_checkpoint_gets_a_row_for_the_image_token(loaded):
     model = abstract(cfg)
     keys.load_llava(model, renamed | {"model.image_newline": np.zeros(32, np.float32)})
     table = keys.export_llava(model)["language_model.model.embed_tokens.weight"]
-    assert table.shape == (73, 32)
-    np.testing.assert_allclose(table[72], table[:72].mean(0), atol=1e-6)
+    assert table.shape == (128, 32)  # filled up to a multiple of 64
+    np.testing.assert_allclose(table[72:], np.tile(table[:72].mean(0), (56, 1)), atol=1e-6)
     stated = fields.config_to_hf(cfg)
-    assert stated["text_config"]["vocab_size"] == 73 and stated["image_token_index"] == 72
+    assert stated["text_config"]["vocab_size"] == 128 and stated["image_token_index"] == 72
     again = keys.export_llava(model, "original")
     assert again.keys() == renamed.keys()
     assert all(again[k].tobytes() == v.tobytes() for k, v in renamed.items() if "newline" not in k)
@@ -358,7 +358,7 @@ def test_a_checkpoint_without_its_tower(loaded, tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps(ORIGINAL))
     monkeypatch.setattr(hf, "fetch", lambda name: tmp_path / "tower")
     model = abstract(cfg)
-    keys.load_llava(model, published.read(tmp_path))
+    keys.load_llava(model, keys.read(tmp_path))
     same_weights(first, model)
 
 
@@ -411,3 +411,68 @@ def test_a_tower_that_holds_only_the_layers_it_runs(folders, tmp_path, capsys):
     keys.load_llava(model, hf.Tensors(folders("llava")))
     assert check.run(str(write(tmp_path, cfg, model)), tolerance=1e-4)
     assert "projected" in capsys.readouterr().out
+
+
+# ---- a whole checkpoint against the config that loads it
+
+CLIP = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 336},
+        "crop_size": 336, "resample": 3}  # fmt: skip
+LLAVA = {"image_processor_type": "LlavaImageProcessor", "size": {"shortest_edge": 336},
+         "crop_size": 336, "do_pad": True}  # fmt: skip
+
+
+def put(folder, stated, processor=None):
+    (folder / "config.json").write_text(json.dumps(stated))
+    if processor is not None:
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
+def test_a_config_is_compared_with_all_files(tmp_path, capsys):
+    cfg = published.SIZES["llava-1.5-7b"]
+    published.check_config(cfg, put(tmp_path, PUBLISHED, LLAVA))
+    assert capsys.readouterr().err == ""
+    odd = CLIP | {"image_mean": [0.5, 0.5, 0.5], "crop_size": 224, "resample": 2}
+    other = dataclasses.replace(cfg, llm_options=cfg.llm_options | {"norm_eps": 1e-6})
+    with pytest.raises(ConfigError) as error:
+        published.check_config(other, put(tmp_path, PUBLISHED, odd))
+    for words in ("llm.norm_eps is 1e-06", "tower.mean", "tower.size is 336, in the checkpoint 224",
+                  "tower.resample is 'bicubic', in the checkpoint 'bilinear'"):  # fmt: skip
+        assert words in str(error.value)
+    deep = PUBLISHED | {"vision_feature_layer": -3}
+    with pytest.raises(ConfigError, match="tower.depth is 23, in the checkpoint 22"):
+        published.check_config(cfg, put(tmp_path, deep, CLIP))
+    with pytest.raises(ConfigError, match="connector is 'mlp2x_gelu', in the checkpoint 'linear'"):
+        linear = ORIGINAL | {"mm_projector_type": "linear"}
+        published.check_config(cfg, put(tmp_path, linear, CLIP))
+
+
+def test_how_images_become_views_may_differ_and_is_said(tmp_path, capsys):
+    cfg = published.SIZES["llava-1.5-7b"]
+    assert fields.config_from_hf(PUBLISHED, processor=LLAVA).image_mode == "pad"
+    assert fields.config_from_hf(PUBLISHED, processor=CLIP).image_mode == "crop"
+    assert fields.config_from_hf(ORIGINAL, processor=CLIP).image_mode == "pad"
+    published.check_config(cfg, put(tmp_path, PUBLISHED, CLIP))
+    assert "image_mode 'pad' takes the place of 'crop'" in capsys.readouterr().err
+    grids = {"image_processor_type": "LlavaNextImageProcessor", "do_pad": True, "crop_size": 336,
+             "size": {"shortest_edge": 336}, "image_grid_pinpoints": [[336, 1008]]}  # fmt: skip
+    cfg = published.SIZES["llava-1.6-34b"]
+    put(tmp_path, NEXT["llava-1.6-34b"], grids)
+    published.check_config(cfg, tmp_path)
+    assert "takes the place of ((1008, 336),)" in capsys.readouterr().err
+    published.check_config(dataclasses.replace(cfg, grids=((1008, 336),)), tmp_path)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_image_token_of_the_tokenizer_counts(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {"a": 0, "<image>": 1}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="a"))
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast"}'
+    )
+    put(tmp_path, PUBLISHED | {"image_token_index": 1})
+    published.check_config(published.SIZES["llava-1.5-7b"], tmp_path)
+    with pytest.raises(ConfigError, match="token <image> is 32000, in the checkpoint 1"):
+        published.check_config(published.SIZES["llava-1.5-7b"], put(tmp_path, PUBLISHED))

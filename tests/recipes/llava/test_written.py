@@ -2,6 +2,7 @@
 with a part of a model."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -12,13 +13,13 @@ from flax import nnx
 from PIL import Image
 
 from metamorph_jax import cli
-from metamorph_jax.convert import changes, export, hf, peft
+from metamorph_jax.convert import changes, export, hf, peft, vision
 from metamorph_jax.convert.llama import EMBED, export_llama
 from metamorph_jax.errors import ConfigError, WeightError
 from metamorph_jax.models import lora
 from metamorph_jax.recipes import llava as recipe
 from metamorph_jax.recipes.llava import fields, projectors, published
-from metamorph_jax.recipes.llava.input import input_spec
+from metamorph_jax.recipes.llava.input import encoder_of, input_spec, load_tokenizer, load_tower
 from tests.convert.conftest import ORACLE
 from tests.recipes.llava.tiny import ANYRES, SIZES, TINY
 
@@ -88,10 +89,18 @@ def test_a_run_for_transformers(run, tmp_path):
     stated = hf.read_config(tmp_path / "out")
     V = 49152
     assert stated["model_type"] == "llava_next" and stated["image_token_index"] == V + 2
-    assert stated["text_config"]["vocab_size"] == V + 3
+    assert stated["text_config"]["vocab_size"] == V + 64
     cfg = dataclasses.replace(RUN, lora=None)
     again = loaded(cfg, weights=str(tmp_path / "out"))
     same(lora.merged(model), again)
+    whole = dataclasses.replace(cfg, weights=str(tmp_path / "out"), tokenizer="")
+    assert load_tokenizer(whole).convert_tokens_to_ids("<image>") == V + 2
+    spec, process = input_spec(whole), input_spec(cfg).views.preprocess
+    assert spec.tower != input_spec(cfg).tower  # a feature cache of its own
+    assert dataclasses.replace(spec.views.preprocess, mode="square") == process
+    compute = vision.feature_function(encoder_of(whole), functools.partial(load_tower, whole))
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
+    np.testing.assert_allclose(compute(pixels), again.visual_features(pixels), atol=1e-5)
 
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "out")
     assert type(processor).__name__ == "LlavaNextProcessor" and processor.image_token_id == V + 2
