@@ -16,7 +16,9 @@ moved to the front); rows are packed, so that text-only samples cost no view; an
     input.py     batches from data files: views, tokenizer, feature caches
     model.py     the parts put together; loss; what each stage trains
     weights.py   pretrained weights, the start of the connector
-    published.py checkpoints of LLaVA in all their namings, and what we write
+    published.py checkpoints of LLaVA, read, written and compared; with
+      keys.py      the names of their tensors      fields.py   their config.json
+      projectors.py   files with a part of a model, and what lies beside adapters
     decoding.py  how it answers
     sources.py   kinds of records of its own
     scienceqa.py ScienceQA's files as rows to train on

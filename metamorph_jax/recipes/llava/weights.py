@@ -14,6 +14,7 @@ from metamorph_jax.nn import quantized
 from metamorph_jax.recipes.llava import published
 from metamorph_jax.recipes.llava.config import Config
 from metamorph_jax.recipes.llava.model import Llava
+from metamorph_jax.recipes.llava.projectors import load_beside_adapters, load_connector
 from metamorph_jax.types import Batch
 
 
@@ -25,6 +26,7 @@ def load_pretrained(model: Llava, cfg: Config) -> None:
         _fill(model, cfg)
     if cfg.lora is not None and cfg.lora.weights and model.cfg.lora == cfg.lora:
         load_peft(model.llm, cfg.lora.weights)
+        load_beside_adapters(model, hf.find(cfg.lora.weights))
 
 
 def _fill(model: Llava, cfg: Config) -> None:
@@ -48,10 +50,14 @@ def _fill(model: Llava, cfg: Config) -> None:
             llama.init_added_tokens(model.llm)
     load_vision(model.vision, cfg.vision)
     if cfg.connector_weights:
-        published.load_connector(model, cfg.connector_weights)
+        load_connector(model, cfg.connector_weights)
 
 
 def initialize(model: Llava, batches: Sequence[Batch]) -> None:
-    """Before the first step: fits the connector's start to the images of these batches."""
+    """Before the first step: fits the connector's start to the images of these batches, if the
+    config names no connector to start from."""
+    cfg = model.cfg
+    if cfg.weights or cfg.connector_weights or (cfg.lora is not None and cfg.lora.weights):
+        return
     scale = model.llm.embed_tokens.embedding[...].std()
     calibrate(model.connector, features_of(model, batches), scale)
