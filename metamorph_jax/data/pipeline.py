@@ -78,7 +78,8 @@ def open_sources(
         records = open_records(",".join(parts), config.reading.index_dir or None)
         ignore = tuple(key.strip() for key in s.ignore.split(","))
         most = config.images.max_images
-        out.append(RecordSource(name, records, files, s.kind, most, table, ignore))
+        front = config.images_in_front
+        out.append(RecordSource(name, records, files, s.kind, most, table, ignore, front))
     return out
 
 
