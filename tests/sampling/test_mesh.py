@@ -15,6 +15,8 @@ from metamorph_jax.convert import load
 from metamorph_jax.models.build import build
 from metamorph_jax.recipes import metamorph as recipe
 from metamorph_jax.recipes.metamorph.decoding import VisualParts, make_loop, make_policy
+from metamorph_jax.sampling import beam
+from metamorph_jax.sampling.beam import Beams
 from metamorph_jax.sampling.policy import TextPolicy
 
 def make_model(mesh, **llm):
@@ -64,6 +66,18 @@ for shape, weights, llm in cases:
                   llm["table"], llm["head"]["w"]):
             part = x.addressable_shards[0].data.size
             assert 2 * part == x.size, (x.shape, part)
+
+def search(mesh):
+    loop = make_loop(make_model(mesh), None)
+    rng = np.random.default_rng(0)
+    prompts = [loop.embed(rng.integers(0, 320, n)) for n in (5, 9, 20, 7)]
+    policy = TextPolicy(eos=tuple(range(0, 320, 9)))
+    return beam.search(loop, prompts, [12, 8, 5, 12], policy, Beams(4))
+
+expected = search(one)
+for shape in {"tensor": 2, "data": 4}, {"data": 8}:  # eight devices share the beams of a request
+    for a, b in zip(expected, search(sharding.make_mesh(shape)), strict=True):
+        np.testing.assert_array_equal(a.record, b.record)
 print("same")
 """
 
