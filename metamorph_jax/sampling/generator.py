@@ -22,6 +22,8 @@ from metamorph_jax.data.interleave import build_row, read_place
 from metamorph_jax.data.sources.base import Turn
 from metamorph_jax.data.views import Views
 from metamorph_jax.errors import WeightError
+from metamorph_jax.sampling import beam
+from metamorph_jax.sampling.beam import Beams
 from metamorph_jax.sampling.loop import Loop, bucket
 from metamorph_jax.sampling.policy import Policy, TextPolicy
 from metamorph_jax.sampling.requests import FAULTS, Request, as_sample
@@ -43,6 +45,9 @@ class Options:
             id and sample: it gets the same reply whatever else is in the batch.
         guidance: scales with which each image is drawn; (): the one of the image decoder's config.
         batch_size: requests that are decoded together.
+        beams: how many replies are written side by side, of which the likeliest is taken
+            (`sampling/beam.py`); 1 writes one. Text only, and greedy.
+        length_penalty, early_stopping: see `beam.Beams`.
     """
 
     max_new_tokens: int | None = None
@@ -54,6 +59,9 @@ class Options:
     seed: int = 0
     guidance: tuple[float, ...] = ()
     batch_size: int = 8
+    beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
 
     def __post_init__(self):
         if self.batch_size < 1:
@@ -70,6 +78,12 @@ class Options:
         if len(set(self.guidance)) < len(self.guidance):
             raise ValueError(f"guidance has a scale twice: {self.guidance}")
         self.text(())
+        if self.search.count > 1 and self.temperature > 0:
+            raise ValueError("beams take the likeliest tokens: with them, temperature must be 0")
+
+    @property
+    def search(self) -> Beams:
+        return Beams(self.beams, self.length_penalty, self.early_stopping)
 
     def text(self, eos: tuple[int, ...]) -> TextPolicy:
         sampler = Sampler(self.temperature, self.top_k, self.top_p)
@@ -215,7 +229,8 @@ class Generator:
                 for a visual token. Only for a single request.
 
         Raises:
-            ValueError, BadSample: a request can't be answered; with a message for the user.
+            ValueError, BadSample: a request can't be answered, or not with these options; with a
+                message for the user.
         """
 
         def raise_it(request, error):
@@ -239,6 +254,7 @@ class Generator:
             failed: told about a request that can't be answered, which is then left out.
             stream, draw: see `generate`.
         """
+        self.check(options)
         requests = list(requests)
         size = min(options.batch_size, max(len(requests), 1))
         budget = self.budget(options)
@@ -248,12 +264,18 @@ class Generator:
             # A short batch is filled up, so that it needs no compilation of its own.
             fill = size - len(batch)
             rows = [prompt for _, prompt, _ in batch] + [batch[0][1]] * fill
-            results = self.loop(
-                rows, [budget] * len(batch) + [1] * fill, policy,
-                seeds=[options.seed_of(request) for request, *_ in batch] + [0] * fill,
-                prompt_ids=[ids for *_, ids in batch] + [batch[0][2]] * fill,
-                stream=stream and (lambda new: stream(new[0])),
-            )  # fmt: skip
+            budgets = [budget] * len(batch) + [1] * fill
+            ids = [ids for *_, ids in batch] + [batch[0][2]] * fill
+            if options.beams > 1:
+                results = beam.search(self.loop, rows, budgets, policy, options.search, ids)
+                if stream is not None:  # no reply is sure before the last step
+                    stream(results[0].record)
+            else:
+                results = self.loop(
+                    rows, budgets, policy, prompt_ids=ids,
+                    seeds=[options.seed_of(request) for request, *_ in batch] + [0] * fill,
+                    stream=stream and (lambda new: stream(new[0])),
+                )  # fmt: skip
             for (request, *_), result in zip(batch, results, strict=False):
                 try:
                     reply = self.reply(result, options, options.seed_of(request), draw)
@@ -261,6 +283,11 @@ class Generator:
                     failed(request, error)
                     continue
                 yield request, reply
+
+    def check(self, options: Options) -> None:
+        """Raises ValueError, for the user, where this model can't decode as the options say."""
+        if options.beams > 1:
+            beam.check(self.policy(options.text(self.prompts.eos)))
 
     def budget(self, options: Options) -> int:
         """New tokens that a reply may have."""
