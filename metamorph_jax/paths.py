@@ -33,10 +33,14 @@ OPTIONS = {
     "features": dict(images=_IN, workdir=_IN, checkpoint=_SPEC, config=_CONFIG, out=_FOLDER),
     "generate": dict(**_MODEL, prompts=_IN, image=_IN, video=_IN),
     "chat": _MODEL,
+    "eval": dict(**_MODEL, bench_root=_IN, judge_workdir=_IN),
+    "score": dict(drawn=_IN, real=_IN, captions=_IN, inception=_IN, clip=_SPEC, tower=_SPEC,
+                  geneval=_IN, dpg=_IN, judge=_SPEC, judge_config=_CONFIG, json=_FILE),
     "report": dict(workdir=_IN),
 }
 # Options that messages call otherwise than by their name.
-_LABELS = {("convert", "source"): "--from", ("report", "workdir"): "WORKDIR"}
+_LABELS = {("convert", "source"): "--from", ("report", "workdir"): "WORKDIR",
+           ("score", "drawn"): "DRAWN"}
 # Folders that a config names.
 CONFIG = (
     "compilation_cache", "local_checkpoints.folder", "data.reading.index_dir", "data.cache.images",

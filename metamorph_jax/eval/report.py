@@ -13,7 +13,7 @@ import pathlib
 import numpy as np
 
 from metamorph_jax.eval import figures, page
-from metamorph_jax.eval.scorers import TypeScore, blind_accuracy
+from metamorph_jax.eval.scorers.short_answers import TypeScore, blind_accuracy
 
 
 @dataclasses.dataclass(frozen=True)

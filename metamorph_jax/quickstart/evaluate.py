@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image
 
 from metamorph_jax.data import predicted
-from metamorph_jax.eval import probe, scorers
+from metamorph_jax.eval import probe
+from metamorph_jax.eval.scorers import short_answers
 from metamorph_jax.quickstart import data as qdata
 from metamorph_jax.sampling.generator import Generator, Options
 from metamorph_jax.sampling.image_decoder import ImageDecoder
@@ -71,7 +72,7 @@ def _question(row: dict, data: qdata.QuickstartData) -> Request:
 
 def accuracy(rows: list[dict]) -> float:
     """Share of right answers."""
-    return sum(scorers.is_right(r["predicted"], r["answer"]) for r in rows) / len(rows)
+    return sum(short_answers.is_right(r["predicted"], r["answer"]) for r in rows) / len(rows)
 
 
 def ask_for_images(generator: Generator, prompts: list[str], batch: int = 24):
@@ -144,7 +145,7 @@ def evaluate(
     say(f"{whole.sum()} of {len(whole)} requests were answered with a complete image")
     drawn = drawings(image_decoder, features)
     reader, classifier, judged = judges(generator, data, settings)
-    by_type = scorers.score_by_type(rows, qdata.QUESTION_TYPES)
+    by_type = short_answers.score_by_type(rows, qdata.QUESTION_TYPES)
 
     wanted = [
         np.array([qdata.COLORS.index(r["color"]) for r in requests]),

@@ -5,7 +5,8 @@ import pathlib
 
 import numpy as np
 
-from metamorph_jax.eval import report, scorers
+from metamorph_jax.eval import report
+from metamorph_jax.eval.scorers import short_answers
 from metamorph_jax.quickstart import data as qdata
 from metamorph_jax.train.metrics_file import read_metrics
 from metamorph_jax.train.workdir import versions
@@ -52,7 +53,7 @@ def make_report(workdir: pathlib.Path, data: qdata.QuickstartData, timings, fact
             lead=LEAD if goals else SMOKE,
             targets=targets(result, timings, goals) if goals else [],
             curves=curves(workdir),
-            scores=[scorers.TypeScore(**s) for s in result["scores"]],
+            scores=[short_answers.TypeScore(**s) for s in result["scores"]],
             examples=examples(data, result["questions"]),
             drawings=drawings(data, result["drawings"], arrays["drawings"]),
             judges=result["judges"],
@@ -117,7 +118,7 @@ def examples(data: qdata.QuickstartData, rows: list[dict]) -> list[report.Exampl
             r["question"],
             r["answer"],
             r["predicted"],
-            scorers.is_right(r["predicted"], r["answer"]),
+            short_answers.is_right(r["predicted"], r["answer"]),
         )
         for r in chosen
     ]

@@ -118,6 +118,21 @@ class CachedLLM:
         Returns:
             As `read_prompts`; hidden states of rows that got nothing mean nothing.
         """
+        *kept, x = self._append(weights, keys, values, length, embeds, lengths)
+        return *kept, self._last(weights, x, jnp.maximum(lengths, 1))
+
+    def read_whole_block(self, weights: dict, keys, values, length, embeds, lengths):
+        """float[n, D, B] hidden states at all positions of a block; arguments as `read_block`.
+
+        The cache stays as it is.
+        """
+        B, n = embeds.shape[:2]
+        *_, x = self._append(weights, keys, values, length, embeds, lengths)
+        x = norm(x, weights["norm"], self.cfg.norm_eps)
+        return x.reshape(self.cfg.width, B, n).transpose(2, 0, 1)
+
+    def _append(self, weights: dict, keys, values, length, embeds, lengths):
+        """(keys, values, what the layers make of a block, float[D, B * n]); see `read_block`."""
         n, S = embeds.shape[1], values[0].shape[-2]
         new = jnp.arange(n)
         positions = length[:, None] + new
@@ -133,7 +148,7 @@ class CachedLLM:
             return attend(q, k.transpose(0, 3, 1, 2), v.transpose(0, 2, 1, 3), mask)
 
         x = self._run(weights, embeds, positions, mix)
-        return *kept, self._last(weights, x, jnp.maximum(lengths, 1))
+        return *kept, x
 
     def read_token(self, weights: dict, keys, values, length, embed):
         """Reads one more position of every row, float[B, D], into slot `length` of the row.

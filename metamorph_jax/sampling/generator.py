@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -24,6 +24,8 @@ from metamorph_jax.data.views import Views
 from metamorph_jax.errors import WeightError
 from metamorph_jax.sampling import beam
 from metamorph_jax.sampling.beam import Beams
+from metamorph_jax.sampling import likelihood
+from metamorph_jax.sampling.likelihood import Likelihood
 from metamorph_jax.sampling.loop import Loop, bucket
 from metamorph_jax.sampling.policy import Policy, TextPolicy
 from metamorph_jax.sampling.requests import FAULTS, Request, as_sample
@@ -161,6 +163,28 @@ class Prompts:
         pixels = [self.views.pixels(image) for image in loaded]
         return row, np.concatenate(pixels) if pixels else None
 
+    def compared(self, request: Request, answers: Sequence[str], closing: bool = False):
+        """(row, pixels) as `row`, and a `likelihood.Block` for each of the answers.
+
+        Raises:
+            ValueError, BadSample: with a message for the user.
+        """
+        blocks = []
+
+        def write(turns):
+            prompt, found = likelihood.split(self.chat, turns, answers, closing)
+            blocks.extend(found)
+            return prompt
+
+        row, pixels = self.row(request, 1, write)
+        longest = max(len(block.ids) for block in blocks)
+        if len(row) + longest > self.length:
+            raise ValueError(
+                f"prompt and answer make {len(row) + longest} positions, but the context has "
+                f"{self.length}"
+            )
+        return row, pixels, blocks
+
 
 def _too_long(sizes: list[int], words: int, max_new_tokens: int, length: int) -> str:
     room = max(length - max_new_tokens, 0)
@@ -288,6 +312,40 @@ class Generator:
         """Raises ValueError, for the user, where this model can't decode as the options say."""
         if options.beams > 1:
             beam.check(self.policy(options.text(self.prompts.eos)))
+
+    def likelihoods(
+        self,
+        requests: Iterable[Request],
+        answers: Mapping[str, Sequence[str]],
+        failed: Callable[[Request, Exception], None],
+        batch_size: int = 8,
+        closing: bool = False,
+    ) -> Iterator[tuple[Request, list[Likelihood]]]:
+        """(request, how likely each of its answers is) as batches get done.
+
+        Args:
+            answers: id of a request -> texts.
+            failed: told about a request that can't be answered, which is then left out.
+            batch_size: requests that are read together.
+            closing: count the token that closes an answer, too.
+        """
+        requests = list(requests)
+        size = min(batch_size, max(len(requests), 1))
+        prompts = self._all_blocks(requests, answers, closing, failed)
+        for batch in batches(prompts, size):
+            filled = batch + [batch[0]] * (size - len(batch))  # needs no compilation of its own
+            _, embeds, blocks = zip(*filled, strict=True)
+            found = likelihood.of_batch(self.loop, embeds, blocks)
+            for (request, *_), one in zip(batch, found, strict=False):
+                yield request, one
+
+    def _all_blocks(self, requests, answers, closing: bool, failed):
+        for request in requests:
+            try:
+                row, pixels, blocks = self.prompts.compared(request, answers[request.id], closing)
+                yield request, self.embedded(row, pixels)[0], blocks
+            except FAULTS as error:
+                failed(request, error)
 
     def budget(self, options: Options) -> int:
         """New tokens that a reply may have."""

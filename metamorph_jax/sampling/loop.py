@@ -271,6 +271,7 @@ class Loop:
         return np.array(self.read(embeds)[0], np.float32)[: len(ids)]
 
     def on_mesh(self):
+        """A context in which functions of the weights are called."""
         return jax.set_mesh(self.mesh or sharding.mesh_of(self.weights))
 
     # ---- what is compiled

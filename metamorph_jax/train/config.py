@@ -159,8 +159,9 @@ class EvalConfig:
         batches: (loss) evaluate on that many batches; 0: until the data end, which needs data that
             do end (for most recipes `data=dict(epochs=1)`).
         samples: (samples) how many.
-        task: (task) "package.module:Class".
-        options: (task) arguments of the class.
+        task: (task) "package.module:Class", or the name of a task of the bench (`metamorph eval
+            --list`), with options: "seed:form=choose".
+        options: (task) arguments of the class; for the bench `bench_root`, `limit`, `batch_size`.
     """
 
     name: str

@@ -3,6 +3,7 @@
     evals=dict(
         heldout=dict(every=500, data=dict(sources=dict(main=dict(path="heldout.jsonl")))),
         questions=dict(kind="task", every=2000, task="package.module:Class"),
+        pope=dict(kind="task", every=2000, task="pope", options=dict(bench_root="…", limit=500)),
     ),
     keep_best="evals.heldout.text_loss",
 
@@ -167,7 +168,7 @@ class TaskScores:
     def __init__(self, cfg: EvalConfig, run: Run, parts: Parts):
         self._cfg, self._run, self._parts = cfg, run, parts
         try:
-            self._task: Task = find_class(cfg.task)(**cfg.options)
+            self._task: Task = find_task(cfg.task)(**cfg.options)
         except TypeError as error:
             raise ConfigError(f"config.evals.{cfg.name}.options: {error}") from error
 
@@ -222,6 +223,20 @@ def overridden(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
             value = overridden(made[key], value)
         made[key] = value
     return made
+
+
+# Makes the task that a plain name stands for. Imported when a config names one, as it lies below.
+BENCH = "metamorph_jax.eval.bench:during_training"
+
+
+def find_task(name: str):
+    """The class of a task: "package.module:Class", or the name of one of the bench, with options.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    module = name.partition(":")[0]
+    return find_class(name) if "." in module else find_class(BENCH)(name)
 
 
 def find_class(name: str):

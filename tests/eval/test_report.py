@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metamorph_jax.eval import page, scorers
+from metamorph_jax.eval import page
 from metamorph_jax.eval import report as R
+from metamorph_jax.eval.scorers import short_answers
 
 IMAGE = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
 EVIL = "<script>alert('x')</script> & \"more\""
@@ -25,7 +26,7 @@ def full_report():
         targets=[R.Target("Accuracy", 0.95, 0.9), R.Target("Drawings", 0.7, 0.8),
                  R.Target("Time", 20.0, 25, "min", at_most=True), R.Target("Probe", None, 0.85)],
         curves=[R.Curve("Loss", {EVIL: (range(1000), np.linspace(2, 1, 1000))}, {"floor": 1.5})],
-        scores=scorers.score_by_type(rows),
+        scores=short_answers.score_by_type(rows),
         examples=[R.Example(IMAGE, EVIL, "red", EVIL, False)],
         drawings=[R.Drawing("Draw", "red circle", [IMAGE, IMAGE], ["red circle", EVIL],
                             [True, False], IMAGE, tokens_right=False)],

@@ -379,8 +379,8 @@ class ViT(nnx.Module):
             x = jnp.concatenate([x[:, :1], own, x[:, 1:]], axis=1)
         return self.pre_layernorm(x) if cfg.pre_norm else x
 
-    def __call__(self, pixels: jax.Array) -> jax.Array:
-        """float[B, P, C] patch tokens of uint8[B, h, w, 3] (or normalised float) images."""
+    def states(self, pixels: jax.Array) -> jax.Array:
+        """float[B, front + P, D] of uint8[B, h, w, 3] (or normalised float) images: all tokens."""
         x = constrain(self.embed(pixels), "act_batch", None, "act_embed")
         if self.cfg.depth:
             graph, weights = nnx.split(self.layers)
@@ -393,6 +393,19 @@ class ViT(nnx.Module):
             if self.cfg.remat:
                 body = jax.checkpoint(body, prevent_cse=False)
             x, _ = jax.lax.scan(body, x, weights)
-        if self.cfg.final_norm:
-            x = self.post_layernorm(x)
+        return self.post_layernorm(x) if self.cfg.final_norm else x
+
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        """float[B, P, C] tokens of uint8[B, h, w, 3] (or normalised float) images: those of the
+        patches, with `class_out` after the class token."""
+        x = self.states(pixels)
         return x if self.cfg.class_out else x[:, self.cfg.front :]
+
+    def image_vector(self, pixels: jax.Array) -> jax.Array:
+        """float[B, D], one vector of each image: that of the pooling head, else the class token,
+        else the mean of the patch tokens. With `final_norm`, it is what the published models call
+        the pooled output. pixels: as above."""
+        x = self.states(pixels)
+        if self.cfg.pool:
+            return self.head(x)
+        return x[:, 0] if self.cfg.class_token else x.mean(1)

@@ -1,0 +1,242 @@
+"""Runs tasks: a model is asked the questions (`eval/asking.py`), and the task scores its answers.
+
+    OUT/scores.json            scores of all tasks, confidence intervals, and what they depend on
+    OUT/report.html            the same as a page, with the worst answers and their images
+    OUT/TASK/answers.jsonl     see `eval/answers.py`
+    OUT/TASK/records.jsonl     a line per question: prompt, reply, what is right, score
+    OUT/TASK/official/         the answer file(s) of the benchmark itself
+    OUT/TASK/images/           images that the benchmark's own files hold, or that the model drew
+
+Every host asks all questions together (the generator shares rows over the mesh); the first one
+reads and writes what is in OUT. A question that can't be asked, because its image is missing for
+instance, is left out, counted and named.
+"""
+
+import collections
+import dataclasses
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from metamorph_jax.errors import UserError
+from metamorph_jax.eval import intervals, tasks
+from metamorph_jax.eval.answers import Store, chosen
+from metamorph_jax.eval.asking import Answering, Asking
+from metamorph_jax.eval.tasks.base import (
+    FORMS,
+    Answer,
+    Judge,
+    Question,
+    Record,
+    Task,
+    write_json,
+    write_json_lines,
+)
+from metamorph_jax.sampling.generator import Options
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How tasks are run.
+
+    Attributes:
+        options: of the generator; `max_new_tokens` None takes the task's own.
+        limit: most questions of a task, drawn by chance; 0: all.
+        resamples: of the bootstrap; None: as the task says, 0: no confidence intervals.
+        model: what names the model, for files and pages. Answers that were made with another one
+            are never mixed with its own.
+    """
+
+    options: Options = Options()
+    limit: int = 0
+    resamples: int | None = None
+    model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a task gave.
+
+    Attributes:
+        task: it.
+        questions: how many were asked.
+        records: of those that were answered.
+        failures: id of a question that could not be asked -> why.
+        settings: what the answers depend on.
+        scores: metric -> value; intervals: metric -> (low, high).
+        files: official answer files.
+        seconds: that the model took, in this start.
+    """
+
+    task: Task
+    questions: int
+    records: Sequence[Record]
+    failures: Mapping[str, str]
+    settings: Mapping[str, Any]
+    scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    intervals: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    files: Sequence[pathlib.Path] = ()
+    seconds: float = 0.0
+
+    @property
+    def unparsed(self) -> int:
+        """Replies that the task, or a judge, could not make sense of."""
+        return sum(record.get("parsed") is False for record in self.records)
+
+    @property
+    def cut(self) -> int:
+        """Replies that the number of new tokens cut off."""
+        return sum(record["cut"] for record in self.records)
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """Why questions could not be asked -> how many."""
+        return dict(collections.Counter(why.partition(":")[0] for why in self.failures.values()))
+
+    def summary(self) -> dict[str, Any]:
+        """For scores.json."""
+        return {
+            "title": self.task.title, "main": self.task.main, "scores": dict(self.scores),
+            "intervals": {name: list(pair) for name, pair in self.intervals.items()},
+            "questions": self.questions, "answered": len(self.records), "failed": self.reasons,
+            "failures": dict(self.failures), "unparsed": self.unparsed, "cut": self.cut,
+            "settings": dict(self.settings), "prompt": self.records[0]["prompt"],
+            "files": [str(file) for file in self.files], "seconds": round(self.seconds, 1),
+        }  # fmt: skip
+
+
+def run_task(
+    task: Task, model: Answering, out: str | pathlib.Path, settings: Settings,
+    judge: Callable[[pathlib.Path], Judge] | None = None,
+) -> Result:  # fmt: skip
+    """Asks what isn't answered yet, and scores all answers.
+
+    Args:
+        task: of `tasks.make`.
+        model: who answers.
+        out: folder; that of the task is made in it.
+        settings: see there.
+        judge: for tasks with `judged`: gives the judge for a folder (`judges.Judge.of`); None
+            leaves their records without a verdict.
+
+    Raises:
+        UserError: the files of the task or the folder can't be used, or no question was answered.
+    """
+    folder = pathlib.Path(out, tasks.file_name(task.name))
+    if task.form not in FORMS:
+        raise UserError(f"task {task.name}: form {task.form!r} is none of {', '.join(FORMS)}")
+    questions, depends = chosen(_distinct(task), settings.limit), describe(task, settings)
+    store = Store(folder, depends) if jax.process_index() == 0 else None
+    began = time.monotonic()
+    asking = Asking(task, model, folder, settings.options, store)
+    asking.all(questions)
+    seconds = time.monotonic() - began
+    records = [
+        _record(task, question, asking.answers[question.id], asking.shown[question.id])
+        for question in questions
+        if question.id in asking.answers
+    ]
+    if not records:
+        why = next(iter(asking.failures.values()), "it has none")
+        raise UserError(f"task {task.name}: no question could be answered: {why}")
+    if judge is not None and task.judged:
+        records = task.judge(records, judge(folder))
+    records = task.finish(records)
+    result = Result(task, len(questions), records, asking.failures, depends, seconds=seconds)
+    return _scored(result, folder, settings.resamples)
+
+
+def _scored(result: Result, folder: pathlib.Path, resamples: int | None) -> Result:
+    """The result with scores; records and official files are written."""
+    task, records = result.task, result.records
+    # Of a judged task, records without a verdict don't count.
+    scored = [r for r in records if not (task.judged and r["score"] is None)]
+    scores = task.scores(scored) if scored else {}
+    if jax.process_index():
+        return dataclasses.replace(result, scores=scores)
+    write_json_lines(folder / "records.jsonl", records)
+    (folder / "official").mkdir(exist_ok=True)
+    written = task.write(records, folder / "official")
+    drawn = intervals.bootstrap(task, scored, resamples=resamples)
+    return dataclasses.replace(result, scores=scores, intervals=drawn, files=written)
+
+
+def describe(task: Task, settings: Settings) -> dict[str, Any]:
+    """What the answers to a task depend on, JSON-able."""
+    options = dataclasses.asdict(settings.options)
+    del options["batch_size"]
+    options["max_new_tokens"] = options["max_new_tokens"] or task.max_new_tokens
+    asked = {k: v for k, v in dataclasses.asdict(task).items() if k != "name"}
+    return {"model": dict(settings.model), "task": asked, "form": task.form, "decoding": options}
+
+
+def _distinct(task: Task) -> Iterator[Question]:
+    """The questions; UserError if two have one id, as answers are found by it."""
+    seen = set()
+    for question in task.questions():
+        if question.id in seen:
+            raise UserError(f"task {task.name}: two questions have the id {question.id!r}")
+        seen.add(question.id)
+        yield question
+
+
+def _record(task: Task, question: Question, answer: Answer, images: Sequence[str]) -> Record:
+    common = {
+        "id": question.id, "prompt": question.prompt, "images": list(images),
+        "gold": question.gold, "reply": answer.text, "cut": answer.cut,
+        "unit": question.unit or question.id, "groups": dict(question.groups),
+        "more": dict(question.more),
+    }  # fmt: skip
+    if answer.choice is not None:
+        common |= {"choice": answer.choice, "likelihoods": list(answer.likelihoods)}
+    if answer.images:
+        common["drawn"] = list(answer.images)
+    return common | task.record(question, answer)
+
+
+def save(results: Sequence[Result], out: str | pathlib.Path) -> pathlib.Path:
+    """Writes scores.json."""
+    path = pathlib.Path(out, "scores.json")
+    return write_json(path, {result.task.name: result.summary() for result in results})
+
+
+# ---- during training
+
+
+def during_training(name: str) -> Callable[..., "TaskDuringTraining"]:
+    """What a config's `task="NAME"` stands for, see `train.evals`."""
+
+    def make(**options) -> TaskDuringTraining:
+        return TaskDuringTraining(name, **options)
+
+    return make
+
+
+class TaskDuringTraining:
+    """A task as an evaluation of a run: scores alone, nothing is kept.
+
+    Args:
+        name: of the task, with options.
+        bench_root: folder with a folder for each task.
+        limit: most questions; batch_size: of the generator.
+        options: further ones of the task.
+
+    Raises:
+        ConfigError: there is no such task or option.
+    """
+
+    def __init__(
+        self, name: str, bench_root: str = "", limit: int = 0, batch_size: int = 8, **options
+    ):
+        self._task = tasks.make(name, bench_root, **options)
+        self._settings = Settings(Options(batch_size=batch_size), limit, 0)
+
+    def run(self, generator: Answering) -> Mapping[str, float]:
+        """Scores of the model, and "failed", the number of questions that could not be asked."""
+        with tempfile.TemporaryDirectory() as folder:
+            result = run_task(self._task, generator, folder, self._settings)
+        return {**result.scores, "failed": float(len(result.failures))}

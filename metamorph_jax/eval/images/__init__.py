@@ -1,0 +1,1 @@
+"""Scores of drawn images: distances between sets, agreement with captions, checks of contents."""

@@ -1,0 +1,196 @@
+"""What a set of drawn images scores.
+
+    FID, inception score      Inception      against real images; alone
+    feature distance (TOWER)  any tower      against real images; never called FID
+    CLIP, image-text          CLIP           with the caption that each was drawn from
+    CLIP, image-image         CLIP           with the real image that belongs to each
+
+CLIP's are mean cosines. `CLIPScore` is 2.5 max(cos, 0); the published one is that of ViT-B/32 with
+the prefix "A photo depicts ". A score without the network, its weights, the size of images and the
+prefix means nothing, so `settings` goes wherever scores go.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from metamorph_jax.errors import ConfigError, DataError
+from metamorph_jax.eval.images import features, statistics
+from metamorph_jax.eval.images.features import Features, ImageSet
+
+TEXT, IMAGE, CLIPSCORE = "CLIP, image-text", "CLIP, image-image", "CLIPScore"
+INCEPTION, DEVIATION = "inception score", "inception score, deviation"
+
+
+@dataclasses.dataclass(frozen=True)
+class Measures:
+    """Which scores, and how.
+
+    Attributes:
+        inception: file of the Inception weights, for FID and inception score; "": neither.
+        tower: weights of a vision tower, for the feature distance; "": none.
+        clip: weights of CLIP with both towers; "": none.
+        fid_size: short side to which both sets are brought before Inception sees them, centre cut
+            out; None: as they are. See `features.ImageSet`.
+        prefix: before each caption, for CLIP.
+    """
+
+    inception: str = ""
+    tower: str = ""
+    clip: str = ""
+    fid_size: int | None = 256
+    prefix: str = ""
+
+    def __post_init__(self):
+        if self.fid_size is not None and self.fid_size < 1:
+            raise ConfigError(f"fid_size must be a size in pixels or None, not {self.fid_size}")
+
+    @property
+    def fid(self) -> str:
+        """The name of FID at this size."""
+        return "FID (images as they are)" if self.fid_size is None else f"FID ({self.fid_size} px)"
+
+    @property
+    def distance(self) -> str:
+        """The name of the feature distance of this tower."""
+        return f"feature distance ({self.tower})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """Drawn images, and what they are compared with.
+
+    Attributes:
+        paths: files.
+        captions: that they were drawn from, as many; () or None for one: unknown.
+        partners: the real image that belongs to each, as many; likewise.
+        real: the set of real images that distances are to; (): no distances.
+    """
+
+    paths: tuple[str, ...]
+    captions: tuple[str | None, ...] = ()
+    partners: tuple[str | None, ...] = ()
+    real: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Attributes:
+    values: name -> score.
+    intervals: name -> 95 % bootstrap interval, where one can be had.
+    notes: what a reader has to know, a line each.
+    bad: file -> reason, of images that could not be used.
+    settings: what the scores depend on. JSON-able.
+    """
+
+    values: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    notes: list[str]
+    bad: dict[str, str]
+    settings: dict
+
+
+def score(drawn: Drawn, measures: Measures) -> Scores:
+    """All scores that the measures ask for and the images allow.
+
+    Raises:
+        DataError: no image can be used, or there are too few.
+        UserError: a network can't be read.
+    """
+    found = Scores({}, {}, [], {}, dataclasses.asdict(measures))
+    found.settings["images"] = len(drawn.paths)
+    found.settings["real_images"] = len(drawn.real)
+    if measures.inception:
+        _inception(drawn, measures, found)
+    if measures.tower and drawn.real:
+        _tower(drawn, measures, found)
+    if measures.clip:
+        _clip(drawn, measures, found)
+    if found.bad:
+        reason = next(iter(found.bad.values()))
+        found.notes.append(f"{len(found.bad)} images could not be used; the first: {reason}")
+    return found
+
+
+def _inception(drawn: Drawn, measures: Measures, found: Scores) -> None:
+    network = features.open_inception(measures.inception)
+    mine = network.features(ImageSet(drawn.paths, measures.fid_size))
+    found.bad.update(mine.bad)
+    if drawn.real:
+        real, bad = network.gaussian(ImageSet(drawn.real, measures.fid_size))
+        found.bad.update(bad)
+        _distance(measures.fid, statistics.Gaussian.of(mine.values), real, found)
+    try:
+        mean, deviation = statistics.inception_score(network.logits(mine.values))
+        found.values.update({INCEPTION: mean, DEVIATION: deviation})
+    except DataError as error:
+        found.notes.append(f"no {INCEPTION}: {error}")
+
+
+def _tower(drawn: Drawn, measures: Measures, found: Scores) -> None:
+    network = features.open_tower(measures.tower)
+    pair = [network.gaussian(ImageSet(paths)) for paths in (drawn.paths, drawn.real)]
+    for _, bad in pair:
+        found.bad.update(bad)
+    _distance(measures.distance, pair[0][0], pair[1][0], found)
+
+
+def _distance(name: str, mine, real, found: Scores) -> None:
+    try:
+        found.values[name] = statistics.frechet_distance(mine, real)
+    except DataError as error:
+        found.notes.append(f"no {name}: {error}")
+        return
+    for what, one in (("drawn", mine), ("real", real)):
+        if one.note:
+            found.notes.append(f"{name}, {what} images: {one.note}")
+
+
+def _clip(drawn: Drawn, measures: Measures, found: Scores) -> None:
+    if not (any(drawn.captions) or any(drawn.partners)):
+        return
+    network = features.open_clip(measures.clip)
+    mine = network.features(ImageSet(drawn.paths))
+    found.bad.update(mine.bad)
+    cosine, cut = text_cosines(network, mine, drawn.captions, measures.prefix)
+    if len(cosine):
+        _mean(TEXT, cosine, found)
+        _mean(CLIPSCORE, statistics.clipscore(cosine), found)
+        if cut:
+            found.notes.append(f"{cut} captions were cut to CLIP's {network.length} tokens")
+    kept = [(row, drawn.partners[i]) for row, i in enumerate(mine.kept)
+            if drawn.partners and drawn.partners[i]]  # fmt: skip
+    if kept:
+        real = network.features(ImageSet(tuple(path for _, path in kept)))
+        found.bad.update(real.bad)
+        rows = [kept[i][0] for i in real.kept]
+        _mean(IMAGE, statistics.cosines(mine.values[rows], real.values), found)
+
+
+def text_cosines(
+    network: features.Clip, images: Features, captions: Sequence[str | None], prefix: str = ""
+) -> tuple[np.ndarray, int]:
+    """(float64[n] cosines of the images that have a caption, how many captions were cut)."""
+    kept = [(row, captions[i]) for row, i in enumerate(images.kept) if captions and captions[i]]
+    if not kept:
+        return np.zeros(0), 0
+    rows, texts = zip(*kept, strict=True)
+    vectors, cut = network.texts([prefix + text for text in texts])
+    return statistics.cosines(images.values[list(rows)], vectors), cut
+
+
+def _mean(name: str, values: np.ndarray, found: Scores) -> None:
+    found.values[name] = float(values.mean())
+    found.intervals[name] = statistics.interval(values)
+
+
+def as_json(found: Scores) -> dict:
+    """For files."""
+    return {
+        "scores": found.values,
+        "intervals": found.intervals,
+        "settings": found.settings,
+        "notes": found.notes,
+        "bad_images": found.bad,
+    }

@@ -1,0 +1,1 @@
+"""Scoring rules of benchmarks as pure functions, one file per family."""

@@ -1,0 +1,262 @@
+"""Images drawn from captions of COCO, against COCO's images: FID, CLIP score, inception score.
+
+    ROOT/annotations/captions_val2014.json, ROOT/val2014/COCO_val2014_000000000042.jpg
+    ROOT/coco_val_captions.jsonl (Localized Narratives), ROOT/val2017/000000000042.jpg
+
+There is no official list of captions. Two protocols are in use and not comparable:
+
+    coco30k         30,000 images drawn by chance, one caption of each; FID at 256 px against all
+                    images of val2014. The usual one; tables with FID and CLIP score mean it.
+    coco30k_rows    the first 30,000 rows of the file, in lower case; 8 candidates, of which CLIP
+                    takes one; FID at 64 px against the image of each row, which counts as often as
+                    it has rows (MM-Interleaved's numbers).
+    lncoco          30,000 narratives drawn with replacement, so that all images count alike; FID
+                    at 64 px against the images of these.
+
+Guidance, steps and sampler move FID by several points; the result's settings name them.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import ClassVar
+
+import numpy as np
+
+from metamorph_jax.errors import ConfigError, FileError
+from metamorph_jax.eval.images import features, measures
+from metamorph_jax.eval.images.features import ImageSet
+from metamorph_jax.eval.tasks import reading
+from metamorph_jax.eval.tasks.base import Answer, File, Question, Record, Task, by_unit, write_json
+from metamorph_jax.files import shown
+
+_SOURCE = "cocodataset.org/#download"
+_LOCALIZED = "google.github.io/localized-narratives"
+
+
+@dataclasses.dataclass(frozen=True)
+class Caption:
+    """A text to draw from.
+
+    Attributes:
+        id: its own; image: file of the image that it describes.
+    """
+
+    id: str
+    text: str
+    image: str
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionDrawing(Task):
+    """Captions are drawn, and the images compared with real ones.
+
+    Attributes:
+        count: captions that are drawn from; seed: of their choice.
+        prompt: what the model is asked; `{caption}` stands for the caption.
+        candidates: images of each caption, of which the one that CLIP finds most like the caption
+            counts.
+        inception, tower, clip, fid_size, prefix: see `measures.Measures`.
+    """
+
+    count: int = 30_000
+    seed: int = 0
+    prompt: str = "Generate an image of the following: {caption}"
+    candidates: int = 1
+    inception: str = ""
+    tower: str = ""
+    clip: str = ""
+    fid_size: int | None = 256
+    prefix: str = ""
+
+    form: ClassVar[str] = "draw"
+    max_new_tokens: ClassVar[int] = 256
+    resamples: ClassVar[int] = 0
+
+    def __post_init__(self):
+        if "{caption}" not in self.prompt:
+            raise ConfigError(f"task {self.name}: prompt must have {{caption}}: {self.prompt!r}")
+        if self.candidates < 1 or self.count < 1:
+            raise ConfigError(f"task {self.name}: candidates and count must be at least 1")
+        if self.candidates > 1 and not self.clip:
+            raise ConfigError(f"task {self.name}: CLIP chooses among candidates: give clip=SPEC, "
+                              "or candidates=1")  # fmt: skip
+        self.asked  # noqa: B018  checks fid_size
+
+    @property
+    def asked(self) -> measures.Measures:
+        return measures.Measures(self.inception, self.tower, self.clip, self.fid_size, self.prefix)
+
+    @property
+    def main(self) -> str:
+        return self.asked.fid
+
+    # ---- to be written for each protocol
+
+    def captions(self) -> list[Caption]:
+        """At most `count` captions."""
+        raise NotImplementedError
+
+    def real(self, used: Sequence[str]) -> tuple[str, ...]:
+        """The real images that distances are to.
+
+        used: the image of each caption that was drawn from, in order.
+        """
+        return tuple(used)
+
+    # ---- the contract of tasks
+
+    def questions(self) -> Iterable[Question]:
+        for caption in self.captions():
+            text = self.prompt.replace("{caption}", caption.text)
+            for k in range(self.candidates):
+                id = f"{caption.id}-{k}" if self.candidates > 1 else caption.id
+                more = {"caption": caption.text, "real": caption.image}
+                yield Question(id, text, gold=caption.text, unit=caption.id, more=more)
+
+    def record(self, question: Question, answer: Answer) -> Record:
+        return {"score": None, "parsed": bool(answer.images)}
+
+    def finish(self, records: Sequence[Record]) -> list[Record]:
+        """With "score" the cosine of caption and image, where there is a CLIP."""
+        drawn = [record for record in records if record.get("drawn")]
+        if not (self.clip and drawn):
+            return list(records)
+        network = features.open_clip(self.clip)
+        found = network.features(ImageSet(tuple(record["drawn"][0] for record in drawn)))
+        captions = [record["more"]["caption"] for record in drawn]
+        cosine, _ = measures.text_cosines(network, found, captions, self.prefix)
+        by_id = {drawn[i]["id"]: float(c) for i, c in zip(found.kept, cosine, strict=True)}
+        return [record | {"score": by_id.get(record["id"])} for record in records]
+
+    def chosen(self, records: Sequence[Record]) -> list[Record]:
+        """Of each caption, the record with the best image; captions without an image are left
+        out."""
+        best = []
+        for group in by_unit([record for record in records if record.get("drawn")]).values():
+            best.append(max(group, key=lambda r: -np.inf if r["score"] is None else r["score"]))
+        return best
+
+    def scores(self, records: Sequence[Record]) -> dict[str, float]:
+        found = self._found(records)
+        if found is None:
+            return {}
+        names = {measures.TEXT: f"100 x {measures.TEXT}", measures.IMAGE: f"100 x {measures.IMAGE}",
+                 measures.CLIPSCORE: f"100 x {measures.CLIPSCORE}"}  # fmt: skip
+        values = {names.get(k, k): v * (100 if k in names else 1) for k, v in found.values.items()}
+        return dict(sorted(values.items(), key=lambda item: item[0] != self.main))
+
+    def write(self, records: Sequence[Record], folder) -> list:
+        """captions.json ({image: caption}, what CLIPScore's own script reads) and scores.json."""
+        kept = self.chosen(records)
+        pairs = {record["drawn"][0]: record["more"]["caption"] for record in kept}
+        written = [write_json(folder / "captions.json", pairs)]
+        if found := self._found(records):
+            written.append(write_json(folder / "scores.json", measures.as_json(found)))
+        return written
+
+    def _found(self, records: Sequence[Record]) -> measures.Scores | None:
+        """The scores of these records; they take minutes, so they are kept."""
+        kept = self.chosen(records)
+        paths = tuple(record["drawn"][0] for record in kept)
+        if not paths:
+            return None
+        if paths not in self._known:
+            used = [record["more"]["real"] for record in kept]
+            captions = tuple(record["more"]["caption"] for record in kept)
+            drawn = measures.Drawn(paths, captions, tuple(used), self.real(used))
+            found = self._known[paths] = measures.score(drawn, self.asked)
+            for note in found.notes:
+                print(f"{self.name}: {shown(note, 500)}", file=sys.stderr)
+        return self._known[paths]
+
+    @cached_property
+    def _known(self) -> dict:
+        return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Coco30k(CaptionDrawing):
+    title: ClassVar[str] = "COCO-30K, one caption of each image"
+    files: ClassVar[tuple[File, ...]] = (
+        File("annotations/captions_val2014.json", "captions", _SOURCE),
+        File("val2014", "images COCO_val2014_*.jpg", _SOURCE),
+    )
+
+    def rows(self) -> list[Caption]:
+        """All rows of the file, in order."""
+        path = self.find("annotations/captions_val2014.json", "captions_val2014.json")
+        table = reading.json_file(path, dict, "COCO's captions")
+        try:
+            names = {image["id"]: image["file_name"] for image in table["images"]}
+            return [
+                Caption(str(row["id"]), " ".join(row["caption"].split()),
+                        self.path("val2014", names[row["image_id"]]))
+                for row in table["annotations"]
+            ]  # fmt: skip
+        except (KeyError, TypeError, AttributeError) as error:
+            raise FileError(f"{path} is not a file of COCO captions: {error!r}") from error
+
+    def captions(self) -> list[Caption]:
+        rng = np.random.default_rng(self.seed)
+        groups: dict[str, list[Caption]] = {}
+        for row in self.rows():
+            groups.setdefault(row.image, []).append(row)
+        images = list(groups)
+        if self.count < len(images):
+            images = [images[i] for i in sorted(rng.permutation(len(images))[: self.count])]
+        return [groups[image][rng.integers(len(groups[image]))] for image in images]
+
+    def real(self, used: Sequence[str]) -> tuple[str, ...]:
+        return ImageSet.of_folder(self.find("val2014")).paths
+
+
+@dataclasses.dataclass(frozen=True)
+class Coco30kRows(Coco30k):
+    candidates: int = 8
+    fid_size: int | None = 64
+
+    title: ClassVar[str] = "COCO-30K, the first rows"
+
+    def captions(self) -> list[Caption]:
+        rows = self.rows()[: self.count]
+        return [dataclasses.replace(row, text=row.text.lower()) for row in rows]
+
+    def real(self, used: Sequence[str]) -> tuple[str, ...]:
+        return tuple(used)
+
+
+@dataclasses.dataclass(frozen=True)
+class LnCoco(CaptionDrawing):
+    """Attributes:
+    oversample: draw `count` narratives with replacement, an image with several of them as often as
+        others; False: each narrative once, in order, at most `count`.
+    """
+
+    fid_size: int | None = 64
+    oversample: bool = True
+
+    title: ClassVar[str] = "LN-COCO (Localized Narratives)"
+    files: ClassVar[tuple[File, ...]] = (
+        File("coco_val_captions.jsonl", "narratives", _LOCALIZED),
+        File("val2017", "images 000000000042.jpg", _SOURCE),
+    )
+
+    def captions(self) -> list[Caption]:
+        path = self.find("coco_val_captions.jsonl", "coco_val_localized_narratives.jsonl")
+        rows = list(reading.json_lines(path, "image_id", "caption"))
+        images = [str(row["image_id"]) for row in rows]
+        chosen = np.arange(min(self.count, len(rows)))
+        if self.oversample:
+            each = dict(zip(*np.unique(images, return_counts=True), strict=True))
+            weights = np.array([1 / each[image] for image in images])
+            rng = np.random.default_rng(self.seed)
+            chosen = rng.choice(len(rows), self.count, p=weights / weights.sum())
+        found, times = [], dict.fromkeys(range(len(rows)), 0)
+        for i in map(int, chosen):
+            place = self.path("val2017", f"{images[i].zfill(12)}.jpg")
+            text = " ".join(str(rows[i]["caption"]).split())
+            found.append(Caption(f"{i}.{times[i]}", text, place))
+            times[i] += 1
+        return found

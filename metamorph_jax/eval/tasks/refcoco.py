@@ -1,0 +1,147 @@
+"""Referring expressions: RefCOCO, RefCOCO+ and RefCOCOg.
+
+| file under the task's root | what | from |
+|---|---|---|
+| refs(unc).p; of RefCOCOg refs(umd).p | expressions | github.com/lichengunc/refer |
+| instances.json | boxes and sizes of images | the same |
+| train2014/COCO_train2014_000000581857.jpg | images, or elsewhere: `images` | cocodataset.org |
+
+Splits: val, testA (people), testB (other) of RefCOCO and RefCOCO+; val, test of RefCOCOg (umd).
+The images are of COCO's *train* set: training data made of it has to leave them out.
+
+The `.p` files are pickles. They are read by an unpickler that makes dicts, lists, texts and numbers
+and refuses everything else, so that none can run code.
+
+Prompt: "Provide the bounding box coordinate of the region this sentence describes. EXPRESSION"; how
+the numbers of the reply are read is the option `boxes`, see `scorers/boxes.py`.
+"""
+
+import dataclasses
+import io
+import pathlib
+import pickle
+from typing import Any, ClassVar
+
+from metamorph_jax import files
+from metamorph_jax.errors import FileError
+from metamorph_jax.eval.scorers import boxes
+from metamorph_jax.eval.tasks import reading
+from metamorph_jax.eval.tasks.base import Answer, File, Question, Record, Task, mean, write_json
+from metamorph_jax.eval.tasks.vqa import one_of
+
+PROMPT = "Provide the bounding box coordinate of the region this sentence describes. {text}"
+RIGHT = 0.5  # least IoU of a right box
+_SOURCE = "github.com/lichengunc/refer"
+_MAX_BYTES = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class RefCOCO(Task):
+    """RefCOCO: the box of what an expression refers to, right from IoU 0.5 on.
+
+    Attributes:
+        split: val, testA, testB.
+        by: whose expressions and splits: unc, or google.
+        boxes: how replies give boxes: square (LLaVA 1.5), unit, thousand (MM-Interleaved), pixels.
+        images: folder of the images, if not train2014/ under the root.
+    """
+
+    split: str = "val"
+    by: str = "unc"
+    boxes: str = "square"
+    images: str = ""
+
+    title: ClassVar = "RefCOCO"
+    max_new_tokens: ClassVar = 64
+    files: ClassVar = (
+        File("refs(unc).p", "the expressions", _SOURCE),
+        File("instances.json", "boxes and sizes of the images", _SOURCE),
+        File("train2014", "the images", "cocodataset.org"),
+    )
+
+    def __post_init__(self):
+        one_of(self, boxes=boxes.FORMS)
+
+    def questions(self):
+        path = self.find(f"refs({self.by}).p")
+        refs = [ref for ref in plain_pickle(path) if ref["split"] == self.split]
+        if not refs:
+            raise FileError(f"{files.shown(path)} has no expressions of split {self.split}")
+        places = self.find("instances.json")
+        instances = reading.json_file(places, dict)
+        sizes = {row["id"]: [row["width"], row["height"]] for row in instances["images"]}
+        found = {row["id"]: row["bbox"] for row in instances["annotations"]}
+        folder = pathlib.Path(self.images or self.path("train2014"))
+        for ref in refs:
+            if ref["ann_id"] not in found or ref["image_id"] not in sizes:
+                raise FileError(f"{files.shown(places)} has no annotation {ref['ann_id']} of image "
+                                f"{ref['image_id']}")  # fmt: skip
+            x, y, width, height = found[ref["ann_id"]]
+            for sentence in ref["sentences"]:
+                yield Question(
+                    str(sentence["sent_id"]),
+                    PROMPT.format(text=sentence["sent"]),
+                    (folder / f"COCO_train2014_{ref['image_id']:012d}.jpg",),
+                    gold=[x, y, x + width, y + height],
+                    more={"size": sizes[ref["image_id"]], "ref_id": ref["ref_id"],
+                          "sent_id": sentence["sent_id"]},
+                )  # fmt: skip
+
+    def record(self, question: Question, answer: Answer) -> Record:
+        box = boxes.box_in(answer.text, self.boxes, tuple(question.more["size"]))
+        overlap = boxes.iou(box or boxes.NOTHING, question.gold)
+        return {"box": list(box or boxes.NOTHING), "iou": overlap, "parsed": box is not None,
+                "score": float(overlap >= RIGHT)}  # fmt: skip
+
+    def scores(self, records):
+        """Share of expressions with IoU ≥ 0.5, and the mean IoU (× 100)."""
+        return {"accuracy": mean(records), "IoU": mean(records, "iou")}
+
+    def write(self, records, folder):
+        """[{"sent_id", "ref_id", "box"}], corners in pixels; there is no official format."""
+        rows = [
+            {key: r["more"][key] for key in ("sent_id", "ref_id")} | {"box": r["box"]}
+            for r in records
+        ]
+        return [write_json(folder / f"{self.by}_{self.split}_boxes.json", rows)]
+
+
+@dataclasses.dataclass(frozen=True)
+class RefCOCOPlus(RefCOCO):
+    """RefCOCO+: as RefCOCO, without words for places."""
+
+    title: ClassVar = "RefCOCO+"
+
+
+@dataclasses.dataclass(frozen=True)
+class RefCOCOg(RefCOCO):
+    """RefCOCOg: longer expressions.
+
+    Attributes:
+        by: umd (splits val and test) or google (val only, images in common with train).
+    """
+
+    by: str = "umd"
+
+    title: ClassVar = "RefCOCOg"
+    files: ClassVar = (File("refs(umd).p", "the expressions", _SOURCE), *RefCOCO.files[1:])
+
+
+class _Plain(pickle.Unpickler):
+    """An unpickler for containers, texts and numbers."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it wants to make a {module}.{name}")
+
+
+def plain_pickle(path: str) -> Any:
+    """The value of a pickle that holds nothing but containers, texts and numbers.
+
+    Raises:
+        FileError: it can't be read, or holds anything else.
+    """
+    data = files.read_bytes(path, _MAX_BYTES)
+    try:
+        return _Plain(io.BytesIO(data), encoding="latin1").load()
+    except Exception as error:  # damaged pickles raise all kinds of errors
+        raise FileError(f"{files.shown(path)} is not a plain pickle: {error}") from error
