@@ -27,6 +27,11 @@ COMMANDS = {
     "plan": ("metamorph_jax.plan.command", "memory and speed of a step on chips you don't have"),
     "convert": ("metamorph_jax.convert.command", "read, write and check published weights"),
     "data": ("metamorph_jax.data.check", "find what is wrong with a data set"),
+    "data generate": (
+        "metamorph_jax.instruct.command",
+        "have a language model write instruction data about images",
+    ),
+    "features": ("metamorph_jax.sampling.features", "write what a model makes of your images"),
     "quickstart": (
         "metamorph_jax.quickstart.run",
         "run every stage end to end at small scale and write a report",
@@ -59,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 
         print(metamorph_jax.__version__)
         return 0
-    name = argv[0]
+    name, _ = _named(argv)
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
@@ -78,7 +83,7 @@ def parse(argv: list[str]):
 
     Exits with 2, after a message, on arguments that the command doesn't have.
     """
-    name, *rest = argv
+    name, rest = _named(argv)
     module = importlib.import_module(COMMANDS[name][0])
     parser = argparse.ArgumentParser(f"metamorph {name}", description=COMMANDS[name][1])
     module.add_arguments(parser)
@@ -90,6 +95,12 @@ def parse(argv: list[str]):
         parser.error(f"unknown arguments: {shown(' '.join(rest))}")
     args.overrides, args.parser = overrides, parser
     return module, args
+
+
+def _named(argv: list[str]) -> tuple[str, list[str]]:
+    """(name of the command, its arguments) of a command line; some names have two words."""
+    length = 2 if " ".join(argv[:2]) in COMMANDS else 1
+    return " ".join(argv[:length]), argv[length:]
 
 
 def _checked(name: str, module, args) -> int:

@@ -423,9 +423,9 @@ def price_of(args) -> Price | None:
     return Price(*args.price) if args.price else None
 
 
-def open_endpoint(args) -> Endpoint:
+def open_endpoint(args, clock=time) -> Endpoint:
     """The endpoint that the options of `add_arguments` ask for; raises as `Endpoint`."""
     return Endpoint(
         url_variable=args.endpoint_url_variable, key_variable=args.endpoint_key_variable,
-        limits=limits_of(args), price=price_of(args),
+        limits=limits_of(args), price=price_of(args), clock=clock,
     )  # fmt: skip

@@ -11,7 +11,7 @@ import os
 import pathlib
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from metamorph_jax.errors import FileError, MissingFile
@@ -179,6 +179,7 @@ def read_json(
     what: str = "",
     max_bytes: int = MAX_BYTES,
     unique: bool = False,
+    keep: Callable[[dict], Any] | None = None,
 ) -> Any:
     """The value of a JSON file.
 
@@ -187,31 +188,40 @@ def read_json(
         what: what the file should hold, for messages: "an index of shards".
         max_bytes: of the file.
         unique: refuse objects in which a key occurs twice.
+        keep: what takes the place of each object as soon as it is read, to save memory.
 
     Raises:
         FileError: as `read_text`, or it is not JSON, or not of this kind.
     """
     text = read_text(path, max_bytes)
     try:
-        return parse(text, shown(path), kind, unique=unique)
+        return parse(text, shown(path), kind, unique=unique, keep=keep)
     except FileError as error:
         raise FileError(f"{error}; expected {what}" if what else str(error)) from error
 
 
-def parse(text: str | bytes, where: str, kind: type | None = None, *, unique: bool = False) -> Any:
+def parse(
+    text: str | bytes,
+    where: str,
+    kind: type | None = None,
+    *,
+    unique: bool = False,
+    keep: Callable[[dict], Any] | None = None,
+) -> Any:
     """The value of some JSON.
 
     Args:
         text: JSON; bytes are UTF-8.
         where: for messages: a file, or a file and line.
-        kind, unique: as in `read_json`.
+        kind, unique, keep: as in `read_json`.
 
     Raises:
         FileError: it is not JSON (or only nearly), or not of this kind.
     """
     try:
         text = text.decode() if isinstance(text, bytes) else text
-        value = json.loads(text, object_pairs_hook=_once if unique else None)
+        value = json.loads(text, object_hook=keep,
+                           object_pairs_hook=_once if unique else None)
     except RecursionError as error:
         raise FileError(f"{where} is nested deeper than {MAX_DEPTH} levels") from error
     except UnicodeDecodeError as error:

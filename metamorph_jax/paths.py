@@ -25,11 +25,16 @@ OPTIONS = {
     "plan": dict(config=_CONFIG, json=_FILE, hlo=_FILE, data_root=_IN),
     "convert": dict(source=_SPEC, out=_FOLDER, decoder=_IN),
     "data": dict(config=_CONFIG, root=_IN, data_root=_IN, tokenizer=_SPEC),
+    "data generate": dict(
+        captions=_IN, instances=_IN, contexts=_IN, images=_IN, shots=_IN, workdir=_IN,
+        checkpoint=_SPEC, config=_CONFIG, out=_FOLDER,
+    ),
+    "features": dict(images=_IN, workdir=_IN, checkpoint=_SPEC, config=_CONFIG, out=_FOLDER),
     "generate": dict(**_MODEL, prompts=_IN, image=_IN, video=_IN),
     "chat": _MODEL,
-    "eval": dict(**_MODEL, bench_root=_IN),
+    "eval": dict(**_MODEL, bench_root=_IN, judge_workdir=_IN),
     "score": dict(drawn=_IN, real=_IN, captions=_IN, inception=_IN, clip=_SPEC, tower=_SPEC,
-                  json=_FILE),
+                  geneval=_IN, dpg=_IN, judge=_SPEC, judge_config=_CONFIG, json=_FILE),
     "report": dict(workdir=_IN),
 }
 # Options that messages call otherwise than by their name.

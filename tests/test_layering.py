@@ -23,7 +23,7 @@ LINES = (
     ("convert",),
     ("sampling",),
     ("recipes",),
-    ("plan", "sweep", "eval", "quickstart", "api", "cli"),
+    ("plan", "sweep", "eval", "instruct", "quickstart", "api", "cli"),
 )  # fmt: skip
 LEVEL = {name: number for number, line in enumerate(LINES) for name in line}
 # The package's own front door stands above all of it, and imports what it needs when asked.

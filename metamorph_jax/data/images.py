@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import io
 import os
+import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -59,6 +60,25 @@ def misnamed(path: str, head: bytes) -> bool:
     expected = _EXTENSIONS.get(os.path.splitext(path)[1].lower())
     found = sniff(head)
     return expected is not None and found is not None and expected != found[0]
+
+
+def names_in(folder: str | os.PathLike) -> list[str]:
+    """Paths of the images below a folder, relative to it, by the extensions of their names.
+
+    They come in the order of their names, those of a folder before those of its own folders.
+
+    Raises:
+        MissingFile: there are none.
+    """
+    found = []
+    for place, folders, names in os.walk(folder):
+        folders.sort()
+        inside = pathlib.PurePath(os.path.relpath(place, folder))
+        found += [(inside / name).as_posix() for name in sorted(names)
+                  if os.path.splitext(name)[1].lower() in _EXTENSIONS]  # fmt: skip
+    if not found:
+        raise MissingFile(f"{shown(folder)} holds no images ({', '.join(_EXTENSIONS)})")
+    return found
 
 
 def read_bytes(path: str) -> bytes:

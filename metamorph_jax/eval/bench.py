@@ -111,7 +111,7 @@ class Result:
 
 def run_task(
     task: Task, model: Answering, out: str | pathlib.Path, settings: Settings,
-    judge: Judge | None = None,
+    judge: Callable[[pathlib.Path], Judge] | None = None,
 ) -> Result:  # fmt: skip
     """Asks what isn't answered yet, and scores all answers.
 
@@ -120,7 +120,8 @@ def run_task(
         model: who answers.
         out: folder; that of the task is made in it.
         settings: see there.
-        judge: for tasks with `judged`; None leaves their records without a verdict.
+        judge: for tasks with `judged`: gives the judge for a folder (`judges.Judge.of`); None
+            leaves their records without a verdict.
 
     Raises:
         UserError: the files of the task or the folder can't be used, or no question was answered.
@@ -143,7 +144,7 @@ def run_task(
         why = next(iter(asking.failures.values()), "it has none")
         raise UserError(f"task {task.name}: no question could be answered: {why}")
     if judge is not None and task.judged:
-        records = task.judge(records, judge)
+        records = task.judge(records, judge(folder))
     records = task.finish(records)
     result = Result(task, len(questions), records, asking.failures, depends, seconds=seconds)
     return _scored(result, folder, settings.resamples)

@@ -2,17 +2,20 @@
 
     metamorph eval --workdir RUN --tasks pope,mme --bench-root BENCHES
     metamorph eval --checkpoint hf:OWNER/NAME --config configs/…/FILE.py --tasks seed:form=choose
+    metamorph eval --endpoint MODEL --tasks pope --out RESULTS          # at $OPENAI_BASE_URL
     metamorph eval --list
 
 The files of a task are in BENCHES/TASK, as `docs/evaluation.md` says. Answers are kept in `--out`
 as they come, and the same command started again continues; see `eval/bench.py` for what is there.
 """
 
+import dataclasses
 import hashlib
 import json
 import pathlib
 import sys
 
+from metamorph_jax import endpoint
 from metamorph_jax.errors import UserError
 from metamorph_jax.sampling import generate
 
@@ -20,6 +23,10 @@ from metamorph_jax.sampling import generate
 def add_arguments(parser) -> None:
     parser.description = "Scores a model on benchmarks, from their official files."
     generate.add_model_arguments(parser)
+    parser.add_argument(
+        "--endpoint", metavar="MODEL",
+        help="in place of --workdir or --checkpoint: a model of an OpenAI-compatible endpoint",
+    )  # fmt: skip
     group = parser.add_argument_group("tasks")
     group.add_argument(
         "--tasks", metavar="NAME,…", default="",
@@ -40,6 +47,11 @@ def add_arguments(parser) -> None:
         help="of the bootstrap for confidence intervals; 0 leaves them out",
     )  # fmt: skip
     group.add_argument("--batch-size", type=int, default=8, help="answers at a time")
+    group = parser.add_argument_group("judge", "for tasks whose answers are judged")
+    group.add_argument("--judge", metavar="MODEL", help="a model of the endpoint")
+    group.add_argument("--judge-workdir", metavar="DIR", help="or a finished run of ours")
+    group.add_argument("--judge-temperature", type=float, default=0.0, help="default: 0")
+    endpoint.add_arguments(parser)
     generate.add_decoding_arguments(parser)
     parser.add_argument("--out", metavar="DIR", help="where results go (default: WORKDIR/eval)")
 
@@ -55,10 +67,10 @@ def run(args) -> int:
         raise UserError("give --tasks NAME,…; --list shows them")
     if len({tasks.file_name(task.name) for task in chosen}) < len(chosen):
         raise UserError("--tasks has a task twice")
-    generate.check_model(args)
+    check_model(args)
     out = pathlib.Path(args.out or (pathlib.Path(args.workdir) / "eval" if args.workdir else ""))
     if not args.out and not args.workdir:
-        raise UserError("--checkpoint needs --out DIR, where results go")
+        raise UserError("give --out DIR, where results go")
     if args.limit < 0 or (args.resamples or 0) < 0:
         raise UserError("--limit and --resamples must not be negative")
     drawing = [task.name for task in chosen if task.form == "draw"]
@@ -67,6 +79,16 @@ def run(args) -> int:
     for task in chosen:  # before the model is loaded, which takes longer
         next(iter(task.questions()), None)
     return evaluate(args, chosen, out)
+
+
+def check_model(args) -> None:
+    """Raises UserError where options of the model or the judge contradict each other."""
+    if args.endpoint and (args.workdir or args.checkpoint):
+        raise UserError("--endpoint answers in place of --workdir or --checkpoint: give one")
+    if args.judge and args.judge_workdir:
+        raise UserError("give either --judge or --judge-workdir")
+    if not args.endpoint:
+        generate.check_model(args)
 
 
 def names(text: str) -> list[str]:
@@ -92,19 +114,23 @@ def evaluate(args, chosen, out: pathlib.Path) -> int:
     options = generate.decoding_options(args, args.batch_size)
     model = named(args)
     settings = bench.Settings(options, args.limit, args.resamples, model)
-    generator = generate.load(args)
+    client = endpoint.open_endpoint(args) if args.endpoint or args.judge else None
+    judge = open_judge(args, client, options)
+    answering = open_model(args, client)
     results, wrong = [], 0
     for task in chosen:
         try:
-            results.append(bench.run_task(task, generator, out, settings))
+            results.append(bench.run_task(task, answering, out, settings, judge))
         except UserError as error:  # the other tasks don't suffer
             print(f"metamorph: {error}", file=sys.stderr)
             wrong += 1
     if results and jax.process_index() == 0:
         bench.save(results, out)
         print(results_page.table(results))
-        title = str(model.get("workdir") or model.get("checkpoint"))
+        title = str(args.workdir or args.checkpoint or args.endpoint)
         print(f"report: {results_page.write(out / 'report.html', results, title).resolve()}")
+    if client is not None:
+        print(f"{client.url}: {spent(client)}", file=sys.stderr)
     if wrong:
         raise UserError(f"{wrong} of {len(chosen)} tasks could not be run, for the reasons above")
     if failed := sum(len(result.failures) for result in results):
@@ -112,8 +138,50 @@ def evaluate(args, chosen, out: pathlib.Path) -> int:
     return 0
 
 
+def open_model(args, client):
+    """Who answers."""
+    import jax
+
+    from metamorph_jax.eval.judges import EndpointModel
+
+    if not args.endpoint:
+        return generate.load(args)
+    if jax.process_count() > 1:
+        raise UserError("an endpoint is asked by one process")
+    return EndpointModel(client, args.endpoint, client.limits.concurrency)
+
+
+def open_judge(args, client, options):
+    """The `judge` of `bench.run_task`: what the command line names, or None."""
+    from metamorph_jax.eval.judges import EndpointModel, Judge
+
+    if not (args.judge or args.judge_workdir):
+        return None
+    options = dataclasses.replace(
+        options, max_new_tokens=1024, temperature=args.judge_temperature, guidance=()
+    )
+    if args.judge:
+        model = EndpointModel(client, args.judge, client.limits.concurrency)
+        return Judge(model, f"{args.judge} at {client.url}", options).of
+    from metamorph_jax.sampling.trained import load_generator
+
+    model = load_generator(args.judge_workdir, mesh=generate.parse_mesh(args.mesh))
+    options = dataclasses.replace(options, max_new_tokens=None)
+    return Judge(model, f"{args.judge_workdir} {fingerprint(args.judge_workdir)}", options).of
+
+
+def spent(client) -> str:
+    """What an endpoint was asked, in a line."""
+    use = client.usage
+    text = (f"{use.calls:,} calls, {use.prompt_tokens:,} tokens read, {use.completion_tokens:,} "
+            f"written, {use.retries:,} retries")  # fmt: skip
+    return text if client.cost is None else f"{text}, cost {client.cost:.2f}"
+
+
 def named(args) -> dict:
     """What the answers depend on, apart from task and decoding: the model's name and weights."""
+    if args.endpoint:
+        return {"endpoint": args.endpoint}
     keys = "workdir checkpoint config recipe decoder weights context steps force_end parity"
     found = {key: getattr(args, key) for key in keys.split()}
     found["overrides"] = dict(sorted(args.overrides.items()))
@@ -126,6 +194,7 @@ def named(args) -> dict:
 
 def fingerprint(folder: pathlib.Path) -> str:
     """A hash of names, sizes and times of the weights in a folder, to notice that they changed."""
+    folder = pathlib.Path(folder)
     final = folder / "final"
     weights = sorted(p for p in (final if final.is_dir() else folder).rglob("*") if p.is_file())
     stats = [(str(p.relative_to(folder)), p.stat().st_size, int(p.stat().st_mtime))
@@ -134,12 +203,14 @@ def fingerprint(folder: pathlib.Path) -> str:
 
 
 def listing() -> str:
-    """The tasks, and the files that each reads."""
+    """The tasks with their options, and the files that each reads."""
     from metamorph_jax.eval import tasks
 
     lines = []
     for name in sorted(tasks.TASKS):
         cls = tasks.find(tasks.TASKS[name])
-        lines.append(f"{name}: {cls.title}")
+        own = [f for f in dataclasses.fields(cls) if f.name not in ("root", "name")]
+        given = ", ".join(f"{f.name}={f.default}" for f in own)
+        lines.append(f"{name}: {cls.title}" + (f" ({given})" if given else ""))
         lines += [f"  {name}/{file.path}: {file.what}, from {file.source}" for file in cls.files]
     return "\n".join(lines)

@@ -340,9 +340,7 @@ class Generator:
         embeds = self.loop.embed(row.tokens)
         visual = row.image_slots >= 0
         if pixels is not None:
-            features = self.see(pixels)
-            tokens = self._run(self._project, features)
-            tokens = np.asarray(tokens, np.float32).reshape(-1, embeds.shape[-1])
+            tokens = self.project(self.see(pixels)).reshape(-1, embeds.shape[-1])
             embeds[visual] = tokens[row.image_slots[visual]]
         return embeds, np.where(visual, -1, row.tokens)
 
@@ -362,6 +360,10 @@ class Generator:
         size = 1 << max(n - 1, 0).bit_length()
         padded = np.concatenate([pixels, np.zeros((size - n, *pixels.shape[1:]), np.uint8)])
         return np.asarray(self._run(self._see, padded))[:n]
+
+    def project(self, features: np.ndarray) -> np.ndarray:
+        """float32[n, P, D] what the language model reads of visual tokens float32[n, P, C]."""
+        return np.asarray(self._run(self._project, features), np.float32)
 
     def _run(self, function, x):
         with jax.set_mesh(sharding.mesh_of(self._encoder)):

@@ -13,7 +13,7 @@ from metamorph_jax.data import images
 from metamorph_jax.data.chat import LONGEST
 from metamorph_jax.data.config import MAX_FRAMES
 from metamorph_jax.data.sources import kinds, video
-from metamorph_jax.data.sources.base import IMAGE, VIDEO, Sample
+from metamorph_jax.data.sources.base import IMAGE, VIDEO, Sample, Turn
 from metamorph_jax.errors import BadSample
 
 KEYS = ("id", "prompt", "image", "images", "video", "think")
@@ -33,6 +33,7 @@ class Request:
         images: files; video: a file, of which one frame a second is read.
         think: ask the model to draw the relevant detail before it answers.
         sample: number of this reply among those to the same prompt, each drawn by chance.
+        before: turns that come first, without images: a system message, questions with answers.
     """
 
     id: str
@@ -41,6 +42,7 @@ class Request:
     video: str = ""
     think: bool = False
     sample: int = 0
+    before: tuple[Turn, ...] = ()
 
     @property
     def name(self) -> str:
@@ -160,7 +162,8 @@ def as_sample(
     if request.think and think is not None:
         text = think(text)
     paths = [*request.images, *([request.video] if request.video else ())]
-    record = {"id": request.id, "conversations": [{"from": "user", "value": text}]}
+    turns = [{"from": role, "value": said} for role, said in (*request.before, ("user", text))]
+    record = {"id": request.id, "conversations": turns}
     if paths:
         record["image"] = [os.path.abspath(path) for path in paths]
     where = kinds.Files(os.path.abspath(os.sep), frames)  # a user may name any file

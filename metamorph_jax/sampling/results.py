@@ -288,7 +288,9 @@ class Output:
 
 
 def _asked(request: Request) -> dict:
-    return dataclasses.asdict(request) | {"images": list(request.images)}
+    asked = dataclasses.asdict(request) | {"images": list(request.images)}
+    before = [list(turn) for turn in asked.pop("before")]
+    return asked | ({"before": before} if before else {})
 
 
 def _named(record: Mapping) -> list[str]:

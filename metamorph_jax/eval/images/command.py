@@ -3,17 +3,19 @@
     metamorph score drawn --real val2014 --inception pt_inception-2015-12-05-6726825d.pth
     metamorph score drawn --captions captions.json --clip hf:openai/clip-vit-large-patch14
     metamorph score drawn --real photos --tower hf:google/siglip-base-patch16-224
+    metamorph score drawn --geneval evaluation_metadata.jsonl --judge runs/vpit
+    metamorph score drawn --dpg dpg_bench.csv --judge endpoint:gpt-4o
 """
 
-import json
 import pathlib
 import sys
 from collections.abc import Mapping
 
 from metamorph_jax import files
 from metamorph_jax.errors import UserError
-from metamorph_jax.eval.images import measures
+from metamorph_jax.eval.images import dpg, geneval, judged_folders, judging, measures
 from metamorph_jax.eval.images.features import ImageSet
+from metamorph_jax.eval.tasks.base import write_json
 from metamorph_jax.files import shown
 
 
@@ -34,31 +36,79 @@ def add_arguments(parser) -> None:
     add("--prefix", default="", help="before each caption, such as 'A photo depicts '")
     add("--tower", default="", metavar="SPEC",
         help="weights of a vision tower, for the feature distance")  # fmt: skip
+    add("--geneval", default="", metavar="FILE",
+        help="evaluation_metadata.jsonl of GenEval, whose layout DRAWN has")  # fmt: skip
+    add("--dpg", default="", metavar="FILE",
+        help="dpg_bench.csv of DPG-Bench, whose layout DRAWN has")  # fmt: skip
+    add("--dpg-mode", default="strict", choices=dpg.MODES, help="official: with its faults")
+    add("--samples", type=int, default=4, choices=range(1, 5), metavar="1…4",
+        help="images in each file of DPG-Bench, a grid if several (default: 4)")  # fmt: skip
+    add("--judge", default="", metavar="SPEC",
+        help="who is asked: workdir of a run, published weights, endpoint:MODEL")  # fmt: skip
+    add("--judge-config", default="", metavar="FILE[:SIZE]", help="of the judge's weights")
     add("--json", default="", metavar="FILE", help="write the scores and their settings here")
 
 
 def run(args) -> int:
+    if args.geneval or args.dpg:
+        return _run_judged(args)
     asked = measures.Measures(
         args.inception, args.tower, args.clip, _size(args.fid_size), args.prefix
     )
+    _check(args)
+    found = measures.score(gather(args.drawn, args.real, args.captions, args.paired), asked)
+    print(table(found.values, found.intervals))
+    for note in found.notes:
+        print(f"note: {shown(note, 500)}", file=sys.stderr)
+    _write(args.json, measures.as_json(found))
+    return 0 if found.values else 2
+
+
+def _check(args) -> None:
+    """UserError where options don't make a score together."""
     if not (args.inception or args.tower or args.clip):
         raise UserError(
             "nothing to score with: give --inception FILE (FID, inception score), --clip SPEC "
-            "(with --captions or --real and --paired) or --tower SPEC (feature distance)"
+            "(with --captions or --real and --paired), --tower SPEC (feature distance), or "
+            "--geneval or --dpg FILE (a judge)"
         )
     if args.tower and not args.real:
         raise UserError("--tower gives the distance to real images: give --real FOLDER")
     if args.clip and not (args.captions or (args.real and args.paired)):
         raise UserError("--clip compares with captions or real images: give --captions FILE, or "
                         "--real FOLDER and --paired")  # fmt: skip
-    found = measures.score(gather(args.drawn, args.real, args.captions, args.paired), asked)
-    print(table(found))
-    for note in found.notes:
-        print(f"note: {shown(note, 500)}", file=sys.stderr)
-    if args.json:
-        text = json.dumps(measures.as_json(found), indent=1, ensure_ascii=False)
-        pathlib.Path(args.json).write_text(text + "\n", encoding="utf-8")
-    return 0 if found.values else 2
+
+
+def _run_judged(args) -> int:
+    if args.geneval and args.dpg:
+        raise UserError("--geneval and --dpg are two benchmarks: give one of them")
+    # Files are looked at before the judge is loaded, which takes longer.
+    if args.geneval:
+        geneval.find_images(args.drawn, geneval.read_prompts(args.geneval))
+    else:
+        dpg.find_images(args.drawn, dpg.read_items(args.dpg, args.dpg_mode))
+    judge = judging.open_judge(args.judge, args.judge_config)
+    settings = {"judge": args.judge, "judge_config": args.judge_config}
+    if args.geneval:
+        scores, lines, left = judged_folders.score_geneval(args.drawn, args.geneval, judge)
+        settings |= {"benchmark": "GenEval's prompts, a judge's likelihood of yes"}
+    else:
+        scores, lines, left = judged_folders.score_dpg(
+            args.drawn, args.dpg, judge, args.samples, args.dpg_mode
+        )
+        settings |= {"benchmark": "DPG-Bench's questions, a judge's likelihood of yes"}
+        settings |= {"mode": args.dpg_mode, "samples": args.samples}
+    print(table(scores, {}))
+    if left:
+        print(f"note: {left} were left out: an image is bad, or the judge had no answer",
+              file=sys.stderr)  # fmt: skip
+    _write(args.json, {"scores": scores, "settings": settings, "left_out": left, "results": lines})
+    return 0 if scores else 2
+
+
+def _write(path: str, value) -> None:
+    if path:
+        write_json(pathlib.Path(path), value)
 
 
 def _size(text: str) -> int | None:
@@ -114,12 +164,12 @@ def _matched(paths, folder: pathlib.Path, table: Mapping[str, str], where: str) 
     return tuple(out)
 
 
-def table(found: measures.Scores) -> str:
+def table(values: Mapping[str, float], intervals: Mapping[str, tuple[float, float]]) -> str:
     """The scores a line each, with their intervals."""
-    width = max(map(len, found.values), default=0)
+    width = max(map(len, values), default=0)
     lines = []
-    for name, value in found.values.items():
-        low_high = found.intervals.get(name)
+    for name, value in values.items():
+        low_high = intervals.get(name)
         more = f"   {low_high[0]:.4f} to {low_high[1]:.4f}" if low_high else ""
         lines.append(f"{name:{width}}  {value:10.4f}{more}")
     return "\n".join(lines)

@@ -205,7 +205,9 @@ class Task:
         for name in names:
             if pathlib.Path(self.path(name)).exists():
                 return self.path(name)
-        known = next((f for f in self.files if f.path in names), None)
+        known = next(
+            (f for f in self.files for n in names if f"{n}/".startswith(f"{f.path}/")), None
+        )
         raise MissingFile(
             f"task {self.name or type(self).__name__}: no {' or '.join(names)} in "
             f"{files.shown(self.root)}"

@@ -29,7 +29,8 @@ def run(spec, root, replies, out, judge=None, resamples=0, **options):
     model = Scripted(replies)
     task = tasks.make(spec, root, **options)
     settings = bench.Settings(resamples=resamples, model={"model": "scripted"})
-    return bench.run_task(task, model, out, settings, judge), model
+    of_folder = judge and (lambda folder: judge)
+    return bench.run_task(task, model, out, settings, of_folder), model
 
 
 def put(root: pathlib.Path, files: dict) -> pathlib.Path:

@@ -95,7 +95,7 @@ def test_one_caption_of_each_image(root):
 
 
 def test_the_first_rows_in_lower_case(root):
-    task = tasks.make("coco30k-rows:count=7,candidates=1", root=str(root))
+    task = tasks.make("coco30k_rows:count=7,candidates=1", root=str(root))
     questions = list(task.questions())
     assert [question.id for question in questions] == [str(100 + i) for i in range(7)]
     assert questions[6].prompt.endswith("a red cup no 6.") and task.fid_size == 64
@@ -157,7 +157,7 @@ def test_clip_takes_the_best_candidate(root, clip_folder, tmp_path):  # noqa: F8
 
 def test_what_can_t_be_asked_for(root, tmp_path):
     for spec, message in (
-        ("coco30k-rows", "CLIP chooses among candidates"),
+        ("coco30k_rows", "CLIP chooses among candidates"),
         ("coco30k:prompt=draw it", "prompt must have {caption}"),
         ("coco30k:fid_size=0", "fid_size must be a size in pixels or None"),
         ("coco30k:count=0", "at least 1"),

@@ -1,0 +1,1 @@
+"""Instruction data that a language model writes about images: `metamorph data generate`."""
