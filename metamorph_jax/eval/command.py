@@ -203,12 +203,14 @@ def fingerprint(folder: pathlib.Path) -> str:
 
 
 def listing() -> str:
-    """The tasks, and the files that each reads."""
+    """The tasks with their options, and the files that each reads."""
     from metamorph_jax.eval import tasks
 
     lines = []
     for name in sorted(tasks.TASKS):
         cls = tasks.find(tasks.TASKS[name])
-        lines.append(f"{name}: {cls.title}")
+        own = [f for f in dataclasses.fields(cls) if f.name not in ("root", "name")]
+        given = ", ".join(f"{f.name}={f.default}" for f in own)
+        lines.append(f"{name}: {cls.title}" + (f" ({given})" if given else ""))
         lines += [f"  {name}/{file.path}: {file.what}, from {file.source}" for file in cls.files]
     return "\n".join(lines)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from metamorph_jax.data import images
-from metamorph_jax.data.sources.base import ImageRef
+from metamorph_jax.data.sources.base import IMAGE, ImageRef
 from metamorph_jax.errors import BadSample
 from metamorph_jax.eval import page
 from metamorph_jax.eval.bench import Result
@@ -25,8 +25,9 @@ def table(results: Sequence[Result]) -> str:
     """All metrics of all tasks, a line each."""
     rows = [("task", "metric", "score", "95 % interval", "questions")]
     for result in results:
-        for metric, value in result.scores.items():
-            first = metric == next(iter(result.scores))
+        scores = result.scores or {"no scores": float("nan")}
+        for metric, value in scores.items():
+            first = metric == next(iter(scores))
             asked = f"{len(result.records):,} of {result.questions:,}"
             if len(result.records) == result.questions:
                 asked = f"{result.questions:,}"
@@ -46,7 +47,9 @@ def table(results: Sequence[Result]) -> str:
 
 def number(value: float) -> str:
     """A score as it is shown."""
-    return f"{value:,.2f}" if abs(value) < 10 else f"{value:,.1f}"
+    if value != value:
+        return "–"
+    return f"{value:,.2f}" if 0 < abs(value) < 10 else f"{value:,.1f}"
 
 
 def interval(result: Result, metric: str) -> str:
@@ -132,7 +135,9 @@ def _cell(record: Record) -> page.Cell:
     pictures = [*record["images"], *record.get("drawn", ())]
     cells = [_image(path, record) for path in pictures[:4]]
     reply = shown(record["reply"], _LONGEST) or "(no answer)"
-    lines = [page.Line(shown(record["prompt"], _LONGEST)), page.Line(f"✗ {reply}", "bad")]
+    asked = record["prompt"][:_LONGEST].removeprefix(IMAGE).splitlines()
+    lines = [page.Line(shown(line, _LONGEST)) for line in asked if line.strip()]
+    lines.append(page.Line(f"✗ {reply}", "bad"))
     if record["gold"] is not None:
         lines.append(page.Line(f"right: {shown(record['gold'], _LONGEST)}"))
     return page.Cell([cell for cell in cells if cell is not None], lines, record["id"])

@@ -112,7 +112,7 @@ def test_mistakes_are_said_before_the_model_is_loaded(
 def test_list(capsys):
     assert run("--list") == 0
     out = capsys.readouterr().out
-    assert "pope: POPE\n" in out and "  pope/val2014: the images" in out
+    assert "pope: POPE (setting=all, images=)\n" in out and "  pope/val2014: the images" in out
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from metamorph_jax import files
-from metamorph_jax.errors import MissingFile
+from metamorph_jax.errors import ConfigError, MissingFile
 
 # What prompts of many benchmarks end with, after a newline.
 SHORT = "Answer the question using a single word or phrase."
@@ -213,6 +213,17 @@ class Task:
             f"{files.shown(self.root)}"
             + (f"; it holds {known.what}, from {known.source}" if known else "")
         )
+
+
+def one_of(task: Task, **allowed) -> None:
+    """Raises ConfigError if an option of a task has none of the allowed values."""
+    for name, values in allowed.items():
+        value = getattr(task, name)
+        if value not in values:
+            raise ConfigError(
+                f"task {task.name or type(task).__name__}: {name}={value}, expected one of "
+                + ", ".join(str(v) or "(empty)" for v in values)
+            )
 
 
 def mean(records: Sequence[Record], key: str = "score") -> float:

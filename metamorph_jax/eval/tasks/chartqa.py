@@ -22,9 +22,9 @@ from metamorph_jax.eval.tasks.base import (
     Task,
     by_group,
     mean,
+    one_of,
     write_json,
 )
-from metamorph_jax.eval.tasks.vqa import one_of
 
 PROMPTS = {
     "phrase": "{question}\nAnswer the question using a single number or phrase.",  # Cambrian

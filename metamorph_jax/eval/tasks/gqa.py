@@ -16,8 +16,16 @@ from typing import ClassVar
 
 from metamorph_jax.eval.scorers import gqa
 from metamorph_jax.eval.tasks import reading
-from metamorph_jax.eval.tasks.base import SHORT, Answer, File, Question, Record, Task, write_json
-from metamorph_jax.eval.tasks.vqa import one_of
+from metamorph_jax.eval.tasks.base import (
+    SHORT,
+    Answer,
+    File,
+    Question,
+    Record,
+    Task,
+    one_of,
+    write_json,
+)
 
 _SOURCE = "cs.stanford.edu/people/dorarad/gqa/download.html"
 _PUNCTUATION = re.compile(r"[^\w\s]")

@@ -26,8 +26,16 @@ from metamorph_jax import files
 from metamorph_jax.errors import FileError
 from metamorph_jax.eval.scorers import boxes
 from metamorph_jax.eval.tasks import reading
-from metamorph_jax.eval.tasks.base import Answer, File, Question, Record, Task, mean, write_json
-from metamorph_jax.eval.tasks.vqa import one_of
+from metamorph_jax.eval.tasks.base import (
+    Answer,
+    File,
+    Question,
+    Record,
+    Task,
+    mean,
+    one_of,
+    write_json,
+)
 
 PROMPT = "Provide the bounding box coordinate of the region this sentence describes. {text}"
 RIGHT = 0.5  # least IoU of a right box

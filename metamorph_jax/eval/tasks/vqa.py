@@ -26,7 +26,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import ClassVar
 
-from metamorph_jax.errors import ConfigError, FileError
+from metamorph_jax.errors import FileError
 from metamorph_jax.eval.scorers import vqa
 from metamorph_jax.eval.tasks import reading
 from metamorph_jax.eval.tasks.base import (
@@ -38,6 +38,7 @@ from metamorph_jax.eval.tasks.base import (
     Task,
     by_group,
     mean,
+    one_of,
     write_json,
 )
 
@@ -56,17 +57,6 @@ PROMPTS = {
 # How replies are compared: the public VQA tools; the EvalAI normaliser for all.
 KITS = ("official", "lmms_eval")
 _SOURCE = "visualqa.org/download.html"
-
-
-def one_of(task: Task, **allowed) -> None:
-    """Raises ConfigError if an option of a task has none of the allowed values."""
-    for name, values in allowed.items():
-        value = getattr(task, name)
-        if value not in values:
-            raise ConfigError(
-                f"task {task.name or type(task).__name__}: {name}={value}, expected one of "
-                + ", ".join(str(v) or "(empty)" for v in values)
-            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,263 @@
+"""Captions: COCO (Karpathy's split), NoCaps, Flickr30k, and the paragraphs of Image2Paragraph.
+
+| task | file under the task's root | what | from |
+|---|---|---|---|
+| coco_caption | dataset_coco.json | captions and splits | caption_datasets.zip of A. Karpathy |
+| | val2014/COCO_val2014_….jpg | images, or elsewhere: `images` | cocodataset.org |
+| flickr30k | dataset_flickr30k.json | captions and splits | caption_datasets.zip |
+| | flickr30k-images/….jpg | images | Flickr30k |
+| nocaps | nocaps_val_4500_captions.json | images, domains, captions | nocaps.org |
+| | nocaps_test_image_info.json | the test set, without captions | nocaps.org |
+| | val/….jpg, test/….jpg | images, of Open Images | the addresses in that file |
+| image2paragraph | paragraphs_v1.json, test_split.json | paragraphs, ids of a split | \
+cs.stanford.edu/people/ranjaykrishna/im2p |
+| | VG_100K/….jpg, VG_100K_2/….jpg | images | Visual Genome |
+
+Prompts are in `PROMPTS`. Scores are CIDEr, BLEU, ROUGE-L and, with Java, METEOR: see
+`scorers/captions.py`, also for the choice of the tokeniser. CIDEr depends on which images are
+scored, so that a run with a limit can't be compared with one of all images.
+
+Image2Paragraph's published protocol forces 90 tokens with a repetition penalty of 1.2
+(`--min-new-tokens=90 --max-new-tokens=90 --repetition-penalty=1.2`), and begins the answer with
+"The image depicts"; its CIDEr depends much on the length of the paragraphs.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import ClassVar
+
+from metamorph_jax import files
+from metamorph_jax.errors import FileError
+from metamorph_jax.eval.scorers import captions
+from metamorph_jax.eval.tasks import reading
+from metamorph_jax.eval.tasks.base import (
+    Answer,
+    File,
+    Question,
+    Record,
+    Task,
+    by_group,
+    one_of,
+    write_json,
+)
+
+PROMPTS = {
+    "brief": "Describe the image briefly.",  # LMMs-eval for COCO
+    # LMMs-eval for NoCaps and Flickr30k
+    "sentence": "Provide a one-sentence caption for the provided image.",
+    "photo": "<image>a photo of",  # MM-Interleaved, with first_sentence
+    "detail": "Please describe the image in detail.",  # MM-Interleaved for Image2Paragraph
+}
+_KARPATHY = "cs.stanford.edu/people/karpathy/deepimagesent (caption_datasets.zip)"
+_PARAGRAPHS = "cs.stanford.edu/people/ranjaykrishna/im2p"
+
+
+@dataclasses.dataclass(frozen=True)
+class CocoCaption(Task):
+    """COCO captions, Karpathy's split: CIDEr, BLEU, ROUGE-L, METEOR.
+
+    Attributes:
+        split: test or val (5,000 images each).
+        prompt: one of `PROMPTS`.
+        first_sentence: keep what comes before the first full stop.
+        tokenizer: "ptb" (needs Java) or "python", see `scorers/captions.py`.
+        images: folder of the images, if not the root.
+    """
+
+    split: str = "test"
+    prompt: str = "brief"
+    first_sentence: bool = False
+    tokenizer: str = "ptb"
+    images: str = ""
+
+    title: ClassVar = "COCO captions (Karpathy)"
+    main: ClassVar = "CIDEr"
+    max_new_tokens: ClassVar = 64
+    files: ClassVar = (
+        File("dataset_coco.json", "captions and splits", _KARPATHY),
+        File("val2014", "the images", "cocodataset.org"),
+    )
+
+    def __post_init__(self):
+        one_of(self, prompt=PROMPTS, tokenizer=captions.TOKENIZERS)
+
+    @property
+    def public(self) -> bool:
+        """Whether the captions of this split are public."""
+        return True
+
+    def rows(self) -> Iterable[tuple[int | str, str, list[str], dict[str, str]]]:
+        """(id of the image in official files, its path, captions, groups) of each image."""
+        yield from self.karpathy("dataset_coco.json", "cocoid", "")
+
+    def karpathy(self, name: str, key: str, folder: str):
+        """Rows of one of Karpathy's files, whose images of a split come in its order."""
+        path = self.find(name)
+        images = reading.required(reading.json_file(path, dict), path, "images")["images"]
+        for number, row in enumerate(images):
+            where = f"{path}, images[{number}]"
+            reading.required(row, where, "filename", "split", "sentences", key)
+            if row["split"] == self.split:
+                place = pathlib.Path(row.get("filepath", folder), row["filename"])
+                given = [sentence["raw"] for sentence in row["sentences"]]
+                yield row[key], self.picture(str(place)), given, {}
+
+    def picture(self, place: str) -> str:
+        """The path of an image by its place among the images."""
+        return str(pathlib.Path(self.images or self.root, place))
+
+    def questions(self):
+        rows = list(self.rows())
+        if self.public:
+            captions.check_tools(self.tokenizer)  # now, not after the last answer
+        for key, picture, given, groups in rows:
+            yield Question(
+                str(key), PROMPTS[self.prompt], (picture,), gold=given or None, groups=groups,
+                more={"image_id": key},
+            )  # fmt: skip
+
+    def record(self, question: Question, answer: Answer) -> Record:
+        text = answer.text.split(".")[0] if self.first_sentence else answer.text
+        return {"answer": " ".join(text.split()), "score": None}
+
+    def finish(self, records: Sequence[Record]) -> list[Record]:
+        """Adds "measured", the numbers of each caption, and its CIDEr / 10 as "score"."""
+        scored = [record for record in records if record["gold"]]
+        texts = [record["answer"] for record in scored]
+        texts += [caption for record in scored for caption in record["gold"]]
+        tokens = iter(captions.tokenized(texts, self.tokenizer) if texts else ())
+        candidates = [next(tokens) for _ in scored]
+        references = [[next(tokens) for _ in record["gold"]] for record in scored]
+        rows = captions.measured(candidates, references, meteor=self.tokenizer == "ptb")
+        rows = self.regrouped(scored, candidates, references, rows)
+        found = {record["id"]: row for record, row in zip(scored, rows, strict=True)}
+        return [_finished(record, found.get(record["id"])) for record in records]
+
+    def regrouped(self, records, candidates, references, rows):
+        """The numbers of each caption, with those that depend on a part of the set."""
+        return rows
+
+    def scores(self, records):
+        """CIDEr, BLEU-1 to 4, METEOR, ROUGE-L, × 100; nothing where captions are not public."""
+        return captions.corpus_scores([r["measured"] for r in records if "measured" in r])
+
+    def write(self, records, folder):
+        """[{"image_id", "caption"}], the COCO tools' form."""
+        rows = [{"image_id": r["more"]["image_id"], "caption": r["answer"]} for r in records]
+        name = self.name.partition(":")[0] or "captions"
+        return [write_json(folder / f"{name}_{self.split}_results.json", rows)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Flickr30k(CocoCaption):
+    """Flickr30k captions, Karpathy's test split of 1,000 images."""
+
+    prompt: str = "sentence"
+
+    title: ClassVar = "Flickr30k captions"
+    files: ClassVar = (
+        File("dataset_flickr30k.json", "captions and splits", _KARPATHY),
+        File("flickr30k-images", "the images", "shannon.cs.illinois.edu/DenotationGraph"),
+    )
+
+    def rows(self):
+        yield from self.karpathy("dataset_flickr30k.json", "imgid", "flickr30k-images")
+
+
+@dataclasses.dataclass(frozen=True)
+class NoCaps(CocoCaption):
+    """NoCaps: captions of objects that COCO doesn't have; also by domain.
+
+    Attributes:
+        split: val (4,500 images, scored here) or test (server).
+    """
+
+    split: str = "val"
+    prompt: str = "sentence"
+
+    title: ClassVar = "NoCaps"
+    files: ClassVar = (
+        File("nocaps_val_4500_captions.json", "images, domains, captions", "nocaps.org/download"),
+        File("nocaps_test_image_info.json", "images of the test set", "nocaps.org/download"),
+        File("val", "the images", "the addresses in the former"),
+    )
+
+    @property
+    def public(self) -> bool:
+        return self.split != "test"
+
+    def rows(self):
+        name = "nocaps_val_4500_captions.json" if self.public else "nocaps_test_image_info.json"
+        path = self.find(name)
+        value = reading.required(reading.json_file(path, dict), path, "images")
+        given: dict[int, list[str]] = {}
+        for row in value.get("annotations", ()):
+            given.setdefault(row["image_id"], []).append(row["caption"])
+        for number, row in enumerate(value["images"]):
+            reading.required(row, f"{path}, images[{number}]", "id", "file_name")
+            groups = {"domain": row["domain"]} if "domain" in row else {}
+            picture = self.picture(f"{self.split}/{row['file_name']}")
+            yield row["id"], picture, given.get(row["id"], []), groups
+
+    def regrouped(self, records, candidates, references, rows):
+        """Adds CIDEr with the document frequencies of the image's domain alone."""
+        domains: dict[str, list[int]] = {}
+        for k, record in enumerate(records):
+            domains.setdefault(record["groups"].get("domain", ""), []).append(k)
+        rows = [dict(row) for row in rows]
+        for members in domains.values():
+            found = captions.ciders([candidates[k] for k in members],
+                                    [references[k] for k in members])  # fmt: skip
+            for k, cider in zip(members, found, strict=True):
+                rows[k]["cider_of_domain"] = cider
+        return rows
+
+    def scores(self, records):
+        """Those of the entire set, then CIDEr of each domain."""
+        scored = [record for record in records if "measured" in record]
+        domains = {
+            f"CIDEr {name}": 100 * _mean(r["measured"]["cider_of_domain"] for r in group)
+            for name, group in by_group(scored, "domain").items()
+            if name
+        }
+        return super().scores(records) | domains
+
+
+@dataclasses.dataclass(frozen=True)
+class Image2Paragraph(CocoCaption):
+    """Image2Paragraph: a paragraph about each image, one reference."""
+
+    prompt: str = "detail"
+
+    title: ClassVar = "Image2Paragraph"
+    max_new_tokens: ClassVar = 90
+    files: ClassVar = (
+        File("paragraphs_v1.json", "the paragraphs", _PARAGRAPHS),
+        File("test_split.json", "the images of the split", _PARAGRAPHS),
+        File("VG_100K", "the images", "visualgenome.org"),
+    )
+
+    def rows(self):
+        path = self.find("paragraphs_v1.json")
+        known = {}
+        for number, row in enumerate(reading.json_file(path, list)):
+            reading.required(row, f"{path}[{number}]", "image_id", "url", "paragraph")
+            known[row["image_id"]] = row  # of an image that occurs twice, the last
+        for key in dict.fromkeys(reading.json_file(self.find(f"{self.split}_split.json"), list)):
+            row = known.get(key)
+            if row is None:
+                raise FileError(f"{files.shown(path)} has no paragraph of image {key}")
+            place = "/".join(row["url"].split("/")[-2:])
+            yield key, self.picture(place), [row["paragraph"]], {}
+
+
+def _finished(record: Record, row: dict | None) -> Record:
+    if row is None:
+        return record
+    return record | {"measured": row, "score": min(row["cider"] / 10, 1.0)}
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values)
