@@ -22,9 +22,8 @@ from metamorph_jax.data.interleave import build_row, read_place
 from metamorph_jax.data.sources.base import Turn
 from metamorph_jax.data.views import Views
 from metamorph_jax.errors import WeightError
-from metamorph_jax.sampling import beam
+from metamorph_jax.sampling import beam, likelihood
 from metamorph_jax.sampling.beam import Beams
-from metamorph_jax.sampling import likelihood
 from metamorph_jax.sampling.likelihood import Likelihood
 from metamorph_jax.sampling.loop import Loop, bucket
 from metamorph_jax.sampling.policy import Policy, TextPolicy
