@@ -51,6 +51,7 @@ TASKS = {
     "scienceqa": f"{_HERE}.scienceqa:ScienceQA",
     "seed": f"{_HERE}.seed:Seed",
     "textvqa": f"{_HERE}.vqa:TextVQA",
+    "visdial": f"{_HERE}.visdial:VisDial",
     "vizwiz": f"{_HERE}.vqa:VizWiz",
     "vqav2": f"{_HERE}.vqa:VQAv2",
     "vstar": f"{_HERE}.vstar:VStar",

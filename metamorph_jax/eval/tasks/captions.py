@@ -17,8 +17,9 @@ Prompts are in `PROMPTS`. Scores are CIDEr, BLEU, ROUGE-L and, with Java, METEOR
 `scorers/captions.py`, also for the choice of the tokeniser. CIDEr depends on which images are
 scored, so that a run with a limit can't be compared with one of all images.
 
-Image2Paragraph's published protocol forces 90 tokens with a repetition penalty of 1.2, and begins
-the answer with "The image depicts"; its CIDEr depends much on the length of the paragraphs.
+Image2Paragraph's published protocol forces 90 tokens with a repetition penalty of 1.2
+(`--min-new-tokens=90 --max-new-tokens=90 --repetition-penalty=1.2`), and begins the answer with
+"The image depicts"; its CIDEr depends much on the length of the paragraphs.
 """
 
 import dataclasses

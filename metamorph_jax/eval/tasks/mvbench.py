@@ -187,7 +187,8 @@ def frame_numbers(count: int, fps: float, start: float | None, end: float | None
     begin = first if start is None else max(first, round(start * fps))
     stop = min(round(end * fps), count) if end is not None else count
     part = (stop - begin) / frames
-    return [min(int(begin + part / 2 + round(part * k)), max(count, first)) for k in range(frames)]
+    numbers = (int(begin + part / 2 + round(part * k)) for k in range(frames))
+    return [max(first, min(number, count)) for number in numbers]  # some bounds lie outside
 
 
 def _frame(clip: Clip, number: int) -> bytes:

@@ -101,7 +101,9 @@ def test_vqav2_submission(root):
     folder = root / "vqav2"
     expected = read(folder / "submission_expected.json")
     exactly(expected, "note", "submission")
-    results = read(folder / "results.json")[:-2]
+    words = re.search(r"without its last (\w+) rows", expected["note"]).group(1)
+    left_out = int(vqa.classic(words))  # "two" -> 2
+    results = read(folder / "results.json")[:-left_out]
     replies = {row["question_id"]: row["answer"] for row in results}
     ids = [row["question_id"] for row in read(folder / "questions.json")["questions"]]
     assert vqa.vqav2_submission(ids, replies) == expected["submission"]

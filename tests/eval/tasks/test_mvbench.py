@@ -22,6 +22,8 @@ from tests.eval.tasks.scripted import official, put, run
         ((5, 10, None, None, 8), [0, 1, 1, 2, 2, 3, 4, 4]),
         ((29, 10, 2.0, 99.0, 2), [22, 26]),
         ((0, 10, None, None, 2), [0, 0]),
+        ((29, 10, 9.0, 9.5, 2), [29, 29]),
+        ((9, 3, 0.0, 0.0, 2, 1), [1, 1]),
     ],
 )
 def test_frame_numbers(args, numbers):
