@@ -27,6 +27,7 @@ from metamorph_jax.eval.tasks.base import (
     Record,
     Task,
     by_unit,
+    one_of,
     write_json_lines,
 )
 from metamorph_jax.files import read_text, shown
@@ -151,10 +152,7 @@ class Dpg(JudgedDrawing):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.mode not in dpg.MODES:
-            raise ConfigError(f"task {self.name}: mode {self.mode!r} is none of strict, official")
-        if self.samples > 4:
-            raise ConfigError(f"task {self.name}: a grid holds at most 4 samples")
+        one_of(self, mode=dpg.MODES, samples=range(1, 5))  # a grid holds four
 
     @cached_property
     def _items(self) -> dict[str, dpg.Item]:

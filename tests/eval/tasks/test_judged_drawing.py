@@ -153,8 +153,8 @@ def test_what_can_t_be_asked_for(root, tmp_path):
     for spec, message in (
         ("geneval:prompt=draw", "prompt must have {prompt}"),
         ("geneval:samples=0", "at least 1"),
-        ("dpg:samples=5", "at most 4"),
-        ("dpg:mode=kind", "none of strict, official"),
+        ("dpg:samples=5", "samples=5, expected one of 1, 2, 3, 4"),
+        ("dpg:mode=kind", "mode=kind, expected one of strict, official"),
     ):
         with pytest.raises(ConfigError, match=message):
             tasks.make(spec, root=str(root))
