@@ -19,7 +19,7 @@ import numpy as np
 from metamorph_jax.data import images
 from metamorph_jax.errors import ConfigError, FileError
 from metamorph_jax.eval.images import dpg, geneval
-from metamorph_jax.eval.images.judging import ImageJudge, check_judge, open_judge
+from metamorph_jax.eval.images.judging import ImageJudge, Remembered, check_judge, open_judge
 from metamorph_jax.eval.tasks.base import (
     Answer,
     File,
@@ -73,7 +73,9 @@ class JudgedDrawing(Task):
         drawn = [record for record in records if record.get("drawn")]
         if not (self.judged_by and drawn):
             return list(records)
-        found = self.verdicts(drawn, open_judge(self.judged_by, self.judge_config))
+        judge = open_judge(self.judged_by, self.judge_config)
+        folder = pathlib.Path(drawn[0]["drawn"][0]).parents[1]  # OUT/TASK/images/…
+        found = self.verdicts(drawn, Remembered(judge, folder, self.judged_by))
         by_id = {record["id"]: more for record, more in zip(drawn, found, strict=True)}
         return [record | by_id.get(record["id"], {}) for record in records]
 
