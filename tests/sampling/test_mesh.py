@@ -5,6 +5,8 @@ import pathlib
 import subprocess
 import sys
 
+from tests.devices import virtual
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 SETUP = """
@@ -120,8 +122,7 @@ def run(code: str, devices: int = 8):
     env = os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} "
-        f"--xla_force_host_platform_device_count={devices}",
+        **virtual(devices),
     }
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
