@@ -10,7 +10,7 @@ import pathlib
 from typing import ClassVar
 
 from metamorph_jax import files
-from metamorph_jax.errors import ConfigError, FileError
+from metamorph_jax.errors import FileError
 from metamorph_jax.eval.scorers.yes_no import (
     COGNITION,
     PERCEPTION,
@@ -18,7 +18,7 @@ from metamorph_jax.eval.scorers.yes_no import (
     mme_score,
     mme_totals,
 )
-from metamorph_jax.eval.tasks.base import SHORT, File, Question, Task, by_group, by_unit
+from metamorph_jax.eval.tasks.base import SHORT, File, Question, Task, by_group, by_unit, one_of
 
 CATEGORIES = (*PERCEPTION, *COGNITION)
 _OWN = " Please answer yes or no."  # how the questions of the files end
@@ -28,16 +28,16 @@ _SOURCE = "MME_Benchmark_release_version.zip, as its authors send it on request"
 
 @dataclasses.dataclass(frozen=True)
 class MME(Task):
-    """Options: `category` (one sub-task alone), `style` (llava, cambrian, official).
+    """Options: `category` (one sub-task alone), `style` (llava_1.5, cambrian, official).
 
     Attributes:
         category: "": all that are there.
-        style: the questions' own last sentence is replaced by the short-answer suffix ("llava"),
-            followed by it ("cambrian"), or left alone ("official").
+        style: the questions' own last sentence is replaced by the short-answer suffix
+            ("llava_1.5"), followed by it ("cambrian"), or left alone ("official").
     """
 
     category: str = ""
-    style: str = "llava"
+    style: str = "llava_1.5"
 
     title: ClassVar = "MME"
     main: ClassVar = "perception"
@@ -47,10 +47,7 @@ class MME(Task):
     )  # fmt: skip
 
     def __post_init__(self):
-        if self.style not in ("llava", "cambrian", "official"):
-            raise ConfigError(f"style {self.style!r} is none of llava, cambrian, official")
-        if self.category and self.category not in CATEGORIES:
-            raise ConfigError(f"category {self.category!r} is none of {', '.join(CATEGORIES)}")
+        one_of(self, style=("llava_1.5", "cambrian", "official"), category=("", *CATEGORIES))
 
     def questions(self):
         self.find(*([self.category] if self.category else CATEGORIES))
@@ -79,7 +76,7 @@ class MME(Task):
                 )  # fmt: skip
 
     def _prompt(self, question: str) -> str:
-        if self.style == "llava":
+        if self.style == "llava_1.5":
             question = question.removesuffix(_OWN)
         return question if self.style == "official" else f"{question}\n{SHORT}"
 
