@@ -37,12 +37,12 @@ class GQA(Task):
 
     Attributes:
         split: testdev_balanced, val_balanced, testdev_all, …
-        kit: "official": equality after lower-casing and cutting the full stop; "lmms_eval" ignores
-            all punctuation, which may be a little higher.
+        parser: "official": equality after lower-casing and cutting the full stop; "lmms_eval"
+            ignores all punctuation, which may give a little more.
     """
 
     split: str = "testdev_balanced"
-    kit: str = "official"
+    parser: str = "official"
 
     title: ClassVar = "GQA"
     files: ClassVar = (
@@ -51,7 +51,7 @@ class GQA(Task):
     )
 
     def __post_init__(self):
-        one_of(self, kit=("official", "lmms_eval"))
+        one_of(self, parser=("official", "lmms_eval"))
 
     def questions(self):
         path = self.find(f"{self.split}_questions.json")
@@ -69,7 +69,7 @@ class GQA(Task):
 
     def record(self, question: Question, answer: Answer) -> Record:
         prediction = gqa.gqa_prediction(answer.text)
-        if self.kit == "lmms_eval":
+        if self.parser == "lmms_eval":
             prediction = _PUNCTUATION.sub("", prediction).strip()
         return {"answer": prediction, "score": float(prediction == question.gold)}
 

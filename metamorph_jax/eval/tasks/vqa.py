@@ -55,7 +55,7 @@ PROMPTS = {
     + UNANSWERABLE + ". Please provide an accurate answer within one word. The answer is:",
 }  # fmt: skip
 # How replies are compared: the public VQA tools; the EvalAI normaliser for all.
-KITS = ("official", "lmms_eval")
+PARSERS = ("official", "lmms_eval")
 _SOURCE = "visualqa.org/download.html"
 
 
@@ -98,17 +98,17 @@ class VQAv2(_Soft):
 
     Attributes:
         split: val2014 and train2014 are scored here, test-dev2015 and test2015 by the server.
-        prompt: one of `PROMPTS`.
+        style: of the prompt, one of `PROMPTS`.
         images: folder of the images, if not SPLIT/ under the root.
-        kit: "official"; "lmms_eval" normalises also where all annotators agree.
+        parser: "official"; "lmms_eval" normalises also where all annotators agree.
         mmi_extract: cut replies to a word or two first, as MM-Interleaved does (it may cut too
             much: "pizza crust" becomes "crust").
     """
 
     split: str = "val2014"
-    prompt: str = "short"
+    style: str = "short"
     images: str = ""
-    kit: str = "official"
+    parser: str = "official"
     mmi_extract: bool = False
 
     title: ClassVar = "VQAv2"
@@ -122,7 +122,7 @@ class VQAv2(_Soft):
     _answer_key: ClassVar = "answer"
 
     def __post_init__(self):
-        one_of(self, prompt=PROMPTS, kit=KITS)
+        one_of(self, style=PROMPTS, parser=PARSERS)
 
     @property
     def public(self) -> bool:
@@ -151,7 +151,7 @@ class VQAv2(_Soft):
         kinds = truth and {key: truth[key] for key in ("answer_type", "question_type")}
         return Question(
             str(row["question_id"]),
-            PROMPTS[self.prompt].format(question=row["question"]),
+            PROMPTS[self.style].format(question=row["question"]),
             (images / f"COCO_{folder}_{row['image_id']:012d}.jpg",),
             gold=given,
             groups=kinds or {},
@@ -171,7 +171,7 @@ class VQAv2(_Soft):
         return first_words(reply) if self.mmi_extract else reply
 
     def accuracy(self, answer: str, given: Sequence[str]) -> float:
-        rule = vqa.vqav2_accuracy if self.kit == "official" else vqa.textvqa_accuracy
+        rule = vqa.vqav2_accuracy if self.parser == "official" else vqa.textvqa_accuracy
         return rule(answer, given)
 
     def write(self, records, folder):
@@ -243,11 +243,12 @@ class VizWiz(_Soft):
 
     Attributes:
         split: val (scored here) or test (server).
-        prompt: one of `PROMPTS`; a model that isn't told of "unanswerable" loses those questions.
+        style: of the prompt, one of `PROMPTS`; a model that isn't told of "unanswerable" loses
+            those questions.
     """
 
     split: str = "val"
-    prompt: str = "unanswerable"
+    style: str = "unanswerable"
 
     title: ClassVar = "VizWiz-VQA"
     files: ClassVar = (
@@ -256,7 +257,7 @@ class VizWiz(_Soft):
     )
 
     def __post_init__(self):
-        one_of(self, prompt=PROMPTS)
+        one_of(self, style=PROMPTS)
 
     def _rows(self) -> list[dict]:
         path = self.find(f"{self.split}.json")
@@ -269,7 +270,7 @@ class VizWiz(_Soft):
             given = row.get("answers")
             yield Question(
                 row["image"],
-                PROMPTS[self.prompt].format(question=row["question"]),
+                PROMPTS[self.style].format(question=row["question"]),
                 (self.path(self.split, row["image"]),),
                 gold=given and [answer["answer"] for answer in given],
                 groups={"answer_type": row["answer_type"]} if "answer_type" in row else {},
