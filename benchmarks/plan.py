@@ -18,6 +18,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 FOLDER = ROOT / "benchmarks/plans"
 
 VPIT, CONNECTOR, DECODER = (f"configs/metamorph/{n}.py" for n in ("vpit", "connector", "decoder"))
+LLAVA, ANYRES = "configs/llava/stage2.py", "configs/llava/anyres.py"
 ALONE = "benchmarks/llm_only.py"
 # name -> config, topology, rows per device, options to change
 PLANS = {
@@ -35,6 +36,12 @@ PLANS = {
     "decoder-sd15-v5e-16": (f"{DECODER}:8b", "v5e-16", 132, {}),
     "connector-8b-h100-8": (f"{CONNECTOR}:8b", "h100:8", 1, {}),
     "vpit-8b-h100-8": (f"{VPIT}:8b", "h100:8", 1, {}),
+    "llava-7b-v5e-64": (f"{LLAVA}:7b", "v5e-64", 1, {}),
+    "llava-7b-v5p-64": (f"{LLAVA}:7b", "v5p-64", 2, {}),
+    "llava-13b-v5e-64": (f"{LLAVA}:13b", "v5e-64", 1, {}),
+    "llava-13b-v5p-64": (f"{LLAVA}:13b", "v5p-64", 2, {}),
+    "llava-anyres-7b-v5e-64": (f"{ANYRES}:7b", "v5e-64", 1, {}),
+    "llava-anyres-7b-v5p-64": (f"{ANYRES}:7b", "v5p-64", 2, {}),
     "vpit-smoke-v5e-8": (f"{VPIT}:smoke", "v5e-8", 2, {}),
     "decoder-smoke-v5e-4": (f"{DECODER}:smoke", "v5e-4", 2, {}),
 }

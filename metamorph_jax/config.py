@@ -13,7 +13,7 @@ import pathlib
 import traceback
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
@@ -62,6 +62,12 @@ def replaced(instance: T, changes: Mapping[str, Any], where: str) -> T:
         return build(type(instance), values | dict(changes), where)
     except ConfigError as error:  # the dataclass that has the table knows where it is
         raise ValueError(str(error)) from error
+
+
+def check_known(name: str, value: str, known: Iterable[str]) -> None:
+    """Raises ValueError where an option is none of the known ones."""
+    if value not in known:
+        raise ValueError(f"{name} {value!r} is none of {', '.join(known)}")
 
 
 def check_numbers(cfg, counts: str = "", positive: str = "") -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from metamorph_jax.models.interleave import gather_rows
 from metamorph_jax.nn.cross_entropy import cross_entropy, product, softmax_minus_target
 from metamorph_jax.nn.norms import l2_normalize
+from metamorph_jax.types import Batch
 
 VISUAL_LOSSES = ("cosine", "l1", "smooth_l1", "softmax_ce", "infonce")
 INFONCE_TEMPERATURE = 0.03
@@ -46,6 +47,23 @@ def text_loss(
     if added is None:
         added = jnp.zeros((0, hidden.shape[-1]), hidden.dtype)
     return _cross_entropy(chunk, *map(jnp.asarray, (hidden, table, added, targets)))
+
+
+def text_loss_of(
+    hidden: jax.Array,
+    table: jax.Array,
+    added: jax.Array | None,
+    batch: Batch,
+    chunk: int = 512,
+) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
+    """(`text_loss` of a batch, metrics: loss and accuracy, and the loss of each source)."""
+    total, each, right = text_loss(hidden, table, added, batch.text_targets, chunk)
+    counts = (batch.text_targets >= 0).astype(jnp.float32)
+    metrics = {
+        "text_loss": (total, counts.sum()),
+        "text_accuracy": (right.sum().astype(jnp.float32), counts.sum()),
+    }
+    return total, metrics | by_source(each, counts, batch.sources, batch.source_names, "text_loss")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -23,7 +23,8 @@ OPTIONS = {
     "sweep": dict(config=_CONFIG, workdir=_FOLDER),
     "quickstart": dict(workdir=_FOLDER),
     "plan": dict(config=_CONFIG, json=_FILE, hlo=_FILE, data_root=_IN),
-    "convert": dict(source=_SPEC, out=_FOLDER, decoder=_IN),
+    "convert": dict(source=_SPEC, out=_FOLDER, decoder=_IN, delta=_SPEC, make_delta=_SPEC,
+                    lora=_SPEC),  # fmt: skip
     "data": dict(config=_CONFIG, root=_IN, data_root=_IN, tokenizer=_SPEC),
     "data generate": dict(
         captions=_IN, instances=_IN, contexts=_IN, images=_IN, shots=_IN, workdir=_IN,

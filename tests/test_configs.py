@@ -83,6 +83,31 @@ MILLIONS = {
     ("vpit", "1b"): (1248.9, 413.0),
     ("vpit", "8b"): (8073.3, 413.0),
     ("vpit", "70b"): (70706.9, 413.0),
+    ("anyres", "smoke"): (3.3, 0.0),
+    ("anyres", "7b"): (7050.3, 0.0),
+    ("anyres", "13b"): (13338.2, 0.0),
+    ("anyres", "qwen3-8b"): (8610.0, 0.0),
+    ("lora", "smoke"): (0.0, 3.3),
+    ("lora", "7b"): (340.8, 7029.3),
+    ("lora", "13b"): (532.2, 13306.8),
+    ("lora", "7b-4bit"): (340.8, 3893.9),  # two values of 4 bits are one element
+    ("lora", "13b-4bit"): (532.2, 7163.3),
+    ("scienceqa", "smoke"): (3.2, 0.0),
+    ("scienceqa", "v1-7b"): (6742.6, 290.6),
+    ("scienceqa", "v1-13b"): (13021.1, 290.6),
+    ("stage1", "smoke"): (0.0, 3.3),
+    ("stage1", "quickstart"): (0.6, 150.7),
+    ("stage1", "7b"): (21.0, 7029.3),
+    ("stage1", "13b"): (31.5, 13306.8),
+    ("stage1", "v1-7b"): (4.2, 7029.0),
+    ("stage1", "v1-13b"): (5.2, 13306.4),
+    ("stage1", "qwen3-8b"): (21.5, 8588.5),
+    ("stage2", "smoke"): (3.2, 0.0),
+    ("stage2", "quickstart"): (106.8, 44.5),
+    ("stage2", "7b"): (6759.4, 290.9),
+    ("stage2", "13b"): (13047.3, 290.9),
+    ("stage2", "v1-7b"): (6742.6, 290.6),
+    ("stage2", "v1-13b"): (13021.1, 290.6),
 }
 
 
@@ -109,7 +134,8 @@ def test_sweeps(file, size, tmp_path):
 
 def test_unknown_size():
     for file in FILES:
-        with pytest.raises(ConfigError, match="size '9b' is none of smoke, quickstart, 1b, 8b"):
+        known = ", ".join(MODULES[file].SIZES)
+        with pytest.raises(ConfigError, match=f"size '9b' is none of {known}"):
             configs.load_config(f"{file}:9b")
 
 
@@ -329,7 +355,7 @@ def test_limits_agree(file, size):
     if not isinstance(data, DataConfig):
         return
     spec = run.recipe.batch_spec(data, run.model, 1)
-    slots = MODULES[file].sizes.VISION[size].get("tokens", 64) + 2
+    slots = run.model.vision.tokens + 2
     assert 0 < data.frames <= min(data.row.images, data.images.max_images)
     assert data.frames * slots < 0.8 * spec.tokens.shape[1]
 

@@ -105,9 +105,10 @@ def test_options_that_pages_name_exist(page):
     """`config.a.b` and the cells of option tables."""
     config = load_config(f"{ROOT}/configs/metamorph/vpit.py:smoke")
     decoder = load_config(f"{ROOT}/configs/metamorph/decoder.py:smoke")
+    llava = load_config(f"{ROOT}/configs/llava/stage2.py:smoke")
 
     def known(path):
-        nodes = [config, decoder]
+        nodes = [config, decoder, llava]
         for part in path.split("."):
             nodes = [n.get(part) for n in nodes if hasattr(n, "get") and part in n]
         return bool(nodes)

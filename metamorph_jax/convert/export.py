@@ -12,6 +12,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from metamorph_jax.convert import chat_template, names, safetensors, tokenizers
+from metamorph_jax.convert import casts, chat_template, names, safetensors, tokenizers
 from metamorph_jax.errors import WeightError
 from metamorph_jax.files import shown
 
@@ -29,6 +30,19 @@ DTYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16"}
 
 def _quiet(name: str, size: int) -> None:
     pass
+
+
+def written_dtype(name: str, tensors: Mapping) -> str:
+    """The safetensors name of the dtype to write.
+
+    Args:
+        name: a key of `DTYPES`, or "same": that of the largest of these tensors.
+    """
+    if name != "same":
+        return DTYPES[name]
+    largest = max(tensors, key=lambda key: math.prod(names.shape_of(tensors, key)))
+    found = safetensors.name_of(tensors[largest].dtype)
+    return found if found in DTYPES.values() else "F32"
 
 
 @contextlib.contextmanager
@@ -99,6 +113,32 @@ class Writer:
             index = {"metadata": {"total_size": total}, "weight_map": where}
             write_json(folder / f"{stem}.safetensors.index.json", index)
         return total
+
+    def torch_file(self, file: pathlib.Path, tensors: names.Lazy) -> int:
+        """Writes a torch file, for public code that reads no other; returns bytes of all tensors.
+
+        All tensors are in memory at once.
+
+        Raises:
+            ImportError: torch is not installed.
+            WeightError: numbers are too large for the dtype.
+        """
+        try:
+            import torch
+        except ImportError:
+            raise ImportError(f"{file.name} is a torch file: pip install torch") from None
+        file.parent.mkdir(parents=True, exist_ok=True)
+        kind, out = safetensors.dtype_of(self.dtype), {}
+        for key in tensors:
+            array = np.array(tensors[key], np.float32)
+            with np.errstate(over="ignore"):  # it is looked at right below
+                fault = casts.fault_of(array, array.astype(kind))
+            if fault and fault not in casts.ALLOWED:
+                raise WeightError(f"{fault} in {key}: it can't be written as {kind}")
+            out[key] = torch.from_numpy(array).to(getattr(torch, self.torch_dtype))
+            self.progress(key, out[key].nbytes)
+        torch.save(out, file)
+        return sum(tensor.nbytes for tensor in out.values())
 
     @property
     def torch_dtype(self) -> str:

@@ -44,7 +44,8 @@ class Family:
 
     Attributes:
         name: short, unique.
-        kinds: values of `model_type` (transformers) or `_class_name` (diffusers) in a config.json.
+        kinds: values of `model_type` (transformers) or `_class_name` (diffusers) in a config.json;
+            "llama+x" is only of this family where the config.json has the field x.
         config_from_hf: fields of config.json -> our config; ValueError for what we don't support.
         config_to_hf: our config -> a config.json that transformers or diffusers reads unchanged.
         create: (cfg, *, rngs) -> module; works under `nnx.eval_shape`.
@@ -78,7 +79,9 @@ class Family:
 
     def matches(self, fields: Mapping) -> bool:
         """Whether the fields of a config.json are of this family."""
-        return kind_of(fields) in self.kinds
+        kind = kind_of(fields)
+        return any(kind == known and (not field or field in fields)
+                   for known, _, field in (name.partition("+") for name in self.kinds))  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +97,9 @@ class RunForm:
         base: the run's `Config` -> spec of the published weights that it started from, or "".
         reference: as `save`, but in the files of the system's public implementation; None if there
             is none.
+        connector: as `save`, but the file of the connector alone; None where there is no such file.
+        beside_adapters: (folder, model, source) -> bytes of all tensors: writes what was trained
+            whole, and else belongs to the adapters in this folder. None: nothing does.
         beside: folder for an image decoder that is written beside another system; "" for all else.
         published_config: folder with files of the system's public implementation -> the recipe's
             `Config` that loads them, or None if it holds no such files.
@@ -104,6 +110,8 @@ class RunForm:
     adapted: tuple[str, ...]
     base: Callable[[Any], str] = lambda cfg: ""
     reference: Callable[[pathlib.Path, Any, Source, Writer], int] | None = None
+    connector: Callable[[pathlib.Path, Any, Source, Writer], int] | None = None
+    beside_adapters: Callable[[pathlib.Path, Any, Source], int] | None = None
     beside: str = ""
     published_config: Callable[[pathlib.Path], Any] = lambda folder: None
 
@@ -145,9 +153,9 @@ def of_fields(fields: Mapping, where: str = "config.json") -> Family:
     kind = kind_of(fields)
     if kind is None:
         raise ValueError(f"{where} has neither model_type nor _class_name")
-    for family in known().values():
-        if family.matches(fields):
-            return family
+    found = [family for family in known().values() if family.matches(fields)]
+    if found:  # systems come after parts: one that knows more of the fields wins
+        return found[-1]
     kinds = sorted(kind for family in known().values() for kind in family.kinds)
     raise ValueError(f"{where}: model type {kind!r} is not supported; known: {', '.join(kinds)}")
 

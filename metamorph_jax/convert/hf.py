@@ -22,6 +22,7 @@ from metamorph_jax.errors import HubError, MissingFile, WeightError
 PREFIX = "hf:"
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*")
+_BESIDE = "*non_lora_trainables.bin"  # beside adapters in safetensors
 _STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
 _TORCH = (".bin", ".pt", ".pth")
 # Weights in another precision, other states of training, or files that are not weights.
@@ -124,6 +125,7 @@ def wanted(files: list[str]) -> list[str]:
     for inside in folders.values():
         safe = [f for f in inside if f.endswith(".safetensors")]
         out += safe or [f for f in inside if f.endswith(_TORCH)]
+        out += [f for f in inside if fnmatch.fnmatch(f, _BESIDE) and f not in out]
     return small + out
 
 

@@ -162,6 +162,10 @@ class Lazy(MutableMapping):
         """The function that makes the array of this key, or None without the key."""
         return self._makers[key][0] if key in self._makers else None
 
+    def only(self, keys: Iterable[str]) -> "Lazy":
+        """Those with these keys, as far as they are there."""
+        return Lazy({key: self._makers[key] for key in keys if key in self._makers})
+
     def shape_of(self, key: str) -> tuple[int, ...]:
         return self._makers[key][1]
 
@@ -261,7 +265,7 @@ def load_torch_dict(
             continue
         keys = [prefix + key for key, _ in leaf.tensors]
         spread |= not _fill(module, leaf.path, tensors, keys, leaf.many, faults)
-    _refuse(faults, spread)
+    refuse(faults, spread)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,7 +325,7 @@ def _check(what: str, leaves: list[_Leaf], tensors: Mapping, prefix: str, given:
     raise WeightError("\n".join(lines))
 
 
-def _refuse(faults: list[tuple[str, str]], spread: bool) -> None:
+def refuse(faults: list[tuple[str, str]], spread: bool = False) -> None:
     """Raises WeightError with every (fault, key); those of NaN and inf may be allowed."""
     if spread:  # each process has looked at its own shards only
         faults = [tuple(pair) for pairs in distributed.gather(faults) for pair in pairs]

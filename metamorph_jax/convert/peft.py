@@ -15,7 +15,7 @@ import math
 import pathlib
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,8 @@ from metamorph_jax.nn import quantized
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _ENDS = {"lora_a": ".lora_A.weight", "lora_b": ".lora_B.weight"}
+# In names of a model in memory, the adapter's label comes before `weight`.
+_LABEL = re.compile(r"(\.lora_[AB])\.default(\.weight)$")
 # Their options that change the numbers -> the values with which they don't.
 _REFUSED = {
     "use_dora": (False, None), "bias": ("none", None), "fan_in_fan_out": (False, None),
@@ -240,7 +242,7 @@ def load_peft(module: nnx.Module, spec: str | pathlib.Path) -> lora.LoraConfig:
     """
     folder = hf.find(str(spec))
     fields, places = read_config(folder), _published(module)
-    halves = _read_halves(module, folder, places)
+    halves = read_halves(folder, places, type(module).__name__)
     chosen = {places[name][0] for name in halves}
     cfg = _lora_config(fields, halves, chosen)
     linears = _matching_linears(module, folder, cfg, chosen)
@@ -254,15 +256,16 @@ def load_peft(module: nnx.Module, spec: str | pathlib.Path) -> lora.LoraConfig:
 Halves = dict[str, dict[str, np.ndarray]]  # published name of a linear -> leaf of ours -> array
 
 
-def _read_halves(module: nnx.Module, folder: pathlib.Path, places: Mapping) -> Halves:
+def read_halves(folder: pathlib.Path, places: Container, what: str) -> Halves:
     """A and B of every linear, float32 in our layout; WeightError for names that have no place, and
     for what is not a finite matrix of floating-point numbers."""
-    found, wrong, halves = hf.Tensors(folder), [], {}
+    found, wrong, halves = _adapters(folder), [], {}
     for key in found:
-        end = next((leaf for leaf, e in _ENDS.items() if key.endswith(e)), None)
-        name = key.removeprefix(PREFIX).removesuffix(_ENDS.get(end, ""))
+        plain = _LABEL.sub(r"\1\2", key)
+        end = next((leaf for leaf, e in _ENDS.items() if plain.endswith(e)), None)
+        name = plain.removeprefix(PREFIX).removesuffix(_ENDS.get(end, ""))
         if end is None or name not in places:
-            wrong.append(f"{shown(key)}: no linear of this {type(module).__name__}")
+            wrong.append(f"{shown(key)}: no linear of this {what}")
             continue
         out = np.empty(found.shape_of(key), np.float32)
         if out.ndim != 2 or not out.size:
@@ -275,6 +278,14 @@ def _read_halves(module: nnx.Module, folder: pathlib.Path, places: Mapping) -> H
         listed = "; ".join(sorted(wrong)[:50]) or "no adapters in it"
         raise WeightError(f"{folder}: {listed}")
     return halves
+
+
+def _adapters(folder: pathlib.Path) -> hf.Tensors:
+    """The file with the adapters; newer PEFT writes safetensors, older a torch file."""
+    for file in (folder / WEIGHTS, folder / "adapter_model.bin"):
+        if file.is_file():
+            return hf.Tensors(file)
+    raise MissingFile(f"no {WEIGHTS} or adapter_model.bin in {folder}")
 
 
 def _lora_config(fields: Mapping, halves: Halves, chosen: set[str]) -> lora.LoraConfig:
@@ -311,14 +322,11 @@ def _stacked_values(folder, fields: Mapping, linears, places: Mapping, halves: H
         name: {leaf: np.zeros(getattr(m, leaf).shape, np.float32) for leaf in _ENDS}
         for name, m in linears.items()
     }  # fmt: skip
-    file = pathlib.Path(folder) / CONFIG
-    rank_of = _Own(file, fields["rank_pattern"], fields["r"])
-    alpha_of = _Own(file, fields["alpha_pattern"], fields["lora_alpha"])
+    scale_of = scales(folder, fields)
     for published, half in halves.items():
         name, index = places[published]
         a, b, adapter = half["lora_a"], half["lora_b"], linears[name].adapter
-        r, alpha = rank_of(published), alpha_of(published)
-        scale = alpha / (math.sqrt(r) if fields["use_rslora"] else r)
+        r, scale = scale_of(published)
         whole = values[name]["lora_a"], values[name]["lora_b"]
         to_a, to_b = whole if index is None else (whole[0][index], whole[1][index])
         fits = a.shape[0] == to_a.shape[0] and b.shape[1] == to_b.shape[1]
@@ -333,6 +341,19 @@ def _stacked_values(folder, fields: Mapping, linears, places: Mapping, halves: H
     if wrong:
         raise WeightError(f"{folder}: " + "; ".join(sorted(wrong)[:50]))
     return values
+
+
+def scales(folder: pathlib.Path, fields: Mapping):
+    """Function: published name of a linear -> (rank, scale) of its adapter."""
+    file = pathlib.Path(folder) / CONFIG
+    rank_of = _Own(file, fields["rank_pattern"], fields["r"])
+    alpha_of = _Own(file, fields["alpha_pattern"], fields["lora_alpha"])
+
+    def scale_of(name: str) -> tuple[int, float]:
+        r, alpha = rank_of(name), alpha_of(name)
+        return r, alpha / (math.sqrt(r) if fields["use_rslora"] else r)
+
+    return scale_of
 
 
 def _put(variable: nnx.Variable, array: np.ndarray) -> None:

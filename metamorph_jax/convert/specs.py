@@ -8,8 +8,10 @@ path/to/folder        config.json and weight files         file.gguf, gguf:file,
 import pathlib
 from collections.abc import Mapping
 
+from metamorph_jax.config import replaced
 from metamorph_jax.convert import gguf, hf, llama, onnx, packages, tokenizers
 from metamorph_jax.errors import ConfigError
+from metamorph_jax.models.llm.llama import SIZES, LlamaConfig
 
 RANDOM = "random"
 
@@ -34,6 +36,23 @@ def llm_fields(spec: str) -> dict:
     folder = hf.find(spec)
     fields = hf.read_config(folder)
     return llama.untied(fields, hf.Tensors(folder)) if fields.get("tie_word_embeddings") else fields
+
+
+def llm_config(name: str, weights: str, changes: Mapping) -> LlamaConfig:
+    """The structure of a language model.
+
+    Args:
+        name: in `llama.SIZES`, or "auto": as the config beside `weights` says.
+        weights: its spec.
+        changes: fields that differ.
+
+    Raises:
+        ValueError: a field does not exist, or values don't fit together.
+        ConfigError: "auto" with weights that are random, or of a model that is not supported.
+    """
+    if name == "auto":
+        return llama.config_from_hf(llm_fields(weights), **changes)
+    return replaced(SIZES[name], changes, "llm_options")
 
 
 def llm_tensors(spec: str) -> Mapping:

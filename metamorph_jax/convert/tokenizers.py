@@ -30,6 +30,11 @@ FILES = (
 _LARGEST = 2**26  # bytes; a tokenizer.json of 262,000 tokens has 33 million
 
 
+def is_in(folder: pathlib.Path) -> bool:
+    """Whether a folder has the files of a tokenizer."""
+    return any((folder / name).exists() for name in FILES[:3] + FILES[5:7])
+
+
 def load(folder: str | pathlib.Path):
     """The transformers tokenizer of a folder, the fast one where it exists.
 
@@ -42,7 +47,7 @@ def load(folder: str | pathlib.Path):
     from transformers import AutoTokenizer
 
     folder = pathlib.Path(folder)
-    if not any((folder / name).exists() for name in FILES[:3] + FILES[5:7]):
+    if not is_in(folder):
         raise MissingFile(
             f"{folder} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json)"
         )

@@ -45,14 +45,17 @@ def load_vision(encoder: VisionEncoder, cfg: VisionConfig) -> None:
         encoder.tower.cfg = dataclasses.replace(encoder.tower.cfg, **changes)
 
 
-def feature_function(cfg: VisionConfig) -> Callable:
+def feature_function(cfg: VisionConfig, load: Callable = load_vision) -> Callable:
     """pixels uint8[N, h, w, 3] -> float32[N, P, C], compiled, for filling feature caches.
 
     It runs on the first device of this process.
+
+    Args:
+        load: (encoder, cfg) fills the tower, in place, from `cfg.weights`.
     """
     mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
     make = lambda rngs: VisionEncoder(cfg, rngs=rngs)  # noqa: E731
-    encoder = build(make, mesh, 0, fill=lambda encoder: load_vision(encoder, cfg))
+    encoder = build(make, mesh, 0, fill=lambda encoder: load(encoder, cfg))
     graph, weights = nnx.split(encoder)
     compute = jax.jit(lambda weights, pixels: nnx.merge(graph, weights)(pixels))
     return lambda pixels: compute(weights, pixels)

@@ -8,12 +8,12 @@ the markers of the recipe around a sentinel; `data/interleave.py` puts the image
 """
 
 import dataclasses
-import functools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from metamorph_jax.data import official_masks
 from metamorph_jax.data.chat_templates import (
     TEMPLATES,
     ChatTemplate,
@@ -21,16 +21,18 @@ from metamorph_jax.data.chat_templates import (
     Special,
     fill,
     render,
+    show_image_first,
     split,
 )
+from metamorph_jax.data.official_masks import OfficialMasks
 from metamorph_jax.data.sources.base import IMAGE, Turn
-from metamorph_jax.errors import BadSample
+from metamorph_jax.data.text_ids import TextIds
+from metamorph_jax.errors import BadSample, ConfigError
 
 IGNORE = -100
 SENTINEL = -200
 START_TOKEN, END_TOKEN = "<image_start>", "<image_end>"  # names of markers in exported tokenizers
 LONGEST = 2_000_000  # characters of a conversation; a longer one is a file in the wrong place
-_SHORT = 32  # characters of a text that may well be a header
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +45,15 @@ class Markers:
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """ids, labels int32[n]; turns int32[n] or None (0 = prefix, k = question and answer k)."""
+    """ids, labels int32[n]; turns int32[n] or None (0 = prefix, k = question and answer k).
+
+    `ignored` is why the reference learns nothing from this row (`official_masks`), or "".
+    """
 
     ids: np.ndarray
     labels: np.ndarray
     turns: np.ndarray | None = None
+    ignored: str = ""
 
 
 class Chat:
@@ -60,9 +66,13 @@ class Chat:
         single_bos: one BOS at the start of llama3 text. The reference writes two (one by the
             template, one by the tokenizer); weights trained by it have always seen two.
         markers: ids around every image.
+        official: make labels as LLaVA's code does, for rows of this many ids (`official_masks`); 0
+            masks by construction.
 
     Attributes:
-        close: id that ends an answer, or None.
+        close: the special token that ends an answer, or None.
+        stop: ids that, one after another, end an answer; () where only the tokenizer's eos does.
+        stop: ids that end an answer when they come one after another; () where nothing does.
         specials: special token of the template -> its id.
 
     Special tokens come from the template and the markers alone: where a message spells one out
@@ -82,76 +92,52 @@ class Chat:
         system: str = "default",
         single_bos: bool = False,
         markers: Markers = Markers(),
+        official: int = 0,
     ):
         if isinstance(template, str):
             if template not in TEMPLATES:
                 raise ValueError(f"chat template {template!r}: expected one of {list(TEMPLATES)}")
             template = TEMPLATES[template]
         self.tokenizer, self.template, self.markers = tokenizer, template, markers
+        self._written, self._single_bos = template.training or template, single_bos
         self.system = template.default_system if system == "default" else (system or None)
         self._image = [*markers.before, SENTINEL, *markers.after]
         start = template.start[:1] if single_bos else template.start
         self._start = [self._special(token) for token in start]
+        if template.bos:
+            self._start += _bos(tokenizer)
         self.specials = {str(token): self._special(token) for token in template.start}
         self.specials |= {
             str(piece): self._special(piece)
+            for form in (template, self._written)
             for role in ("system", "user", "assistant")
-            for piece, _ in (*template.row(role), *template.row(role, first=True))
+            for piece, _ in (*form.row(role), *form.row(role, first=True))
             if isinstance(piece, Special)
         }
-        closing = [p for p, answer in template.assistant if answer and isinstance(p, Special)]
-        self.close = self.specials[closing[-1]] if closing else None
-        self._plain = _as_text(tokenizer)
-        self._spelled = self._spelled_tokens()
-        # Headers of turns, and beginnings of texts whose ids are only counted, come up repeatedly.
-        self._repeated = functools.lru_cache(maxsize=1024)(self.encode)
+        self.close = self.specials[template.close] if template.close else None
+        around = {self._name([id_]) for id_ in (*markers.before, *markers.after)}
+        names = {*self.specials, START_TOKEN, END_TOKEN, *around}
+        self._texts = TextIds(tokenizer, names, template.in_context)
+        self.stop = (self.close,) if template.close else ()
+        if template.stop:
+            self.stop = tuple(self._texts.parts(["a", template.stop])[1])
+        self._after_image = self._name(markers.after[-1:]) if template.in_context else ""
+        self._official = self._official_masks(official) if official else None
 
     @classmethod
     def of(cls, tokenizer, row, markers: Markers = Markers()) -> "Chat":
         """The chat that a `RowConfig` describes."""
-        return cls(tokenizer, row.template, row.system, row.single_bos, markers)
+        official = row.longest if row.official_masks else 0
+        return cls(tokenizer, row.template, row.system, row.single_bos, markers, official)
 
     def __reduce__(self):  # for worker processes
-        system = self.system or ""
-        single = len(self._start) < len(self.template.start)
-        return Chat, (self.tokenizer, self.template, system, single, self.markers)
+        system, official = self.system or "", self._official.length if self._official else 0
+        args = self.template, system, self._single_bos, self.markers, official
+        return Chat, (self.tokenizer, *args)
 
     def encode(self, text: str, before: str = "") -> list[int]:
-        """Ids of text in which nothing is a special token, as it stands after `before`.
-
-        Args:
-            text: of any content.
-            before: a special token that is tokenised together with the text, for models whose
-                tokenizer needs that; its id is not part of the result.
-        """
-        parts = [text] if self._spelled is None else self._spelled.split(text)
-        if before:
-            encode = lambda part: self._parsed(before + part)[1:]  # noqa: E731
-        else:
-            encode = self._plain or self._parsed
-        return encode(parts[0]) if len(parts) == 1 else [i for part in parts for i in encode(part)]
-
-    def _parsed(self, text: str) -> list[int]:
-        """Ids of text in which special tokens that are spelled out become their ids."""
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
-
-    def _spelled_tokens(self) -> re.Pattern | None:
-        """Where a text has to be cut so that the tokenizer does not see special tokens in it.
-
-        These are the ones that it recognises although it was told not to. The cut comes after the
-        first character of the token.
-        """
-        names = {*self.specials, START_TOKEN, END_TOKEN}
-        plain = self._plain
-        if plain is None or self.template.in_context:
-            added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
-            names |= {str(token) for token in added if token.special}
-            plain = self._parsed
-        names = [name for name in names if len(name) > 1 and len(plain(name)) == 1]
-        cuts = "|".join(
-            f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in sorted(names)
-        )
-        return re.compile(cuts) if cuts else None
+        """Ids of text in which nothing is a special token, see `TextIds`."""
+        return self._texts(text, before)
 
     def _special(self, token: str) -> int:
         id_ = self.tokenizer.convert_tokens_to_ids(str(token))
@@ -163,10 +149,42 @@ class Chat:
             )
         return int(id_)
 
+    def _official_masks(self, length: int) -> OfficialMasks:
+        """The reference's masking, with its way to tokenise."""
+        template, markers = self._written, self.markers
+        if template.name not in official_masks.TEMPLATES:
+            raise ConfigError(
+                f"official_masks reproduces the labels of templates "
+                f"{', '.join(official_masks.TEMPLATES)}, not of {template.name}"
+            )
+        names = [self._name([id_]) for id_ in (*markers.before, *markers.after)]
+        if not all(names):
+            raise ConfigError("official_masks needs a tokenizer that has the markers of images")
+        before = "".join(names[: len(markers.before)])
+        after = "".join(names[len(markers.before) :])
+        image = template.image.replace(IMAGE, before + IMAGE + after)
+        template = dataclasses.replace(template, image=image)
+        parsed, start, close = self._texts.parsed, self._start, template.close
+        legacy = bool(start and close and parsed(f"{close}a")[1:] == parsed("a"))
+
+        def ids(text: str) -> list[int]:
+            pieces = [parsed(piece) for piece in text.split(IMAGE)]
+            joined = [i for piece in pieces for i in (SENTINEL, *piece)]
+            return [*start, *joined[1:]]
+
+        return OfficialMasks(template, ids, legacy, length)
+
+    def _name(self, ids: Sequence[int]) -> str:
+        """The token of an id; "" where the tokenizer has none, or can't tell."""
+        convert = getattr(self.tokenizer, "convert_ids_to_tokens", None)
+        names = convert(list(ids)) if ids and convert else []
+        return "".join(name for name in names if name)
+
     def _write(self, ids: list[int], pieces: Iterable[Piece]) -> list[slice]:
         """Appends the ids of pieces; returns which of them are supervised.
 
-        Neighbouring texts are tokenised as one stretch.
+        Neighbouring texts are tokenised as one stretch. A token that spans two of them belongs to
+        the first.
         """
         supervised: list[slice] = []
         stretch: list[Piece] = []
@@ -178,10 +196,13 @@ class Chat:
             ids.extend(new)
 
         def finish() -> None:
-            if stretch:
-                for new, answer in self._stretch(before, stretch):
+            if len(stretch) == 1:
+                add(self._texts(stretch[0][0], before), stretch[0][1])
+            elif stretch:
+                parts = self._texts.parts([text for text, _ in stretch], before)
+                for new, (_, answer) in zip(parts, stretch, strict=True):
                     add(new, answer)
-                stretch.clear()
+            stretch.clear()
 
         for piece, answer in pieces:
             if isinstance(piece, Special):
@@ -193,31 +214,13 @@ class Chat:
                 if k:
                     finish()
                     add(self._image, answer)
-                    before = ""
+                    before = self._after_image
                 if text and stretch and stretch[-1][1] == answer:
                     stretch[-1] = (stretch[-1][0] + text, answer)
                 elif text:
                     stretch.append((text, answer))
         finish()
         return supervised
-
-    def _stretch(self, before: str, pieces: list[Piece]) -> list[tuple[list[int], bool]]:
-        """(ids, supervised) of parts of a text that is tokenised as a whole, after `before`.
-
-        A token that spans two pieces belongs to the first.
-        """
-        if len(pieces) == 1:
-            text, supervised = pieces[0]
-            encode = self._repeated if len(text) < _SHORT else self.encode
-            return [(encode(text, before), supervised)]
-        ids, parts = self.encode("".join([text for text, _ in pieces]), before), []
-        done, so_far = 0, ""
-        for text, supervised in pieces[:-1]:
-            so_far += text
-            end = max(done, min(len(self._repeated(so_far, before)), len(ids)))
-            parts.append((ids[done:end], supervised))
-            done = end
-        return [*parts, (ids[done:], pieces[-1][1])]
 
     def conversation(self, turns: Sequence[Turn], independent: bool = False) -> Encoded:
         """ids and labels of a whole conversation.
@@ -228,18 +231,22 @@ class Chat:
         without it, with turns None.
 
         Raises:
-            BadSample: it has more than LONGEST characters.
+            BadSample: it has more than LONGEST characters, or doesn't fit the template.
         """
         characters = sum(len(text) for _, text in turns)
         if characters > LONGEST:
             raise BadSample("too_long", f"{characters} characters, at most {LONGEST}")
         system, turns = self._system_of(turns)
-        if independent and turns:
+        if self._official is not None:
+            ids, labels, ignored = self._official(turns, system or "")
+            return Encoded(ids, labels, None, ignored)
+        first = self._written.row("user", first=True)
+        if independent and turns and any("{text}" in piece for piece, _ in first):
             lead, rest = _leading_images(turns[0][1])
             if lead and rest and len(turns) > 2 and len(turns) % 2 == 0:
                 return self._independent(system, turns, lead, rest)
         ids = list(self._start)
-        supervised = self._write(ids, render(self.template, turns, system))
+        supervised = self._write(ids, render(self._written, turns, system))
         return _encoded(ids, supervised)
 
     def _system_of(self, turns: Sequence[Turn]) -> tuple[str | None, Sequence[Turn]]:
@@ -251,27 +258,41 @@ class Chat:
     def _independent(
         self, system: str | None, turns: Sequence[Turn], lead: str, rest: str
     ) -> Encoded:
-        first, of_all = self.template.row("user", first=True), system or ""
+        template, of_all = self._written, system or ""
+        first = template.row("user", first=True)
+        lead, rest = (text.replace(IMAGE, template.image) for text in (lead, rest))
         opening, _ = split(first, lead, "", of_all)
         ids = list(self._start)
-        self._write(ids, [*render(self.template, (), system), *opening])
+        self._write(ids, [*(fill(template.system, system) if system else ()), *opening])
         numbers, supervised = [0] * len(ids), []
         gap = rest[: len(rest) - len(rest.lstrip())]  # between the images and the question
         for k in range(0, len(turns), 2):
             question = rest if k == 0 else gap + turns[k][1].lstrip()
             _, asked = split(first, "", question, of_all)
-            answer = fill(self.template.assistant, turns[k + 1][1])
+            answer = fill(template.assistant, turns[k + 1][1])
             supervised += self._write(ids, [*asked, *answer])
             numbers += [k // 2 + 1] * (len(ids) - len(numbers))
         return dataclasses.replace(_encoded(ids, supervised), turns=np.array(numbers, np.int32))
 
     def prompt(self, turns: Sequence[Turn]) -> np.ndarray:
-        """int32[n]: the turns, then the header of an answer that is still to come."""
+        """int32[n]: the turns, then the header of an answer that is still to come.
+
+        Raises:
+            BadSample: the template has no place for one of the turns.
+        """
         system, turns = self._system_of(turns)
+        if self._shows_image_apart(turns):
+            turns = [*show_image_first(self.template, turns[0][1]), *turns[1:]]
         pieces = render(self.template, [*turns, ("assistant", "")], system)
         ids = list(self._start)
         self._write(ids, pieces)
         return np.array(ids, np.int32)
+
+    def _shows_image_apart(self, turns: Sequence[Turn]) -> bool:
+        """Whether the image of the first question is still to get a turn of its own."""
+        reply = ("assistant", self.template.image_reply)
+        one = bool(turns) and turns[0][1].count(IMAGE) == 1
+        return bool(self.template.image_reply) and one and reply not in turns[1:2]
 
     def next_prompt(self, text: str, closed: bool) -> np.ndarray:
         """int32[n]: what stands between an answer and the next one, of a conversation so far.
@@ -279,12 +300,18 @@ class Chat:
         Args:
             text: of the user's next turn.
             closed: whether the answer ended with the template's closing token.
+
+        Raises:
+            ValueError: prompts of the template have one turn only.
         """
         row = self.template.row("assistant")
+        if not row:
+            raise ValueError(f"a prompt of chat template {self.template.name} is one message")
         _, after = split(row, "", "")
         specials = [k for k, (piece, _) in enumerate(after) if isinstance(piece, Special)]
         after = after[specials[-1] + 1 :] if closed and specials else after
         ids: list[int] = []
+        text = text.replace(IMAGE, self.template.image)
         user = fill(self.template.row("user"), text, self.system or "")
         self._write(ids, [*after, *user, *fill(row, "")])
         return np.array(ids, np.int32)
@@ -295,20 +322,11 @@ class Chat:
         return self.prompt([("user", lead + text)])
 
 
-def _as_text(tokenizer) -> Callable[[str], list[int]] | None:
-    """The Rust tokenizer inside a transformers one, set to read special tokens as text.
-
-    It is a copy, as the tokenizer itself is used elsewhere. Besides, it takes a fraction of the
-    time of `tokenizer.encode`. None for other tokenizers.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return None
-    backend = type(backend).from_str(backend.to_str())
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True
-    return lambda text: backend.encode(text, add_special_tokens=False).ids
+def _bos(tokenizer) -> list[int]:
+    """The BOS of a tokenizer that writes one before a text, else nothing."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    written = [] if bos is None else list(tokenizer.encode("", add_special_tokens=True))
+    return written[:1] if written[:1] == [bos] else []
 
 
 def _encoded(ids: list[int], supervised: Iterable[slice]) -> Encoded:

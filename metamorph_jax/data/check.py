@@ -192,7 +192,9 @@ def check_stream(
 def _stream(config: InputConfig, sources, tokenizer, positions_per_image: int) -> SampleStream:
     row = config.row if isinstance(config, DataConfig) else RowConfig("chatml")
     if tokenizer is None:
-        row = dataclasses.replace(row, length=2**31 - 1, images=config.images.max_images)
+        row = dataclasses.replace(
+            row, length=2**31 - 1, images=config.images.max_images, official_masks=False
+        )
     config = DataConfig(
         sources=config.sources, order=config.order, images=config.images, row=row
     )  # fmt: skip

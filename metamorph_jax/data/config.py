@@ -49,12 +49,18 @@ class RowConfig:
         system: system message; "default" is the template's own, "" is none.
         single_bos: one BOS instead of the reference's two (llama3).
         length: positions of a row.
+        sample_length: most positions of one sample, 0 for as many as a row has. What is beyond is
+            cut, but never inside an image; with packing, this is the references' maximal length.
         images: views of images that a row holds; a sample of more is skipped. On a mixture like
             MetaMorph's, rows of 4096 are 99.7 % full with 24, but 81 % with 16.
         packing: "first_fit", or "pad" (one sample in each row, as the references do).
         open_rows: rows that first-fit packing keeps open.
         independent_turns: question and answer k sees the leading images and itself only.
         mask_dangling_start: do not supervise an image's start marker if the image was cut.
+        legacy_image_front: put the image of a message into its first line, wherever its marker
+            stands, as LLaVA was trained. Otherwise images stay where they are.
+        official_masks: make labels as LLaVA's code does, with its known bugs: rows that it ignores
+            are skipped, with the reason "official_masks" (`official_masks.py`).
     """
 
     template: str = "llama3"
@@ -66,10 +72,25 @@ class RowConfig:
     open_rows: int = 16
     independent_turns: bool = False
     mask_dangling_start: bool = False
+    sample_length: int = 0
+    legacy_image_front: bool = False
+    official_masks: bool = False
 
     def __post_init__(self):
         if self.packing not in ("first_fit", "pad"):
             raise ValueError(f"row.packing is {self.packing!r}: expected first_fit or pad")
+        if not 0 <= self.sample_length <= self.length:
+            raise ValueError(
+                f"row.sample_length is {self.sample_length}: expected at most row.length, "
+                f"{self.length}, or 0 for that"
+            )
+        if self.official_masks and self.independent_turns:
+            raise ValueError("row.official_masks has no independent_turns: switch one of them off")
+
+    @property
+    def longest(self) -> int:
+        """Most positions of one sample."""
+        return self.sample_length or self.length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +104,8 @@ class OrderConfig:
         fixed_choices: draw wording and video frames once for each sample, not again in every
             epoch. Always on with a feature cache, which has to hold every frame that is drawn.
         padding_batches: continue with empty batches after the last epoch.
+        grouping: "none", or "modality": batches of one modality and of similar lengths (see
+            `grouping.py`); it needs `shuffle`, and sources without weights.
     """
 
     seed: int = 42
@@ -90,6 +113,13 @@ class OrderConfig:
     epochs: int = 0
     fixed_choices: bool = False
     padding_batches: bool = False
+    grouping: str = "none"
+
+    def __post_init__(self):
+        if self.grouping not in ("none", "modality"):
+            raise ValueError(f"order.grouping is {self.grouping!r}: expected none or modality")
+        if self.grouping != "none" and not self.shuffle:
+            raise ValueError(f"order.grouping={self.grouping!r} needs order.shuffle")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,11 +210,20 @@ class InputConfig:
         weights = [s.weight for s in self.sources] or [0.0]
         if min(weights) < 0 or (max(weights) > 0 and min(weights) == 0):
             raise ValueError(f"source weights must be all positive or all 0, got {weights}")
+        if self.order.grouping != "none" and max(weights) > 0:
+            raise ValueError(
+                "order.grouping takes every record of every source: leave their weights out"
+            )
 
     @property
     def frames(self) -> int:
         """Most frames that are taken of a video."""
         return self.images.max_frames or MAX_FRAMES
+
+    @property
+    def images_in_front(self) -> bool:
+        """Whether images are moved to the front of their messages (`RowConfig`)."""
+        return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +245,11 @@ class DataConfig(InputConfig):
     def frames(self) -> int:
         """Most frames that are taken of a video; a row has room for them."""
         return self.images.max_frames or min(MAX_FRAMES, self.row.images, self.images.max_images)
+
+    @property
+    def images_in_front(self) -> bool:
+        """Whether images are moved to the front of their messages."""
+        return self.row.legacy_image_front
 
 
 @dataclasses.dataclass(frozen=True)

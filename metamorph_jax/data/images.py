@@ -316,6 +316,7 @@ _RESAMPLE = {2: "bilinear", 3: "bicubic"}
 # with the size that a bare number means: of the square, or of the short side.
 _PROCESSORS = {
     "Siglip": "square", "ViT": "square", "CLIP": "short", "Bit": "short", "Llava": "short",
+    "LlavaNext": "short",  # of each view; its `do_pad` fills up the number of views of a batch
 }  # fmt: skip
 
 
@@ -336,7 +337,7 @@ def preprocess_from_hf(fields: Mapping) -> Preprocess:
         )
     square = _PROCESSORS[name] == "square"
     crop = bool(fields.get("do_center_crop", not square))
-    pad = bool(fields.get("do_pad", False))
+    pad = bool(fields.get("do_pad", False)) and name != "LlavaNext"
     wrong = [
         f"{key}={fields[key]!r}"
         for key, fine in (("do_resize", True), ("do_rescale", True), ("do_convert_rgb", True))

@@ -28,6 +28,7 @@ from metamorph_jax.data.config import (
     ReadingConfig,
     SourceConfig,
 )
+from metamorph_jax.data.grouping import Grouped, word_counts
 from metamorph_jax.data.packing import PackedDataset, PackedIterator, assemble
 from metamorph_jax.data.sources import RecordSource, open_records
 from metamorph_jax.data.sources.base import ImageRef
@@ -77,7 +78,8 @@ def open_sources(
         records = open_records(",".join(parts), config.reading.index_dir or None)
         ignore = tuple(key.strip() for key in s.ignore.split(","))
         most = config.images.max_images
-        out.append(RecordSource(name, records, files, s.kind, most, table, ignore))
+        front = config.images_in_front
+        out.append(RecordSource(name, records, files, s.kind, most, table, ignore, front))
     return out
 
 
@@ -107,17 +109,22 @@ def make_stream(
     chat: Chat,
     sources: Sequence,
     process: tuple[int, int] = (0, 1),
+    rows: int = 1,
 ) -> SampleStream:
-    """The samples of one data shard, `process` = (index, count); see `make_pipeline`."""
+    """The samples of one data shard, `process` = (index, count), with `rows` of every batch; see
+    `make_pipeline`."""
     _check_images(config, spec)
-    weights = [s.weight for s in config.sources]
-    mixture = Mixture(
-        [len(s) for s in sources],
-        weights if any(weights) else None,
-        config.order.seed,
-        config.order.shuffle,
-    )
+    mixture = _mixture(config, sources, rows, process[1])
     return SampleStream(sources, chat, config, spec, mixture, process, open_cache(config, spec))
+
+
+def _mixture(config: InputConfig, sources: Sequence, rows: int, shards: int) -> Mixture | Grouped:
+    """Which sample comes when."""
+    sizes, weights = [len(s) for s in sources], [s.weight for s in config.sources]
+    if config.order.grouping == "modality":
+        return Grouped(word_counts(sources), sizes, config.order.seed, rows, shards)
+    given = weights if any(weights) else None
+    return Mixture(sizes, given, config.order.seed, config.order.shuffle)
 
 
 def _check_images(config: InputConfig, spec: InputSpec) -> None:
@@ -204,7 +211,7 @@ def make_pipeline(
     Returns:
         The iterator.
     """
-    stream = make_stream(config, spec, chat, sources, (shard.index, shard.count))
+    stream = make_stream(config, spec, chat, sources, (shard.index, shard.count), shard.rows)
     reader = _Reader(stream, config.reading)
     rows = None if stream.cache is None else stream.cache.rows
     layout = _layout(stream, shard)

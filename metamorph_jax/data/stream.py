@@ -193,6 +193,8 @@ class SampleStream:
     def _item(self, sample: Sample) -> dict:
         """Sizes of the images -> row -> pixels: what does not fit is never decoded."""
         encoded = self.chat.conversation(sample.turns, self.config.row.independent_turns)
+        if encoded.ignored:
+            raise BadSample("official_masks", f"the reference ignores it: {encoded.ignored}")
         drawn = self._drawn(encoded, len(sample.images))
         places = self._places(sample.images, drawn)
         row = build_row(
@@ -200,7 +202,7 @@ class SampleStream:
             encoded.labels,
             places,
             self.spec.views.tokens,
-            self.config.row.length,
+            self.config.row.longest,
             self.spec.predicted,
             encoded.turns,
             self.chat.markers.before if self.config.row.mask_dangling_start else (),
@@ -251,7 +253,7 @@ class SampleStream:
                 raise BadSample("nothing_to_draw_from", "no text before an image to draw")
         elif not (targets or (row.text_targets >= 0).any()):
             if row.cut:
-                length = self.config.row.length
+                length = self.config.row.longest
                 raise BadSample("too_long", f"no answer begins in the first {length} positions")
             raise BadSample("fully_masked", "no answer to learn")
 

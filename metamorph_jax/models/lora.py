@@ -57,7 +57,7 @@ class LoraConfig:
     alpha: float = 32.0
     dropout: float = 0.0
     rslora: bool = False
-    train: str = r"(connector|vision\.reducer|head)\..*|.*\.added"
+    train: str = r"(connector|vision\.reducer|head)\..*|newline|.*\.added"
     weights: str = ""
 
     def __post_init__(self):

@@ -238,6 +238,26 @@ class CachedLLM:
         )  # fmt: skip
         return run(cache, new, slots)
 
+    def take_rows(self, cache, rows, requests: int):
+        """Keys or values of the rows int32[R] of a cache, in this order.
+
+        Args:
+            requests: both the cache and `rows` have equally many rows for each of so many requests,
+                and those of a request come from the same request: nothing moves between devices
+                if these divide the requests.
+        """
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.size == 1:
+            return _flat(cache.reshape(-1, self.cfg.kv_heads, *cache.shape[1:])[rows])
+        before, after = (self.cache_spec(n, mesh) for n in (len(cache), len(rows)))
+        if not before[0] == after[0] == self.cache_spec(requests, mesh)[0]:
+            return lax.with_sharding_constraint(cache[rows], after)
+        run = jax.shard_map(
+            lambda cache, rows: cache[rows % len(cache)],
+            mesh=mesh, in_specs=(before, P(before[0])), out_specs=after, check_vma=False,
+        )  # fmt: skip
+        return run(cache, rows)
+
     def specs(self, weights: dict) -> dict:
         """Where the leaves of weights lie: a PartitionSpec for each."""
         each = lambda name, kept: (  # noqa: E731

@@ -18,9 +18,14 @@ class Conversation:
     Attributes:
         turns: of the user so far.
         used: positions of the context that are taken, of `generator.prompts.length`.
+
+    Raises:
+        ValueError: the options ask for beams: a conversation continues one row of the cache.
     """
 
     def __init__(self, generator: Generator, options: Options = DEFAULTS):
+        if options.beams > 1:
+            raise ValueError("a conversation is decoded without beams: leave beams at 1")
         self.generator, self.options = generator, options
         self.turns = self.used = 0
         self._policy = generator.policy(options.text(generator.prompts.eos))

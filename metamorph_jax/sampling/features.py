@@ -170,7 +170,7 @@ def _of_model(args) -> Reader:
 
 def _of_tower(args) -> Reader:
     from metamorph_jax import config as configs
-    from metamorph_jax.convert import vision
+    from metamorph_jax.convert import specs, vision
     from metamorph_jax.data.config import ImageConfig
     from metamorph_jax.models.vision.encoder import VisionConfig
 
@@ -181,6 +181,8 @@ def _of_tower(args) -> Reader:
     cfg = configs.build(VisionConfig, table, "config.model.vision")
     if cfg.vit is None:
         raise ConfigError(f"{args.config} has no tower (config.model.vision.tower)")
+    if cfg.weights == specs.RANDOM:
+        print("config.model.vision.weights is random: so are these features", file=sys.stderr)
     data = values.get("data", {}).get("images", {})
     image_config = configs.build(ImageConfig, data, "config.data.images")
     spec = vision.input_spec(cfg)
@@ -354,7 +356,7 @@ class Folder:
             return
         name = f"features-{self.count:05d}.{self.format}"
         arrays = {entry["image"]: features for entry, features in self._waiting}
-        about = {"metamorph": json.dumps(self._meta)}
+        about = {"made_by": json.dumps(self._meta)}
         writer = _write_safetensors if self.format == "safetensors" else _write_arrayrecord
         writer(self.path / name, arrays, about)
         self._write_index([

@@ -32,6 +32,7 @@ if typing.TYPE_CHECKING:
     from metamorph_jax.sampling.generator import Options
 
 MOST_SAMPLES = 10_000
+EARLY = {"yes": True, "no": False, "never": "never"}
 
 
 def add_arguments(parser) -> None:
@@ -50,6 +51,7 @@ def add_arguments(parser) -> None:
     )
     group.add_argument("--batch-size", type=int, default=8, help="replies at a time")
     add_decoding_arguments(parser)
+    add_beam_arguments(parser)
     parser.add_argument("--out", metavar="DIR", help="where results go")
 
 
@@ -119,6 +121,25 @@ def add_decoding_arguments(parser) -> None:
     group.add_argument("--steps", type=int, help="of the diffusion sampler (default: likewise)")
 
 
+def add_beam_arguments(parser) -> None:
+    """How beams are searched."""
+    group = parser.add_argument_group("beam search (of models that write text only)")
+    group.add_argument(
+        "--beams", type=int, default=1, metavar="N",
+        help="replies written side by side, of which the likeliest is taken (default: 1)",
+    )  # fmt: skip
+    group.add_argument(
+        "--length-penalty", type=float, default=1.0, metavar="X",
+        help="log probabilities are divided by length to the power X (default: 1): 0 favours short "
+        "replies, 2 long ones",
+    )  # fmt: skip
+    group.add_argument(
+        "--early-stopping", choices=[*EARLY], default="no",
+        help="end when N replies are finished (yes), when a better one is unlikely (no, the "
+        "default) or impossible (never); as in Hugging Face's generate",
+    )  # fmt: skip
+
+
 def run(args) -> int:
     check_model(args)
     if (args.prompt is None) == (args.prompts is None):
@@ -128,7 +149,10 @@ def run(args) -> int:
     if args.prompts is not None and (args.image or args.video):
         raise UserError("with --prompts, images are named in the file, not by --image or --video")
     many = args.prompts is not None or args.samples > 1
-    options = decoding_options(args, args.batch_size if many else 1)
+    options = decoding_options(
+        args, args.batch_size if many else 1, beams=args.beams, length_penalty=args.length_penalty,
+        early_stopping=EARLY[args.early_stopping],
+    )  # fmt: skip
     if args.samples > 1 and args.temperature == 0 and not args.decoder:
         raise UserError(f"--samples {args.samples} without --temperature gives equal replies")
     outcome = Outcome(alone=not many)
@@ -142,6 +166,10 @@ def run(args) -> int:
         out.open()
     if todo:
         generator = load(args)
+        try:
+            generator.check(options)
+        except ValueError as error:
+            raise UserError(error) from error
         answer(generator, todo, options, out, outcome)
         outcome.report_images(generator)
     if out is not None and requests:
@@ -171,14 +199,14 @@ def check_model(args) -> None:
     parse_mesh(args.mesh)
 
 
-def decoding_options(args, batch_size: int) -> "Options":
-    """The `Options` of the command line; UserError for values that make no sense."""
+def decoding_options(args, batch_size: int, **more) -> "Options":
+    """The `Options` of the command line, and `more`; UserError for values that make no sense."""
     from metamorph_jax.sampling.generator import Options
 
     try:
         return Options(
             args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.min_new_tokens,
-            args.repetition_penalty, args.seed, tuple(args.guidance or ()), batch_size,
+            args.repetition_penalty, args.seed, tuple(args.guidance or ()), batch_size, **more,
         )  # fmt: skip
     except ValueError as error:
         raise UserError(error) from error
@@ -249,6 +277,8 @@ def settings(args) -> dict:
         "workdir checkpoint config decoder temperature top_k top_p max_new_tokens force_end parity"
         " seed context guidance steps weights min_new_tokens repetition_penalty"
     )
+    if args.beams > 1:
+        names += " beams length_penalty early_stopping"
     return {name: getattr(args, name) for name in names.split()}
 
 

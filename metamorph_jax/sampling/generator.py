@@ -22,7 +22,8 @@ from metamorph_jax.data.interleave import build_row, read_place
 from metamorph_jax.data.sources.base import Turn
 from metamorph_jax.data.views import Views
 from metamorph_jax.errors import WeightError
-from metamorph_jax.sampling import likelihood
+from metamorph_jax.sampling import beam, likelihood
+from metamorph_jax.sampling.beam import Beams
 from metamorph_jax.sampling.likelihood import Likelihood
 from metamorph_jax.sampling.loop import Loop, bucket
 from metamorph_jax.sampling.policy import Policy, TextPolicy
@@ -30,6 +31,7 @@ from metamorph_jax.sampling.requests import FAULTS, Request, as_sample
 from metamorph_jax.sampling.results import ImagePart, Reply, TextPart
 from metamorph_jax.sampling.segments import Result, Text
 from metamorph_jax.sampling.text import Sampler
+from metamorph_jax.types import NEWLINE, TEXT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,9 @@ class Options:
             id and sample: it gets the same reply whatever else is in the batch.
         guidance: scales with which each image is drawn; (): the one of the image decoder's config.
         batch_size: requests that are decoded together.
+        beams: how many replies are written side by side, of which the likeliest is taken
+            (`sampling/beam.py`); 1 writes one. Text only, and greedy.
+        length_penalty, early_stopping: see `beam.Beams`.
     """
 
     max_new_tokens: int | None = None
@@ -55,6 +60,9 @@ class Options:
     seed: int = 0
     guidance: tuple[float, ...] = ()
     batch_size: int = 8
+    beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
 
     def __post_init__(self):
         if self.batch_size < 1:
@@ -71,6 +79,12 @@ class Options:
         if len(set(self.guidance)) < len(self.guidance):
             raise ValueError(f"guidance has a scale twice: {self.guidance}")
         self.text(())
+        if self.search.count > 1 and self.temperature > 0:
+            raise ValueError("beams take the likeliest tokens: with them, temperature must be 0")
+
+    @property
+    def search(self) -> Beams:
+        return Beams(self.beams, self.length_penalty, self.early_stopping)
 
     def text(self, eos: tuple[int, ...]) -> TextPolicy:
         sampler = Sampler(self.temperature, self.top_k, self.top_p)
@@ -193,6 +207,7 @@ class Generator:
         encoder: a module with `visual_features` (uint8[n, h, w, 3] -> float32[n, P, C]) and
             `project` (-> float[n, P, D]); None if the model can't read images.
         feature_width: C.
+        newline: float32[D] embedding that stands at `NEWLINE` slots, where there are any.
 
     Attributes:
         feature_shape: (P, C) of an image's visual tokens.
@@ -208,7 +223,9 @@ class Generator:
         prompts: Prompts,
         encoder: nnx.Module | None = None,
         feature_width: int = 0,
+        newline: np.ndarray | None = None,
     ):
+        self._newline = newline
         self.feature_shape = prompts.views.tokens, feature_width
         self.loop, self.prompts, self.image_decoder = loop, prompts, None
         self.policy = policy
@@ -235,7 +252,8 @@ class Generator:
                 for a visual token. Only for a single request.
 
         Raises:
-            ValueError, BadSample: a request can't be answered; with a message for the user.
+            ValueError, BadSample: a request can't be answered, or not with these options; with a
+                message for the user.
         """
 
         def raise_it(request, error):
@@ -259,6 +277,7 @@ class Generator:
             failed: told about a request that can't be answered, which is then left out.
             stream, draw: see `generate`.
         """
+        self.check(options)
         requests = list(requests)
         size = min(options.batch_size, max(len(requests), 1))
         budget = self.budget(options)
@@ -268,12 +287,18 @@ class Generator:
             # A short batch is filled up, so that it needs no compilation of its own.
             fill = size - len(batch)
             rows = [prompt for _, prompt, _ in batch] + [batch[0][1]] * fill
-            results = self.loop(
-                rows, [budget] * len(batch) + [1] * fill, policy,
-                seeds=[options.seed_of(request) for request, *_ in batch] + [0] * fill,
-                prompt_ids=[ids for *_, ids in batch] + [batch[0][2]] * fill,
-                stream=stream and (lambda new: stream(new[0])),
-            )  # fmt: skip
+            budgets = [budget] * len(batch) + [1] * fill
+            ids = [ids for *_, ids in batch] + [batch[0][2]] * fill
+            if options.beams > 1:
+                results = beam.search(self.loop, rows, budgets, policy, options.search, ids)
+                if stream is not None:  # no reply is sure before the last step
+                    stream(results[0].record)
+            else:
+                results = self.loop(
+                    rows, budgets, policy, prompt_ids=ids,
+                    seeds=[options.seed_of(request) for request, *_ in batch] + [0] * fill,
+                    stream=stream and (lambda new: stream(new[0])),
+                )  # fmt: skip
             for (request, *_), result in zip(batch, results, strict=False):
                 try:
                     reply = self.reply(result, options, options.seed_of(request), draw)
@@ -281,6 +306,11 @@ class Generator:
                     failed(request, error)
                     continue
                 yield request, reply
+
+    def check(self, options: Options) -> None:
+        """Raises ValueError, for the user, where this model can't decode as the options say."""
+        if options.beams > 1:
+            beam.check(self.policy(options.text(self.prompts.eos)))
 
     def likelihoods(
         self,
@@ -342,7 +372,9 @@ class Generator:
         if pixels is not None:
             tokens = self.project(self.see(pixels)).reshape(-1, embeds.shape[-1])
             embeds[visual] = tokens[row.image_slots[visual]]
-        return embeds, np.where(visual, -1, row.tokens)
+            if self._newline is not None:
+                embeds[row.image_slots == NEWLINE] = self._newline
+        return embeds, np.where(row.image_slots == TEXT, row.tokens, -1)
 
     def see(self, pixels: np.ndarray) -> np.ndarray:
         """float32[n, P, C] visual tokens of uint8[n, h, w, 3].

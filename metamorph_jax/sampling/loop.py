@@ -72,6 +72,23 @@ def bucket(length: int, buckets: Sequence[int] = BUCKETS) -> int:
     raise ValueError(f"a prompt of {length} positions fits no bucket (largest: {buckets[-1]})")
 
 
+def layout(prompts, max_new_tokens, policy: Policy, buckets: Sequence[int] = BUCKETS):
+    """(int32[B] lengths of prompts, int32[B] budgets, positions to pad prompts to, capacity).
+
+    Raises:
+        ValueError: a prompt or budget is empty, or a prompt fits no bucket.
+    """
+    budget = np.broadcast_to(np.asarray(max_new_tokens, np.int32), (len(prompts),))
+    if budget.min() < 1:
+        raise ValueError("max_new_tokens must be at least 1")
+    budget = budget + policy.extra_steps
+    lengths = np.array([len(p) for p in prompts], np.int32)
+    if lengths.min() < 1:
+        raise ValueError("a prompt is empty")
+    capacity = -(-int(budget.max()) // 8) * 8
+    return lengths, budget, bucket(int(lengths.max()), buckets), capacity
+
+
 class Loop:
     """Decodes with one model; keep it, for it holds the compiled loops.
 
@@ -161,15 +178,7 @@ class Loop:
             ValueError: a prompt or budget is empty, or the slots don't suffice.
         """
         B = len(prompts)
-        budget = np.broadcast_to(np.asarray(max_new_tokens, np.int32), (B,))
-        if budget.min() < 1:
-            raise ValueError("max_new_tokens must be at least 1")
-        budget = budget + policy.extra_steps
-        lengths = np.array([len(p) for p in prompts], np.int32)
-        if lengths.min() < 1:
-            raise ValueError("a prompt is empty")
-        L = bucket(int(lengths.max()), buckets)
-        capacity = -(-int(budget.max()) // 8) * 8
+        lengths, budget, L, capacity = layout(prompts, max_new_tokens, policy, buckets)
         if slots is not None and int((lengths + budget).max()) > slots:
             raise ValueError(f"{int((lengths + budget).max())} positions don't fit {slots} slots")
         forced = np.full((B, capacity), -1, np.int32)
@@ -179,8 +188,8 @@ class Loop:
         seeds = np.arange(B) if seeds is None else np.asarray(seeds)
         with self.on_mesh():
             return self._prefill(
-                self.weights, _padded(prompts, L, np.float32, 0), lengths, budget,
-                seeds.astype(np.uint32), _padded(prompt_ids or [()] * B, L, np.int32, -1), forced,
+                self.weights, padded(prompts, L, np.float32, 0), lengths, budget,
+                seeds.astype(np.uint32), padded(prompt_ids or [()] * B, L, np.int32, -1), forced,
                 policy=policy, capacity=capacity, slots=max(L + capacity, slots or 0),
             )  # fmt: skip
 
@@ -235,7 +244,7 @@ class Loop:
         budget = np.int32(left if turn else 0)
         with self.on_mesh():
             return self._extend(
-                self.weights, state, _padded(block, n, np.float32, 0), lengths, budget,
+                self.weights, state, padded(block, n, np.float32, 0), lengths, budget,
                 policy=policy, turn=turn,
             )  # fmt: skip
 
@@ -382,7 +391,7 @@ def _where(rows, new, old):
     return jax.tree.map(choose, new, old)
 
 
-def _padded(rows: Sequence, length: int, dtype, fill) -> np.ndarray:
+def padded(rows: Sequence, length: int, dtype, fill) -> np.ndarray:
     """[B, length, ...] of rows [n, ...], filled up on the right; longer ones are cut."""
     rows = [np.asarray(row, dtype)[:length] for row in rows]
     out = np.full((len(rows), length, *rows[0].shape[1:]), fill, dtype)

@@ -40,6 +40,13 @@ def _vision(kind):
                 image_token_index=70, image_seq_length=16,
             )
         ),
+        "llava-next": lambda: tr.LlavaNextForConditionalGeneration(
+            tr.LlavaNextConfig(
+                vision_config=tr.CLIPVisionConfig(**VISION),
+                text_config=tr.MistralConfig(sliding_window=None, head_dim=16, **LLM),
+                image_token_index=70, image_grid_pinpoints=[[32, 64], [64, 32], [64, 64], [96, 32]],
+            )
+        ),
         "llama": lambda: tr.LlamaForCausalLM(tr.LlamaConfig(**LLM)),
     }[kind]()  # fmt: skip
 

@@ -11,7 +11,8 @@ from tests.convert.conftest import ORACLE
 
 KINDS = [
     "siglip", "siglip-both", "clip-vision", "clip-both", "clip-text", "clip-text-gelu",
-    "dinov2", "dinov2-registers", "sd-unet", "sd-unet-21", "sd-vae", "llava", "llama",
+    "dinov2", "dinov2-registers", "sd-unet", "sd-unet-21", "sd-vae", "llava", "llava-next",
+    "llama",
 ]  # fmt: skip
 
 

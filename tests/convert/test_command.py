@@ -12,7 +12,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from metamorph_jax import cli, config
-from metamorph_jax.convert import command, export, families, hf, names, safetensors, specs
+from metamorph_jax.convert import command, export, families, hf, names, runs, safetensors, specs
 from metamorph_jax.convert.llama import config_to_hf, export_llama
 from metamorph_jax.data.chat import Chat
 from metamorph_jax.data.config import RowConfig
@@ -220,7 +220,7 @@ def test_a_run_with_large_weights_is_not_written_as_f16(run, tmp_path, monkeypat
     array = np.array([1.0, 1e5], np.float32)
     large = names.Lazy({"w": (lambda: array, (2,), np.dtype("f4"))})
     write = lambda folder, model, source, writer: writer.weights(folder, large)  # noqa: E731
-    monkeypatch.setattr(command, "_save_of", lambda *_: write)
+    monkeypatch.setattr(runs, "_save_of", lambda *_: write)
     words = ["--from", f"workdir:{folder}", "--out", tmp_path / "out"]
     assert convert(*words, "--dtype", "f16") == 2
     assert "numbers too large for float16 in w" in capsys.readouterr().err

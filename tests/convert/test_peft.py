@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from metamorph_jax.convert import changes, peft
 from metamorph_jax.convert import llama as convert
-from metamorph_jax.convert import peft
 from metamorph_jax.models import lora
 from metamorph_jax.models.diffusion.unet import UNet, UNetConfig
 from metamorph_jax.models.llm.llama import Llama
@@ -106,6 +106,11 @@ def test_import(oracle, tmp_path, case):
     np.testing.assert_allclose(got, want, atol=1e-5)
     np.testing.assert_allclose(our_logits(lora.merged(llm)), want, atol=1e-5)
     assert np.abs(got - before).max() > 0.05
+    base, wanted = convert.export_llama(oracle[1]()), convert.export_llama(lora.merged(llm))
+    found = changes.with_adapters(base, tmp_path)
+    assert found.keys() == wanted.keys()
+    for key in wanted:
+        np.testing.assert_allclose(found[key], wanted[key], atol=1e-6, err_msg=key)
     assert (cfg.dropout, cfg.rslora) == ((0.3, True) if "rslora" in case else (0.0, False))
     # Into a model that has the adapters already, with another rank and alpha.
     other = oracle[1]()

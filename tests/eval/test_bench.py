@@ -206,7 +206,7 @@ def test_names_and_options(tmp_path):
         ("nothing", "Tasks: "),
         ("pope:x=1", "no option x; it has"),
         ("pope:setting", "expected OPTION=VALUE"),
-        ("pope:setting=none", "none of all, random"),
+        ("pope:setting=none", "expected one of all, random"),
         ("seed:normalise=perhaps", "must be bool"),
         ("tests.eval.toy:png", "not a task"),
         ("tests.eval.none:X", "no module tests.eval.none"),
@@ -217,7 +217,18 @@ def test_wrong_names_are_explained(spec, message):
         tasks.make(spec, "bench")
 
 
+DOCS = pathlib.Path(__file__).parents[2] / "docs" / "evaluation.md"
+
+
 @pytest.mark.parametrize("name", sorted(tasks.TASKS))
+def test_every_task_and_its_files_are_documented(name):
+    row = next((r for r in DOCS.read_text().splitlines() if r[:1] == "|" and f"`{name}`" in r), "")
+    assert row, f"no row of a table names {name}"
+    for file in tasks.find(tasks.TASKS[name]).files:
+        assert f"`{file.path}`" in row, file.path
+
+
+@pytest.mark.parametrize("name", [n for n in sorted(tasks.TASKS) if n != "made_images"])
 def test_every_task_says_which_file_is_missing(name, tmp_path):
     cls = tasks.find(tasks.TASKS[name])
     assert cls.title and cls.files and cls.__doc__

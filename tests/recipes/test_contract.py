@@ -57,6 +57,9 @@ CASES = {
         {"data.row.length": 128, "data.row.images": 4, "data.cache.features": ""},
         "weights",
     ),
+    "llava": Case(
+        "configs/llava/stage2.py:smoke", {"data.row.length": 128, "data.row.images": 4}, "weights"
+    ),
     "decoder": Case(
         "configs/metamorph/decoder.py:smoke",
         {"model.with_tower": True, "data.cache.features": "", "initial_batches": 1},

@@ -15,6 +15,8 @@ from metamorph_jax.convert import load
 from metamorph_jax.models.build import build
 from metamorph_jax.recipes import metamorph as recipe
 from metamorph_jax.recipes.metamorph.decoding import VisualParts, make_loop, make_policy
+from metamorph_jax.sampling import beam
+from metamorph_jax.sampling.beam import Beams
 from metamorph_jax.sampling.policy import TextPolicy
 
 def make_model(mesh, **llm):
@@ -45,6 +47,12 @@ def decode(mesh, weights, **llm):
     state = loop.advance(state, policy)
     return first, loop.results(state, policy), loop
 
+def search(loop, requests):
+    rng = np.random.default_rng(0)
+    prompts = [loop.embed(rng.integers(0, 320, n)) for n in (5, 9, 20, 7)[:requests]]
+    policy = TextPolicy(eos=tuple(range(0, 320, 9)))
+    return beam.search(loop, prompts, [12, 8, 5, 12][:requests], policy, Beams(4))
+
 one = sharding.make_mesh(devices=jax.devices()[:1])
 cases = [({"tensor": 2, "data": 4}, "auto", {"qkv_bias": True}),
          ({"tensor": 8}, "int8", {"tied": False}),  # more shards than key-value heads
@@ -64,6 +72,9 @@ for shape, weights, llm in cases:
                   llm["table"], llm["head"]["w"]):
             part = x.addressable_shards[0].data.size
             assert 2 * part == x.size, (x.shape, part)
+        for requests in 4, 3:  # a request's beams lie on one device, or on several
+            for a, b in zip(*(search(x[2], requests) for x in (expected, got)), strict=True):
+                np.testing.assert_array_equal(a.record, b.record)
 print("same")
 """
 

@@ -73,6 +73,22 @@ class Sample:
         return self
 
 
+def images_in_front(sample: Sample) -> Sample:
+    """The sample with one marker in each message that had any, on a line of its own at the front.
+
+    This is how LLaVA's training code reads its data, where a record has one image at most.
+
+    Raises:
+        BadSample: two images of one message, of which one would be lost.
+    """
+    counts = [text.count(IMAGE) for _, text in sample.turns]
+    if max(counts, default=0) > 1 and sum(counts) == len(sample.images):
+        raise BadSample("several_images", "legacy_image_front keeps one image of a message")
+    front = lambda text: f"{IMAGE}\n{text.replace(IMAGE, '').strip()}".strip()  # noqa: E731
+    turns = tuple((role, front(text) if IMAGE in text else text) for role, text in sample.turns)
+    return dataclasses.replace(sample, turns=turns)
+
+
 def _is_encodable(text: str) -> bool:
     """Whether a text is one; JSON may spell out halves of surrogate pairs."""
     try:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from metamorph_jax import files
-from metamorph_jax.data.sources.base import Sample
+from metamorph_jax.data.sources.base import Sample, images_in_front
 from metamorph_jax.data.sources.kinds import KINDS, Files, Kind, build
 from metamorph_jax.errors import BadSample, DataError, FileError
 
@@ -275,6 +275,7 @@ class RecordSource:
         max_images: a sample with more images is bad.
         kinds: the kinds there are, see `kinds.known`.
         ignore: keys of records that are passed over, see `schema`.
+        in_front: whether images go to the front of their messages, see `base.images_in_front`.
     """
 
     name: str
@@ -284,6 +285,7 @@ class RecordSource:
     max_images: int = 70
     kinds: Mapping[str, Kind] = dataclasses.field(default_factory=lambda: KINDS)
     ignore: tuple[str, ...] = ()
+    in_front: bool = False
 
     def __len__(self) -> int:
         return len(self.records)
@@ -301,9 +303,9 @@ class RecordSource:
                 raise BadSample("bad_record", "not an object")
             if "id" in record:
                 where += f", id {files.shown(repr(record['id']), 80)}"
-            sample = build(
-                record, self.name, self.files, rng, self.kind, self.kinds, self.ignore
-            ).checked(self.max_images)
+            sample = build(record, self.name, self.files, rng, self.kind, self.kinds, self.ignore)
+            sample = images_in_front(sample) if self.in_front and sample.images else sample
+            sample = sample.checked(self.max_images)
         except BadSample as e:
             named = e.detail.startswith(where)
             raise BadSample(e.reason, e.detail if named else f"{where}: {e.detail}") from e

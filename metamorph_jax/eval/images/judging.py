@@ -3,11 +3,10 @@
     judge(files of images, questions) -> float64[N] in [0, 1], NaN where there is no answer
 
 A model of ours compares the likelihoods of "Yes" and "No" (`LikelihoodJudge`); an endpoint answers
-in words (`EndpointJudge`). How often a judge is right is measured by the task `made_images`, on
+in words (`WordsJudge`). How often a judge is right is measured by the task `made_images`, on
 images whose contents are known.
 """
 
-import concurrent.futures
 import sys
 from collections.abc import Callable, Sequence
 
@@ -15,8 +14,10 @@ import numpy as np
 
 from metamorph_jax import endpoint
 from metamorph_jax.convert import hf
-from metamorph_jax.errors import FileError, RequestRefused, UserError
+from metamorph_jax.errors import UserError
+from metamorph_jax.eval.judges import EndpointModel
 from metamorph_jax.files import shown
+from metamorph_jax.sampling.generator import Options
 from metamorph_jax.sampling.requests import Request
 
 VERDICTS = ("Yes", "No")
@@ -43,12 +44,8 @@ class LikelihoodJudge:
         self._generator, self._size = generator, batch_size
 
     def __call__(self, images: Sequence[str], questions: Sequence[str]) -> np.ndarray:
-        requests = [
-            Request(str(i), asked(question), (image,))
-            for i, (image, question) in enumerate(zip(images, questions, strict=True))
-        ]
+        told, requests = _Failures(), _requests(images, questions)
         out = np.full(len(requests), np.nan)
-        told = _Failures()
         answers = {request.id: VERDICTS for request in requests}
         pairs = self._generator.likelihoods(requests, answers, told, batch_size=self._size)
         for request, (yes, no) in pairs:
@@ -57,37 +54,30 @@ class LikelihoodJudge:
         return out
 
 
-class EndpointJudge:
-    """A model behind an endpoint, which answers in words.
+class WordsJudge:
+    """A model that answers in words, such as one behind an endpoint: 1 for yes, 0 for no.
 
     Args:
-        client: `endpoint.Endpoint`.
-        model: as the endpoint names it.
-        concurrency: questions at the same time.
+        model: `judges.EndpointModel`, or what has its `replies`.
     """
 
-    def __init__(self, client: endpoint.ChatClient, model: str, concurrency: int = 8):
-        self._client, self._model, self._concurrency = client, model, concurrency
+    def __init__(self, model):
+        self._model = model
 
     def __call__(self, images: Sequence[str], questions: Sequence[str]) -> np.ndarray:
-        told = _Failures()
-
-        def ask(image: str, question: str) -> float:
-            try:
-                parts = [endpoint.image_part(image), endpoint.text_part(asked(question))]
-                message = {"role": "user", "content": parts}
-                done = self._client.complete(
-                    [message], model=self._model, temperature=0.0, max_tokens=16
-                )
-            except (RequestRefused, FileError) as error:
-                told(None, error)
-                return np.nan
-            return verdict(done.text)
-
-        with concurrent.futures.ThreadPoolExecutor(self._concurrency) as pool:
-            out = np.array(list(pool.map(ask, images, questions)), np.float64)
+        told, requests = _Failures(), _requests(images, questions)
+        out = np.full(len(requests), np.nan)
+        for request, reply in self._model.replies(requests, Options(max_new_tokens=16), told):
+            out[int(request.id)] = verdict(reply.text)
         told.summary()
         return out
+
+
+def _requests(images: Sequence[str], questions: Sequence[str]) -> list[Request]:
+    return [
+        Request(str(i), asked(question), (image,))
+        for i, (image, question) in enumerate(zip(images, questions, strict=True))
+    ]
 
 
 class _Failures:
@@ -141,9 +131,7 @@ def open_judge(spec: str, config: str = "", batch_size: int = 8) -> ImageJudge:
     if not spec:
         raise UserError("no judge: give the workdir of a run, published weights or endpoint:MODEL")
     if spec.startswith(ENDPOINT):
-        client = endpoint.Endpoint()
-        name = spec.removeprefix(ENDPOINT)
-        return EndpointJudge(client, name, client.limits.concurrency)
+        return WordsJudge(EndpointModel(endpoint.Endpoint(), spec.removeprefix(ENDPOINT)))
     from metamorph_jax import api
 
     return LikelihoodJudge(api.load(spec, config=config or None).generator, batch_size)

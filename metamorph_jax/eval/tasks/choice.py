@@ -4,9 +4,17 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
-from metamorph_jax.errors import ConfigError
 from metamorph_jax.eval.scorers.choices import mmbench_choice
-from metamorph_jax.eval.tasks.base import LETTER, LETTERS, Answer, Question, Record, Task, lettered
+from metamorph_jax.eval.tasks.base import (
+    LETTER,
+    LETTERS,
+    Answer,
+    Question,
+    Record,
+    Task,
+    lettered,
+    one_of,
+)
 
 Parser = Callable[[str, Mapping[str, str]], str | None]
 
@@ -47,10 +55,7 @@ class MultipleChoice(Task):
     suffix: ClassVar[str] = LETTER
 
     def __post_init__(self):
-        if self.parser not in PARSERS:
-            raise ConfigError(f"parser {self.parser!r} is none of {', '.join(PARSERS)}")
-        if self.form not in ("generate", "choose"):
-            raise ConfigError(f"form must be generate or choose, not {self.form!r}")
+        one_of(self, parser=PARSERS, form=("generate", "choose"))
 
     def ask(
         self, id: str, text: str, options: Sequence[str], right: int | str | None, *,

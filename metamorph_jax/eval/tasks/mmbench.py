@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 from metamorph_jax import files
-from metamorph_jax.errors import ConfigError, FileError, MissingFile
+from metamorph_jax.errors import FileError, MissingFile
 from metamorph_jax.eval.tasks import reading
-from metamorph_jax.eval.tasks.base import LETTER, LETTERS, File, by_group, by_unit, mean
+from metamorph_jax.eval.tasks.base import LETTER, LETTERS, File, by_group, by_unit, mean, one_of
 from metamorph_jax.eval.tasks.choice import MultipleChoice, known
 
 _STEP = 1_000_000  # between the indices of rotations
@@ -49,9 +49,7 @@ class MMBench(MultipleChoice):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.language not in _SUFFIX or self.split not in ("dev", "test"):
-            raise ConfigError("language must be en or cn, and split dev or test, not "
-                              f"{self.language!r} and {self.split!r}")  # fmt: skip
+        one_of(self, language=_SUFFIX, split=("dev", "test"))
 
     def _path(self) -> str:
         name = f"MMBench_{self.split.upper()}_{self.language.upper()}"

@@ -10,7 +10,7 @@ import pathlib
 from typing import ClassVar
 
 from metamorph_jax import files
-from metamorph_jax.errors import ConfigError, FileError
+from metamorph_jax.errors import FileError
 from metamorph_jax.eval.scorers.yes_no import (
     COGNITION,
     PERCEPTION,
@@ -18,7 +18,7 @@ from metamorph_jax.eval.scorers.yes_no import (
     mme_score,
     mme_totals,
 )
-from metamorph_jax.eval.tasks.base import SHORT, File, Question, Task, by_group, by_unit
+from metamorph_jax.eval.tasks.base import SHORT, File, Question, Task, by_group, by_unit, one_of
 
 CATEGORIES = (*PERCEPTION, *COGNITION)
 _OWN = " Please answer yes or no."  # how the questions of the files end
@@ -47,10 +47,7 @@ class MME(Task):
     )  # fmt: skip
 
     def __post_init__(self):
-        if self.style not in ("llava", "cambrian", "official"):
-            raise ConfigError(f"style {self.style!r} is none of llava, cambrian, official")
-        if self.category and self.category not in CATEGORIES:
-            raise ConfigError(f"category {self.category!r} is none of {', '.join(CATEGORIES)}")
+        one_of(self, style=("llava", "cambrian", "official"), category=("", *CATEGORIES))
 
     def questions(self):
         self.find(*([self.category] if self.category else CATEGORIES))

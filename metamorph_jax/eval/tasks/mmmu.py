@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
-from metamorph_jax.errors import ConfigError, FileError, MissingFile
+from metamorph_jax.errors import FileError, MissingFile
 from metamorph_jax.eval.tasks import reading
 from metamorph_jax.eval.tasks.base import (
     LETTER,
@@ -24,6 +24,7 @@ from metamorph_jax.eval.tasks.base import (
     by_group,
     lettered,
     mean,
+    one_of,
     write_json,
 )
 
@@ -63,8 +64,7 @@ class MMMU(Task):
     )  # fmt: skip
 
     def __post_init__(self):
-        if self.style not in ("official", "lmms_eval", "cambrian"):
-            raise ConfigError(f"style {self.style!r} is none of official, lmms_eval, cambrian")
+        one_of(self, style=("official", "lmms_eval", "cambrian"))
 
     def questions(self):
         found = sorted(pathlib.Path(self.root).glob(f"*/{self.split}-*.parquet"))

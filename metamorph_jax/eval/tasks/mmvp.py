@@ -9,9 +9,9 @@ import re
 from typing import ClassVar
 
 from metamorph_jax import files
-from metamorph_jax.errors import ConfigError, FileError
+from metamorph_jax.errors import FileError
 from metamorph_jax.eval.tasks import reading
-from metamorph_jax.eval.tasks.base import File, by_unit, lettered, mean, write_json_lines
+from metamorph_jax.eval.tasks.base import File, by_unit, lettered, mean, one_of, write_json_lines
 from metamorph_jax.eval.tasks.choice import MultipleChoice
 
 _SOURCE = "huggingface.co/datasets/MMVP/MMVP"
@@ -40,8 +40,7 @@ class MMVP(MultipleChoice):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.style not in ("cambrian", "lmms_eval", "official"):
-            raise ConfigError(f"style {self.style!r} is none of cambrian, lmms_eval, official")
+        one_of(self, style=("cambrian", "lmms_eval", "official"))
 
     def questions(self):
         path = self.find("Questions.csv")

@@ -9,7 +9,6 @@ import re
 from collections.abc import Sequence
 from typing import ClassVar
 
-from metamorph_jax.errors import ConfigError
 from metamorph_jax.eval.scorers.yes_no import pope_answer, pope_scores
 from metamorph_jax.eval.tasks import reading
 from metamorph_jax.eval.tasks.base import (
@@ -18,6 +17,7 @@ from metamorph_jax.eval.tasks.base import (
     Question,
     Task,
     by_group,
+    one_of,
     write_json_lines,
 )
 
@@ -46,8 +46,7 @@ class Pope(Task):
     )  # fmt: skip
 
     def __post_init__(self):
-        if self.setting not in ("all", *SETTINGS):
-            raise ConfigError(f"setting {self.setting!r} is none of all, {', '.join(SETTINGS)}")
+        one_of(self, setting=("all", *SETTINGS))
 
     def questions(self):
         for setting in SETTINGS if self.setting == "all" else (self.setting,):

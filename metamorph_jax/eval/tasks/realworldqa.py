@@ -5,10 +5,9 @@ import pathlib
 import re
 from typing import ClassVar
 
-from metamorph_jax.errors import ConfigError
 from metamorph_jax.eval.scorers.choices import mmbench_letter
 from metamorph_jax.eval.tasks import reading
-from metamorph_jax.eval.tasks.base import File, Question, Task, by_group, mean, write_json
+from metamorph_jax.eval.tasks.base import File, Question, Task, by_group, mean, one_of, write_json
 
 _SOURCE = "huggingface.co/datasets/xai-org/RealworldQA"
 
@@ -33,8 +32,7 @@ class RealWorldQA(Task):
     )  # fmt: skip
 
     def __post_init__(self):
-        if self.parser not in ("lmms_eval", "cambrian"):
-            raise ConfigError(f"parser {self.parser!r} is neither lmms_eval nor cambrian")
+        one_of(self, parser=("lmms_eval", "cambrian"))
 
     def questions(self):
         for number, row in enumerate(self._rows()):

@@ -16,7 +16,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import ClassVar
 
-from metamorph_jax.errors import ConfigError, FileError
+from metamorph_jax.errors import FileError
 from metamorph_jax.eval.scorers.choices import (
     FAILED,
     choice_index,
@@ -25,7 +25,16 @@ from metamorph_jax.eval.scorers.choices import (
     scienceqa_letter,
 )
 from metamorph_jax.eval.tasks import reading
-from metamorph_jax.eval.tasks.base import LETTER, File, Question, Task, lettered, mean, write_json
+from metamorph_jax.eval.tasks.base import (
+    LETTER,
+    File,
+    Question,
+    Task,
+    lettered,
+    mean,
+    one_of,
+    write_json,
+)
 
 _SOURCE = "github.com/lupantech/ScienceQA, data/scienceqa and its images"
 _CAMBRIAN = "Please answer directly with only the letter of the correct option and nothing else."
@@ -61,8 +70,7 @@ class ScienceQA(Task):
     )
 
     def __post_init__(self):
-        if self.style not in STYLES:
-            raise ConfigError(f"style {self.style!r} is none of {', '.join(STYLES)}")
+        one_of(self, style=STYLES)
 
     @property
     def judged(self) -> bool:

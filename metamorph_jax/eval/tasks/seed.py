@@ -10,9 +10,9 @@ import pathlib
 from functools import partial
 from typing import ClassVar
 
-from metamorph_jax.errors import BadSample, ConfigError
+from metamorph_jax.errors import BadSample
 from metamorph_jax.eval.tasks import reading
-from metamorph_jax.eval.tasks.base import File, by_group, mean, write_json_lines
+from metamorph_jax.eval.tasks.base import File, by_group, mean, one_of, write_json_lines
 from metamorph_jax.eval.tasks.choice import MultipleChoice
 
 _SOURCE = "huggingface.co/datasets/AILab-CVC/SEED-Bench"
@@ -40,8 +40,7 @@ class Seed(MultipleChoice):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.kind not in ("image", "video", "all"):
-            raise ConfigError(f"kind must be image, video or all, not {self.kind!r}")
+        one_of(self, kind=("image", "video", "all"))
 
     def questions(self):
         path = self.find("SEED-Bench.json")

@@ -8,6 +8,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 
@@ -57,3 +58,31 @@ class Connector(nnx.Module):
                 x = nnx.gelu(x, approximate=False)
             x = linear(x)
         return x
+
+
+def calibrate(connector: Connector, features: np.ndarray, scale: float) -> None:
+    """Starts a connector from the statistics of the features; in place.
+
+    Features of one tower share a large mean and have small deviations, from which a fresh connector
+    makes nearly the same embedding for every image, at a scale other than that of text. Here the
+    first linear takes whitened features (the whitening is folded into its weights), and the outputs
+    of the last one get mean 0 and the deviation `scale`.
+
+    Args:
+        features: float[N, C] or [N, P, C], a sample of what the connector will read.
+        scale: standard deviation of the token embeddings.
+    """
+    linears = connector.linears
+    if not len(linears) or not np.size(features):
+        return
+    x = jnp.asarray(features, jnp.float32).reshape(-1, np.shape(features)[-1])
+    mean, std = x.mean(0), x.std(0)
+    std = jnp.maximum(std, 1e-3 * std.mean() + 1e-12)  # a dead channel must not explode
+    first, last = linears[0], linears[len(linears) - 1]
+    kernel = first.kernel[...] / std[:, None]
+    first.bias[...] = first.bias[...] - mean @ kernel
+    first.kernel[...] = kernel
+    out = connector(x).astype(jnp.float32)
+    scale = scale / out.std(0).mean()
+    last.kernel[...] = last.kernel[...] * scale
+    last.bias[...] = (last.bias[...] - out.mean(0)) * scale

@@ -149,6 +149,9 @@ SIZES: dict[str, LlamaConfig] = {
     "llama2-70b": _llama(32000, 8192, 28672, 80, 64, 8, 128, positions=4096),
     "vicuna-7b": _llama(32000, 4096, 11008, 32, 32, 32, 128, positions=4096),
     "vicuna-13b": _llama(32000, 5120, 13824, 40, 40, 40, 128, positions=4096),
+    # v0.2 and v0.3, which have no sliding window.
+    "mistral-7b": _llama(32000, 4096, 14336, 32, 32, 8, 128, theta=1e6, positions=32768),
+    "yi-34b": _llama(64000, 7168, 20480, 60, 56, 8, 128, theta=5e6, positions=4096),
     "llama3-8b": _llama3(4096, 14336, 32, 32, 8, 128, positions=8192),
     "llama3-70b": _llama3(8192, 28672, 80, 64, 8, 128, positions=8192),
     "llama3.1-8b": _llama3(4096, 14336, 32, 32, 8, 128, scaling=_LLAMA31),

@@ -8,13 +8,19 @@ features they see are the same numbers.
 
 import dataclasses
 import json
+from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from metamorph_jax import flops
 from metamorph_jax.config import replaced
+from metamorph_jax.flops import Work
 from metamorph_jax.models.vision import vit
 from metamorph_jax.models.vision.reduce import ReduceConfig, TokenReducer, normalize_features
+from metamorph_jax.types import Batch, Images
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -93,6 +99,8 @@ class VisionConfig:
         made_by |= dataclasses.asdict(self.reduce)
         made_by |= {"weights": self.weights, "normalize": self.normalize, "softmax": self.softmax}
         made_by.pop("remat", None)  # changes no feature
+        if not made_by.get("class_out"):  # so that caches of earlier versions stay valid
+            made_by.pop("class_out", None)
         return json.dumps(made_by, sort_keys=True)
 
 
@@ -129,6 +137,57 @@ class VisionEncoder(nnx.Module):
             x = jax.lax.stop_gradient(x)
         return self.normalize(self.reducer(x, side))
 
+    def read(self, images: Images, *, train_tower: bool = False) -> jax.Array:
+        """float32[B, I * P, C] visual tokens of a batch, from its cached features or pixels."""
+        B, I = images.valid.shape
+        width = self.feature_shape[1]
+        if images.features is not None:
+            x = images.features.astype(jnp.float32)
+            if x.shape[-1] != width:
+                raise ValueError(f"features are {x.shape[-1]} wide, the model takes {width}")
+        elif images.pixels is not None and I:
+            pixels = images.pixels.reshape(B * I, *images.pixels.shape[2:])
+            x = self(pixels, train_tower=train_tower)
+        else:
+            x = jnp.zeros((B, 0, width), jnp.float32)
+        return x.reshape(B, -1, width)
+
     def normalize(self, features: jax.Array) -> jax.Array:
         """float32[..., C], normalised as visual tokens are, of float[..., C]."""
         return normalize_features(features, self.cfg.normalize, self.cfg.softmax)
+
+
+def features_of(model: nnx.Module, batches: Sequence[Batch]) -> np.ndarray:
+    """float32[N, C] the visual tokens of all images of some batches.
+
+    Args:
+        model: has `batch_features` (batch -> float32[B, I * P, C]).
+    """
+    graph, weights = nnx.split(model)
+    compute = jax.jit(lambda weights, batch: nnx.merge(graph, weights).batch_features(batch))
+    found = []
+    for batch in batches:
+        x = np.asarray(compute(weights, batch))
+        x = x.reshape(*batch.images.valid.shape, -1, x.shape[-1])
+        found.append(x[np.asarray(batch.images.valid)].reshape(-1, x.shape[-1]))
+    return np.concatenate(found)
+
+
+def work(model: nnx.Module, images: Images, train_tower: bool) -> tuple[Work, ...]:
+    """The matrix products of tower and connector in a training step on these images.
+
+    Args:
+        model: has `visual_features` and `project`, the encoder as `vision` and a `connector`.
+    """
+    count = images.valid.shape[0] * images.valid.shape[1]
+    if not count:
+        return ()
+    found = []
+    if images.pixels is not None:
+        one = jax.ShapeDtypeStruct((1, *images.pixels.shape[2:]), jnp.uint8)
+        forward = count * flops.of_function(model, lambda m, x: m.visual_features(x), one)
+        again = forward if train_tower and model.vision.tower.cfg.remat else 0.0
+        found.append(Work("tower", forward, "vision.tower", int(train_tower), again))
+    one = jax.ShapeDtypeStruct((1, *model.vision.feature_shape), jnp.float32)
+    forward = count * flops.of_function(model, lambda m, x: m.project(x), one)
+    return (*found, Work("connector", forward, "connector"))

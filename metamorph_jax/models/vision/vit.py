@@ -16,7 +16,7 @@ was read: later layers, the final norm, DINOv2's mask token. `pool` is SigLIP's 
 A tower returns one hidden state, numbered as transformers numbers them: 0 is what enters the first
 layer, k the output of layer k; -1 is the output of the last layer WITHOUT the final norm (unless
 `final_norm`). Layers after the selected one exist only in a `whole` tower. The class token is
-dropped, and so are registers.
+dropped, and so are registers; `class_out` leaves the class token in front of the patches.
 
 The position table belongs to one input size. `resize_positions` makes it from a published table
 as torch does, once, in numpy: bicubic, a = -0.75, no antialiasing; for towers with
@@ -59,6 +59,7 @@ class ViTConfig:
     select_layer: int = -1
     input_size: int = 0
     class_token: bool = False
+    class_out: bool = False
     patch_bias: bool = True
     pre_norm: bool = False
     final_norm: bool = False
@@ -81,6 +82,8 @@ class ViTConfig:
             raise ValueError(f"select_layer {self.select_layer} of {self.layers} layers")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} doesn't divide over {self.heads} heads")
+        if self.class_out and (self.registers or not self.class_token):
+            raise ValueError("class_out needs a class token, and no registers behind it")
 
     @property
     def depth(self) -> int:
@@ -109,8 +112,8 @@ class ViTConfig:
 
     @property
     def tokens(self) -> int:
-        """Patch tokens that come out."""
-        return self.grid**2
+        """Tokens that come out: those of the patches, and perhaps the class token."""
+        return self.grid**2 + self.class_out
 
     @property
     def front(self) -> int:
@@ -338,7 +341,7 @@ class ViT(nnx.Module):
     def __init__(self, cfg: ViTConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
         normal = nnx.initializers.normal(cfg.width**-0.5)
-        rows = cfg.tokens + cfg.class_token
+        rows = cfg.grid**2 + cfg.class_token
         self.patch_embedding = PatchEmbed(cfg, rngs=rngs)
         self.position_embedding = nnx.Param(normal(rngs.params(), (rows, cfg.width)))
         if cfg.class_token:
@@ -393,8 +396,10 @@ class ViT(nnx.Module):
         return self.post_layernorm(x) if self.cfg.final_norm else x
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        """float[B, P, C] patch tokens of uint8[B, h, w, 3] (or normalised float) images."""
-        return self.states(pixels)[:, self.cfg.front :]
+        """float[B, P, C] tokens of uint8[B, h, w, 3] (or normalised float) images: those of the
+        patches, with `class_out` after the class token."""
+        x = self.states(pixels)
+        return x if self.cfg.class_out else x[:, self.cfg.front :]
 
     def image_vector(self, pixels: jax.Array) -> jax.Array:
         """float[B, D], one vector of each image: that of the pooling head, else the class token,

@@ -16,14 +16,13 @@ only the two new rows of the input table (`connector_tokens = "all"` trains all 
     model.py     the parts put together; losses; what each stage trains
     weights.py   pretrained weights, tokenizer, the start of the connector
     published.py the checkpoints of the public implementation, and what we write
-    llava.py     LLaVA 1.5's checkpoints: a MetaMorph without head
     input.py     batches from data files, feature caches
     sources.py   kinds of records of its own, with their wordings in wordings.py
     decoding.py  how it writes text and visual tokens
 """
 
 from metamorph_jax.data.config import DataConfig as Data
-from metamorph_jax.recipes.metamorph import llava, published
+from metamorph_jax.recipes.metamorph import published
 from metamorph_jax.recipes.metamorph.config import Config, llm_config
 from metamorph_jax.recipes.metamorph.decoding import generator, show
 from metamorph_jax.recipes.metamorph.input import batch_spec, input_spec, open_data
@@ -32,7 +31,7 @@ from metamorph_jax.recipes.metamorph.published import load_tokenizer
 from metamorph_jax.recipes.metamorph.sources import KINDS
 from metamorph_jax.recipes.metamorph.weights import initialize, load_pretrained
 
-FAMILIES = (published.RUN, published.FAMILY, llava.FAMILY)
+FAMILIES = (published.RUN, published.FAMILY)
 
 __all__ = [
     # What `recipe.Recipe` asks for.

@@ -3,7 +3,8 @@
 import dataclasses
 
 from metamorph_jax import losses
-from metamorph_jax.config import replaced
+from metamorph_jax.config import check_known
+from metamorph_jax.convert import specs
 from metamorph_jax.models.connectors.mlp import linear_widths
 from metamorph_jax.models.heads.visual_regression import HIDDEN_LAYERS
 from metamorph_jax.models.llm import llama
@@ -98,17 +99,6 @@ class Config:
         return "cosine" if self.vision.normalize else "l1"
 
 
-def check_known(name: str, value: str, known) -> None:
-    """Raises where an option is none of the known ones."""
-    if value not in known:
-        raise ValueError(f"{name} {value!r} is none of {', '.join(known)}")
-
-
 def llm_config(cfg: Config) -> llama.LlamaConfig:
     changes = {"added_tokens": 2, "dtype": cfg.dtype, "remat": cfg.remat, **cfg.llm_options}
-    if cfg.llm == "auto":
-        from metamorph_jax.convert import specs
-        from metamorph_jax.convert.llama import config_from_hf
-
-        return config_from_hf(specs.llm_fields(cfg.llm_weights), **changes)
-    return replaced(llama.SIZES[cfg.llm], changes, "llm_options")
+    return specs.llm_config(cfg.llm, cfg.llm_weights, changes)

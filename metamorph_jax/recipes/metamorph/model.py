@@ -12,6 +12,7 @@ from metamorph_jax.models.connectors.mlp import Connector
 from metamorph_jax.models.heads.visual_regression import VisualHead
 from metamorph_jax.models.interleave import place_visual
 from metamorph_jax.models.llm import llama
+from metamorph_jax.models.vision import encoder
 from metamorph_jax.models.vision.encoder import VisionEncoder
 from metamorph_jax.nn import quantized
 from metamorph_jax.nn.attention import row_mask
@@ -90,17 +91,7 @@ class MetaMorph(nnx.Module):
 
     def batch_features(self, batch: Batch) -> jax.Array:
         """float32[B, I * P, C] visual tokens of a batch, from its cached features or pixels."""
-        images, width = batch.images, self.feature_shape[1]
-        B, I = images.valid.shape
-        if images.features is not None:
-            x = images.features.astype(jnp.float32)
-            if x.shape[-1] != width:
-                raise ValueError(f"features are {x.shape[-1]} wide, the model takes {width}")
-        elif images.pixels is not None and I:
-            x = self.visual_features(images.pixels.reshape(B * I, *images.pixels.shape[2:]))
-        else:
-            x = jnp.zeros((B, 0, width), jnp.float32)
-        return x.reshape(B, -1, width)
+        return self.vision.read(batch.images, train_tower=self.cfg.train_tower)
 
     def embed(self, batch: Batch, key: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """(float[B, L, D] what the llm reads, float32[B, I * P, C] the visual tokens in it).
@@ -141,26 +132,13 @@ class MetaMorph(nnx.Module):
         if key is not None and self.cfg.lora is not None and self.cfg.lora.dropout:
             model = lora.with_dropout(self, jax.random.fold_in(key, 1))
         hidden, visual = model.hidden(batch, key)
-        text, metrics = model._text_loss(hidden, batch)
+        tables = model.llm.head_tables()
+        text, metrics = losses.text_loss_of(hidden, *tables, batch, self.cfg.text_chunk)
         sums = {"text": text}
         if "visual" in self.loss_weights:
             sums["visual"], more = model._visual_loss(hidden, visual, batch)
             metrics |= more
         return sums, jax.tree.map(jax.lax.stop_gradient, metrics)
-
-    def _text_loss(self, hidden: jax.Array, batch: Batch):
-        """(sum over the positions with a text target, metrics). hidden: float[B, L, D]."""
-        table, added = self.llm.head_tables()
-        total, each, right = losses.text_loss(
-            hidden, table, added, batch.text_targets, self.cfg.text_chunk
-        )
-        counts = (batch.text_targets >= 0).astype(jnp.float32)
-        metrics = {
-            "text_loss": (total, counts.sum()),
-            "text_accuracy": (right.sum().astype(jnp.float32), counts.sum()),
-        }
-        sources = losses.by_source(each, counts, batch.sources, batch.source_names, "text_loss")
-        return total, metrics | sources
 
     def _visual_loss(self, hidden: jax.Array, visual: jax.Array, batch: Batch):
         """(sum over the visual targets, metrics); without gradients where its weight is 0.
@@ -208,32 +186,15 @@ class MetaMorph(nnx.Module):
     def work(self, batch: Batch) -> tuple[Work, ...]:
         """The matrix products of a training step on a batch (shapes are enough)."""
         rows, length = batch.tokens.shape
-        return llama.work(self.llm.cfg, rows, length) + self._image_work(batch)
-
-    def _image_work(self, batch: Batch) -> tuple[Work, ...]:
-        """Those of tower, connector and head."""
-        images = batch.images
-        count = images.valid.shape[0] * images.valid.shape[1]
-        if not count:
-            return ()
-        found = []
-        if images.pixels is not None:
-            one = jax.ShapeDtypeStruct((1, *images.pixels.shape[2:]), jnp.uint8)
-            forward = count * flops.of_function(self, lambda m, x: m.visual_features(x), one)
-            trained = self.cfg.train_tower
-            again = forward if trained and self.vision.tower.cfg.remat else 0.0
-            found.append(Work("tower", forward, "vision.tower", int(trained), again))
-        one = jax.ShapeDtypeStruct((1, *self.feature_shape), jnp.float32)
-        forward = count * flops.of_function(self, lambda m, x: m.project(x), one)
-        found.append(Work("connector", forward, "connector"))
-        if "visual" in self.loss_weights:
-            rows, length = batch.tokens.shape
+        found = llama.work(self.llm.cfg, rows, length)
+        found += encoder.work(self, batch.images, self.cfg.train_tower)
+        if batch.images.valid.size and "visual" in self.loss_weights:
             one = jax.ShapeDtypeStruct((1, 1, self.llm.cfg.width), jnp.float32)
             predicting = rows * (self.cfg.max_visual_targets or length)
             forward = predicting * flops.of_function(self, lambda m, x: m.predict_visual(x), one)
             counts = bool(self.loss_weights["visual"])
-            found.append(Work("visual head", forward, "head" if counts else "", int(counts)))
-        return tuple(found)
+            found += (Work("visual head", forward, "head" if counts else "", int(counts)),)
+        return found
 
 
 def hidden_tokens(key: jax.Array, batch: Batch, tokens: int, share: float) -> jax.Array:

@@ -7,6 +7,7 @@ from PIL import Image
 from metamorph_jax.endpoint import Completion
 from metamorph_jax.errors import RequestRefused, UserError
 from metamorph_jax.eval.images import judging
+from metamorph_jax.eval.judges import EndpointModel
 from metamorph_jax.sampling.likelihood import Likelihood
 
 
@@ -50,15 +51,15 @@ def test_an_endpoint_is_asked_with_the_image(tmp_path, capsys):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
 
     class Client:
-        def complete(self, messages, *, model, temperature, max_tokens):
+        def complete(self, messages, *, model, temperature, max_tokens, seed):
             image, text = messages[0]["content"]
-            assert model == "m" and temperature == 0
+            assert model == "m" and temperature == 0 and max_tokens == 16
             assert image["image_url"]["url"].startswith("data:image/png;base64,")
             if "refuse" in text["text"]:
                 raise RequestRefused("no such thing")
             return Completion("Yes." if "red" in text["text"] else "I see none")
 
-    judge = judging.EndpointJudge(Client(), "m", 2)
+    judge = judging.WordsJudge(EndpointModel(Client(), "m", 2))
     paths = [str(tmp_path / "a.png")] * 3 + [str(tmp_path / "gone.png")]
     found = judge(paths, ["Is it red?", "Is it blue?", "refuse", "Is it red?"])
     np.testing.assert_array_equal(found, [1, np.nan, np.nan, np.nan])

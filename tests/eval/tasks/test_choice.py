@@ -72,7 +72,7 @@ def test_seed(seed, tmp_path):
     lines = [json.loads(line) for line in files[0].read_text().splitlines()]
     assert lines[1] == {"question_id": "2", "prediction": "B."} and not records[1]["parsed"]
     assert run("seed:parser=first", seed, say)[2]["all"] == 100  # images are the default
-    with pytest.raises(ConfigError, match="kind must be"):
+    with pytest.raises(ConfigError, match="kind=films, expected one of"):
         tasks.make("seed:kind=films", root="x")
 
 

@@ -10,9 +10,9 @@ from safetensors.numpy import save_file
 
 from metamorph_jax.convert.llama import export_llama
 from metamorph_jax.convert.vit import export_vit
+from metamorph_jax.models.connectors.mlp import calibrate
 from metamorph_jax.recipes import metamorph as recipe
 from metamorph_jax.recipes.metamorph.published import export_metamorph
-from metamorph_jax.recipes.metamorph.weights import calibrate_connector
 from metamorph_jax.types import Images
 from tests.recipes.metamorph.tiny import TINY, change, make, make_batch
 
@@ -23,7 +23,7 @@ def test_calibrated_connector_speaks_at_the_scale_of_text():
     x = 3 + 0.01 * r.normal(size=(500, 32)) * r.uniform(0.1, 2, 32)
     x = (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
     table = np.asarray(model.llm.embed_tokens.embedding[...])
-    calibrate_connector(model, x)
+    calibrate(model.connector, x, table.std())
     out = np.asarray(model.project(x))
     np.testing.assert_allclose(out.std(0).mean(), table.std(), rtol=1e-3)
     np.testing.assert_allclose(out.mean(0), 0, atol=1e-4)
