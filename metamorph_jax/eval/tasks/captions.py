@@ -100,7 +100,8 @@ class CocoCaption(Task):
             reading.required(row, where, "filename", "split", "sentences", key)
             if row["split"] == self.split:
                 place = pathlib.Path(row.get("filepath", folder), row["filename"])
-                given = [sentence["raw"] for sentence in row["sentences"]]
+                given = [reading.required(sentence, where, "raw")["raw"]
+                         for sentence in row["sentences"]]  # fmt: skip
                 yield row[key], self.picture(str(place)), given, {}
 
     def picture(self, place: str) -> str:
@@ -193,6 +194,7 @@ class NoCaps(CocoCaption):
         value = reading.required(reading.json_file(path, dict), path, "images")
         given: dict[int, list[str]] = {}
         for row in value.get("annotations", ()):
+            reading.required(row, f"{path}, an annotation", "image_id", "caption")
             given.setdefault(row["image_id"], []).append(row["caption"])
         for number, row in enumerate(value["images"]):
             reading.required(row, f"{path}, images[{number}]", "id", "file_name")

@@ -147,7 +147,8 @@ class VQAv2(_Soft):
                 f"{self._file(self._annotations)} has no question {row['question_id']}; questions "
                 "and annotations must be of the same split"
             )
-        given = truth and [answer[self._answer_key] for answer in truth["answers"]]
+        where = f"{self._annotations.format(split=self.split)}, question {row['question_id']}"
+        given = truth and _texts(truth["answers"], where, self._answer_key)
         kinds = truth and {key: truth[key] for key in ("answer_type", "question_type")}
         return Question(
             str(row["question_id"]),
@@ -220,6 +221,11 @@ class OKVQA(VQAv2):
         return self.answers
 
 
+def _texts(answers: Sequence[dict], where: str, key: str = "answer") -> list[str]:
+    """The texts of a question's human answers."""
+    return [reading.required(answer, f"{where}, an answer", key)[key] for answer in answers]
+
+
 def first_words(reply: str) -> str:
     """The answer that MM-Interleaved takes out of a reply, by plain cuts at substrings."""
     text = reply.replace('"', "").strip()
@@ -272,7 +278,7 @@ class VizWiz(_Soft):
                 row["image"],
                 PROMPTS[self.style].format(question=row["question"]),
                 (self.path(self.split, row["image"]),),
-                gold=given and [answer["answer"] for answer in given],
+                gold=given and _texts(given, f"{self.split}.json, {row['image']}"),
                 groups={"answer_type": row["answer_type"]} if "answer_type" in row else {},
             )
 
@@ -343,6 +349,8 @@ class TextVQA(_Soft):
             return self._prompts_of(self.path(theirs))
         path = self.find(rosetta) if self.ocr == "tokens" else self.find(theirs, rosetta)
         rows = reading.required(reading.json_file(path, dict), path, "data")["data"]
+        rows = [reading.required(row, f"{path}, data[{i}]", "image_id", "ocr_tokens")
+                for i, row in enumerate(rows)]  # fmt: skip
         tokens = {row["image_id"]: ", ".join(row["ocr_tokens"]) for row in rows}
 
         def prompt(row):

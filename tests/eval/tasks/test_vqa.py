@@ -132,6 +132,14 @@ def test_okvqa(tmp_path):
     assert "respond with 'Unanswerable'." in model.asked["420"].prompt
 
 
+def test_answers_that_lack_a_field_are_named(vqav2):
+    for path in [*(vqav2 / "vqav2").glob("v2_*.json")]:
+        path.rename(path.with_name(path.name.removeprefix("v2_")))
+    root = str(vqav2 / "vqav2")
+    with pytest.raises(FileError, match="question 420, an answer: no raw_answer; it has answer,"):
+        list(tasks.make("okvqa:answers=raw_answer", root=root).questions())
+
+
 def test_vizwiz(tmp_path):
     rows = [
         {"image": "VizWiz_val_00000007.jpg", "question": "What is this?", "answerable": 1,
