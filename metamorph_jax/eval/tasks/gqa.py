@@ -90,5 +90,5 @@ class GQA(Task):
 
     def write(self, records, folder):
         """[{"questionId", "prediction"}], as the official tool reads it."""
-        rows = [{"questionId": r["id"], "prediction": r["answer"]} for r in records]
+        rows = gqa.gqa_submission((r["id"], r["answer"]) for r in records)
         return [write_json(folder / f"{self.split}_predictions.json", rows)]

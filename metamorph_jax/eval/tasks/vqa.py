@@ -103,6 +103,7 @@ class VQAv2(_Soft):
         parser: "official"; "lmms_eval" normalises also where all annotators agree.
         mmi_extract: cut replies to a word or two first, as MM-Interleaved does (it may cut too
             much: "pizza crust" becomes "crust").
+        question_types: scores of each of the 65 types of questions, too ("type what color").
     """
 
     split: str = "val2014"
@@ -110,6 +111,7 @@ class VQAv2(_Soft):
     images: str = ""
     parser: str = "official"
     mmi_extract: bool = False
+    question_types: bool = False
 
     title: ClassVar = "VQAv2"
     files: ClassVar = (
@@ -174,6 +176,14 @@ class VQAv2(_Soft):
     def accuracy(self, answer: str, given: Sequence[str]) -> float:
         rule = vqa.vqav2_accuracy if self.parser == "official" else vqa.textvqa_accuracy
         return rule(answer, given)
+
+    def scores(self, records):
+        """Accuracy, by answer type, and by question type if that is wanted."""
+        found = super().scores(records)
+        if self.question_types and found:
+            types = by_group(records, "question_type")
+            found |= {f"type {name}": mean(group) for name, group in types.items()}
+        return found
 
     def write(self, records, folder):
         """[{"question_id", "answer"}] of every question; "" where there is no answer.
