@@ -28,16 +28,16 @@ _SOURCE = "MME_Benchmark_release_version.zip, as its authors send it on request"
 
 @dataclasses.dataclass(frozen=True)
 class MME(Task):
-    """Options: `category` (one sub-task alone), `style` (llava, cambrian, official).
+    """Options: `category` (one sub-task alone), `style` (llava_1.5, cambrian, official).
 
     Attributes:
         category: "": all that are there.
-        style: the questions' own last sentence is replaced by the short-answer suffix ("llava"),
-            followed by it ("cambrian"), or left alone ("official").
+        style: the questions' own last sentence is replaced by the short-answer suffix
+            ("llava_1.5"), followed by it ("cambrian"), or left alone ("official").
     """
 
     category: str = ""
-    style: str = "llava"
+    style: str = "llava_1.5"
 
     title: ClassVar = "MME"
     main: ClassVar = "perception"
@@ -47,7 +47,7 @@ class MME(Task):
     )  # fmt: skip
 
     def __post_init__(self):
-        one_of(self, style=("llava", "cambrian", "official"), category=("", *CATEGORIES))
+        one_of(self, style=("llava_1.5", "cambrian", "official"), category=("", *CATEGORIES))
 
     def questions(self):
         self.find(*([self.category] if self.category else CATEGORIES))
@@ -76,7 +76,7 @@ class MME(Task):
                 )  # fmt: skip
 
     def _prompt(self, question: str) -> str:
-        if self.style == "llava":
+        if self.style == "llava_1.5":
             question = question.removesuffix(_OWN)
         return question if self.style == "official" else f"{question}\n{SHORT}"
 

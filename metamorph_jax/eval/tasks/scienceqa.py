@@ -1,10 +1,10 @@
 """ScienceQA (Lu et al. 2022): 4,241 test questions, 2,017 of them with an image.
 
 The papers' numbers come from different files and prompts. LLaVA 1.5 and 1.6 report the accuracy of
-the questions with an image ("image") with the prompt of style "llava" and a letter as the answer;
-lmms-eval's `scienceqa_img` is the same with style "lmms_eval"; LLaVA 1's 90.9 is the accuracy over
-all questions ("accuracy") of a model that was trained on ScienceQA and writes its reasoning first
-(`scienceqa:style=reasoning`).
+the questions with an image ("image") with the prompt of style "llava_1.5" and a letter as the
+answer; lmms-eval's `scienceqa_img` is the same with style "lmms_eval"; LLaVA 1's 90.9 is the
+accuracy over all questions ("accuracy") of a model that was trained on ScienceQA and writes its
+reasoning first (`scienceqa:style=reasoning`).
 
 With `gpt4=FILE`, the answers of a text-only model ({"outputs": {id: text}}), there are the scores
 of LLaVA 1's ensembles: "complement" takes its answer, ours where it can't be read. With a judge,
@@ -39,13 +39,13 @@ from metamorph_jax.eval.tasks.base import (
 _SOURCE = "github.com/lupantech/ScienceQA, data/scienceqa and its images"
 _CAMBRIAN = "Please answer directly with only the letter of the correct option and nothing else."
 _LETTERS = "ABCDE"
-STYLES = ("llava", "lmms_eval", "cambrian", "reasoning")
+STYLES = ("llava_1.5", "lmms_eval", "cambrian", "reasoning")
 _SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
 
 
 @dataclasses.dataclass(frozen=True)
 class ScienceQA(Task):
-    """Options: `split`, `style` (llava, lmms_eval, cambrian, reasoning), `file`, `gpt4`.
+    """Options: `split`, `style` (llava_1.5, lmms_eval, cambrian, reasoning), `file`, `gpt4`.
 
     Attributes:
         split: of pid_splits.json.
@@ -56,7 +56,7 @@ class ScienceQA(Task):
     """
 
     split: str = "test"
-    style: str = "llava"
+    style: str = "llava_1.5"
     file: str = ""
     gpt4: str = ""
 
@@ -185,18 +185,19 @@ def _groups(row: Mapping) -> dict[str, str]:
 def prompt_of(row: Mapping, style: str) -> str:
     """The prompt of a problem; its image comes before it.
 
-    llava       Context: …, Question: …, Options: (A) … (B) …, and the instruction for a letter
+    llava_1.5   Context: …, Question: …, Options: (A) … (B) …, and the instruction for a letter
     reasoning   …, Context: …, Options: (A) … (B) …, as LLaVA 1 was trained on ScienceQA ("QCM")
     lmms_eval   Context: … if there is one, the question, A. … a line each, the instruction
     cambrian    hint and question on one line, A. … a line each, its own instruction
     """
     question, hint = row["question"], (row.get("hint") or "").strip()
     options = " ".join(f"({_LETTERS[k]}) {text}" for k, text in enumerate(row["choices"]))
-    if style in ("llava", "reasoning"):
+    if style in ("llava_1.5", "reasoning"):
+        first = style == "llava_1.5"
         context = f"Context: {hint or 'N/A'}"
-        asked = (context, f"Question: {question}") if style == "llava" else (question, context)
+        asked = (context, f"Question: {question}") if first else (question, context)
         text = "\n".join((*asked, f"Options: {options}")).replace("  ", " ").strip()
-        return f"{text}\n{LETTER}" if style == "llava" else text
+        return f"{text}\n{LETTER}" if first else text
     if style == "cambrian":
         return f"{hint} {question}".strip() + f"\n{lettered(row['choices'])}\n{_CAMBRIAN}"
     context = f"Context: {hint}\n" if hint else ""
