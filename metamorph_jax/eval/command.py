@@ -74,8 +74,8 @@ def run(args) -> int:
     if args.limit < 0 or (args.resamples or 0) < 0:
         raise UserError("--limit and --resamples must not be negative")
     drawing = [task.name for task in chosen if task.form == "draw"]
-    if drawing and not args.decoder:
-        raise UserError(f"{', '.join(drawing)}: drawing needs --decoder")
+    if drawing and (args.endpoint or not args.decoder):
+        raise UserError(f"{', '.join(drawing)}: drawing needs --decoder, and a model of ours")
     for task in chosen:  # before the model is loaded, which takes longer
         next(iter(task.questions()), None)
     return evaluate(args, chosen, out)
@@ -113,10 +113,12 @@ def evaluate(args, chosen, out: pathlib.Path) -> int:
 
     options = generate.decoding_options(args, args.batch_size)
     model = named(args)
-    settings = bench.Settings(options, args.limit, args.resamples, model)
     client = endpoint.open_endpoint(args) if args.endpoint or args.judge else None
     judge = open_judge(args, client, options)
     answering = open_model(args, client)
+    if any(task.form == "draw" for task in chosen):
+        model["drawing"] = dataclasses.asdict(answering.image_decoder.sampling)
+    settings = bench.Settings(options, args.limit, args.resamples, model)
     results, wrong = [], 0
     for task in chosen:
         try:

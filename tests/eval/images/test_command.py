@@ -43,6 +43,15 @@ def test_distances_of_two_folders(stand_in, image_folders, tmp_path, capsys):
     assert found["scores"]["inception score"] == pytest.approx(inception[0])
     assert found["scores"]["inception score, deviation"] == pytest.approx(inception[1])
     assert found["settings"]["fid_size"] is None and found["settings"]["images"] == 12
+    # The real images are read once: their statistics take their place.
+    again = ("--inception", weights, "--json", out, "--fid-size", "none", "--statistics",
+             tmp_path / "real.npz")  # fmt: skip
+    assert score(drawn, *again, "--real", real) == 0 and (tmp_path / "real.npz").is_file()
+    assert score(drawn, *again) == 0
+    found = json.loads(out.read_text())
+    assert found["scores"]["FID (images as they are)"] == pytest.approx(exact, rel=1e-9)
+    assert score(drawn, *again, "--fid-size", "64") == 2
+    assert "is of images at fid_size None, not 64" in capsys.readouterr().err
     # At 8 px all images have the same height, and another distance.
     assert score(drawn, *words, "--fid-size", "8") == 0
     changed = json.loads(out.read_text())["scores"]["FID (8 px)"]
