@@ -58,7 +58,7 @@ def search(loop, requests):
 one = sharding.make_mesh(devices=jax.devices()[:1])
 cases = [({"tensor": 2, "data": 4}, "auto", {"qkv_bias": True}),
          ({"tensor": 8}, "int8", {"tied": False}),  # more shards than key-value heads
-         ({"tensor": 4, "data": 2}, "auto", {"qk_norm": True, "kv_heads": 4})]
+         ({"tensor": 4, "data": 2}, "nf4", {"qk_norm": True, "kv_heads": 4})]
 for shape, weights, llm in cases:
     mesh = sharding.make_mesh(shape)
     expected, got = decode(one, weights, **llm), decode(mesh, weights, **llm)
