@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import re
 import sys
 
 from metamorph_jax import endpoint
@@ -94,13 +95,20 @@ def check_model(args) -> None:
 def names(text: str) -> list[str]:
     """The tasks that --tasks names.
 
-    Commas separate tasks; one that is followed by OPTION=VALUE, without a colon, separates options.
+    Commas and spaces separate tasks; a comma that is followed by OPTION=VALUE, without a colon,
+    separates options, and after OPTION=VALUE a space separates words of the value unless a task
+    follows.
     """
+    from metamorph_jax.eval import tasks
+
     found: list[str] = []
-    for part in text.replace(" ", ",").split(","):
+    for between, part in re.findall(r"([ ,]*)([^ ,]+)", text):
+        task = part.partition(":")[0] in tasks.TASKS or re.match(r"[\w.]+\.\w+:\w", part)
         if found and "=" in part and ":" not in part:
             found[-1] += f",{part}"
-        elif part:
+        elif found and "=" in found[-1] and "," not in between and not task:
+            found[-1] += f" {part}"
+        else:
             found.append(part)
     return found
 

@@ -36,7 +36,7 @@ def add_arguments(parser) -> None:
         help="side that images are brought to before Inception, in papers 64 or 256; none: as they "
         "are (default: 256)")  # fmt: skip
     add("--clip", default="", metavar="SPEC", help="CLIP weights: hf:OWNER/NAME or a folder")
-    add("--prefix", default="", help="before each caption, such as 'A photo depicts '")
+    add("--prefix", default="", help="before each caption: 'A photo depicts'")
     add("--tower", default="", metavar="SPEC",
         help="weights of a vision tower, for the feature distance")  # fmt: skip
     add("--geneval", default="", metavar="FILE",

@@ -6,7 +6,7 @@
     CLIP, image-image         CLIP           with the real image that belongs to each
 
 CLIP's are mean cosines. `CLIPScore` is 2.5 max(cos, 0); the published one is that of ViT-B/32 with
-the prefix "A photo depicts ". A score without the network, its weights, the size of images and the
+the prefix "A photo depicts". A score without the network, its weights, the size of images and the
 prefix means nothing, so `settings` goes wherever scores go.
 """
 
@@ -34,7 +34,7 @@ class Measures:
         clip: weights of CLIP with both towers; "": none.
         fid_size: short side to which both sets are brought before Inception sees them, centre cut
             out; None: as they are. See `features.ImageSet`.
-        prefix: before each caption, for CLIP.
+        prefix: words before each caption, for CLIP.
         statistics: .npz of the real images' Inception features, in place of the images themselves
             (`statistics.read_gaussian`), at the same `fid_size`. If it isn't there yet, it is
             written.
@@ -193,7 +193,8 @@ def text_cosines(
     if not kept:
         return np.zeros(0), 0
     rows, texts = zip(*kept, strict=True)
-    vectors, cut = network.texts([prefix + text for text in texts])
+    start = f"{prefix.strip()} " if prefix.strip() else ""
+    vectors, cut = network.texts([start + text for text in texts])
     return statistics.cosines(images.values[list(rows)], vectors), cut
 
 

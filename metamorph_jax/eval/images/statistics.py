@@ -22,7 +22,6 @@ from metamorph_jax.errors import DataError, FileError
 
 SPLITS = 10  # of the inception score
 CLIPSCORE_FACTOR = 2.5
-CLIPSCORE_PREFIX = "A photo depicts "
 # The steps of pytorch-fid where the root of a product of covariances is not finite or not real.
 _DIAGONAL, _IMAGINARY = 1e-6, 1e-3
 

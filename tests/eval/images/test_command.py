@@ -65,7 +65,7 @@ def test_agreement_with_captions_and_partners(clip_folder, image_folders, tmp_pa
     file, out = tmp_path / "captions.json", tmp_path / "scores.json"
     file.write_text(json.dumps(captions))
     words = ("--clip", clip_folder, "--captions", file, "--real", real, "--paired", "--json", out)
-    assert score(drawn, *words, "--prefix", "a ") == 0
+    assert score(drawn, *words, "--prefix", "a") == 0
     assert "has nothing for 1 of 12 images, such as" in capsys.readouterr().err
     found = json.loads(out.read_text())
     network = features.open_clip(str(clip_folder))
@@ -79,7 +79,7 @@ def test_agreement_with_captions_and_partners(clip_folder, image_folders, tmp_pa
     assert found["scores"]["CLIPScore"] == pytest.approx(clipscore, abs=1e-5)
     both = statistics.cosines(images, others).mean()
     assert found["scores"]["CLIP, image-image"] == pytest.approx(both, abs=1e-5)
-    assert found["settings"]["clip"] == str(clip_folder) and found["settings"]["prefix"] == "a "
+    assert found["settings"]["clip"] == str(clip_folder) and found["settings"]["prefix"] == "a"
 
 
 def test_few_and_broken_images_are_said(stand_in, image_folders, tmp_path, capsys):
