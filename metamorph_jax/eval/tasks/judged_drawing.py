@@ -63,7 +63,7 @@ class JudgedDrawing(Task):
         more = fields.pop("more", {})
         for k in range(self.samples):
             prompt = self.prompt.replace("{prompt}", text)
-            yield Question(f"{unit}-{k}", prompt, gold=text, unit=unit,
+            yield Question(f"{unit}-{k}", prompt, unit=unit,
                            more=more | {"sample": k}, **fields)  # fmt: skip
 
     def record(self, question: Question, answer: Answer) -> Record:
@@ -108,8 +108,8 @@ class GenEval(JudgedDrawing):
         found = geneval.judged([record["drawn"][0] for record in records], rows, judge)
         return [
             {"checks": checks, "parsed": right is not None,
-             "score": None if right is None else float(right)}
-            for right, checks in found
+             "score": None if right is None else float(right), "reply": _told(record, checks)}
+            for record, (right, checks) in zip(records, found, strict=True)
         ]  # fmt: skip
 
     def scores(self, records: Sequence[Record]) -> dict[str, float]:
@@ -182,12 +182,14 @@ class Dpg(JudgedDrawing):
         ]
         values = iter(judge(*map(list, zip(*pairs, strict=True))) if pairs else ())
         out = []
-        for item in items:
+        for record, item in zip(records, items, strict=True):
             found = {id: float(next(values)) for id in item}
             parsed = not np.isnan(list(found.values())).any()
             scores = dpg.image_scores(dpg.Judged(item, [_said(found)])) if parsed else None
-            out.append({"answers": {str(id): value for id, value in found.items()},
-                        "parsed": parsed, "score": scores[0] if scores else None})  # fmt: skip
+            answers = {str(id): value for id, value in found.items()}
+            told = _told(record, {q.text: found[id] for id, q in item.items()})
+            score = scores[0] if scores else None
+            out.append({"answers": answers, "parsed": parsed, "score": score, "reply": told})
         return out
 
     def scores(self, records: Sequence[Record]) -> dict[str, float]:
@@ -222,6 +224,12 @@ class Dpg(JudgedDrawing):
         for path, rows in zip(written, (lines, details), strict=True):
             path.write_text("\n".join(rows) + "\n", encoding="utf-8")
         return written
+
+
+def _told(record: Record, found: dict[str, float]) -> str:
+    """For people who look at the worst images: what the model wrote, and the judge's noes."""
+    noes = [f"no: {question}" for question, value in found.items() if value <= dpg.THRESHOLD]
+    return "; ".join(filter(None, [record["reply"], *noes]))
 
 
 def _said(found: dict[int, float]) -> dict[int, bool]:

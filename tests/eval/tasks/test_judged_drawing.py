@@ -124,6 +124,8 @@ def test_dpg_is_drawn_judged_and_written(tmp_path, monkeypatch):
     scores = {record["id"]: record["score"] for record in result.records}
     assert scores["cup-0"] == 1 and scores["cup-1"] == 0.25 and scores["foreign-0"] is None
     assert "DPG" in result.intervals
+    (worst,) = (record for record in result.records if record["id"] == "sky-1")
+    assert worst["reply"] == "no: Is the bird in the sky?"
     folder = result.files[0].parent
     assert Image.open(folder / "cup.png").size == (128, 128)
     lines = result.files[0].read_text().splitlines()
