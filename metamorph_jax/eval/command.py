@@ -15,7 +15,7 @@ import json
 import pathlib
 import sys
 
-from metamorph_jax import endpoint
+from metamorph_jax import distributed, endpoint
 from metamorph_jax.errors import UserError
 from metamorph_jax.sampling import generate
 
@@ -54,6 +54,7 @@ def add_arguments(parser) -> None:
     endpoint.add_arguments(parser)
     generate.add_decoding_arguments(parser)
     parser.add_argument("--out", metavar="DIR", help="where results go (default: WORKDIR/eval)")
+    distributed.add_arguments(parser)
 
 
 def run(args) -> int:
@@ -78,7 +79,15 @@ def run(args) -> int:
         raise UserError(f"{', '.join(drawing)}: drawing needs --decoder")
     for task in chosen:  # before the model is loaded, which takes longer
         next(iter(task.questions()), None)
-    return evaluate(args, chosen, out)
+    place = distributed.join_asked(args)
+    try:
+        return evaluate(args, chosen, out)
+    except UserError as error:
+        if place is None:
+            raise
+        # The others may be waiting for this host, or it for them.
+        print(f"metamorph eval: process {place.process}: {error}", file=sys.stderr)
+        distributed.leave(error.code)
 
 
 def check_model(args) -> None:
@@ -122,6 +131,8 @@ def evaluate(args, chosen, out: pathlib.Path) -> int:
         try:
             results.append(bench.run_task(task, answering, out, settings, judge))
         except UserError as error:  # the other tasks don't suffer
+            if jax.process_count() > 1:
+                raise  # it may be this host's alone
             print(f"metamorph: {error}", file=sys.stderr)
             wrong += 1
     if results and jax.process_index() == 0:
