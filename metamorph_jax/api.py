@@ -97,8 +97,8 @@ def load(
         config: FILE[:SIZE] of published weights.
         mesh: axis -> size, e.g. {"tensor": 4}; default: as many devices on "tensor" as the run
             had, all others share the rows.
-        weights: how the language model's are kept: "auto" (as it computes), "float32", "bfloat16"
-            or "int8".
+        weights: how the language model's are kept: "auto" (as it computes), "float32", "bfloat16",
+            "int8" or "nf4" (4 bits).
         steps: of the diffusion sampler; None: as the config of `decoder` says.
         options: of the recipe's generator, e.g. `force_end=True`.
 

@@ -188,7 +188,8 @@ def read_json(
         what: what the file should hold, for messages: "an index of shards".
         max_bytes: of the file.
         unique: refuse objects in which a key occurs twice.
-        keep: what takes the place of each object as soon as it is read, to save memory.
+        keep: gives what takes the place of each object as soon as it is read, to save memory; not
+            together with `unique`.
 
     Raises:
         FileError: as `read_text`, or it is not JSON, or not of this kind.

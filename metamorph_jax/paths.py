@@ -35,7 +35,8 @@ OPTIONS = {
     "chat": _MODEL,
     "eval": dict(**_MODEL, bench_root=_IN, judge_workdir=_IN),
     "score": dict(drawn=_IN, real=_IN, captions=_IN, inception=_IN, clip=_SPEC, tower=_SPEC,
-                  geneval=_IN, dpg=_IN, judge=_SPEC, judge_config=_CONFIG, json=_FILE),
+                  statistics=_FILE, geneval=_IN, dpg=_IN, judge=_SPEC, judge_config=_CONFIG,
+                  json=_FILE),
     "report": dict(workdir=_IN),
 }
 # Options that messages call otherwise than by their name.

@@ -1,9 +1,12 @@
 """Settings of the whole suite: JAX on the CPU, and the order of the files.
 
-Most of the time goes into compiling, so tests and the processes that they start share what has been
-compiled: in $JAX_COMPILATION_CACHE_DIR, by default a folder that lives as long as the session.
+Most of the time goes into compiling. So tests and the processes that they start share what has been
+compiled, in $JAX_COMPILATION_CACHE_DIR, by default a folder that lives as long as the session; and
+XLA's older way to write loops for the CPU is used where jaxlib still has it: it compiles in half
+the time, and the programs of tests are too small to run slower.
 """
 
+import importlib.metadata
 import os
 import pathlib
 import shutil
@@ -14,6 +17,10 @@ _compiled = None
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # xdist's processes have it from the first one
     _compiled = tempfile.mkdtemp(prefix="compiled_for_tests_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones abort at this option
+    _flags, _old = os.environ.get("XLA_FLAGS", ""), "--xla_cpu_use_fusion_emitters=false"
+    if _old not in _flags:
+        os.environ["XLA_FLAGS"] = f"{_flags} {_old}".strip()
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 

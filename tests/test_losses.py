@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from metamorph_jax import losses
+from tests.devices import virtual
 
 B, L, D, V = 3, 11, 6, 29
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -181,7 +182,7 @@ def test_rows_and_table_over_a_mesh_give_the_same_numbers():
 
     Run in a child process: eight virtual devices have to be asked for before JAX starts.
     """
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    env = {**os.environ, **virtual(8),
            "JAX_PLATFORMS": "cpu"}  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", OVER_A_MESH], env=env, capture_output=True, text=True

@@ -8,6 +8,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from metamorph_jax import sharding
+from tests.devices import virtual
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -85,7 +86,7 @@ def test_wrong_shapes():
 
 def test_eight_devices():
     env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        **virtual(8),
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
     }

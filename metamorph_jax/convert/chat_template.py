@@ -2,14 +2,15 @@
 
 `tokenizer.apply_chat_template(messages, add_generation_prompt=True)` then gives the ids of
 `Chat.prompt`, with the system turn (or none) and the start tokens that the model was trained with.
+Templates with a form of their own for training are written as their prompts are.
 """
 
 import re
 from collections.abc import Iterator, Sequence
 
 from metamorph_jax.data.chat import Chat
-from metamorph_jax.data.chat_templates import Piece, Special
-from metamorph_jax.data.sources.base import IMAGE
+from metamorph_jax.data.chat_templates import ChatTemplate, Piece, Special, needs_system
+from metamorph_jax.data.sources.base import IMAGE, Turn
 
 _ROLES = "the roles of this template are system (first), user and assistant"
 _SLOTS = re.compile(r"(\{(?:text|images|system)\})")
@@ -18,9 +19,12 @@ _SLOTS = re.compile(r"(\{(?:text|images|system)\})")
 def to_jinja(chat: Chat, single_bos: bool = False) -> str:
     """The Jinja template that writes conversations as this chat does."""
     template = chat.template
-    start = template.start[:1] if single_bos else template.start
-    later, first = _row(template.row("user")), _row(template.row("user", first=True))
+    start = [*(template.start[:1] if single_bos else template.start), *_bos(chat)]
+    bare = template.bare_turns
+    later, first = _row(template.user, bare), _row(template.row("user", first=True), bare)
     user = later if later == first else f"{_if('loop.first')}{first}{_ELSE}{later}{_END}"
+    none = f"{template.name} has no place for an answer"
+    answer = _row(template.assistant, bare) or _if("text") + _raise(none) + _END
     lines = [
         f"{{%- set system = {_literal(chat.system or '')} -%}}",
         "{%- set turns = messages -%}",
@@ -28,13 +32,14 @@ def to_jinja(chat: Chat, single_bos: bool = False) -> str:
         '{%- set system = messages[0]["content"] -%}',
         "{%- set turns = messages[1:] -%}",
         _END,
+        *_preset(template.preset),
         *(_put(_literal(token)) for token in start),
         _if("system") + "{%- set text = system -%}" + _row(template.system) + _END,
         "{%- for message in turns -%}",
-        '{%- set text = message["content"] -%}',
+        f"{{%- set text = {_content(template)} -%}}",
         _if('message["role"] == "user"') + user,
-        '{%- elif message["role"] == "assistant" -%}' + _row(template.assistant),
-        _ELSE + _put(f"raise_exception({_literal(_ROLES)})") + _END,
+        '{%- elif message["role"] == "assistant" -%}' + answer,
+        _ELSE + _raise(_ROLES) + _END,
         "{%- endfor -%}",
         _if("add_generation_prompt") + "".join(_header(template.assistant)) + _END,
     ]
@@ -52,6 +57,35 @@ def _put(expression: str) -> str:
     return f"{{{{- {expression} -}}}}"
 
 
+def _bos(chat: Chat) -> Iterator[str]:
+    """The BOS, and a blank where a text that begins has one, but not if `<s>` is spelled out."""
+    yield from chat.bos
+    first = (*chat.template.system, *chat.template.row("user", first=True))[0][0]
+    for bos in chat.bos if not isinstance(first, Special) else ():
+        encode = lambda text: list(chat.tokenizer.encode(text, add_special_tokens=False))  # noqa: E731
+        yield "" if encode(f"{bos}a")[1:] == encode("a") else " "
+
+
+def _raise(message: str) -> str:
+    return _put(f"raise_exception({_literal(message)})")
+
+
+def _preset(turns: Sequence[Turn]) -> Iterator[str]:
+    """Puts the turns that always come first before the others."""
+    if turns:
+        objects = ", ".join(
+            f'{{"role": {_literal(role)}, "content": {_literal(text)}}}' for role, text in turns
+        )
+        yield f"{{%- set turns = [{objects}] + turns -%}}"
+
+
+def _content(template: ChatTemplate) -> str:
+    """The message of a turn, with what stands around its images."""
+    if template.image == IMAGE:
+        return 'message["content"]'
+    return f'message["content"] | replace({_literal(IMAGE)}, {_literal(template.image)})'
+
+
 def _literal(text: str) -> str:
     """A Jinja string; its escapes are Python's."""
     return '"' + text.encode("unicode_escape").decode("ascii").replace('"', r"\"") + '"'
@@ -62,14 +96,23 @@ def _header(row: Sequence[Piece]) -> Iterator[str]:
     for piece, _ in row:
         if not isinstance(piece, Special) and "{text}" in piece:
             return
-        yield _put(_expression(piece))
+        yield _written(piece)
 
 
-def _row(row: Sequence[Piece]) -> str:
-    """A turn whose message is `text`; of one with an empty message, the header alone."""
+def _row(row: Sequence[Piece], bare: bool = True) -> str:
+    """A turn whose message is `text`; of one with an empty message, the header, if it is `bare`."""
     header = list(_header(row))
-    rest = [_put(_expression(piece)) for piece, _ in row[len(header) :]]
+    rest = [_written(piece) for piece, _ in row[len(header) :]]
+    if not bare:
+        return "".join([_if("text"), *header, *rest, _END])
     return "".join([*header, _if("text"), *rest, _END] if rest else header)
+
+
+def _written(piece: str) -> str:
+    """A piece; one that needs a system message, only if there is one."""
+    put = _put(_expression(piece))
+    left_out = not isinstance(piece, Special) and needs_system(piece)
+    return _if("system") + put + _END if left_out else put
 
 
 def _expression(piece: str) -> str:

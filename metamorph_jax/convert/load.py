@@ -28,7 +28,9 @@ from metamorph_jax.train import checkpoint
 WORKDIR = "workdir:"
 
 
-def load_model(recipe, cfg, mesh: Mesh, *, dtype=None, workdir=None, pack: str = "") -> nnx.Module:
+def load_model(
+    recipe, cfg, mesh: Mesh, *, dtype=None, workdir=None, pack: tuple[str, str] | None = None
+) -> nnx.Module:
     """A model on a mesh with its weights.
 
     Args:
@@ -39,8 +41,9 @@ def load_model(recipe, cfg, mesh: Mesh, *, dtype=None, workdir=None, pack: str =
             recipe makes them. Buffers and the scales of packed kernels keep theirs.
         workdir: of a finished run of this config, whose weights are read; None: those that the
             config names.
-        pack: regular expression; kernels of linears whose dotted name it matches are kept in 8 bits
-            and packed one by one, as they are read. Linears with adapters are left as they are.
+        pack: (one of `quantized.METHODS`, regular expression); kernels of linears whose dotted name
+            it matches are packed one by one, as they are read. Linears with adapters are left as
+            they are.
 
     Raises:
         ConfigError: `workdir` is not that of a finished run.
@@ -56,8 +59,8 @@ def load_model(recipe, cfg, mesh: Mesh, *, dtype=None, workdir=None, pack: str =
 
     def make(rngs):
         model = recipe.create(cfg, rngs)
-        if pack:
-            quantized.quantize(model, "int8", pack)
+        if pack is not None:
+            quantized.quantize(model, *pack)
         return model
 
     seed = 0 if workdir is None else open_run(workdir)[2].get("seed", 0)

@@ -70,6 +70,7 @@ class Chat:
             masks by construction.
 
     Attributes:
+        bos: the BOS that conversations begin with, if the template and the tokenizer have one.
         close: the special token that ends an answer, or None.
         stop: ids that, one after another, end an answer; () where only the tokenizer's eos does.
         stop: ids that end an answer when they come one after another; () where nothing does.
@@ -104,8 +105,8 @@ class Chat:
         self._image = [*markers.before, SENTINEL, *markers.after]
         start = template.start[:1] if single_bos else template.start
         self._start = [self._special(token) for token in start]
-        if template.bos:
-            self._start += _bos(tokenizer)
+        self.bos = _bos(tokenizer) if template.bos else ()
+        self._start += [self._special(token) for token in self.bos]
         self.specials = {str(token): self._special(token) for token in template.start}
         self.specials |= {
             str(piece): self._special(piece)
@@ -322,11 +323,11 @@ class Chat:
         return self.prompt([("user", lead + text)])
 
 
-def _bos(tokenizer) -> list[int]:
+def _bos(tokenizer) -> tuple[str, ...]:
     """The BOS of a tokenizer that writes one before a text, else nothing."""
     bos = getattr(tokenizer, "bos_token_id", None)
     written = [] if bos is None else list(tokenizer.encode("", add_special_tokens=True))
-    return written[:1] if written[:1] == [bos] else []
+    return (str(tokenizer.bos_token),) if written[:1] == [bos] else ()
 
 
 def _encoded(ids: list[int], supervised: Iterable[slice]) -> Encoded:

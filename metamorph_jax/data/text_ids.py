@@ -73,8 +73,13 @@ class TextIds:
         if self._plain is not None:
             return self._coded(text, before)[0]
         parts = [text] if self._spelled is None else self._spelled.split(text)
-        drop = bool(before)
-        return [i for part in parts for i in self.parsed(before + part)[drop:]]
+        before = before if self._recognised(before) else ""
+        return [i for part in parts for i in self.parsed(before + part)[bool(before) :]]
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019  (lives as long as its chat)
+    def _recognised(self, token: str) -> bool:
+        """Whether a special token that is spelled out becomes its id."""
+        return len(token) > 1 and len(self.parsed(token)) == 1
 
     def _coded(self, text: str, before: str) -> Coded:
         """By the copies of the tokenizer."""

@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import re
 import sys
 
 from metamorph_jax import distributed, endpoint
@@ -75,8 +76,8 @@ def run(args) -> int:
     if args.limit < 0 or (args.resamples or 0) < 0:
         raise UserError("--limit and --resamples must not be negative")
     drawing = [task.name for task in chosen if task.form == "draw"]
-    if drawing and not args.decoder:
-        raise UserError(f"{', '.join(drawing)}: drawing needs --decoder")
+    if drawing and (args.endpoint or not args.decoder):
+        raise UserError(f"{', '.join(drawing)}: drawing needs --decoder, and a model of ours")
     for task in chosen:  # before the model is loaded, which takes longer
         next(iter(task.questions()), None)
     place = distributed.join_asked(args)
@@ -103,13 +104,20 @@ def check_model(args) -> None:
 def names(text: str) -> list[str]:
     """The tasks that --tasks names.
 
-    Commas separate tasks; one that is followed by OPTION=VALUE, without a colon, separates options.
+    Commas and spaces separate tasks; a comma that is followed by OPTION=VALUE, without a colon,
+    separates options, and after OPTION=VALUE a space separates words of the value unless a task
+    follows.
     """
+    from metamorph_jax.eval import tasks
+
     found: list[str] = []
-    for part in text.replace(" ", ",").split(","):
+    for between, part in re.findall(r"([ ,]*)([^ ,]+)", text):
+        task = part.partition(":")[0] in tasks.TASKS or re.match(r"[\w.]+\.\w+:\w", part)
         if found and "=" in part and ":" not in part:
             found[-1] += f",{part}"
-        elif part:
+        elif found and "=" in found[-1] and "," not in between and not task:
+            found[-1] += f" {part}"
+        else:
             found.append(part)
     return found
 
@@ -122,10 +130,12 @@ def evaluate(args, chosen, out: pathlib.Path) -> int:
 
     options = generate.decoding_options(args, args.batch_size)
     model = named(args)
-    settings = bench.Settings(options, args.limit, args.resamples, model)
     client = endpoint.open_endpoint(args) if args.endpoint or args.judge else None
     judge = open_judge(args, client, options)
     answering = open_model(args, client)
+    if any(task.form == "draw" for task in chosen):
+        model["drawing"] = dataclasses.asdict(answering.image_decoder.sampling)
+    settings = bench.Settings(options, args.limit, args.resamples, model)
     results, wrong = [], 0
     for task in chosen:
         try:

@@ -79,7 +79,7 @@ def _box(given, where: str) -> tuple[str, Box]:
     try:
         name, box = given
         x1, y1, x2, y2 = (float(v) for v in box)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise BadSample(
             "bad_box", f"{where}: {shown(repr(given), 80)} is not a category and four numbers"
         ) from None
@@ -175,7 +175,7 @@ def _coco_boxes(path: str, skipped: Skipped) -> dict:
             corners = (x / w, y / h, (x + width) / w, (y + height) / h)
             clipped = tuple(min(max(v, 0.0), 1.0) for v in corners)
             boxes[str(note["image_id"])].append((names[str(note["category_id"])], clipped))
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        except (LookupError, TypeError, ValueError, ArithmeticError) as error:
             what = f"{type(error).__name__} {shown(error, 60)}"
             skipped(BadSample("bad_box", f"{shown(path)}: an annotation can't be read: {what}"))
     return boxes

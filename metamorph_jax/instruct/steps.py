@@ -13,7 +13,7 @@ from typing import Protocol
 
 from metamorph_jax.endpoint import Completion, Price
 from metamorph_jax.errors import BadSample, DataError
-from metamorph_jax.files import shown
+from metamorph_jax.files import escape, shown
 from metamorph_jax.instruct.contexts import Context
 from metamorph_jax.instruct.journal import Journal, Reply
 from metamorph_jax.instruct.kinds import Kind, Parsed
@@ -237,7 +237,7 @@ class Step:
             turns = [*job.before, ("user", f"[{job.image}]\n{job.text}" if job.image else job.text)]
             print(f"==== {self.kind.name}, {shown(job.id)}")
             for role, text in turns:
-                print(f"---- {role}\n{text}")
+                print(f"---- {role}\n{escape(text)}")
         examples = [text for role, text in self.task.opening if role == "assistant"]
         wrote = len(jobs) * (_tokens(*examples) / len(examples) if examples else REPLY_TOKENS)
         asked = [_tokens(job.text, *(text for _, text in job.before)) for job in jobs]

@@ -145,8 +145,8 @@ def generate_step(
 
         def make(rngs):
             model = run.recipe.create(run.model, rngs)
-            if pack:
-                quantized.quantize(model, "int8", pack)
+            if pack is not None:
+                quantized.quantize(model, *pack)
             return model
 
         model = outline(make, mesh, dtype)
@@ -159,7 +159,8 @@ def generate_step(
         call = jax.jit(partial(loop.step, policy=policy), donate_argnums=(1,))
         traced = jax.make_jaxpr(partial(loop.step, policy=policy))(loop.weights, state)
     forward = flops.of_jaxpr(traced.jaxpr)
-    size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
+    codes = lambda x: 2 if x.dtype == jnp.uint8 else 1  # noqa: E731  (of 4 bits)
+    size = lambda tree: sum(x.size * codes(x) for x in jax.tree.leaves(tree))  # noqa: E731
     rest = size(nnx.state(model)) - size(nnx.state(llama))
     groups = {"weights": kept, "cache": (state.keys, state.values)}
     return Program(
@@ -228,8 +229,8 @@ def _loading_bytes(model, mesh) -> int:
     That kernel is being packed, or is being laid out for decoding.
     """
     leaves = jax.tree.leaves(nnx.state(model))
-    packed = [x for x in leaves if x.dtype == jnp.int8]
-    each = [_bytes(x) for x in leaves] + [2 * _bytes(x) for x in packed]  # bfloat16 until packed
+    wider = {jnp.dtype(jnp.int8): 2, jnp.dtype(jnp.uint8): 4}  # bfloat16 until packed
+    each = [_bytes(x) * wider.get(x.dtype, 1) for x in leaves]
     return _bytes(leaves) + max(each)
 
 

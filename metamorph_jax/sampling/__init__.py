@@ -1,3 +1,4 @@
 """From a trained model to text and images."""
 
-WEIGHTS = ("auto", "float32", "bfloat16", "int8")  # how decoding keeps them, see `cached_llm`
+# How decoding keeps a language model's weights, see `cached_llm`.
+WEIGHTS = ("auto", "float32", "bfloat16", "int8", "nf4")

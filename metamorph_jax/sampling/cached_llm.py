@@ -7,7 +7,8 @@ values as [B * K, S, H], the form in which products take them: a step writes int
 place, and attention streams it.
 
 Where products of float32 are rounded to bfloat16 (`nn/linear.py`), weights are kept rounded; on
-request everywhere, or in 8 bits with a scale per output, which a step reads as they are.
+request everywhere, or in 8 bits with a scale per output, which a step reads as they are, or in 4
+bits with a scale per block of inputs (NF4), which a step unpacks in each product.
 
 On a mesh, heads, hidden units and vocabulary are sharded over "tensor", rows over all other axes.
 Fused kernels are then ordered by shard ([q0 k0 v0 q1 k1 v1] on two), so that splitting their
@@ -273,10 +274,13 @@ class CachedLLM:
         heads = "tensor" if self.head_shards > 1 else None
         mlp = "tensor" if self.mlp_shards > 1 else None
         cut = {"qkv": heads, "gate_up": mlp, "table": "tensor", "head": "tensor"}
+        matrix = leaf in ("w", "codes", "blocks")
         if name in cut:
-            return P(cut[name], None) if leaf == "w" else P(cut[name])
-        if name in ("o", "down"):
-            return P(None, heads if name == "o" else mlp) if leaf == "w" else P(None)
+            return P(cut[name], None) if matrix else P(cut[name])
+        if name in ("o", "down") and matrix:
+            inputs = self.cfg.heads * self.cfg.head_dim if name == "o" else self.cfg.mlp_width
+            whole = leaf == "w" or inputs % (quantized.BLOCK * self.tensor) == 0  # no block is cut
+            return P(None, (heads if name == "o" else mlp) if whole else None)
         return P(None)
 
 
@@ -352,7 +356,10 @@ def product(w, x, dtype=None):
 def linear(m, x, dtype=None):
     """float[out, R] of columns float[in, R], in `dtype`, by default that of `x`."""
     dtype = dtype or x.dtype
-    if "scale" in m:
+    if "codes" in m:
+        packed = {"kernel_codes": m["codes"].T, "kernel_scale": m["blocks"].T}
+        y = product(quantized.unpack(packed, len(x), x.dtype).T, x, dtype)
+    elif "scale" in m:
         y = (product(m["w"], x, jnp.float32) * m["scale"][:, None]).astype(dtype)
     else:
         y = product(m["w"], x, dtype)
@@ -412,6 +419,8 @@ def take_over(llm, weights: str = "auto", mesh: Mesh | None = None) -> tuple[Cac
         (functions, weights). The weights are a dict: table: [V + n, D]; head: {w: the same, one
         array when tied and kept alike}; norm; layers: a dict each, with {w: [out, in]} for a
         kernel, beside it b: [out] where there is a bias and scale: float32[out] where w is int8.
+        With "nf4", codes: uint8[out, n], two a byte, and blocks: float32[out, in / 64] stand in
+        place of w, and the output table is int8.
 
     Raises:
         ValueError: on an unknown kind of weights.
@@ -423,8 +432,8 @@ def take_over(llm, weights: str = "auto", mesh: Mesh | None = None) -> tuple[Cac
 
 
 def kernel_dtype(cfg: LlamaConfig, weights: str):
-    """The dtype in which kernels are kept; that in which they are best loaded for int8."""
-    if weights == "int8":
+    """The dtype in which kernels are kept; that in which they are best loaded to be packed."""
+    if weights in quantized.METHODS:
         return jnp.dtype(jnp.bfloat16)
     if weights != "auto":
         return jnp.dtype(weights)
@@ -436,7 +445,7 @@ class _Taking:
 
     def __init__(self, model: CachedLLM, weights: str, mesh: Mesh | None):
         self.model, self.cfg, self.mesh = model, model.cfg, mesh
-        self.int8 = weights == "int8"
+        self.method = weights if weights in quantized.METHODS else ""
         self.dtype = kernel_dtype(model.cfg, weights)
         self.compute = jnp.dtype(model.cfg.dtype)
         self._compiled = {}
@@ -479,12 +488,11 @@ class _Taking:
     def _specs(self, name: str, kept: dict) -> dict:
         return {leaf: self.model.spec(name, leaf) for leaf in kept}
 
-    def _keep(self, w) -> dict:
+    def _keep(self, w, method: str) -> dict:
         """A matrix [out, in] in the form in which it is kept."""
-        if not self.int8:
+        if not method:
             return {"w": w.astype(self.dtype)}
-        packed = quantized.pack(w.T, "int8")
-        return {"w": packed["kernel_codes"].T, "scale": packed["kernel_scale"]}
+        return _transposed(quantized.pack(w.T, method))
 
     def _unstack(self, name: str, linear) -> list[dict]:
         """The linear of each layer, [out, in]; its stacked leaves are given up."""
@@ -494,16 +502,17 @@ class _Taking:
 
         def one(stack, i):
             module = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[i], stack))
-            packed_alike = quantized.is_packed(module) and module.method == "int8" and self.int8
+            packed_alike = quantized.is_packed(module) and module.method == self.method
             if packed_alike and not isinstance(module, lora.LoraLinear):
-                kept = {"w": module.kernel_codes[...].T, "scale": module.kernel_scale[...]}
+                leaves = {"kernel_codes": module.kernel_codes, "kernel_scale": module.kernel_scale}
+                kept = _transposed({name: leaf[...] for name, leaf in leaves.items()})
             else:
-                kept = self._keep(lora.kernel_of(module).T)
+                kept = self._keep(lora.kernel_of(module).T, self.method)
             if module.bias is not None:
                 kept["b"] = module.bias[...].astype(self.compute)
             return kept
 
-        leaves = ["w"] + ["scale"] * self.int8 + ["b"] * (linear.bias is not None)
+        leaves = [*_LEAVES[self.method]] + ["b"] * (linear.bias is not None)
         specs = self._specs(name, dict.fromkeys(leaves))
         key = object()  # of this linear alone
         found = [self._run(key, one, (stack, i), specs) for i in range(self.cfg.layers)]
@@ -551,10 +560,22 @@ class _Taking:
 
         table = take(llm.embed_tokens, llm.embed_tokens.embedding, False)
         head = table if self.cfg.tied else take(llm.lm_head, llm.lm_head.kernel, True)
-        if not self.int8 and head.dtype == self.dtype:
+        if not self.method and head.dtype == self.dtype:
             return table, {"w": head}
-        specs = self._specs("head", ["w"] + ["scale"] * self.int8)
-        return table, self._run(object(), self._keep, (head,), specs)
+        method = "int8" if self.method else ""  # every id depends on it, so never fewer bits
+        specs = self._specs("head", dict.fromkeys(_LEAVES[method]))
+        return table, self._run(object(), lambda head: self._keep(head, method), (head,), specs)
+
+
+_LEAVES = {"": ("w",), "int8": ("w", "scale"), "nf4": ("codes", "blocks")}
+
+
+def _transposed(packed: dict) -> dict:
+    """What `quantized.pack` made of a kernel [in, out], as decoding keeps it."""
+    codes, scale = packed["kernel_codes"].T, packed["kernel_scale"]
+    if scale.ndim == 1:
+        return {"w": codes, "scale": scale}
+    return {"codes": codes, "blocks": scale.T}
 
 
 def _give_up(holder) -> None:

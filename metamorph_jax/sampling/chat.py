@@ -8,6 +8,7 @@ Each line is a turn; the model sees all turns before it. Lines that begin with "
 
     /image PATH   the next turn has this image: where it says <image>, else before it
     /video PATH   likewise, one frame a second
+    /draw TEXT    a turn whose reply begins with an image
     /reset        forget the conversation
     /quit         end (so does the end of the input)
     //…           a turn that begins with "/"
@@ -107,16 +108,21 @@ class Session:
             self._answer(line[1:] if line.startswith("//") else line)
         return True
 
-    def _command(self, name: str, path: str) -> bool:
+    def _command(self, name: str, rest: str) -> bool:
         if name == "/quit":
             return False
+        if name == "/draw" and rest:
+            self._answer(rest, draw=True)
+            return True
         if name == "/reset":
             self._conversation, self._images, self._video = self._begin(), [], ""
         elif name in ("/image", "/video"):
-            self._attach(name, path)
+            self._attach(name, rest)
+        elif name == "/draw":
+            self._complain("/draw needs a text: what is to be drawn")
         else:
             self._complain(f"no command {shown(name, 60)}; there are /image PATH, /video PATH, "
-                           "/reset and /quit, and // begins a turn with a slash")  # fmt: skip
+                           "/draw TEXT, /reset and /quit, and // begins a turn with a slash")
         return True
 
     def _attach(self, name: str, path: str) -> None:
@@ -137,11 +143,11 @@ class Session:
         else:
             self._video = path
 
-    def _answer(self, text: str) -> None:
+    def _answer(self, text: str, draw: bool = False) -> None:
         stream = Stream(self._generator)
         try:
             request = checked(Request("0", text, tuple(self._images), self._video))
-            reply = self._conversation.say(request, stream)
+            reply = self._conversation.say(request, stream, draw)
         except KeyboardInterrupt:
             self._conversation = self._begin()
             return self._complain("stopped; the conversation begins anew")

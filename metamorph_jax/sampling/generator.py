@@ -307,6 +307,11 @@ class Generator:
                     continue
                 yield request, reply
 
+    @property
+    def draws(self) -> bool:
+        """Whether replies can have images."""
+        return not isinstance(self.policy(DEFAULTS.text(())), TextPolicy)
+
     def check(self, options: Options) -> None:
         """Raises ValueError, for the user, where this model can't decode as the options say."""
         if options.beams > 1:

@@ -1,5 +1,6 @@
 """A trained decoder that draws images from visual tokens."""
 
+import dataclasses
 import pathlib
 from typing import Any, Protocol, runtime_checkable
 
@@ -46,10 +47,11 @@ class ImageDecoder:
     """
 
     def __init__(self, model: DrawingModel, steps: int | None = None):
-        self.sampling: SamplingConfig = model.cfg.sampling
+        own: SamplingConfig = model.cfg.sampling
+        steps = own.steps if steps is None else steps
         self._shape = model.decoder.cfg.sample_shape
-        steps = self.sampling.steps if steps is None else steps
-        sampler = checked_sampler(self.sampling, model.decoder.cfg, steps)
+        sampler = checked_sampler(own, model.decoder.cfg, steps)
+        self.sampling = dataclasses.replace(own, steps=steps)
         graph, self._weights = nnx.split(model)
 
         def draw(weights, features, noise, guidance):

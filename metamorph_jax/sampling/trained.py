@@ -16,6 +16,7 @@ from metamorph_jax import sharding
 from metamorph_jax.convert import families, hf, load
 from metamorph_jax.errors import CheckpointError, UserError
 from metamorph_jax.models.llm.llama import Llama
+from metamorph_jax.nn.quantized import METHODS
 from metamorph_jax.sampling.cached_llm import kernel_dtype
 from metamorph_jax.sampling.generator import Generator
 
@@ -108,7 +109,7 @@ def generation_mesh(shape: Mapping[str, int] | None, trained: Mapping[str, int])
 
 
 def reading(recipe, cfg, weights: str, name: str):
-    """(dtype by name of a weight, pattern of linears that are packed as they are read).
+    """(dtype by name of a weight, `pack` of `load.load_model`).
 
     Raises:
         UserError: the model has no language model.
@@ -120,5 +121,5 @@ def reading(recipe, cfg, weights: str, name: str):
     prefix, llm = llms[0]
     kept = kernel_dtype(llm.cfg, weights)
     kernels = re.compile(rf"{re.escape(prefix)}\.(layers\..*|lm_head)\.kernel")
-    pack = rf"{re.escape(prefix)}\.layers\..*" if weights == "int8" else ""
+    pack = (weights, rf"{re.escape(prefix)}\.layers\..*") if weights in METHODS else None
     return (lambda leaf: kept if kernels.fullmatch(leaf) else None), pack

@@ -19,6 +19,7 @@ from metamorph_jax.errors import ConfigError
 from metamorph_jax.models import build, lora
 from metamorph_jax.recipes import metamorph as recipe
 from metamorph_jax.recipes.metamorph.published import FAMILY
+from tests.devices import virtual
 from tests.recipes.metamorph.tiny import TINY, make
 
 
@@ -186,7 +187,7 @@ print(json.dumps({"leaves": len(a), "spread": spread}))
 
 
 def test_eight_devices_hold_the_same_numbers(llm_folder):
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    env = os.environ | virtual(8)
     command = [sys.executable, "-c", SCRIPT, str(llm_folder[0])]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

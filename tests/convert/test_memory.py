@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from tests.devices import virtual
+
 # Writes a bfloat16 checkpoint in two shards, tensor by tensor; then loads it onto eight devices.
 # Devices of a CPU keep their arrays in the same memory, so what counts is the peak above the arrays
 # themselves.
@@ -60,7 +62,7 @@ print(json.dumps({"checkpoint": sum(sizes.values()), "largest": max(sizes.values
 
 
 def measure(folder, layers: int) -> dict:
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    env = {**os.environ, **virtual(8)}
     command = [sys.executable, "-c", SCRIPT, str(folder), str(layers)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -13,6 +13,7 @@ from flax import nnx
 
 from metamorph_jax.convert import names
 from metamorph_jax.convert.names import load_torch_dict, to_torch_dict
+from tests.devices import virtual
 
 
 class Layer(nnx.Module):
@@ -221,7 +222,7 @@ print("cut", cut)
 
 
 def test_every_tensor_goes_to_its_shards():
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    env = {**os.environ, **virtual(8)}
     done = subprocess.run(
         [sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True, check=False
     )

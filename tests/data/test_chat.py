@@ -242,6 +242,12 @@ def test_text_after_a_special_token(in_context, second):
     assert readable(got.labels[got.labels != IGNORE]) == " A {system}] B]"
 
 
+def test_text_after_a_token_that_a_tokenizer_does_not_recognise():
+    """Such as stand in for one in `metamorph data check`."""
+    chat = Chat(Letters(), dataclasses.replace(LINES, in_context=True))
+    assert readable(chat.conversation(TURNS).ids).endswith("A {system}]USER: R ASSISTANT: B]")
+
+
 # ---- special tokens and long messages
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -12,11 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AddedToken, PreTrainedTokenizerFast
 
+from metamorph_jax.convert.chat_template import to_jinja
 from metamorph_jax.data import official_masks, pipeline
 from metamorph_jax.data.chat import IGNORE, SENTINEL, Chat, Markers
 from metamorph_jax.data.chat_templates import TEMPLATES, Special, render, show_image_first
 from metamorph_jax.data.config import DataConfig, InputSpec, OrderConfig, RowConfig, SourceConfig
 from metamorph_jax.data.images import Preprocess
+from metamorph_jax.data.published_templates import template_of
 from metamorph_jax.data.sources.base import IMAGE, ImageRef, Sample, images_in_front
 from metamorph_jax.data.sources.kinds import turns_of
 from metamorph_jax.data.views import Single
@@ -440,3 +443,76 @@ def test_rows_that_the_reference_ignores_are_counted(tokenizers, tmp_path):
     assert len(set(starts)) == 1
     with pytest.raises(ValueError, match="sample_length is 9: expected at most"):
         RowConfig(length=8, sample_length=9)
+
+
+# ---- published checkpoints
+
+ORIGINAL = {"model_type": "llava", "mm_vision_tower": "openai/clip-vit-large-patch14"}
+V15 = {**ORIGINAL, "mm_projector_type": "mlp2x_gelu", "vocab_size": 32000}
+HF = {"model_type": "llava_next"}
+
+
+@pytest.mark.parametrize(
+    "fields, name, expected",
+    [
+        (V15, "my-model", "vicuna_v1"),
+        (V15, "some/llava-v1.5-7b", "vicuna_v1"),
+        ({**HF, "text_config": {"model_type": "llama", "vocab_size": 32064}}, "", "vicuna_v1"),
+        ({**HF, "text_config": {"model_type": "mistral"}}, "", "mistral_instruct"),
+        ({**HF, "text_config": {"model_type": "llama", "vocab_size": 64064}}, "", "chatml_direct"),
+        ({**V15, "vocab_size": 64000}, "llava-v1.6-34b", "chatml_direct"),
+        ({**V15, "architectures": ["LlavaMistralForCausalLM"]}, "", "mistral_instruct"),
+        ({**ORIGINAL, "model_type": "llava_mpt"}, "", "mpt"),
+        (ORIGINAL, "LLaVA-Lightning-MPT-7B-preview", "mpt"),
+        (ORIGINAL, "llava-llama-2-13b-chat-lightning-preview", "llava_llama_2"),
+        (ORIGINAL, "hub/LLaVA-13b-delta-v1-1/", "vicuna_v1"),
+        ({**ORIGINAL, "_name_or_path": "LLaVA-7b-v1"}, "", "vicuna_v1"),
+        (ORIGINAL, "v1-folder/LLaVA-13b-delta-v0", "llava_v0"),
+        ({}, "llava-v1.6-mistral-7b", "mistral_instruct"),
+        ({}, "llava-v1.6-34b", "chatml_direct"),
+        ({}, "anything", "llava_v0"),
+        ({**V15, "_name_or_path": "llava-llama-2-7b"}, "", "llava_llama_2"),
+    ],
+)
+def test_the_template_of_a_published_checkpoint(fields, name, expected):
+    assert template_of(fields, name) == expected and expected in TEMPLATES
+    shown = template_of(fields, name, demo=True)
+    assert shown == ("llava_v1" if expected == "vicuna_v1" else expected)
+
+
+# ---- exported tokenizers
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("legacy", [False, True])
+def test_transformers_writes_these_prompts(golden, tokenizers, legacy):
+    """The Jinja template of each row gives the golden prompts, and the ids of `Chat.prompt`."""
+    tokenizer = copy.deepcopy(tokenizers[f"sentencepiece legacy={legacy} + chatml special tokens"])
+    for case in golden[PROMPTS]["cases"]:
+        if case["image_tuple"]:
+            continue
+        turns = [
+            {"role": ("user", "assistant")[k % 2], "content": text}
+            for k, text in enumerate(case["messages"])
+        ]
+        chat = Chat(tokenizer, case["template"])
+        tokenizer.chat_template = to_jinja(chat)
+        write = functools.partial(
+            tokenizer.apply_chat_template, turns, add_generation_prompt=True, return_dict=False
+        )
+        if case["error"]:
+            with pytest.raises(Exception, match=f"{chat.template.name} has no place for an answer"):
+                write()
+        else:
+            start = "<s>" if legacy or case["prompt"].startswith("<|im_start|>") else "<s> "
+            assert write(tokenize=False) == start + case["prompt"]
+            pairs = [(turn["role"], turn["content"]) for turn in turns]
+            assert write() == chat.prompt(pairs).tolist()
+
+
+def test_a_tag_around_images_is_exported(tokenizers):
+    tokenizer = copy.deepcopy(tokenizers["sentencepiece legacy=True"])
+    tokenizer.chat_template = to_jinja(Chat(tokenizer, "v1_mmtag", system=""))
+    turns = [{"role": "user", "content": f"{IMAGE}\nWhat?"}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    assert text == f"<s>USER: <Image>{IMAGE}</Image>\nWhat? "

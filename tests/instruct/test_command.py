@@ -14,6 +14,7 @@ from metamorph_jax.errors import BadSample, UserError
 from metamorph_jax.instruct import journal, writers
 from metamorph_jax.instruct.wordings import DETAIL_QUESTIONS
 from metamorph_jax.sampling.generator import Options
+from metamorph_jax.sampling.requests import Request
 from tests.chat_server import ChatServer, completion, half, raw, status
 
 pytest.importorskip("openai", reason="pip install 'metamorph_jax[eval]'")
@@ -369,6 +370,15 @@ def test_a_model_sees_the_opening_before_the_question(generator):
     (result,) = generator.loop([generator.loop.embed(ids)], 4, policy)
     assert reply.text == generator.prompts.tokenizer.decode(result.ids.tolist())
     assert reply.cut and reply.completion_tokens == 4
+
+
+def test_a_model_looks_at_an_image(generator, photos):
+    """The captions of its images by a model of ours: what it reads is the image and the text."""
+    job, taken = writers.Job("7", (), "C?", str(photos / "0.png")), []
+    options = Options(4, min_new_tokens=4)
+    writers.ask_model(generator, [job], options, lambda *pair: taken.append(pair), None)
+    request = Request("7", "C?", (str(photos / "0.png"),))
+    assert taken[0][1].text == generator.generate([request], options)[0].text
 
 
 def test_a_model_says_why_a_prompt_does_not_fit(generator):

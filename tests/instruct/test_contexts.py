@@ -47,12 +47,13 @@ def test_coco(tmp_path):
 def test_coco_with_faults(tmp_path):
     captions, instances = coco(
         tmp_path, [(9, "A cat."), (9, None), (25, "See <image>")],
-        [(9, 7, [0, 0, 1, 1]), (9, 1, [0, 0]), (404, 1, [0, 0, 1, 1]), (9, 1, "xyzw")],
+        [(9, 7, [0, 0, 1, 1]), (9, 1, [0, 0]), (404, 1, [0, 0, 1, 1]), (9, 1, "xyzw"),
+         (9, 1, [10**400, 0, 1, 1])],
     )  # fmt: skip
     bad = []
     (only,) = read_coco(captions, instances, "", bad.append)
     assert only == Context("9", "000000000009.jpg", ("A cat.",))
-    assert sorted(error.reason for error in bad) == ["bad_box"] * 4 + ["bad_record",
+    assert sorted(error.reason for error in bad) == ["bad_box"] * 5 + ["bad_record",
                                                                       "unknown_marker"]  # fmt: skip
 
 

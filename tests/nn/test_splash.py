@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from metamorph_jax.nn import attention
+from tests.devices import virtual
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -83,7 +84,7 @@ for shape in MESHES:
 def test_on_a_mesh():
     """Rows, heads (more devices than key heads, too) and queries over devices."""
     env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        **virtual(8),
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
     }

@@ -88,7 +88,7 @@ def test_wrong_topology_is_one_message():
 
 
 LEVERS = ("vpit-8b-v5e-64-", "decode-")  # what an option does; one of them doesn't fit
-FULL = [n for n in STORED if "8b-" in n or "70b" in n or "sd15" in n]
+FULL = [n for n in STORED if "8b-" in n or "70b" in n or "sd15" in n or "llava" in n]
 
 
 @pytest.mark.parametrize("name", [n for n in FULL if not n.startswith(LEVERS)])

@@ -1,6 +1,7 @@
 """`metamorph chat`: one conversation, whose turns are appended to the cache."""
 
 import argparse
+import copy
 import io
 
 import numpy as np
@@ -80,26 +81,78 @@ def test_a_pipe(talk, image_files):
     error, out, err = talk(typed)
     assert error is None and not err and talk.loads == [1] and out.count("\n") >= 3
     typed = b"/imag x\n/image\n/image gone.png\n/image " + str(broken).encode()
-    typed += b"\n<image>\n\xff\xfe?\n/video x.png\nOnce more \x1b[2J\n"
+    typed += b"\n<image>\n\xff\xfe?\n/video x.png\n/draw \nOnce more \x1b[2J\n"
     error, out, err = talk(typed)
-    assert error == "7 lines were not answered, for the reasons above"
+    assert error == "8 lines were not answered, for the reasons above"
     told = ["no command /imag", "/image needs", "gone.png", "c.png", "1 markers, 0 images",
-            "surrogate", "not the name of a video"]  # fmt: skip
+            "surrogate", "not the name of a video", "/draw needs a text"]  # fmt: skip
     lines = err.splitlines()
-    assert len(lines) == 7 and all(a in b for a, b in zip(told, lines, strict=True)), err
+    assert len(lines) == 8 and all(a in b for a, b in zip(told, lines, strict=True)), err
     error, out, err = talk("x " * 300 + "\nshort\n")
     assert "1 lines" in error and "shorten the prompt" in err and out
     assert talk("")[0] is None
+
+
+def test_a_turn_can_be_taken_back(generator, image_files):
+    """What follows is what would have followed; options may change from turn to turn."""
+    short, long = Options(6), Options(20, temperature=0.7, seed=3)
+
+    def talked(*turns):
+        conversation = Conversation(generator, short)
+        for text, options in turns:
+            conversation.change(options)
+            reply = conversation.say(Request("0", text))
+        return conversation, reply
+
+    conversation, _ = talked(("Hello", short), ("Who are you?", long))
+    assert conversation.turns == 2
+    conversation.undo()
+    conversation.change(short)
+    after = conversation.say(Request("0", "And now?"))
+    _, expected = talked(("Hello", short), ("And now?", short))
+    assert after == expected
+    for _ in range(2):
+        conversation.undo()
+    assert conversation.turns == conversation.used == 0
+    with pytest.raises(ValueError, match="no turn to take back"):
+        conversation.undo()
+    conversation.change(long)
+    first = conversation.say(Request("0", "Hello"))
+    conversation.undo()
+    assert conversation.say(Request("0", "Hello")) == first
+    conversation.undo()
+    assert conversation.say(Request("0", "Hello", sample=1)) != first
+
+
+def test_draw_makes_the_reply_begin_with_an_image(talk, generator):
+    """In the first turn and in a later one; the turns after it are free again."""
+    options = Options(8)
+    conversation = Conversation(generator, options)
+    plain = conversation.say(Request("0", "A cat"))
+    assert not plain.image_parts  # this model writes text by itself
+    for _ in range(2):
+        drawn = conversation.say(Request("0", "A cat"), draw=True)
+        assert isinstance(drawn.segments[0], ImagePart) and drawn.segments[0].complete
+        after = conversation.say(Request("0", "And?"))
+        assert not isinstance(after.segments[0], ImagePart)
+        conversation = Conversation(generator, options)
+    error, out, err = talk("/draw a cat\n")
+    assert error is None and out.startswith("[image 0]") and "there is no --decoder" in out
+    writer = copy.copy(generator)
+    writer.policy = lambda text: text
+    with pytest.raises(ValueError, match="writes text only"):
+        Conversation(writer).say(Request("0", "A cat"), draw=True)
 
 
 def test_drawn_images_are_saved_and_named(talk, generator, tmp_path, monkeypatch):
     P, C = generator.feature_shape
     features, whole = np.zeros((P, C), np.float32), np.zeros((16, 16, 3), np.uint8)
     replies = [{2.0: whole}, {2.0: whole}, {}]
-    monkeypatch.setattr(
-        Conversation, "say",
-        lambda self, request, stream: Reply((ImagePart(features, True, replies.pop(0)),), True),
-    )  # fmt: skip
+
+    def say(self, request, stream, draw):
+        return Reply((ImagePart(features, True, replies.pop(0)),), True)
+
+    monkeypatch.setattr(Conversation, "say", say)
     out = tmp_path / "drawn"
     _, said, _ = talk("draw\n", "--out", out)
     assert said.strip() == f"[{out}/reply1_image0_scale2.png]"

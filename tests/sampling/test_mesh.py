@@ -5,6 +5,8 @@ import pathlib
 import subprocess
 import sys
 
+from tests.devices import virtual
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 SETUP = """
@@ -56,7 +58,7 @@ def search(loop, requests):
 one = sharding.make_mesh(devices=jax.devices()[:1])
 cases = [({"tensor": 2, "data": 4}, "auto", {"qkv_bias": True}),
          ({"tensor": 8}, "int8", {"tied": False}),  # more shards than key-value heads
-         ({"tensor": 4, "data": 2}, "auto", {"qk_norm": True, "kv_heads": 4})]
+         ({"tensor": 4, "data": 2}, "nf4", {"qk_norm": True, "kv_heads": 4})]
 for shape, weights, llm in cases:
     mesh = sharding.make_mesh(shape)
     expected, got = decode(one, weights, **llm), decode(mesh, weights, **llm)
@@ -120,8 +122,7 @@ def run(code: str, devices: int = 8):
     env = os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} "
-        f"--xla_force_host_platform_device_count={devices}",
+        **virtual(devices),
     }
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from tests.devices import virtual
+
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from metamorph_jax.errors import (
@@ -109,7 +111,7 @@ def test_no_checkpoint_in_the_workdir_yet(whole, tmp_path, capfd):
 
 def test_another_mesh_and_another_run(whole, tmp_path, capfd):
     cfg = kill_between(tmp_path)
-    env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    env = virtual(2)
     other = forked.Run(cfg | {"steps": 10}, tmp_path / "w", env=env)
     assert other.wait() == 0, other.said
     line = ("local checkpoints up to step 10 are of hosts=1, one-device, this run has hosts=1, "

@@ -10,6 +10,7 @@ from flax import nnx
 from metamorph_jax.errors import ConfigError, Preempted
 from metamorph_jax.train import loop, shards
 from metamorph_jax.train.checkpoint import read_export
+from tests.devices import virtual
 
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -152,7 +153,7 @@ def test_wrong_configs(change, message, tmp_path):
 
 def test_eight_devices_equal_one(whole, tmp_path):
     cfg = config(mesh={"fsdp": 4, "tensor": 2}, model={"noise": 0.1, "width": 16})
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    flags = virtual(8)
     run = forked.Run(cfg, tmp_path / "w", env=flags)
     assert run.wait() == 0 and "8 x cpu" in run.said, run.said
     same(final(whole), final(tmp_path / "w"), 1e-5)

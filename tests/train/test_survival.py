@@ -14,6 +14,8 @@ import jax
 import numpy as np
 import pytest
 
+from tests.devices import virtual
+
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from metamorph_jax.errors import (  # noqa: E402
@@ -207,7 +209,7 @@ def test_another_mesh_goes_on(whole, tmp_path):
     """From one device to four, two ways of cutting, and back."""
     loop.train(config(steps=2, optim={"schedule": "constant"}), tmp_path / "w")
     cfg = config(steps=4, optim={"schedule": "constant"}, mesh={"fsdp": 2, "tensor": 2})
-    env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    env = virtual(4)
     run = forked.Run(cfg, tmp_path / "w", env=env)
     assert run.wait() == 0 and "changed since the run began: mesh.fsdp: -1 -> 2" in run.said
     loop.train(config(optim={"schedule": "constant"}), tmp_path / "w")

@@ -29,11 +29,14 @@ def add_arguments(parser) -> None:
         help='JSON, {"name of an image": "caption"}, for CLIP, image-text')  # fmt: skip
     add("--inception", default="", metavar="FILE",
         help="Inception weights of 2015, for FID and inception score")  # fmt: skip
+    add("--statistics", default="", metavar="FILE.npz",
+        help="of the real images' Inception features (mu, sigma): read, or written if it isn't "
+        "there")  # fmt: skip
     add("--fid-size", default="256", metavar="N|none",
         help="side that images are brought to before Inception, in papers 64 or 256; none: as they "
         "are (default: 256)")  # fmt: skip
     add("--clip", default="", metavar="SPEC", help="CLIP weights: hf:OWNER/NAME or a folder")
-    add("--prefix", default="", help="before each caption, such as 'A photo depicts '")
+    add("--prefix", default="", help="before each caption: 'A photo depicts'")
     add("--tower", default="", metavar="SPEC",
         help="weights of a vision tower, for the feature distance")  # fmt: skip
     add("--geneval", default="", metavar="FILE",
@@ -53,7 +56,7 @@ def run(args) -> int:
     if args.geneval or args.dpg:
         return _run_judged(args)
     asked = measures.Measures(
-        args.inception, args.tower, args.clip, _size(args.fid_size), args.prefix
+        args.inception, args.tower, args.clip, _size(args.fid_size), args.prefix, args.statistics
     )
     _check(args)
     found = measures.score(gather(args.drawn, args.real, args.captions, args.paired), asked)

@@ -6,11 +6,12 @@
     CLIP, image-image         CLIP           with the real image that belongs to each
 
 CLIP's are mean cosines. `CLIPScore` is 2.5 max(cos, 0); the published one is that of ViT-B/32 with
-the prefix "A photo depicts ". A score without the network, its weights, the size of images and the
+the prefix "A photo depicts". A score without the network, its weights, the size of images and the
 prefix means nothing, so `settings` goes wherever scores go.
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -33,7 +34,10 @@ class Measures:
         clip: weights of CLIP with both towers; "": none.
         fid_size: short side to which both sets are brought before Inception sees them, centre cut
             out; None: as they are. See `features.ImageSet`.
-        prefix: before each caption, for CLIP.
+        prefix: words before each caption, for CLIP.
+        statistics: .npz of the real images' Inception features, in place of the images themselves
+            (`statistics.read_gaussian`), at the same `fid_size`. If it isn't there yet, it is
+            written.
     """
 
     inception: str = ""
@@ -41,6 +45,7 @@ class Measures:
     clip: str = ""
     fid_size: int | None = 256
     prefix: str = ""
+    statistics: str = ""
 
     def __post_init__(self):
         if self.fid_size is not None and self.fid_size < 1:
@@ -117,15 +122,27 @@ def _inception(drawn: Drawn, measures: Measures, found: Scores) -> None:
     network = features.open_inception(measures.inception)
     mine = network.features(ImageSet(drawn.paths, measures.fid_size))
     found.bad.update(mine.bad)
-    if drawn.real:
-        real, bad = network.gaussian(ImageSet(drawn.real, measures.fid_size))
-        found.bad.update(bad)
+    real = _real(network, drawn, measures, found)
+    if real is not None:
         _distance(measures.fid, statistics.Gaussian.of(mine.values), real, found)
     try:
         mean, deviation = statistics.inception_score(network.logits(mine.values))
         found.values.update({INCEPTION: mean, DEVIATION: deviation})
     except DataError as error:
         found.notes.append(f"no {INCEPTION}: {error}")
+
+
+def _real(network, drawn: Drawn, measures: Measures, found: Scores) -> statistics.Gaussian | None:
+    """The Gaussian of the real images, from a file or from them."""
+    if os.path.exists(measures.statistics):
+        return statistics.read_gaussian(measures.statistics, measures.fid_size)
+    if not drawn.real:
+        return None
+    real, bad = network.gaussian(ImageSet(drawn.real, measures.fid_size))
+    found.bad.update(bad)
+    if measures.statistics and real.count > 1:
+        statistics.write_gaussian(measures.statistics, real, measures.fid_size)
+    return real
 
 
 def _tower(drawn: Drawn, measures: Measures, found: Scores) -> None:
@@ -176,7 +193,8 @@ def text_cosines(
     if not kept:
         return np.zeros(0), 0
     rows, texts = zip(*kept, strict=True)
-    vectors, cut = network.texts([prefix + text for text in texts])
+    start = f"{prefix.strip()} " if prefix.strip() else ""
+    vectors, cut = network.texts([start + text for text in texts])
     return statistics.cosines(images.values[list(rows)], vectors), cut
 
 

@@ -12,14 +12,16 @@ is the "feature distance" of that tower. The inception score is that of Salimans
 
 import dataclasses
 import math
+import os
+import zipfile
 
 import numpy as np
 
-from metamorph_jax.errors import DataError
+from metamorph_jax import files
+from metamorph_jax.errors import DataError, FileError
 
 SPLITS = 10  # of the inception score
 CLIPSCORE_FACTOR = 2.5
-CLIPSCORE_PREFIX = "A photo depicts "
 # The steps of pytorch-fid where the root of a product of covariances is not finite or not real.
 _DIAGONAL, _IMAGINARY = 1e-6, 1e-3
 
@@ -79,6 +81,40 @@ class Gaussian:
             f"{self.count} images for {len(self.mean)} features: the covariance is singular, and "
             "the distance far larger than that of more images"
         )
+
+
+def read_gaussian(path: str | os.PathLike, size: int | None = None) -> Gaussian:
+    """The Gaussian of a file of statistics.
+
+    Args:
+        path: .npz with "mu" float[C] and "sigma" float[C, C], as pytorch-fid writes it, and perhaps
+            "count" (without it, the images are taken to be enough) and "size" (0: as they are).
+        size: that images were to be brought to.
+
+    Raises:
+        FileError: it is not such a file, or of another size.
+    """
+    try:
+        with np.load(files.regular(path), allow_pickle=False) as found:
+            mean, covariance = (np.asarray(found[name], np.float64) for name in ("mu", "sigma"))
+            count = int(found["count"]) if "count" in found else len(mean) + 1
+            own = int(found["size"]) if "size" in found else size or 0
+    except (KeyError, ValueError, TypeError, OSError, zipfile.BadZipFile) as error:
+        raise FileError(f"{files.shown(path)} is not a file of statistics (.npz with mu and sigma):"
+                        f" {files.shown(error)}") from error  # fmt: skip
+    if mean.ndim != 1 or covariance.shape != mean.shape * 2 or count < 2:
+        raise FileError(f"{files.shown(path)}: mu {mean.shape} and sigma {covariance.shape} of "
+                        f"{count} images are no mean and covariance")  # fmt: skip
+    if own != (size or 0):
+        raise FileError(f"{files.shown(path)} is of images at fid_size {own or None}, not {size}")
+    return Gaussian(count, mean, covariance * (count - 1))
+
+
+def write_gaussian(path: str | os.PathLike, gaussian: Gaussian, size: int | None = None) -> None:
+    """Writes what `read_gaussian` and pytorch-fid read."""
+    named = {"mu": gaussian.mean, "sigma": gaussian.covariance, "count": gaussian.count}
+    with open(path, "wb") as file:
+        np.savez(file, **named, size=size or 0)
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:

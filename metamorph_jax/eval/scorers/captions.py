@@ -5,7 +5,7 @@ that scores of subsets and of resamples need no second run of the tools:
 
     cider, rouge    the image's own score; the corpus has the mean
     bleu            lengths, n-grams and matches; BLEU is made of their sums
-    meteor          the statistics of METEOR 1.5, which the tool itself turns into a score
+    meteor          words and matches, as METEOR 1.5 finds them; it is made of their sums
 
 CIDEr weighs n-grams by how few *images of the evaluated set* have them in their references, so that
 the CIDEr of a subset can't be compared with that of the whole set.
@@ -161,7 +161,13 @@ def _bleu(rows) -> list[float]:
     return found
 
 
-# ---- METEOR: one process of the tool for all images and all resamples
+# ---- METEOR 1.5: matches by the tool, scores from them by its formula for English
+
+_ALPHA, _BETA, _GAMMA, _DELTA = 0.85, 0.2, 0.6, 0.75
+_MATCHERS = (1.0, 0.6, 0.8, 0.6)  # weights of exact, stem, synonym and paraphrase matches
+# Places in the statistics. They start with the words of caption and reference and how many of these
+# are function words; then, for each matcher, content words of both and function words of both.
+_WORDS, _CHUNKS, _MATCHED = slice(0, 4), 20, slice(21, 23)
 
 
 @functools.cache
@@ -172,25 +178,46 @@ def _tool():
     return Meteor()
 
 
-def _say(line: str, answers: int = 1) -> str:
-    """The last of some lines that the tool answers."""
+def _meteor_statistics(candidate: str, references: Sequence[str]) -> list[float]:
+    """Those of the reference that fits best."""
     process = _tool().meteor_p
+    parts = [part.replace("|||", " ") for part in ("SCORE", *references, candidate)]
     try:
-        process.stdin.write(f"{line}\n".encode())
+        process.stdin.write((" ||| ".join(parts) + "\n").encode())
         process.stdin.flush()
+        said = process.stdout.readline().decode()
     except OSError:
-        pass  # it has ended, and answers nothing
-    said = [process.stdout.readline().decode().strip() for _ in range(answers)]
-    if not all(said):
+        said = ""
+    if not said.strip():
         raise UserError("METEOR, a Java program, ended early; it needs 2 GB of memory")
-    return said[-1]
+    return [float(number) for number in said.split()]
 
 
-def _meteor_statistics(candidate: str, references: Sequence[str]) -> str:
-    parts = [part.replace("|||", " ") for part in (*references, candidate)]
-    return _say(" ||| ".join(("SCORE", *parts)))
+def _meteor(rows: Sequence[Sequence[float]]) -> float:
+    """The score of a corpus, from the sums of its statistics."""
+    total = [sum(column) for column in zip(*(_counted(row) for row in rows), strict=True)]
+    words, reference_words, function, reference_function = total[_WORDS]
+    found = [0.0, 0.0]  # weighted matches in the captions, and in the references
+    for number, weight in enumerate(_MATCHERS):
+        counts = total[4 + 4 * number : 8 + 4 * number]
+        for side in (0, 1):
+            content, other = counts[side], counts[2 + side]
+            found[side] += weight * (_DELTA * content + (1 - _DELTA) * other)
+    length = _DELTA * (words - function) + (1 - _DELTA) * function
+    reference_length = (
+        _DELTA * (reference_words - reference_function) + (1 - _DELTA) * reference_function
+    )
+    if not all((*found, length, reference_length)):
+        return 0.0
+    precision, recall = found[0] / length, found[1] / reference_length
+    mean = precision * recall / (_ALPHA * precision + (1 - _ALPHA) * recall)
+    penalty = _GAMMA * (total[_CHUNKS] / (sum(total[_MATCHED]) / 2)) ** _BETA
+    return (1 - penalty) * mean
 
 
-def _meteor(rows: Sequence[str]) -> float:
-    """The tool's score of the statistics of all images; it is not that of their sums."""
-    return float(_say(" ||| ".join(("EVAL", *rows)), len(rows) + 1))  # of each, then of all
+def _counted(row: Sequence[float]) -> list[float]:
+    """The statistics of one caption; one that matches all through has no chunks."""
+    row = list(row)
+    if row[_CHUNKS] == 1 and row[_MATCHED] == row[:2]:
+        row[_CHUNKS] = 0.0
+    return row

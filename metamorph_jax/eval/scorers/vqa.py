@@ -10,8 +10,6 @@ The soft accuracy of an answer is its mean over all leave-one-out sets of the hu
 min(1, matches / 3). With ten answers, 0, 1, 2, 3, 4 matches give 0, 0.3, 0.6, 0.9, 1.
 """
 
-import collections
-import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -117,43 +115,6 @@ def vqav2_accuracy(answer: str, references: Sequence[str]) -> float:
     if len(set(references)) > 1:
         answer, given = classic(answer), [classic(reference) for reference in given]
     return soft_accuracy(answer, given)
-
-
-@dataclasses.dataclass(frozen=True)
-class VQAScores:
-    """Per cent, not rounded; the public tool rounds to two decimals."""
-
-    overall: float
-    by_question_type: dict[str, float]
-    by_answer_type: dict[str, float]
-    by_question: dict[int | str, float]
-
-
-def vqav2_scores(answers: Mapping[int | str, str], annotations: Iterable[Mapping]) -> VQAScores:
-    """Scores of all annotated questions; a question without an answer counts as answered "".
-
-    Args:
-        answers: question id → answer.
-        annotations: of the official file: `question_id`, `answers` (dicts with `answer`),
-            `question_type` and `answer_type`.
-    """
-    by_question, types, kinds = {}, collections.defaultdict(list), collections.defaultdict(list)
-    for row in annotations:
-        references = [given["answer"] for given in row["answers"]]
-        score = 100 * vqav2_accuracy(answers.get(row["question_id"], ""), references)
-        by_question[row["question_id"]] = score
-        types[row["question_type"]].append(score)
-        kinds[row["answer_type"]].append(score)
-    return VQAScores(_mean(by_question.values()), _means(types), _means(kinds), by_question)
-
-
-def _means(groups: Mapping[str, list[float]]) -> dict[str, float]:
-    return {name: _mean(values) for name, values in groups.items()}
-
-
-def _mean(values) -> float:
-    values = list(values)
-    return sum(values) / len(values) if values else 0.0
 
 
 # ---- answer files

@@ -59,14 +59,14 @@ class CocoCaption(Task):
 
     Attributes:
         split: test or val (5,000 images each).
-        prompt: one of `PROMPTS`.
+        style: of the prompt, one of `PROMPTS`.
         first_sentence: keep what comes before the first full stop.
         tokenizer: "ptb" (needs Java) or "python", see `scorers/captions.py`.
         images: folder of the images, if not the root.
     """
 
     split: str = "test"
-    prompt: str = "brief"
+    style: str = "brief"
     first_sentence: bool = False
     tokenizer: str = "ptb"
     images: str = ""
@@ -80,7 +80,7 @@ class CocoCaption(Task):
     )
 
     def __post_init__(self):
-        one_of(self, prompt=PROMPTS, tokenizer=captions.TOKENIZERS)
+        one_of(self, style=PROMPTS, tokenizer=captions.TOKENIZERS)
 
     @property
     def public(self) -> bool:
@@ -100,7 +100,8 @@ class CocoCaption(Task):
             reading.required(row, where, "filename", "split", "sentences", key)
             if row["split"] == self.split:
                 place = pathlib.Path(row.get("filepath", folder), row["filename"])
-                given = [sentence["raw"] for sentence in row["sentences"]]
+                given = [reading.required(sentence, where, "raw")["raw"]
+                         for sentence in row["sentences"]]  # fmt: skip
                 yield row[key], self.picture(str(place)), given, {}
 
     def picture(self, place: str) -> str:
@@ -113,7 +114,7 @@ class CocoCaption(Task):
             captions.check_tools(self.tokenizer)  # now, not after the last answer
         for key, picture, given, groups in rows:
             yield Question(
-                str(key), PROMPTS[self.prompt], (picture,), gold=given or None, groups=groups,
+                str(key), PROMPTS[self.style], (picture,), gold=given or None, groups=groups,
                 more={"image_id": key},
             )  # fmt: skip
 
@@ -153,7 +154,7 @@ class CocoCaption(Task):
 class Flickr30k(CocoCaption):
     """Flickr30k captions, Karpathy's test split of 1,000 images."""
 
-    prompt: str = "sentence"
+    style: str = "sentence"
 
     title: ClassVar = "Flickr30k captions"
     files: ClassVar = (
@@ -174,7 +175,7 @@ class NoCaps(CocoCaption):
     """
 
     split: str = "val"
-    prompt: str = "sentence"
+    style: str = "sentence"
 
     title: ClassVar = "NoCaps"
     files: ClassVar = (
@@ -193,6 +194,7 @@ class NoCaps(CocoCaption):
         value = reading.required(reading.json_file(path, dict), path, "images")
         given: dict[int, list[str]] = {}
         for row in value.get("annotations", ()):
+            reading.required(row, f"{path}, an annotation", "image_id", "caption")
             given.setdefault(row["image_id"], []).append(row["caption"])
         for number, row in enumerate(value["images"]):
             reading.required(row, f"{path}, images[{number}]", "id", "file_name")
@@ -228,7 +230,7 @@ class NoCaps(CocoCaption):
 class Image2Paragraph(CocoCaption):
     """Image2Paragraph: a paragraph about each image, one reference."""
 
-    prompt: str = "detail"
+    style: str = "detail"
 
     title: ClassVar = "Image2Paragraph"
     max_new_tokens: ClassVar = 90

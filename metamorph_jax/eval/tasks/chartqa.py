@@ -40,11 +40,11 @@ class ChartQA(Task):
 
     Attributes:
         split: test or val.
-        prompt: "phrase" (Cambrian) or "word" (LMMs-eval).
+        style: of the prompt: "phrase" (Cambrian) or "word" (LMMs-eval).
     """
 
     split: str = "test"
-    prompt: str = "phrase"
+    style: str = "phrase"
 
     title: ClassVar = "ChartQA"
     max_new_tokens: ClassVar = 32
@@ -55,7 +55,7 @@ class ChartQA(Task):
     )
 
     def __post_init__(self):
-        one_of(self, prompt=PROMPTS)
+        one_of(self, style=PROMPTS)
 
     def questions(self):
         for part in _PARTS:
@@ -64,7 +64,7 @@ class ChartQA(Task):
                 reading.required(row, f"{path}[{number}]", "imgname", "query", "label")
                 yield Question(
                     f"{part}/{number}",
-                    PROMPTS[self.prompt].format(question=row["query"]),
+                    PROMPTS[self.style].format(question=row["query"]),
                     (self.path(self.split, "png", row["imgname"]),),
                     gold=str(row["label"]),
                     groups={"part": part},

@@ -57,7 +57,7 @@ class CaptionDrawing(Task):
         prompt: what the model is asked; `{caption}` stands for the caption.
         candidates: images of each caption, of which the one that CLIP finds most like the caption
             counts.
-        inception, tower, clip, fid_size, prefix: see `measures.Measures`.
+        inception, tower, clip, fid_size, prefix, statistics: see `measures.Measures`.
     """
 
     count: int = 30_000
@@ -69,6 +69,7 @@ class CaptionDrawing(Task):
     clip: str = ""
     fid_size: int | None = 256
     prefix: str = ""
+    statistics: str = ""
 
     form: ClassVar[str] = "draw"
     max_new_tokens: ClassVar[int] = 256
@@ -86,7 +87,8 @@ class CaptionDrawing(Task):
 
     @property
     def asked(self) -> measures.Measures:
-        return measures.Measures(self.inception, self.tower, self.clip, self.fid_size, self.prefix)
+        names = [field.name for field in dataclasses.fields(measures.Measures)]
+        return measures.Measures(**{name: getattr(self, name) for name in names})
 
     @property
     def main(self) -> str:

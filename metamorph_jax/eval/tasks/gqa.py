@@ -37,12 +37,12 @@ class GQA(Task):
 
     Attributes:
         split: testdev_balanced, val_balanced, testdev_all, …
-        kit: "official": equality after lower-casing and cutting the full stop; "lmms_eval" ignores
-            all punctuation, which may be a little higher.
+        parser: "official": equality after lower-casing and cutting the full stop; "lmms_eval"
+            ignores all punctuation, which may give a little more.
     """
 
     split: str = "testdev_balanced"
-    kit: str = "official"
+    parser: str = "official"
 
     title: ClassVar = "GQA"
     files: ClassVar = (
@@ -51,13 +51,15 @@ class GQA(Task):
     )
 
     def __post_init__(self):
-        one_of(self, kit=("official", "lmms_eval"))
+        one_of(self, parser=("official", "lmms_eval"))
 
     def questions(self):
         path = self.find(f"{self.split}_questions.json")
         for key, row in reading.json_file(path, dict).items():
             reading.required(row, f"{path}, question {key}", "question", "imageId", "answer",
                              "types", "groups")  # fmt: skip
+            reading.required(row["types"], f"{path}, types of {key}", "structural", "semantic")
+            reading.required(row["groups"], f"{path}, groups of {key}", "global")
             types = {kind: row["types"][kind] for kind in ("structural", "semantic")}
             yield Question(
                 key,
@@ -69,7 +71,7 @@ class GQA(Task):
 
     def record(self, question: Question, answer: Answer) -> Record:
         prediction = gqa.gqa_prediction(answer.text)
-        if self.kit == "lmms_eval":
+        if self.parser == "lmms_eval":
             prediction = _PUNCTUATION.sub("", prediction).strip()
         return {"answer": prediction, "score": float(prediction == question.gold)}
 
@@ -88,5 +90,5 @@ class GQA(Task):
 
     def write(self, records, folder):
         """[{"questionId", "prediction"}], as the official tool reads it."""
-        rows = [{"questionId": r["id"], "prediction": r["answer"]} for r in records]
+        rows = gqa.gqa_submission((r["id"], r["answer"]) for r in records)
         return [write_json(folder / f"{self.split}_predictions.json", rows)]

@@ -44,7 +44,7 @@ class JudgedDrawing(Task):
     """
 
     samples: int = 4
-    prompt: str = "{prompt}"
+    prompt: str = "Generate an image of the following: {prompt}"
     judged_by: str = ""
     judge_config: str = ""
 

@@ -73,6 +73,7 @@ class LLaVABenchCOCO(Task):
 
     def context(self, row: dict) -> str:
         """What the judge is told of an image."""
+        reading.required(row, self._contexts, "captions", "instances")
         boxes = "\n".join(f"{one['category']}: {one['bbox']}" for one in row["instances"])
         return "\n".join(row["captions"]) + f"\n\n{boxes}"
 
@@ -80,6 +81,8 @@ class LLaVABenchCOCO(Task):
         references = self._by("question_id", self._references, "text")
         contexts = self._by("image", self._contexts)
         rules = reading.json_file(self.find("rule.json"), dict)
+        for category, rule in rules.items():
+            reading.required(rule, f"{self.path('rule.json')}, {category}", "prompt")
         path = self.find(self._questions)
         for row in reading.json_lines(path, "question_id", "image", "text", "category"):
             category = self._prefix + row["category"]
@@ -168,7 +171,7 @@ class LLaVABenchWild(LLaVABenchCOCO):
         return self.path("images", name)
 
     def context(self, row: dict) -> str:
-        caption = row["caption"]
+        caption = reading.required(row, self._contexts, "caption")["caption"]
         return caption if isinstance(caption, str) else "\n".join(caption)
 
 

@@ -72,11 +72,15 @@ class RefCOCO(Task):
 
     def questions(self):
         path = self.find(f"refs({self.by}).p")
-        refs = [ref for ref in plain_pickle(path) if ref["split"] == self.split]
+        keys = ("split", "ann_id", "image_id", "ref_id", "sentences")
+        refs = [reading.required(ref, f"{files.shown(path)}, expression {number}", *keys)
+                for number, ref in enumerate(plain_pickle(path))]  # fmt: skip
+        refs = [ref for ref in refs if ref["split"] == self.split]
         if not refs:
             raise FileError(f"{files.shown(path)} has no expressions of split {self.split}")
         places = self.find("instances.json")
         instances = reading.json_file(places, dict)
+        reading.required(instances, files.shown(places), "images", "annotations")
         sizes = {row["id"]: [row["width"], row["height"]] for row in instances["images"]}
         found = {row["id"]: row["bbox"] for row in instances["annotations"]}
         folder = pathlib.Path(self.images or self.path("train2014"))

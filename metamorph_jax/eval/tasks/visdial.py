@@ -92,6 +92,8 @@ class VisDial(Task):
     def _question(self, data: dict, row: dict, number: int, dense) -> Question:
         texts, answers = data["questions"], data["answers"]
         asked, image = row["dialog"][number - 1], row["image_id"]
+        where = f"visdial_1.0_{self.split}.json, image {image}, round {number}"
+        reading.required(asked, where, "question", "answer_options")
         before = row["dialog"][: max(number - 1 - self.legacy_history, 0)]
         history = "".join(
             f" question: {texts[turn['question']]}? answer: {answers[turn['answer']]}."

@@ -55,7 +55,7 @@ PROMPTS = {
     + UNANSWERABLE + ". Please provide an accurate answer within one word. The answer is:",
 }  # fmt: skip
 # How replies are compared: the public VQA tools; the EvalAI normaliser for all.
-KITS = ("official", "lmms_eval")
+PARSERS = ("official", "lmms_eval")
 _SOURCE = "visualqa.org/download.html"
 
 
@@ -98,18 +98,20 @@ class VQAv2(_Soft):
 
     Attributes:
         split: val2014 and train2014 are scored here, test-dev2015 and test2015 by the server.
-        prompt: one of `PROMPTS`.
+        style: of the prompt, one of `PROMPTS`.
         images: folder of the images, if not SPLIT/ under the root.
-        kit: "official"; "lmms_eval" normalises also where all annotators agree.
+        parser: "official"; "lmms_eval" normalises also where all annotators agree.
         mmi_extract: cut replies to a word or two first, as MM-Interleaved does (it may cut too
             much: "pizza crust" becomes "crust").
+        question_types: scores of each of the 65 types of questions, too ("type what color").
     """
 
     split: str = "val2014"
-    prompt: str = "short"
+    style: str = "short"
     images: str = ""
-    kit: str = "official"
+    parser: str = "official"
     mmi_extract: bool = False
+    question_types: bool = False
 
     title: ClassVar = "VQAv2"
     files: ClassVar = (
@@ -122,7 +124,7 @@ class VQAv2(_Soft):
     _answer_key: ClassVar = "answer"
 
     def __post_init__(self):
-        one_of(self, prompt=PROMPTS, kit=KITS)
+        one_of(self, style=PROMPTS, parser=PARSERS)
 
     @property
     def public(self) -> bool:
@@ -147,11 +149,12 @@ class VQAv2(_Soft):
                 f"{self._file(self._annotations)} has no question {row['question_id']}; questions "
                 "and annotations must be of the same split"
             )
-        given = truth and [answer[self._answer_key] for answer in truth["answers"]]
+        where = f"{self._annotations.format(split=self.split)}, question {row['question_id']}"
+        given = truth and _texts(truth["answers"], where, self._answer_key)
         kinds = truth and {key: truth[key] for key in ("answer_type", "question_type")}
         return Question(
             str(row["question_id"]),
-            PROMPTS[self.prompt].format(question=row["question"]),
+            PROMPTS[self.style].format(question=row["question"]),
             (images / f"COCO_{folder}_{row['image_id']:012d}.jpg",),
             gold=given,
             groups=kinds or {},
@@ -171,8 +174,16 @@ class VQAv2(_Soft):
         return first_words(reply) if self.mmi_extract else reply
 
     def accuracy(self, answer: str, given: Sequence[str]) -> float:
-        rule = vqa.vqav2_accuracy if self.kit == "official" else vqa.textvqa_accuracy
+        rule = vqa.vqav2_accuracy if self.parser == "official" else vqa.textvqa_accuracy
         return rule(answer, given)
+
+    def scores(self, records):
+        """Accuracy, by answer type, and by question type if that is wanted."""
+        found = super().scores(records)
+        if self.question_types and found:
+            types = by_group(records, "question_type")
+            found |= {f"type {name}": mean(group) for name, group in types.items()}
+        return found
 
     def write(self, records, folder):
         """[{"question_id", "answer"}] of every question; "" where there is no answer.
@@ -220,6 +231,11 @@ class OKVQA(VQAv2):
         return self.answers
 
 
+def _texts(answers: Sequence[dict], where: str, key: str = "answer") -> list[str]:
+    """The texts of a question's human answers."""
+    return [reading.required(answer, f"{where}, an answer", key)[key] for answer in answers]
+
+
 def first_words(reply: str) -> str:
     """The answer that MM-Interleaved takes out of a reply, by plain cuts at substrings."""
     text = reply.replace('"', "").strip()
@@ -243,11 +259,12 @@ class VizWiz(_Soft):
 
     Attributes:
         split: val (scored here) or test (server).
-        prompt: one of `PROMPTS`; a model that isn't told of "unanswerable" loses those questions.
+        style: of the prompt, one of `PROMPTS`; a model that isn't told of "unanswerable" loses
+            those questions.
     """
 
     split: str = "val"
-    prompt: str = "unanswerable"
+    style: str = "unanswerable"
 
     title: ClassVar = "VizWiz-VQA"
     files: ClassVar = (
@@ -256,7 +273,7 @@ class VizWiz(_Soft):
     )
 
     def __post_init__(self):
-        one_of(self, prompt=PROMPTS)
+        one_of(self, style=PROMPTS)
 
     def _rows(self) -> list[dict]:
         path = self.find(f"{self.split}.json")
@@ -269,9 +286,9 @@ class VizWiz(_Soft):
             given = row.get("answers")
             yield Question(
                 row["image"],
-                PROMPTS[self.prompt].format(question=row["question"]),
+                PROMPTS[self.style].format(question=row["question"]),
                 (self.path(self.split, row["image"]),),
-                gold=given and [answer["answer"] for answer in given],
+                gold=given and _texts(given, f"{self.split}.json, {row['image']}"),
                 groups={"answer_type": row["answer_type"]} if "answer_type" in row else {},
             )
 
@@ -342,6 +359,8 @@ class TextVQA(_Soft):
             return self._prompts_of(self.path(theirs))
         path = self.find(rosetta) if self.ocr == "tokens" else self.find(theirs, rosetta)
         rows = reading.required(reading.json_file(path, dict), path, "data")["data"]
+        rows = [reading.required(row, f"{path}, data[{i}]", "image_id", "ocr_tokens")
+                for i, row in enumerate(rows)]  # fmt: skip
         tokens = {row["image_id"]: ", ".join(row["ocr_tokens"]) for row in rows}
 
         def prompt(row):

@@ -23,13 +23,17 @@ from metamorph_jax.models.llm.llama import LlamaConfig
 from metamorph_jax.models.vision.encoder import VisionConfig
 from metamorph_jax.models.vision.vit import SIZES as TOWER_SIZES
 from metamorph_jax.models.vision.vit import ViTConfig
-from metamorph_jax.recipes.llava.config import GRIDS, Config, llm_config
+from metamorph_jax.recipes.llava.config import GRIDS, IMAGE_MODES, Config, llm_config
 
 IMAGE = "<image>"
 # Towers that original configs name, by the last part of the name.
 TOWERS = {"clip-vit-large-patch14-336": "clip-l-336", "clip-vit-large-patch14": "clip-l-224"}
 # The language model of an original checkpoint, by its model type; the other types are Llamas.
 _LLMS = {"llava_mistral": "mistral", "llava_qwen": "qwen2"}
+# What lies between tower and connector: field of `VisionConfig` -> of our own kind of config.json.
+OWN_KIND = "llava_jax"
+_BETWEEN = {"tokens": "num_image_tokens", "reduction": "image_token_reduction",
+            "normalize": "normalize_vision", "softmax": "apply_softmax"}  # fmt: skip
 # `image_aspect_ratio` of original configs -> our image mode.
 _MODES = {"square": "crop", "pad": "pad", "anyres": "anyres"}
 
@@ -39,15 +43,17 @@ def is_original(fields: Mapping) -> bool:
     return "mm_vision_tower" in fields
 
 
-def make_config(tower: ViTConfig, llm: LlamaConfig, dtype: str = "float32", **options) -> Config:
+def make_config(
+    tower: ViTConfig, llm: LlamaConfig, dtype: str = "float32", between=None, **options
+) -> Config:
     """The config of a LLaVA that is made of these parts.
 
     Args:
+        between: fields of `VisionConfig` for what lies between tower and connector; None: nothing.
         options: fields of `Config` that differ from its defaults.
     """
-    layout = tower.layout
-    vision = VisionConfig(f"{layout}-tiny", fields_of(tower), tokens=tower.tokens, normalize=False,
-                          dtype=dtype)  # fmt: skip
+    between = {"tokens": tower.tokens, "normalize": False} if between is None else between
+    vision = VisionConfig(f"{tower.layout}-tiny", fields_of(tower), dtype=dtype, **between)
     llm_fields = fields_of(llm)  # every one of them takes the place of that of "tiny"
     return Config(llm="tiny", llm_options=llm_fields, vision=vision, dtype=dtype, **options)
 
@@ -129,7 +135,9 @@ def _from_original(fields: Mapping, dtype: str) -> Config:
     if mode not in _MODES:
         raise ConfigError(f"image_aspect_ratio {mode!r} is none of {', '.join(_MODES)}")
     tower = named_tower(fields)
-    more = {"image_mode": _MODES[mode], "merge": merge, "start_end": False}
+    own = fields.get("image_mode")  # which only our files have
+    mode = own if own in IMAGE_MODES else _MODES[mode]
+    more = {"image_mode": mode, "merge": merge, "start_end": False}
     if mode == "anyres":
         grids = fields.get("image_grid_pinpoints") or [list(grid) for grid in GRIDS]
         more["grids"] = _grids(grids, tower.size)
@@ -138,8 +146,11 @@ def _from_original(fields: Mapping, dtype: str) -> Config:
     if fields.get("mm_use_im_start_end"):  # its rows are the last two of the tables
         more["start_end"] = True
         llm = dataclasses.replace(llm, vocab_size=llm.vocab_size - 2, added_tokens=2)
+    between = None
+    if fields.get("model_type") == OWN_KIND:
+        between = {ours: fields[name] for ours, name in _BETWEEN.items() if name in fields}
     connector = fields.get("mm_projector_type") or "linear"
-    return make_config(tower, llm, dtype, connector=connector, **more)
+    return make_config(tower, llm, dtype, between, connector=connector, **more)
 
 
 def named_tower(fields: Mapping) -> ViTConfig:
@@ -185,8 +196,9 @@ def config_to_hf(cfg: Config) -> dict:
     Raises:
         ConfigError: transformers has no such model; the message says in what.
     """
-    _check_library(cfg)
-    tower, llm = cfg.vision.vit, llm_config(cfg)
+    if found := lacking(cfg):
+        raise ConfigError(f"transformers' LLaVA has no {'; no '.join(found)}")
+    tower, llm = _tower(cfg), llm_config(cfg)
     tiled = cfg.image_mode == "anyres"
     row, rows = image_row(cfg), token_rows(cfg, "hf")
     vision = vit.config_to_hf(tower)
@@ -233,38 +245,50 @@ def _layer(tower: ViTConfig) -> int:
     return tower.select_layer if tower.whole else -1
 
 
-def _check_library(cfg: Config) -> None:
-    vision, problems = cfg.vision, []
-    tower = vision.vit
-    if tower is None:
-        problems.append("features from a cache, without a tower")
-    elif vision.feature_shape != (tower.tokens, tower.width) or vision.normalize or vision.softmax:
-        problems.append("visual tokens that are reduced or normalised")
-    elif tower.registers or tower.final_norm:
-        problems.append("a tower with registers or a final norm")
+def lacking(cfg: Config) -> list[str]:
+    """What of a model transformers' LLaVA does not have; empty if it has all of it."""
+    tower, found = cfg.vision.vit, []
+    if _is_between(cfg):
+        found.append("visual tokens that are reduced or normalised")
+    if tower is not None and (tower.registers or tower.final_norm):
+        found.append("a tower with registers or a final norm")
     if cfg.connector != "mlp2x_gelu":
-        problems.append(f"connector {cfg.connector!r} (only mlp2x_gelu)")
+        found.append(f"connector {cfg.connector!r} (only mlp2x_gelu)")
     if (cfg.image_mode == "anyres") != (cfg.merge == "spatial_unpad"):
-        problems.append(f"image_mode {cfg.image_mode!r} with merge {cfg.merge!r} (anyres goes with "
-                        "spatial_unpad)")  # fmt: skip
-    if problems:
-        raise ConfigError(f"transformers' LLaVA has no {'; no '.join(problems)}; the original "
-                          "layout may have: metamorph convert --to reference")  # fmt: skip
+        found.append(f"image_mode {cfg.image_mode!r} with merge {cfg.merge!r} (anyres goes with "
+                     "spatial_unpad)")  # fmt: skip
+    return found
+
+
+def _is_between(cfg: Config) -> bool:
+    vision = cfg.vision
+    return vision.reduce.reduces or vision.normalize or vision.softmax
+
+
+def _tower(cfg: Config) -> ViTConfig:
+    if cfg.vision.vit is None:
+        raise ConfigError("this model has no tower (its features come from a cache): it can't be "
+                          "written whole")  # fmt: skip
+    return cfg.vision.vit
 
 
 def config_to_original(cfg: Config) -> dict:
     """A config.json in the original form, with `vision_config` beside the tower's name: that alone
-    does not describe every tower."""
-    llm, tower = llm_config(cfg), cfg.vision.vit
-    if tower is None or cfg.vision.normalize or cfg.vision.reduce.reduces:
-        raise ConfigError("the original layout has no features from a cache, and none that are "
-                          "reduced or normalised")  # fmt: skip
+    does not describe every tower. Where something lies between tower and connector, which public
+    code would leave out, the model type is one of ours."""
+    llm, tower = llm_config(cfg), _tower(cfg)
     rows = token_rows(cfg, "original")
     fields = llama_names.config_to_hf(dataclasses.replace(llm, vocab_size=rows, added_tokens=0))
     kind = "Qwen" if llm.qkv_bias or llm.qk_norm else "Llama"
     mode = next((k for k, v in _MODES.items() if v == cfg.image_mode), "square")
     names = {v: k for k, v in TOWERS.items()}
     size = next((k for k in names if _alike(TOWER_SIZES[k], tower)), None)
+    own = {}
+    if _is_between(cfg):
+        if cfg.vision.reduction == "mlpmixer":
+            raise ConfigError("the original layout has no names for the mlpmixer's weights")
+        own = {"model_type": OWN_KIND, "architectures": ["Llava"]}
+        own |= {name: getattr(cfg.vision, ours) for ours, name in _BETWEEN.items()}
     return fields | {
         "architectures": [f"Llava{kind}ForCausalLM"],
         "model_type": f"llava_{kind.lower()}",
@@ -279,8 +303,10 @@ def config_to_original(cfg: Config) -> dict:
         "use_mm_proj": True,
         "unfreeze_mm_vision_tower": True,  # the public code then keeps the tower of the files
         "image_aspect_ratio": mode,
+        "image_mode": cfg.image_mode,
         "image_grid_pinpoints": [list(g) for g in cfg.grids] if mode == "anyres" else None,
         "vision_config": vit.config_to_hf(tower),
+        **own,
     }
 
 

@@ -10,6 +10,7 @@ from metamorph_jax.data.chat import Chat
 from metamorph_jax.data.config import DataConfig, InputSpec
 from metamorph_jax.data.packing import PackedIterator
 from metamorph_jax.data.views import AnyRes, Single, Views
+from metamorph_jax.errors import ConfigError
 from metamorph_jax.models.vision.encoder import VisionConfig, VisionEncoder
 from metamorph_jax.recipe import Shard
 from metamorph_jax.recipes.llava import keys
@@ -77,7 +78,16 @@ def _views(cfg: Config, single: Single) -> Views:
 
 
 def open_data(data: DataConfig, cfg: Config, shard: Shard) -> PackedIterator:
-    """The batches of one shard; the feature cache is filled first with what is missing in it."""
+    """The batches of one shard; the feature cache is filled first with what is missing in it.
+
+    Raises:
+        ConfigError: features of a tower that is trained are to be cached.
+    """
+    if data.cache.features and cfg.train_tower:
+        raise ConfigError(
+            "config.model.train_tower has no use for config.data.cache.features, which holds what "
+            'a frozen tower gives: set the folder to ""'
+        )
     spec, sources = input_spec(cfg), pipeline.open_sources(data, KINDS)
     if data.cache.features and spec.tower:
         load = functools.partial(load_tower, cfg)

@@ -36,12 +36,14 @@ from metamorph_jax.models.vision.vit import ViTConfig
 from metamorph_jax.recipes.llava.config import Config, added_names, llm_config
 from metamorph_jax.recipes.llava.fields import (
     IMAGE,
+    OWN_KIND,
     config_from_hf,
     config_to_hf,
     config_to_original,
     grids_of,
     image_row,
     is_original,
+    lacking,
     make_config,
     processor_files,
 )
@@ -84,6 +86,9 @@ def load_whole(model: Llava, cfg: Config, folder: pathlib.Path) -> None:
     load_llava(model, read(folder), rows=rows)
 
 
+_BETWEEN = ("feature_shape", "reduction", "normalize", "softmax")
+
+
 def check_config(cfg: Config, folder: pathlib.Path) -> Config:
     """Compares a config with what the files of a whole checkpoint say and shapes don't.
 
@@ -103,6 +108,7 @@ def check_config(cfg: Config, folder: pathlib.Path) -> Config:
         found.append(theirs)
         lines = agree.differences(llm_config(cfg), llm_config(theirs), agree.LLM, "llm.")
         lines += agree.differences(cfg, theirs, ("connector",))
+        lines += agree.differences(cfg.vision, theirs.vision, _BETWEEN, "vision.")
         ours, stated = cfg.vision.vit, theirs.vision.vit
         if ours is not None:
             lines += agree.differences(ours, stated, (*agree.TOWER, "depth"), "tower.")
@@ -155,11 +161,12 @@ def published(fields: Mapping) -> list[str]:
 
 
 def save(folder: pathlib.Path, model: Llava, source: Source, writer: Writer) -> int:
-    """A folder that transformers loads, with its processor; returns bytes of all tensors.
-
-    Raises:
-        ConfigError: transformers has no such model.
-    """
+    """A folder that transformers loads, with its processor, or in the original layout where
+    transformers has no such model, which is printed; returns bytes of all tensors."""
+    if found := lacking(model.cfg):
+        print(f"transformers' LLaVA has no {'; no '.join(found)}: written in the original layout",
+              flush=True)  # fmt: skip
+        return save_reference(folder, model, source, writer)
     fields, ids = config_to_hf(model.cfg), export.write_generation(folder, source)
     _write(folder, fields | {"text_config": fields["text_config"] | ids}, writer)
     _with_image(source.tokenizer, model.cfg).save_pretrained(folder)
@@ -180,6 +187,9 @@ def save_reference(folder: pathlib.Path, model: Llava, source: Source, writer: W
 def _save_published(family, folder, model: Llava, source: Source, writer: Writer) -> int:
     """What `metamorph convert` makes of a published checkpoint; as `save`."""
     given, cfg = source.fields, model.cfg
+    if found := lacking(cfg):
+        raise ConfigError(f"transformers' LLaVA has no {'; no '.join(found)}; the checkpoint is "
+                          "read as it is: name it as config.model.weights")  # fmt: skip
     fields = family.config_to_hf(cfg)
     ids = export.special_ids(given.get("text_config") or given, source.tokenizer)
     _write(folder, fields | {"text_config": fields["text_config"] | ids}, writer)
@@ -335,7 +345,8 @@ SIZES = {
 }
 FAMILY = Family(
     "llava",
-    ("llava", "llava_next", "llava_llama", "llava_mistral", "llava_qwen", "llama+mm_vision_tower"),
+    ("llava", "llava_next", "llava_llama", "llava_mistral", "llava_qwen", OWN_KIND,
+     "llama+mm_vision_tower"),
     config_from_hf,
     config_to_hf,
     create,

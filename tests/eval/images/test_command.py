@@ -43,6 +43,15 @@ def test_distances_of_two_folders(stand_in, image_folders, tmp_path, capsys):
     assert found["scores"]["inception score"] == pytest.approx(inception[0])
     assert found["scores"]["inception score, deviation"] == pytest.approx(inception[1])
     assert found["settings"]["fid_size"] is None and found["settings"]["images"] == 12
+    # The real images are read once: their statistics take their place.
+    again = ("--inception", weights, "--json", out, "--fid-size", "none", "--statistics",
+             tmp_path / "real.npz")  # fmt: skip
+    assert score(drawn, *again, "--real", real) == 0 and (tmp_path / "real.npz").is_file()
+    assert score(drawn, *again) == 0
+    found = json.loads(out.read_text())
+    assert found["scores"]["FID (images as they are)"] == pytest.approx(exact, rel=1e-9)
+    assert score(drawn, *again, "--fid-size", "64") == 2
+    assert "is of images at fid_size None, not 64" in capsys.readouterr().err
     # At 8 px all images have the same height, and another distance.
     assert score(drawn, *words, "--fid-size", "8") == 0
     changed = json.loads(out.read_text())["scores"]["FID (8 px)"]
@@ -56,7 +65,7 @@ def test_agreement_with_captions_and_partners(clip_folder, image_folders, tmp_pa
     file, out = tmp_path / "captions.json", tmp_path / "scores.json"
     file.write_text(json.dumps(captions))
     words = ("--clip", clip_folder, "--captions", file, "--real", real, "--paired", "--json", out)
-    assert score(drawn, *words, "--prefix", "a ") == 0
+    assert score(drawn, *words, "--prefix", "a") == 0
     assert "has nothing for 1 of 12 images, such as" in capsys.readouterr().err
     found = json.loads(out.read_text())
     network = features.open_clip(str(clip_folder))
@@ -70,7 +79,7 @@ def test_agreement_with_captions_and_partners(clip_folder, image_folders, tmp_pa
     assert found["scores"]["CLIPScore"] == pytest.approx(clipscore, abs=1e-5)
     both = statistics.cosines(images, others).mean()
     assert found["scores"]["CLIP, image-image"] == pytest.approx(both, abs=1e-5)
-    assert found["settings"]["clip"] == str(clip_folder) and found["settings"]["prefix"] == "a "
+    assert found["settings"]["clip"] == str(clip_folder) and found["settings"]["prefix"] == "a"
 
 
 def test_few_and_broken_images_are_said(stand_in, image_folders, tmp_path, capsys):

@@ -193,3 +193,16 @@ def test_images_that_somebody_drew(drawn, exact, monkeypatch, tmp_path, capsys):
     assert found["settings"]["judge"] == "exact" and found["left_out"] == 0
     assert "overall" in capsys.readouterr().out
     assert pathlib.Path(found["results"][0]["filename"]).is_file()
+
+
+def test_a_model_of_ours_is_the_judge(workdir, drawn, tmp_path, capsys):
+    """A tiny random one: what it says is nonsense, but a likelihood for each image."""
+    (tmp_path / "one.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    words = ["score", drawn[0], "--geneval", tmp_path / "one.jsonl", "--json", tmp_path / "s"]
+    assert cli.main([*map(str, words), "--judge", str(workdir)]) == 0
+    found = json.loads((tmp_path / "s").read_text())["results"]
+    values = [json.loads(line["details"])["Does the image show a circle?"] for line in found]
+    assert all(0 < value < 1 for value in values) and len(set(values)) == 2  # two are the same
+    assert [line["correct"] for line in found] == [value > 0.5 for value in values]
+    assert cli.main([*map(str, words), "--judge", str(tmp_path / "gone")]) == 2
+    assert "gone" in capsys.readouterr().err

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from metamorph_jax.errors import DataError
+from metamorph_jax.errors import DataError, FileError
 from metamorph_jax.eval.images import statistics
 from metamorph_jax.eval.images.statistics import Gaussian, frechet_distance, inception_score
 
@@ -106,3 +106,22 @@ def test_interval_is_around_the_mean_and_shrinks():
     low, high = statistics.interval(values)
     assert low < values.mean() < high and (high - low) == pytest.approx(4 * 0.005, rel=0.2)
     assert statistics.interval(np.ones(5)) == (1, 1)
+
+
+def test_statistics_in_files(tmp_path):
+    """Those of pytorch-fid have no count."""
+    one = Gaussian.of(RNG.normal(size=(30, 4)))
+    statistics.write_gaussian(tmp_path / "own.npz", one)
+    np.savez(tmp_path / "theirs.npz", mu=one.mean, sigma=one.covariance)
+    other = Gaussian.of(RNG.normal(size=(20, 4)) + 1)
+    for name, count in (("own.npz", 30), ("theirs.npz", 5)):
+        found = statistics.read_gaussian(tmp_path / name)
+        assert found.count == count and not found.note
+        exact = frechet_distance(one, other)
+        assert frechet_distance(found, other) == pytest.approx(exact, rel=1e-9)
+    np.savez(tmp_path / "shapes.npz", mu=one.mean, sigma=one.covariance[:2])
+    np.savez(tmp_path / "names.npz", mean=one.mean)
+    (tmp_path / "text.npz").write_text("mu sigma")
+    for name in ("shapes", "names", "text"):
+        with pytest.raises(FileError, match=f"{name}.npz"):
+            statistics.read_gaussian(tmp_path / f"{name}.npz")

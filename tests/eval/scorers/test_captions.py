@@ -11,12 +11,17 @@ from metamorph_jax.eval.scorers import captions
 needs_tools = pytest.mark.skipif(
     importlib.util.find_spec("pycocoevalcap") is None, reason="needs pycocoevalcap"
 )
-CANDIDATES = ["a dog runs on the beach", "cat red", "a man rides a brown horse near the sea", ""]
+CANDIDATES = [
+    "a dog runs on the beach", "cat red", "a man rides a brown horse near the sea", "",
+    "the red dog", "sunny",
+]  # fmt: skip
 REFERENCES = [
     ["a dog running on a beach", "the dog is on the beach"],
     ["a red cat"],
     ["a man riding a horse by the ocean", "man on horse"],
     ["a thing"],
+    ["the red dog"],
+    ["a rainy day"],
 ]
 
 

@@ -3,10 +3,12 @@
 import json
 import pathlib
 import re
+import shutil
 
 import pytest
 
 from metamorph_jax.eval.scorers import choices, gqa, judged, vqa, yes_no
+from tests.eval.tasks.asked import run
 
 pytestmark = pytest.mark.golden
 
@@ -79,22 +81,29 @@ def test_normalisers(root):
             assert NORMALISERS[column](row["input"]) == row[column], (column, row["input"])
 
 
-def test_vqav2(root):
+def test_vqav2(root, tmp_path):
+    """The task, with the golden files under their official names."""
     folder = root / "vqav2"
-    answers = {row["question_id"]: row["answer"] for row in read(folder / "results.json")}
     expected = read(folder / "expected.json")
     exactly(expected, "accuracy", "per_question", "rounding")
     exactly(expected["accuracy"], "overall", "perQuestionType", "perAnswerType")
-    scores = vqa.vqav2_scores(answers, read(folder / "annotations.json")["annotations"])
+    for name in ("v2_OpenEnded_mscoco_val2014_questions", "v2_mscoco_val2014_annotations"):
+        shutil.copy(folder / f"{name.rpartition('_')[2]}.json", tmp_path / f"{name}.json")
+    replies = {str(row["question_id"]): row["answer"] for row in read(folder / "results.json")}
+    _, records, scores, _ = run("vqav2:question_types=true", tmp_path, replies)
     digits = int(re.search(r"n=(\d+)", expected["rounding"]).group(1))
 
     def near(value):
         return pytest.approx(value, abs=0.51 * 10**-digits)
 
-    assert scores.overall == near(expected["accuracy"]["overall"])
-    assert scores.by_question_type == near(expected["accuracy"]["perQuestionType"])
-    assert scores.by_answer_type == near(expected["accuracy"]["perAnswerType"])
-    assert {str(k): v for k, v in scores.by_question.items()} == near(expected["per_question"])
+    assert {record["id"]: 100 * record["score"] for record in records} == near(
+        expected["per_question"]
+    )
+    types = {
+        f"type {name}": value for name, value in expected["accuracy"]["perQuestionType"].items()
+    }
+    overall = {"accuracy": expected["accuracy"]["overall"]}
+    assert scores == near(overall | expected["accuracy"]["perAnswerType"] | types)
 
 
 def test_vqav2_submission(root):

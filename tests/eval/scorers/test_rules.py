@@ -23,13 +23,6 @@ def test_agreeing_annotators_are_compared_as_written():
     assert vqa.vqav2_accuracy("Yes", ["yes"] * 9 + ["no"]) == 1
 
 
-def test_a_question_without_an_answer_is_wrong():
-    row = {"question_id": 1, "question_type": "what", "answer_type": "other",
-           "answers": [{"answer": "red"}] * 10}  # fmt: skip
-    assert vqa.vqav2_scores({}, [row]).overall == 0
-    assert vqa.vqav2_scores({}, []).overall == 0
-
-
 def test_an_unknown_prompt_form_is_an_error():
     with pytest.raises(ValueError, match="no known form of a TextVQA prompt"):
         vqa.textvqa_question("What?")

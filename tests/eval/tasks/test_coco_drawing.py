@@ -135,7 +135,7 @@ def test_images_are_drawn_and_scored(root, stand_in, tmp_path):
 
 
 def test_clip_takes_the_best_candidate(root, clip_folder, tmp_path):  # noqa: F811
-    painter, spec = Painter(), f"coco30k:count=3,candidates=4,clip={clip_folder},prefix=a "
+    painter, spec = Painter(), f"coco30k:count=3,candidates=4,clip={clip_folder},prefix=a"
     result = run(spec, root, tmp_path, painter)
     assert len(painter.asked) == 12 and len(result.records) == 12
     assert len({options_seed for options_seed in map(Options().seed_of, painter.asked)}) == 12

@@ -35,7 +35,7 @@ def test_gqa(tmp_path):
         {"questionId": "203", "prediction": "yes"},
     ]
     replies |= {"202": "blue!"}
-    result, _ = run("gqa:kit=lmms_eval", tmp_path, replies, tmp_path / "out")
+    result, _ = run("gqa:parser=lmms_eval", tmp_path, replies, tmp_path / "out")
     assert result.scores["accuracy"] == 100
 
 

@@ -1,11 +1,13 @@
 """GenEval, DPG-Bench and the check of judges as tasks, with a painter whose images are known."""
 
 import json
+import types
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from metamorph_jax import cli
 from metamorph_jax.errors import ConfigError, FileError, MissingFile, UserError
 from metamorph_jax.eval import bench, tasks
 from metamorph_jax.eval.images import contents, geneval
@@ -14,6 +16,7 @@ from metamorph_jax.eval.images.geneval import checks_of
 from metamorph_jax.eval.images.judging import asked
 from metamorph_jax.eval.tasks import judged_drawing, made_images
 from metamorph_jax.eval.tasks.base import Answer, by_group
+from metamorph_jax.models.diffusion.samplers import SamplingConfig
 from metamorph_jax.sampling.generator import Options
 from metamorph_jax.sampling.likelihood import Likelihood
 from metamorph_jax.sampling.results import ImagePart, Reply
@@ -99,10 +102,12 @@ def test_dpg_is_drawn_judged_and_written(tmp_path, monkeypatch):
     (tmp_path / "prompts").mkdir()
     for name in ("cup", "sky", "foreign"):
         (tmp_path / "prompts" / f"{name}.txt").write_text(f"Long text on a {name}.\n")
-    big, small = [[(
-        [contents.Thing("square", color, 112, 112, size)], "")] for color, size in (("red", 90),
-                                                                                    ("blue", 30))]
-    images = {f"Long text on a {name}.": big + small for name in ("cup", "sky", "foreign")}
+    big, small = (
+        ([contents.Thing("square", color, 112, 112, size)], "")
+        for color, size in (("red", 90), ("blue", 30))
+    )
+    asked_for = "Generate an image of the following: Long text on a {}."
+    images = {asked_for.format(name): [big, small] for name in ("cup", "sky", "foreign")}
 
     def judge(paths, questions):
         wide = [np.asarray(Image.open(p))[112, 80, 0] == 220 for p in paths]
@@ -125,6 +130,23 @@ def test_dpg_is_drawn_judged_and_written(tmp_path, monkeypatch):
     assert lines[0] == "cup.png, 1.0, 0.25, 0.625" and len(lines) == 2
     detail = result.files[1].read_text().splitlines()
     assert len(detail) == 14 and detail[5] == "cup.png, 1, Is the cup red?, no"
+
+
+def test_results_name_how_images_were_drawn(root, painter, tmp_path, monkeypatch, capsys):
+    """Sampler, steps and guidance of the image decoder, also where no option states them."""
+    painter.image_decoder = types.SimpleNamespace(sampling=SamplingConfig("ddim", 20, 3.5))
+    painter.images = {f"Generate an image of the following: {ROWS[i]['prompt']}": images
+                      for i, images in IMAGES.items()}  # fmt: skip
+    monkeypatch.setattr("metamorph_jax.sampling.generate.load", lambda args: painter)
+    monkeypatch.setattr("metamorph_jax.sampling.generate.check_model", lambda args: None)
+    words = ["eval", "--workdir", root, "--decoder", root, "--out", tmp_path / "out", "--tasks",
+             f"geneval:samples=1,judged_by=x,root={root}", "--bench-root", root]  # fmt: skip
+    assert cli.main(list(map(str, words))) == 0
+    (saved,) = json.loads((tmp_path / "out" / "scores.json").read_text()).values()
+    drawing = {"sampler": "ddim", "steps": 20, "guidance": 3.5}
+    assert saved["settings"]["model"]["drawing"] == drawing and saved["scores"]["overall"] == 1
+    assert cli.main(["eval", "--endpoint", "m", *map(str, words[3:])]) == 2
+    assert "drawing needs --decoder, and a model of ours" in capsys.readouterr().err
 
 
 def test_what_can_t_be_asked_for(root, tmp_path):

@@ -51,9 +51,9 @@ def test_vqav2(vqav2, tmp_path):
 
 def test_vqav2_by_other_kits(vqav2, tmp_path):
     replies = {"420": "It is a red one", "421": "Yes"}
-    result, _ = run("vqav2:kit=lmms_eval", vqav2, replies, tmp_path / "out")
+    result, _ = run("vqav2:parser=lmms_eval", vqav2, replies, tmp_path / "out")
     assert result.scores == {"accuracy": 50, "other": 0, "yes/no": 100}
-    result, model = run("vqav2:mmi_extract=true,prompt=one_word", vqav2, replies, tmp_path / "out")
+    result, model = run("vqav2:mmi_extract=true,style=one_word", vqav2, replies, tmp_path / "out")
     assert official(result)[0][0]["answer"] == "red one"
     assert "<image>What colour" in model.asked["420"].prompt
 
@@ -108,8 +108,8 @@ def test_a_missing_file_says_where_one_gets_it(tmp_path):
 
 
 def test_options_are_checked():
-    with pytest.raises(ConfigError, match="vqav2:prompt=long: prompt=long, expected one of short"):
-        tasks.make("vqav2:prompt=long")
+    with pytest.raises(ConfigError, match="vqav2:style=long: style=long, expected one of short"):
+        tasks.make("vqav2:style=long")
 
 
 def test_okvqa(tmp_path):
@@ -126,10 +126,18 @@ def test_okvqa(tmp_path):
     replies = {"420": "Running"}
     result, _ = run("okvqa", tmp_path, replies, tmp_path / "a", images=images)
     assert result.scores["accuracy"] == 0
-    spec = "okvqa:answers=raw_answer,prompt=unanswerable"
+    spec = "okvqa:answers=raw_answer,style=unanswerable"
     result, model = run(spec, tmp_path, replies, tmp_path / "b", images=images)
     assert result.scores["accuracy"] == 100
     assert "respond with 'Unanswerable'." in model.asked["420"].prompt
+
+
+def test_answers_that_lack_a_field_are_named(vqav2):
+    for path in [*(vqav2 / "vqav2").glob("v2_*.json")]:
+        path.rename(path.with_name(path.name.removeprefix("v2_")))
+    root = str(vqav2 / "vqav2")
+    with pytest.raises(FileError, match="question 420, an answer: no raw_answer; it has answer,"):
+        list(tasks.make("okvqa:answers=raw_answer", root=root).questions())
 
 
 def test_vizwiz(tmp_path):

@@ -93,3 +93,18 @@ def test_every_field_is_either_part_of_the_name_or_changes_nothing():
     assert set(CHANGED) | set(same) == {f.name for f in dataclasses.fields(VisionConfig)}
     assert dataclasses.replace(TINY, **same).identity == TINY.identity
     assert set(reduce.KINDS) >= {TINY.reduction, CHANGED["reduction"]}
+
+
+def test_the_class_token_may_come_out():
+    """In front of the patches, and with a feature cache of its own."""
+    options = {"class_out": True}
+    with_class = VisionConfig("clip-tiny", options, tokens=17, normalize=False)
+    without = VisionConfig("clip-tiny", tokens=16, normalize=False)
+    encoder = VisionEncoder(with_class, rngs=nnx.Rngs(0))
+    found = encoder(jnp.asarray(PIXELS))
+    other = VisionEncoder(without, rngs=nnx.Rngs(0))(jnp.asarray(PIXELS))
+    np.testing.assert_array_equal(found[:, 1:], other)
+    assert "class_out" in with_class.identity and "class_out" not in without.identity
+    for tower in ("siglip-tiny", "dinov2-b14-registers"):
+        with pytest.raises(ValueError, match="class_out needs a class token"):
+            VisionConfig(tower, options)

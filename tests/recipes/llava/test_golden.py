@@ -16,7 +16,6 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from metamorph_jax.convert import names
-from metamorph_jax.convert.llama import load_llama
 from metamorph_jax.convert.vit import config_from_hf, load_vit
 from metamorph_jax.data.images import Preprocess
 from metamorph_jax.data.interleave import build_row, read_place
@@ -26,6 +25,7 @@ from metamorph_jax.models.vision.encoder import VisionConfig
 from metamorph_jax.models.vision.vit import ViT
 from metamorph_jax.recipes import llava as recipe
 from metamorph_jax.recipes.llava.decoding import make_loop
+from metamorph_jax.recipes.llava.keys import load_llava
 from metamorph_jax.sampling.policy import TextPolicy
 from metamorph_jax.train.state import trained_filter
 from metamorph_jax.types import Batch, Images
@@ -33,7 +33,7 @@ from metamorph_jax.types import Batch, Images
 pytestmark = pytest.mark.golden
 CLOSE = dict(atol=1e-4, rtol=1e-3)  # the README's tolerance
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-TOWER, CONNECTOR = "model.vision_tower.vision_tower.", "model.mm_projector."
+TOWER = "model.vision_tower.vision_tower."
 FILL = {"tokens": 0, "positions": 0, "text_targets": -1, "image_slots": -1, "visual_targets": -1}
 
 
@@ -89,13 +89,7 @@ class Golden:
 
     def _model(self) -> recipe.Llava:
         model = nnx.eval_shape(lambda: recipe.create(self.config, nnx.Rngs(0)))
-        inside = {k: v for k, v in self.tensors.items() if k.startswith(TOWER)}
-        load_vit(model.vision.tower, inside, f"{TOWER}vision_model.")
-        fill_connector(model.connector, self.tensors, CONNECTOR)
-        newline = "model.image_newline"
-        model.newline.set_raw_value(jnp.asarray(self.tensors[newline]))
-        others = (TOWER, CONNECTOR, newline)
-        load_llama(model.llm, {k: v for k, v in self.tensors.items() if not k.startswith(others)})
+        load_llava(model, self.tensors)
         return model
 
     def _compiled(self):
@@ -231,11 +225,10 @@ def test_selected_features(golden, selected):
 def test_projected_features(golden, projector):
     x = golden.arrays["features_select_m2_patch"]
     D = golden.desc["llm"]["hidden"]
-    connector = Connector(projector, x.shape[-1], D, rngs=nnx.Rngs(0))
-    if projector == golden.desc["projector"]:
-        fill_connector(connector, golden.tensors, CONNECTOR)
-    else:
+    connector = golden.model.connector
+    if projector != golden.desc["projector"]:
         extra = load_file(golden.root / golden.desc["extra_projectors"])
+        connector = Connector(projector, x.shape[-1], D, rngs=nnx.Rngs(0))
         fill_connector(connector, extra, f"{projector}.")
     np.testing.assert_allclose(connector(x), golden.arrays[f"projected_{projector}"], **CLOSE)
 

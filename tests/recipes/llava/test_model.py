@@ -189,6 +189,13 @@ def test_features_from_a_cache_give_the_same_embeddings(model, anyres_batch, fil
     np.testing.assert_allclose(a[valid], b[valid], atol=5e-3)  # features are kept in 16 bits
 
 
+def test_a_tower_that_is_trained_has_no_feature_cache(file, tmp_path):
+    data = data_config(file)
+    data = change(data, cache=change(data.cache, features=str(tmp_path)))
+    with pytest.raises(ConfigError, match="train_tower has no use for config.data.cache.features"):
+        recipe.open_data(data, change(TINY, train_tower=True), Shard(1))
+
+
 def test_a_prompt_is_embedded_as_in_training(model, anyres_batch, file):
     """The generator's prompt of a sample is the beginning of its row, newline vectors included."""
     data = data_config(file, length=512)

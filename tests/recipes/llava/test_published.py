@@ -230,7 +230,7 @@ def test_version_1_and_start_tokens():
     out = keys.export_llava(abstract(deep), "original")
     assert out.shape_of("model.mm_projector.4.weight") == (4096, 4096)
     for other in (cfg, deep):
-        with pytest.raises(ConfigError, match="--to reference"):
+        with pytest.raises(ConfigError, match="only mlp2x_gelu"):
             fields.config_to_hf(other)
 
 

@@ -183,6 +183,29 @@ def test_the_adapters_of_a_run(run, tmp_path):
     assert all(np.allclose(one[key], two[key], atol=1e-7) for key in one)
 
 
+def test_what_transformers_lacks_is_written_in_the_original_layout(tmp_path, capsys):
+    """A quick start's model, whose visual tokens are reduced and normalised, and a linear one."""
+    between = dict(tower="dinov2-tiny", tokens=4, normalize=True)
+    cfg = dataclasses.replace(TINY, vision=dataclasses.replace(TINY.vision, **between),
+                              image_mode="tower")  # fmt: skip
+    linear = dataclasses.replace(TINY, connector="linear")
+    beside = export.Source(tokenizer=load_tokenizer(TINY))
+    for name, given, kind in (("own", cfg, "llava_jax"), ("linear", linear, "llava_llama")):
+        model = filled(given)
+        published.save(tmp_path / name, model, beside, export.Writer())
+        assert "written in the original layout" in capsys.readouterr().out
+        stated = hf.read_config(tmp_path / name)
+        assert stated["model_type"] == kind
+        again = loaded(given, weights=str(tmp_path / name))
+        same(model, again, but=["post_layernorm"])
+        theirs = fields.config_from_hf(stated)
+        assert theirs.image_mode == given.image_mode
+        assert theirs.vision.feature_shape == given.vision.feature_shape
+    other = dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, normalize=False))
+    with pytest.raises(ConfigError, match="vision.normalize is False, in the checkpoint True"):
+        loaded(other, weights=str(tmp_path / "own"))
+
+
 # ---- projector files
 
 
