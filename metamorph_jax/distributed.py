@@ -11,6 +11,7 @@ Before JAX connects them (which blocks silently until all are there) they meet a
 port, so that missing hosts can be reported. No JAX backend is started before that.
 """
 
+import argparse
 import dataclasses
 import json
 import os
@@ -248,6 +249,60 @@ def _hint(place: Place, missing: list[int]) -> str:
     shown = ", ".join(map(str, missing[:20])) + ("…" if len(missing) > 20 else "")
     here = place.processes - len(missing)
     return f"{here} of {place.processes} hosts joined; missing: process {shown}. {_CHECK}"
+
+
+# ---- the command line
+
+
+def add_arguments(parser) -> None:
+    """Options for joining the hosts, as a group of a command's parser."""
+    group = parser.add_argument_group(
+        "several hosts",
+        "The same command on every host. TPU VMs, GKE and SLURM (srun) are recognised.",
+    )
+    group.add_argument(
+        "--distributed",
+        action=argparse.BooleanOptionalAction,
+        help="require other hosts, or never join any; default: what the platform says",
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    group.add_argument("--processes", type=int, metavar="N", help="number of processes")
+    group.add_argument("--process", type=int, metavar="K", help="number of this process, from 0")
+    group.add_argument(
+        "--hint-after", type=float, default=60.0, metavar="SECONDS",
+        help="if hosts are still missing then, print what to check (60)",
+    )  # fmt: skip
+    group.add_argument(
+        "--join-timeout", type=float, default=600.0, metavar="SECONDS",
+        help="stop waiting for missing hosts (600)",
+    )  # fmt: skip
+    group.add_argument(
+        "--heartbeat", type=int, default=100, metavar="SECONDS",
+        help="a host that is silent for this long counts as lost, and the others exit (100)",
+    )  # fmt: skip
+
+
+def join_asked(args) -> Place | None:
+    """This process's place, as the options of `add_arguments` say, after all hosts have met; None
+    if it is alone.
+
+    Raises:
+        JoinError: the others are asked for and can't be found, or not all came.
+    """
+    if args.distributed is False:
+        return None
+    place = find(args.coordinator, args.processes, args.process)
+    if place is not None:
+        join(place, args.hint_after, args.join_timeout, args.heartbeat)
+    elif args.distributed:
+        raise JoinError(
+            "--distributed: nothing says where the other hosts are; give --coordinator=HOST:PORT, "
+            "--processes=N and --process=K"
+        )
+    return place
+
+
+# ---- joined hosts
 
 
 def gather(mine) -> list:

@@ -101,6 +101,8 @@ class Asking:
         with self._progress(len(questions), len(known)) as bar:
             for start in range(0, len(todo), size):
                 self._ask(todo[start : start + size], keys, bar)
+                if not sys.stderr.isatty() and len(todo) > size:
+                    self._say(f"{min(start + size, len(todo)):,} of {len(todo):,} asked")
         if len(self.failures) > _NAMED:
             self._say(f"{len(self.failures):,} questions could not be asked; scores.json names all")
 

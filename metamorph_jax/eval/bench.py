@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 
+from metamorph_jax import files
 from metamorph_jax.errors import UserError
 from metamorph_jax.eval import intervals, tasks
 from metamorph_jax.eval.answers import Store, chosen
@@ -199,9 +200,16 @@ def _record(task: Task, question: Question, answer: Answer, images: Sequence[str
 
 
 def save(results: Sequence[Result], out: str | pathlib.Path) -> pathlib.Path:
-    """Writes scores.json."""
+    """Writes scores.json; what it has of other tasks, asked of the same model, stays."""
     path = pathlib.Path(out, "scores.json")
-    return write_json(path, {result.task.name: result.summary() for result in results})
+    found = {result.task.name: result.summary() for result in results}
+    models = [result.settings["model"] for result in results]
+    if path.exists():
+        for name, earlier in files.read_json(path, dict, max_bytes=2**30).items():
+            same = isinstance(earlier, dict) and earlier.get("settings", {}).get("model") in models
+            if same and name not in found:
+                found[name] = earlier
+    return write_json(path, found)
 
 
 # ---- during training
@@ -222,18 +230,22 @@ class TaskDuringTraining:
     Args:
         name: of the task, with options.
         bench_root: folder with a folder for each task.
-        limit: most questions; batch_size: of the generator.
+        limit: most questions; batch_size, max_new_tokens: of the generator.
         options: further ones of the task.
 
     Raises:
         ConfigError: there is no such task or option.
+        FileError: its files are missing or damaged.
     """
 
     def __init__(
-        self, name: str, bench_root: str = "", limit: int = 0, batch_size: int = 8, **options
-    ):
+        self, name: str, bench_root: str = "", limit: int = 0, batch_size: int = 8,
+        max_new_tokens: int | None = None, **options,
+    ):  # fmt: skip
         self._task = tasks.make(name, bench_root, **options)
-        self._settings = Settings(Options(batch_size=batch_size), limit, 0)
+        next(iter(self._task.questions()), None)  # now, not after hours of training
+        decoding = Options(max_new_tokens, batch_size=batch_size)
+        self._settings = Settings(decoding, limit, 0)
 
     def run(self, generator: Answering) -> Mapping[str, float]:
         """Scores of the model, and "failed", the number of questions that could not be asked."""

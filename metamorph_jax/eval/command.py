@@ -16,7 +16,7 @@ import pathlib
 import re
 import sys
 
-from metamorph_jax import endpoint
+from metamorph_jax import distributed, endpoint
 from metamorph_jax.errors import UserError
 from metamorph_jax.sampling import generate
 
@@ -55,6 +55,7 @@ def add_arguments(parser) -> None:
     endpoint.add_arguments(parser)
     generate.add_decoding_arguments(parser)
     parser.add_argument("--out", metavar="DIR", help="where results go (default: WORKDIR/eval)")
+    distributed.add_arguments(parser)
 
 
 def run(args) -> int:
@@ -79,7 +80,15 @@ def run(args) -> int:
         raise UserError(f"{', '.join(drawing)}: drawing needs --decoder, and a model of ours")
     for task in chosen:  # before the model is loaded, which takes longer
         next(iter(task.questions()), None)
-    return evaluate(args, chosen, out)
+    place = distributed.join_asked(args)
+    try:
+        return evaluate(args, chosen, out)
+    except UserError as error:
+        if place is None:
+            raise
+        # The others may be waiting for this host, or it for them.
+        print(f"metamorph eval: process {place.process}: {error}", file=sys.stderr)
+        distributed.leave(error.code)
 
 
 def check_model(args) -> None:
@@ -132,6 +141,8 @@ def evaluate(args, chosen, out: pathlib.Path) -> int:
         try:
             results.append(bench.run_task(task, answering, out, settings, judge))
         except UserError as error:  # the other tasks don't suffer
+            if jax.process_count() > 1:
+                raise  # it may be this host's alone
             print(f"metamorph: {error}", file=sys.stderr)
             wrong += 1
     if results and jax.process_index() == 0:

@@ -161,7 +161,8 @@ class EvalConfig:
         samples: (samples) how many.
         task: (task) "package.module:Class", or the name of a task of the bench (`metamorph eval
             --list`), with options: "seed:form=choose".
-        options: (task) arguments of the class; for the bench `bench_root`, `limit`, `batch_size`.
+        options: (task) arguments of the class; for the bench `bench_root`, `limit`, `batch_size`
+            and `max_new_tokens`.
     """
 
     name: str

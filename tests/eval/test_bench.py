@@ -1,6 +1,7 @@
 """The bench on a toy task and a toy model: scores, resumes, failures, what is written."""
 
 import collections
+import dataclasses
 import json
 import pathlib
 import sys
@@ -121,8 +122,6 @@ def test_a_question_that_is_asked_differently_is_asked_again(task, tmp_path):
     ],
 )
 def test_other_settings_are_refused(task, tmp_path, change, named):
-    import dataclasses
-
     bench.run_task(task, toy.Model(), tmp_path, SETTINGS)
     with pytest.raises(UserError, match=f"other settings .{named}") as caught:
         bench.run_task(task, toy.Model(), tmp_path, dataclasses.replace(SETTINGS, **change))
@@ -175,6 +174,8 @@ def test_scores_during_training(tmp_path):
     from metamorph_jax.train import evals
 
     root = toy.write_questions(tmp_path, ROWS)
+    with pytest.raises(MissingFile, match="easy_vqa: no questions_test.jsonl"):
+        evals.find_task("easy_vqa")(root=root)
     find = evals.find_task("easy_vqa")
     with pytest.raises(ConfigError, match="no option nonsense"):
         find(nonsense=1)
@@ -184,8 +185,32 @@ def test_scores_during_training(tmp_path):
     ))  # fmt: skip
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "x.png").write_bytes(toy.png("red"))
-    scores = find(root=root, limit=2).run(toy.Model())
+    model = toy.Model()
+    scores = find(root=root, limit=2, max_new_tokens=3).run(model)
     assert scores == {"accuracy": 100.0, "color": 100.0, "failed": 0.0}
+    assert model.options.max_new_tokens == 3
+    own = evals.find_task("metamorph_jax.eval.bench:TaskDuringTraining")
+    assert own(name="tests.eval.toy:Colours", root=root).run(model)["accuracy"] == 100
+
+
+def test_scores_of_several_starts(task, tmp_path):
+    """scores.json keeps other tasks of the same model, and of no other one."""
+    other = dataclasses.replace(task, name="other")
+    for one, model in ((task, "w"), (other, "w"), (other, "v")):
+        settings = dataclasses.replace(SETTINGS, model={"workdir": model}, resamples=0)
+        result = bench.run_task(one, toy.Model(), tmp_path / model, settings)
+        saved = json.loads(bench.save([result], tmp_path).read_text())
+        expected = {"w": {task.name, one.name}, "v": {"other"}}[model]
+        assert saved.keys() == expected
+
+
+def test_progress_without_a_terminal(tmp_path, capsys, monkeypatch):
+    from metamorph_jax.eval import asking
+
+    monkeypatch.setattr(asking, "_CHUNK", 1)
+    task = tasks.make("tests.eval.toy:Colours", root=toy.write_questions(tmp_path / "q", ROWS))
+    bench.run_task(task, toy.Model(), tmp_path, SETTINGS)
+    assert "2 of 6 asked\n" in capsys.readouterr().err
 
 
 # ---- names
