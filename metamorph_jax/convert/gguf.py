@@ -440,6 +440,13 @@ def load_tokenizer(path):
     return read_tokenizer(open_gguf(path))
 
 
+def ends(file: File) -> list[int]:
+    """Ids of the tokens that end a reply: a text's end, a turn's and a message's."""
+    pieces = file.array("tokenizer.ggml.tokens", str, [])
+    ids = [_token_id(file, role, len(pieces)) for role in ("eos", "eot", "eom") if pieces]
+    return [id for id in dict.fromkeys(ids) if id is not None]
+
+
 def _merges(file: File, default=None) -> list[tuple[str, str]]:
     pairs = [tuple(pair.split(" ")) for pair in file.array("tokenizer.ggml.merges", str, default)]
     wrong = next((pair for pair in pairs if len(pair) != 2), None)

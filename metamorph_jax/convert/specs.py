@@ -102,13 +102,18 @@ def processor_fields(spec: str) -> dict | None:
 def generation_fields(spec: str) -> dict:
     """Fields of the generation_config.json beside a language model's weights; {} without one.
 
-    An `eos_token_id` that only the config.json has is among them.
+    An `eos_token_id` that only the config.json has is among them. A GGUF file has the ids of
+    `gguf.ends`.
 
     Raises:
-        WeightError: a file isn't JSON.
+        WeightError: a file isn't JSON; GGUFError: an id is none of the file's tokens.
     """
-    if not spec or spec == RANDOM or file_of(spec, ".gguf") is not None:
+    if not spec or spec == RANDOM:
         return {}
+    file = file_of(spec, ".gguf")
+    if file is not None:
+        ids = gguf.ends(gguf.open_gguf(file))
+        return {"eos_token_id": ids} if ids else {}
     folder = hf.find(spec)
     if (folder / "generation_config.json").is_file():
         return hf.read_json(folder / "generation_config.json")

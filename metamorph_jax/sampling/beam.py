@@ -27,8 +27,8 @@ from jax import lax
 from metamorph_jax import sharding
 from metamorph_jax.sampling.cached_llm import CachedLLM
 from metamorph_jax.sampling.loop import Loop, layout, padded
-from metamorph_jax.sampling.policy import Policy, TextPolicy
-from metamorph_jax.sampling.segments import NOTHING, Result
+from metamorph_jax.sampling.policy import Policy, TextPolicy, sound
+from metamorph_jax.sampling.segments import BROKEN, NOTHING, Result
 
 _NEVER = -1e9  # the score of what can't be chosen
 EARLY = (False, True, "never")
@@ -72,7 +72,7 @@ class State:
         ids: int32[B, K, M] of the beams; scores: float32[B, K] their log probabilities.
         best, best_scores, best_length: of the finished replies, sorted; int32[B, K, M],
             float32[B, K] and int32[B, K], which is 0 where there is none yet.
-        searching: bool[B].
+        searching: bool[B]; broken: bool[B] the logits of a beam were not finite.
         seen: the policy's memory, of the rows.
     """
 
@@ -85,6 +85,7 @@ class State:
     best_scores: jax.Array
     best_length: jax.Array
     searching: jax.Array
+    broken: jax.Array
     seen: Any
 
 
@@ -137,7 +138,7 @@ def check(policy: Policy) -> None:
 def _run(
     weights, embeds, lengths, budget, prompt_ids, power, *, llm, policy, count, early, capacity
 ):
-    """(int32[B, M] best replies, int32[B] their lengths)."""
+    """(int32[B, M] best replies, int32[B] their lengths); `BROKEN` alone where logits were."""
     B, K, L = len(lengths), count, embeds.shape[1]
     embeds = sharding.constrain(embeds.astype(weights["table"].dtype), "act_batch", None, None)
     keys, values, hidden = llm.read_prompts(weights, embeds, lengths, L + capacity)
@@ -154,6 +155,7 @@ def _run(
         best_scores=jnp.full((B, K), _NEVER),
         best_length=jnp.zeros((B, K), jnp.int32),
         searching=jnp.ones(B, bool),
+        broken=jnp.zeros(B, bool),
         seen=policy.init(B * K, prompt_ids[rows], llm.cfg.tokens),
     )
     choose = _Choice(llm, policy, count, early, power)
@@ -171,7 +173,9 @@ def _run(
         return choose(weights, s, hidden, budget)
 
     state, _ = lax.while_loop(lambda carry: carry[0].searching.any(), body, (state, order))
-    return state.best[:, 0], state.best_length[:, 0]
+    best, broken = state.best[:, 0], state.broken
+    best = jnp.where(broken[:, None], BROKEN, best)
+    return best, jnp.where(broken, 1, state.best_length[:, 0])
 
 
 STATIC = ("llm", "policy", "count", "early", "capacity")
@@ -191,7 +195,10 @@ class _Choice:
     def __call__(self, weights, s: State, hidden, budget) -> tuple[State, jax.Array]:
         """(state, int32[B * K] the rows that the beams continue), from float[D, B * K]."""
         K = self.count
-        scores, beam, token = self.candidates(weights, s, hidden)
+        logits = self.llm.logits(weights, hidden).T
+        broken = ~sound(logits, axis=-1).reshape(-1, K).all(axis=1)
+        s = dataclasses.replace(s, broken=s.broken | (s.searching & broken))
+        scores, beam, token = self.candidates(s, logits)
         ids = _take(s.ids, beam)
         ids = lax.dynamic_update_index_in_dim(ids, token, s.step, 2)
         ends = self.policy.ends(token) | (s.step + 1 >= budget)[:, None]
@@ -209,13 +216,12 @@ class _Choice:
         )
         return dataclasses.replace(s, searching=self.goes_on(s, budget)), order
 
-    def candidates(self, weights, s: State, hidden):
+    def candidates(self, s: State, logits):
         """The likeliest continuations of each request, sorted: [B, n] scores, beams and tokens.
 
         There are so many that K of them go on even if all end ids are among them.
         """
         B, K = s.scores.shape
-        logits = self.llm.logits(weights, hidden).T
         count = jnp.broadcast_to(s.step, (B * K,))
         log_p = self.policy.scores(jax.nn.log_softmax(logits, axis=-1), s.seen, count)
         n = max(2, 1 + len(self.policy.eos)) * K
@@ -250,7 +256,7 @@ class _Choice:
         hope = s.scores[:, 0] / longest.astype(jnp.float32) ** self.power
         beaten = full & (hope <= s.best_scores[:, -1])
         done = full if self.early is True else beaten
-        return s.searching & ~(done | beaten) & (s.step < budget)
+        return s.searching & ~(done | beaten | s.broken) & (s.step < budget)
 
 
 def _take(x, places):

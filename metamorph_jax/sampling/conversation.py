@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
+from metamorph_jax.errors import WeightError
 from metamorph_jax.sampling.generator import DEFAULTS, Generator, Options
 from metamorph_jax.sampling.requests import Request
 from metamorph_jax.sampling.results import Reply
@@ -79,7 +80,8 @@ class Conversation:
         Raises:
             ValueError, BadSample: the turn can't be read, or the context has no room for it; the
                 conversation stays as it was.
-            WeightError: an image of the reply has values that are not finite.
+            WeightError: the logits or an image of the reply are not finite; so may be what the
+                cache holds, so the conversation begins anew.
         """
         generator, loop = self.generator, self.generator.loop
         budget = generator.budget(self.options)
@@ -106,7 +108,11 @@ class Conversation:
         self._before.append(before)
         self.used = int(loop.read(self._state.length)[0][0])
         self._closed = generator.prompts.chat.is_closed(result.ids)
-        return generator.reply(result, self.options, seed)
+        try:
+            return generator.reply(result, self.options, seed)
+        except WeightError as error:
+            self.used, self._state, self._closed, self._before = 0, None, False, []
+            raise WeightError(f"{error}; the conversation begins anew") from error
 
     def _now(self) -> "_Before":
         """What `undo` needs to come back here."""

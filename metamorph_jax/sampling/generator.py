@@ -29,7 +29,7 @@ from metamorph_jax.sampling.loop import Loop, bucket
 from metamorph_jax.sampling.policy import Policy, TextPolicy
 from metamorph_jax.sampling.requests import FAULTS, Request, as_sample
 from metamorph_jax.sampling.results import ImagePart, Reply, TextPart
-from metamorph_jax.sampling.segments import Result, Text
+from metamorph_jax.sampling.segments import BROKEN, Result, Text
 from metamorph_jax.sampling.text import Sampler
 from metamorph_jax.types import NEWLINE, TEXT
 
@@ -197,6 +197,9 @@ def _too_long(sizes: list[int], words: int, max_new_tokens: int, length: int) ->
     )
 
 
+_BROKEN = "the model's logits are not finite (damaged weights, or numbers too large for its dtype)"
+
+
 class Generator:
     """A model that answers requests.
 
@@ -302,7 +305,7 @@ class Generator:
             for (request, *_), result in zip(batch, results, strict=False):
                 try:
                     reply = self.reply(result, options, options.seed_of(request), draw)
-                except WeightError as error:  # an image that is not finite
+                except WeightError as error:  # numbers that are not finite
                     failed(request, error)
                     continue
                 yield request, reply
@@ -341,7 +344,10 @@ class Generator:
             _, embeds, blocks = zip(*filled, strict=True)
             found = likelihood.of_batch(self.loop, embeds, blocks)
             for (request, *_), one in zip(batch, found, strict=False):
-                yield request, one
+                if all(math.isfinite(answer.total) for answer in one):
+                    yield request, one
+                else:
+                    failed(request, WeightError(f"{_BROKEN}, so its answers can't be compared"))
 
     def _all_blocks(self, requests, answers, closing: bool, failed):
         for request in requests:
@@ -413,8 +419,12 @@ class Generator:
             seed: of the first image; the next ones take those after it.
 
         Raises:
-            WeightError: an image has values that are not finite.
+            WeightError: its logits, or the values of an image, are not finite.
         """
+        if (result.record == BROKEN).any():
+            raise WeightError(
+                f"{_BROKEN} after {len(result.record) - 1} tokens of the reply, so it is not kept"
+            )
         parts = []
         for segment in result.segments:
             if isinstance(segment, Text):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from metamorph_jax.sampling.cached_llm import CachedLLM
-from metamorph_jax.sampling.segments import NOTHING, Result, Text
+from metamorph_jax.sampling.segments import BROKEN, Result, Text
 from metamorph_jax.sampling.text import Sampler
 
 
@@ -24,8 +24,9 @@ class Emission:
     """What the rows emit in one step.
 
     Attributes:
-        ids: int32[B] recorded: a text id, a negative mark that the policy's `read` knows, or
-            `NOTHING` if the row emits nothing in this step (it has to pause then).
+        ids: int32[B] recorded: a text id, a negative mark that the policy's `read` knows, `BROKEN`
+            if the logits were not finite (the row has to stop then), or `NOTHING` if the row emits
+            nothing in this step (it has to pause then).
         value: float32[B, C] recorded beside it.
         embed: float[B, D] embedding that the row reads next.
         pause: bool[B] the row waits until something is appended to it (`Loop.extend`).
@@ -152,18 +153,20 @@ class TextPolicy:
         return self.remember(memory, ids), Emission(ids, none, model.embed(ids), no, self.ends(ids))
 
     def read(self, record, values, ended: bool) -> Result:
-        words = [token for token in record.tolist() if token not in self.eos]
+        words = [token for token in record.tolist() if token >= 0 and token not in self.eos]
         segments = (Text.of(words),) if words else ()
-        return Result(segments, record, values, record, bool(ended))
+        return Result(segments, record[record >= 0], values, record, bool(ended))
 
     # ---- pieces that the policies of recipes take
 
     def choose(self, seen, hidden, step: Step, model: Model) -> jax.Array:
-        """int32[B] ids drawn from the logits of hidden states float[D, B]."""
+        """int32[B] ids drawn from the logits of hidden states float[D, B], or `BROKEN`."""
         logits = model.logits(hidden)
         if seen is None and not self.min_new_tokens and self.sampler.greedy:
-            return jnp.argmax(logits, axis=0).astype(jnp.int32)
-        return self.sampler(self.scores(logits.T, seen, step.count), step.keys)
+            ids = jnp.argmax(logits, axis=0).astype(jnp.int32)
+        else:
+            ids = self.sampler(self.scores(logits.T, seen, step.count), step.keys)
+        return jnp.where(sound(logits, axis=0), ids, BROKEN)
 
     def scores(self, logits, seen, count) -> jax.Array:
         """float32[B, V] logits after penalty and minimum length."""
@@ -184,8 +187,8 @@ class TextPolicy:
         return None if seen is None else seen.at[jnp.arange(len(ids)), ids].set(True)
 
     def ends(self, ids) -> jax.Array:
-        """bool[B]: whether an id is one of `eos`."""
-        return jnp.isin(ids, jnp.array(self.eos, jnp.int32))
+        """bool: whether ids are among `eos`, or `BROKEN`."""
+        return jnp.isin(ids, jnp.array((*self.eos, BROKEN), jnp.int32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,4 +222,12 @@ class StoppingPolicy(TextPolicy):
         return dataclasses.replace(result, ids=record, record=record)
 
 
-__all__ = ["Emission", "Model", "NOTHING", "Policy", "Step", "StoppingPolicy", "TextPolicy"]
+def sound(logits: jax.Array, axis: int) -> jax.Array:
+    """Whether logits over `axis` are numbers to choose by: none is NaN, and the largest finite."""
+    return jnp.isfinite(jnp.max(logits, axis=axis))  # the largest of any and a NaN is NaN
+
+
+__all__ = [
+    *("BROKEN", "Emission", "Model", "NOTHING", "Policy", "Step"),
+    *("StoppingPolicy", "TextPolicy", "sound"),
+]

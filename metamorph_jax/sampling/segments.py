@@ -4,7 +4,8 @@ import dataclasses
 
 import numpy as np
 
-VISUAL, NOTHING = -1, -2  # in the record of what a row emitted
+# In the record of what a row emitted; BROKEN: its logits were not finite, and it ended there.
+VISUAL, NOTHING, BROKEN = -1, -2, -3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Result:
         segments: texts and images in order.
         ids: int32[n] all text ids, with those of start, end and eos.
         vectors: float32[m, C] all visual tokens.
-        record: int32[n + m] the steps in order: an id, or VISUAL.
+        record: int32[n + m] the steps in order: an id, or VISUAL; BROKEN as the last one.
         ended: whether an eos id ended the row (otherwise the budget did).
     """
 
@@ -49,7 +50,7 @@ def read_record(record, vectors, ended, *, P: int, start: int, end: int, eos) ->
     """The `Result` of one row whose images stand between two ids.
 
     Args:
-        record: int32[n] the steps in order: an id or VISUAL.
+        record: int32[n] the steps in order: an id, VISUAL or BROKEN.
         vectors: float32[n, C], where a step emitted a visual token.
         ended: whether an eos id ended the row.
         P: tokens of a whole image; start, end: ids around one; eos: ids that end a row.
@@ -81,7 +82,7 @@ def read_record(record, vectors, ended, *, P: int, start: int, end: int, eos) ->
             flush()
         if token == start:
             image = (used, 0)
-        elif token != end and token not in eos:
+        elif token >= 0 and token != end and token not in eos:
             text.append(token)
     flush()
     return Result(tuple(segments), record[record >= 0], vectors, record, bool(ended))

@@ -1,10 +1,13 @@
 """GGUF reader: on a tiny file written here, and on SmolLM2 when its package is installed."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
 from metamorph_jax.convert import gguf as reader
-from metamorph_jax.convert import packages
+from metamorph_jax.convert import packages, specs
+from metamorph_jax.convert.export import listed_eos
 
 gguf = pytest.importorskip("gguf", reason="pip install gguf (extra quickstart)")
 
@@ -136,6 +139,22 @@ def test_tokenizer(tiny):
     text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
     assert text == "<|im_start|>user\nhi<|im_end|>\n"
     assert tokenizer.pad_token_id == 2 and tokenizer.eos_token == "<|im_end|>"
+
+
+def test_ends_of_turns_and_messages_end_replies(tiny, tmp_path):
+    """As the list in a generation_config.json does, which a GGUF file has in keys of its own."""
+    assert specs.generation_fields(str(tiny[0])) == {"eos_token_id": [2]}
+
+    def tokens(writer, eot=0):
+        byte_level(writer)
+        writer.add_eot_token_id(eot)
+        writer.add_eom_token_id(V - 1)
+
+    write_tiny(tmp_path / "ends.gguf", tiny[1], tokens=tokens)
+    assert listed_eos(specs.generation_fields(str(tmp_path / "ends.gguf"))) == [2, 0, V - 1]
+    write_tiny(tmp_path / "far.gguf", tiny[1], tokens=partial(tokens, eot=V))
+    with pytest.raises(reader.GGUFError, match=f"eot_token_id is {V}, but there are {V} tokens"):
+        specs.generation_fields(str(tmp_path / "far.gguf"))
 
 
 # ---- SentencePiece

@@ -19,6 +19,7 @@ from metamorph_jax.sampling.generator import Options
 from metamorph_jax.sampling.loop import Loop
 from metamorph_jax.sampling.policy import TextPolicy
 from metamorph_jax.sampling.requests import Request
+from metamorph_jax.sampling.segments import BROKEN
 from metamorph_jax.sampling.text import Sampler
 
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -181,3 +182,15 @@ def test_what_beams_can_t_do_is_said(generator, monkeypatch, capsys):
     assert "draws images" in capsys.readouterr().err
     assert cli.main([*words, "--temperature", "1"]) == 2
     assert "temperature must be 0" in capsys.readouterr().err
+
+
+def test_beams_whose_logits_are_not_finite_end_there(pair):
+    """Only those of that request; the other finds its reply."""
+    _, loop = pair
+    policy, beams = TextPolicy(eos=MANY), Beams(3)
+    good, bad = loop.embed(np.arange(5, 9)), loop.embed(np.arange(9, 14))
+    alone, _ = beam.search(loop, [good, bad], 6, policy, beams)
+    bad[2] = np.nan
+    same, broken = beam.search(loop, [good, bad], 6, policy, beams)
+    np.testing.assert_array_equal(same.record, alone.record)
+    assert broken.record.tolist() == [BROKEN]

@@ -12,8 +12,9 @@ from metamorph_jax import sharding
 from metamorph_jax.convert import load
 from metamorph_jax.data.interleave import build_row, read_place
 from metamorph_jax.data.sources import kinds
-from metamorph_jax.errors import UserError
+from metamorph_jax.errors import UserError, WeightError
 from metamorph_jax.recipes.metamorph import wordings
+from metamorph_jax.sampling.conversation import Conversation
 from metamorph_jax.sampling.generator import Options
 from metamorph_jax.sampling.requests import Request, as_sample
 from metamorph_jax.sampling.trained import load_generator
@@ -167,3 +168,25 @@ def test_a_model_without_a_head_writes_text(workdir, tmp_path):
 def test_what_does_not_generate_says_so(workdir, tmp_path):
     with pytest.raises(UserError, match="has no option surprise"):
         load_generator(str(workdir), surprise=True)
+
+
+def test_logits_that_are_not_finite_are_told(generator, monkeypatch):
+    """Neither ids nor likelihoods come of them, and a conversation begins anew."""
+    weights = generator.loop.weights["llm"]
+    conversation = Conversation(generator, Options(max_new_tokens=2))
+    conversation.say(Request("0", "Hi"))
+    requests = [Request("a", "What?"), Request("b", "And that?")]
+    answers = {"a": ["yes", "no"], "b": ["no", "yes"]}
+    told = []
+    failed = lambda request, error: told.append((request.id, str(error)))  # noqa: E731
+    for value in (np.nan, np.inf):
+        head = {**weights["head"], "w": weights["head"]["w"].at[7].set(value)}
+        monkeypatch.setitem(generator.loop.weights, "llm", weights | {"head": head})
+        assert not list(generator.replies(requests, Options(4), failed))
+        assert not list(generator.likelihoods(requests, answers, failed))
+    assert [name for name, _ in told] == ["a", "b"] * 4
+    assert all("logits are not finite" in why for _, why in told)
+    with pytest.raises(WeightError, match="logits are not finite .*; the conversation begins anew"):
+        conversation.say(Request("0", "And now?"))
+    monkeypatch.setitem(generator.loop.weights, "llm", weights)
+    assert conversation.turns == 0 and conversation.say(Request("0", "Hi")).segments

@@ -12,7 +12,7 @@ from metamorph_jax.models.llm import llama
 from metamorph_jax.sampling.cached_llm import take_over
 from metamorph_jax.sampling.loop import Loop
 from metamorph_jax.sampling.policy import Step, TextPolicy
-from metamorph_jax.sampling.segments import NOTHING
+from metamorph_jax.sampling.segments import BROKEN, NOTHING
 from metamorph_jax.sampling.text import Sampler
 
 PAUSE = 7
@@ -123,3 +123,14 @@ def test_bad_options():
         TextPolicy(min_new_tokens=-1)
     with pytest.raises(ValueError, match="repetition_penalty"):
         TextPolicy(repetition_penalty=0)
+
+
+@pytest.mark.parametrize("policy", [TextPolicy(), TextPolicy(Sampler(0.7), (1,), 2, 1.1)])
+def test_a_row_whose_logits_are_not_finite_ends_there(loop, policy):
+    """The others go on as if it were not there."""
+    good, bad = prompts(loop, 6, 9)
+    (alone, _) = loop([good, bad], 5, policy)
+    bad[3] = np.nan
+    same, broken = loop([good, bad], 5, policy)
+    np.testing.assert_array_equal(same.record, alone.record)
+    assert broken.record.tolist() == [BROKEN] and not len(broken.ids) and not broken.segments

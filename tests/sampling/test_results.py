@@ -115,7 +115,8 @@ def test_an_image_that_is_not_finite_is_never_kept(generator, monkeypatch):
     monkeypatch.setattr(
         generator, "loop",
         lambda rows, *_, **__: [
-            Result((VisualTokens(np.full(P_C, results[name], np.float32), True),), *(None,) * 4)
+            Result((VisualTokens(np.full(P_C, results[name], np.float32), True),),
+                   *(np.zeros(0, np.int32),) * 3, False)
             for name in results
         ],
     )  # fmt: skip

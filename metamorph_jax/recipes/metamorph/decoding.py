@@ -31,7 +31,7 @@ from metamorph_jax.sampling import samples
 from metamorph_jax.sampling.cached_llm import once, take_over
 from metamorph_jax.sampling.generator import Generator, Prompts
 from metamorph_jax.sampling.loop import Loop
-from metamorph_jax.sampling.policy import Emission, Model, Policy, Step, TextPolicy
+from metamorph_jax.sampling.policy import BROKEN, Emission, Model, Policy, Step, TextPolicy
 from metamorph_jax.sampling.segments import VISUAL, Result, read_record
 
 
@@ -155,7 +155,7 @@ class ReferencePolicy(RegressionPolicy):
         count = memory.count + visual
         full = visual & (count == self.parts.tokens)
         emission = Emission(
-            ids=jnp.where(visual, VISUAL, ids),
+            ids=jnp.where(visual & (ids != BROKEN), VISUAL, ids),
             value=z,
             embed=jnp.where(visual[:, None], projected, model.embed(ids)),
             pause=jnp.zeros_like(full),
