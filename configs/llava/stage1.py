@@ -9,7 +9,7 @@ starts from the workdir of this one. `sizes.py` says what each size is made of.
 | size | hardware | expect |
 |---|---|---|
 | smoke | anything | a minute; runs through |
-| quickstart | a laptop, 2 cores | 2 minutes; loss of answers falls to about 2 |
+| quickstart | a laptop, 2 cores | 2 minutes; loss falls from 5 to about 2 |
 | 7b, 13b | 64 chips of 16 GB, or 8 GPUs of 80 GB | LLaVA 1.5; 3.5 and 5.5 hours on 8 A100 |
 | | | (the paper) |
 | v1-7b, v1-13b | the same | LLaVA 1.0 |

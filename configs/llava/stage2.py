@@ -10,7 +10,8 @@ is made of.
 | size | hardware | expect |
 |---|---|---|
 | smoke | anything | a minute; runs through |
-| quickstart | a laptop, 2 cores | 10 minutes; most of easy-vqa's questions |
+| quickstart | a laptop, 2 cores | minutes; loss 1.1 after 10 steps (not run to the |
+| | | end yet: accuracy unknown) |
 | 7b | 64 chips of 16 GB, or 8 GPUs of 80 GB | LLaVA 1.5: VQAv2 78.5, GQA 62.0, TextVQA 58.2, |
 | | | POPE 85.9, MME 1510.7, MMBench 64.3 |
 | 13b | the same | VQAv2 80.0, GQA 63.3, TextVQA 61.3, POPE 85.9, |

@@ -295,12 +295,17 @@ class Chat:
         one = bool(turns) and turns[0][1].count(IMAGE) == 1
         return bool(self.template.image_reply) and one and reply not in turns[1:2]
 
+    def is_closed(self, ids: np.ndarray) -> bool:
+        """Whether an answer, int32[n], ends with what ends answers (`stop`)."""
+        n = len(self.stop)
+        return n > 0 and tuple(np.asarray(ids)[-n:].tolist()) == self.stop
+
     def next_prompt(self, text: str, closed: bool) -> np.ndarray:
         """int32[n]: what stands between an answer and the next one, of a conversation so far.
 
         Args:
             text: of the user's next turn.
-            closed: whether the answer ended with the template's closing token.
+            closed: whether the answer `is_closed`.
 
         Raises:
             ValueError: prompts of the template have one turn only.
@@ -310,7 +315,11 @@ class Chat:
             raise ValueError(f"a prompt of chat template {self.template.name} is one message")
         _, after = split(row, "", "")
         specials = [k for k, (piece, _) in enumerate(after) if isinstance(piece, Special)]
-        after = after[specials[-1] + 1 :] if closed and specials else after
+        if closed and specials:
+            after = after[specials[-1] + 1 :]
+        elif closed:
+            (rest, supervised), *later = after
+            after = [(rest.removeprefix(self.template.stop), supervised), *later]
         ids: list[int] = []
         text = text.replace(IMAGE, self.template.image)
         user = fill(self.template.row("user"), text, self.system or "")

@@ -207,7 +207,7 @@ def _once(config: DataConfig) -> DataConfig:
     return dataclasses.replace(
         config,
         sources=tuple(dataclasses.replace(s, weight=0.0) for s in config.sources),
-        order=dataclasses.replace(config.order, epochs=1, shuffle=False),
+        order=dataclasses.replace(config.order, epochs=1, shuffle=False, grouping="none"),
         reading=dataclasses.replace(config.reading, workers=0),
         cache=CacheConfig(),
     )

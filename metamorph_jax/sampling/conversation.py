@@ -105,7 +105,7 @@ class Conversation:
         (result,) = loop.results(self._state, self._policy)
         self._before.append(before)
         self.used = int(loop.read(self._state.length)[0][0])
-        self._closed = bool(len(result.ids)) and result.ids[-1] == generator.prompts.chat.close
+        self._closed = generator.prompts.chat.is_closed(result.ids)
         return generator.reply(result, self.options, seed)
 
     def _now(self) -> "_Before":

@@ -188,4 +188,35 @@ class TextPolicy:
         return jnp.isin(ids, jnp.array(self.eos, jnp.int32))
 
 
-__all__ = ["Emission", "Model", "NOTHING", "Policy", "Step", "TextPolicy"]
+@dataclasses.dataclass(frozen=True)
+class StoppingPolicy(TextPolicy):
+    """Text that also ends at a text, for models that were not taught an id that ends a turn.
+
+    Attributes:
+        stop: ids that end a row when they come one after another (`Chat.stop`).
+    """
+
+    stop: tuple[int, ...] = ()
+
+    def init(self, rows: int, prompt_ids, vocabulary: int):
+        """(see `TextPolicy.init`, int32[B, n] the last ids of each row)."""
+        last = jnp.full((rows, len(self.stop)), -1, jnp.int32)
+        return super().init(rows, prompt_ids, vocabulary), last
+
+    def emit(self, memory, hidden, step: Step, model: Model):
+        seen, last = memory
+        seen, emitted = super().emit(seen, hidden, step, model)
+        last = jnp.concatenate([last[:, 1:], emitted.ids[:, None]], axis=1)
+        stopped = (last == jnp.array(self.stop, jnp.int32)).all(axis=1)
+        return (seen, last), dataclasses.replace(emitted, stop=emitted.stop | stopped)
+
+    def read(self, record, values, ended: bool) -> Result:
+        """The text up to the stop; beams, which don't look for it, write on behind it."""
+        n, ids = len(self.stop), record.tolist()
+        starts = (k for k in range(len(ids) - n + 1) if tuple(ids[k : k + n]) == self.stop)
+        at = next(starts, len(ids))
+        result = super().read(record[:at], values[:at], ended or at < len(ids))
+        return dataclasses.replace(result, ids=record, record=record)
+
+
+__all__ = ["Emission", "Model", "NOTHING", "Policy", "Step", "StoppingPolicy", "TextPolicy"]

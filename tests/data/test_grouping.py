@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 
 from metamorph_jax.config import build
-from metamorph_jax.data.config import DataConfig
+from metamorph_jax.data import check as data_check
+from metamorph_jax.data.chat import Markers
+from metamorph_jax.data.config import DataConfig, InputSpec
 from metamorph_jax.data.grouping import Grouped, even_chunks, grouped_order, word_counts
+from metamorph_jax.data.pipeline import make_stream, open_sources
 from metamorph_jax.data.sources.base import ImageRef, Sample
+from metamorph_jax.data.views import Single
 from metamorph_jax.errors import BadSample, ConfigError
 
 
@@ -101,3 +105,29 @@ def test_options_that_exclude_each_other():
     for order in ({"grouping": "length"}, {"grouping": "modality", "shuffle": False}):
         with pytest.raises(ConfigError, match="grouping"):
             build(DataConfig, {"order": order}, "config.data")
+
+
+def test_a_run_reads_in_this_order(tmp_path):
+    """From a config: rows of a batch have one modality; `metamorph data check` reads it, too."""
+    lines = []
+    for k in range(12):
+        turns = [{"from": "human", "value": f"Question {k}?"}, {"from": "gpt", "value": "a " * k}]
+        image = {"image": "a.png"} if k % 2 else {}
+        turns[0]["value"] = "<image>\n" * (k % 2) + turns[0]["value"]
+        lines.append(json.dumps({"id": str(k), "conversations": turns, **image}))
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    source = {"path": str(tmp_path / "a.jsonl"), "name": "a"}
+    order = {"grouping": "modality", "epochs": 1}
+    config = build(DataConfig, {"sources": [source], "order": order}, "config.data")
+    sources = open_sources(config)
+    stream = make_stream(config, InputSpec(Single(4)), ToyChat(), sources, (0, 1), rows=3)
+    order = [stream.locate(n)[2] for n in range(12)]
+    check(order, word_counts(sources), 3)
+    assert sorted(order) == [*range(12)] and order != [*range(12)]
+    assert data_check._once(config).order.grouping == "none"
+
+
+class ToyChat:
+    """What a stream asks for before it reads a sample."""
+
+    markers = Markers()

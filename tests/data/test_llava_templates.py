@@ -363,6 +363,21 @@ def test_stops(tokenizers):
         assert (chat.close in chat.stop) == bool(chat.template.close)
 
 
+@pytest.mark.parametrize("name", ["v1", "llama_2", "llava_v0", "chatml_direct"])
+def test_a_second_turn_continues_the_first(tokenizers, name):
+    """What a chat has read is what a prompt of both turns holds."""
+    chat = Chat(tokenizers["sentencepiece legacy=False + chatml special tokens"], name)
+    first, answer = [("user", "What is this?")], chat.encode("a dog")
+    begun = chat.prompt(first).tolist()
+    both = [*first, ("assistant", "a dog"), ("user", "And the colour?")]
+    for ids in (answer, [*answer, *chat.stop]):
+        closed = chat.is_closed(np.array(ids))
+        assert closed == (ids is not answer)
+        read = [*begun, *ids, *chat.next_prompt("And the colour?", closed).tolist()]
+        same = chat.tokenizer.decode(read).replace(" ", "")
+        assert same == chat.tokenizer.decode(chat.prompt(both)).replace(" ", "")
+
+
 def test_a_bos_only_where_the_tokenizer_writes_one(tokenizers, golden_root):
     path = str(golden_root / "llava/tokenizer/tokenizer.json")
     without = PreTrainedTokenizerFast(tokenizer_file=path, bos_token="<s>", unk_token="<unk>")

@@ -7,14 +7,18 @@ in words (`WordsJudge`). How often a judge is right is measured by the task `mad
 images whose contents are known.
 """
 
+import hashlib
+import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
 
-from metamorph_jax import endpoint
+from metamorph_jax import distributed, endpoint
 from metamorph_jax.convert import hf
 from metamorph_jax.errors import UserError
+from metamorph_jax.eval.answers import Store
 from metamorph_jax.eval.judges import EndpointModel
 from metamorph_jax.files import shown
 from metamorph_jax.sampling.generator import Options
@@ -23,6 +27,7 @@ from metamorph_jax.sampling.requests import Request
 VERDICTS = ("Yes", "No")
 ENDPOINT = "endpoint:"
 _NAMED = 5  # failures that are printed
+_CHUNK = 256  # questions that a judge is asked at a time
 
 ImageJudge = Callable[[Sequence[str], Sequence[str]], np.ndarray]
 
@@ -78,6 +83,44 @@ def _requests(images: Sequence[str], questions: Sequence[str]) -> list[Request]:
         Request(str(i), asked(question), (image,))
         for i, (image, question) in enumerate(zip(images, questions, strict=True))
     ]
+
+
+class Remembered:
+    """A judge whose answers are kept in FOLDER/image_verdicts.jsonl as they come: a run that was
+    killed resumes, and no question is paid for twice.
+
+    Args:
+        judge: who is asked what isn't known.
+        folder: of the task's results.
+        name: of the judge; answers of another one are refused.
+
+    Raises:
+        UserError: the folder holds answers of another judge, or can't be written.
+    """
+
+    def __init__(self, judge: ImageJudge, folder: pathlib.Path, name: str):
+        self._judge, self._store = judge, None
+        if jax.process_index() == 0:
+            self._store = Store(folder, {"judge": name}, "image_verdicts")
+
+    def __call__(self, images: Sequence[str], questions: Sequence[str]) -> np.ndarray:
+        pairs = list(zip(images, questions, strict=True))
+        keys = [hashlib.sha256(f"{i}\n{q}".encode()).hexdigest()[:32] for i, q in pairs]
+        known = {}
+        if self._store is not None:
+            lines = {key: self._store.get(key, key) for key in keys}
+            known = {key: line["yes"] for key, line in lines.items() if line}
+        known = distributed.gather(known)[0]  # those of the first host
+        todo = list({key: pair for key, pair in zip(keys, pairs, strict=True) if key not in known}
+                    .items())  # fmt: skip
+        for start in range(0, len(todo), _CHUNK):
+            part = todo[start : start + _CHUNK]
+            found = self._judge([image for _, (image, _) in part], [q for _, (_, q) in part])
+            for (key, (image, question)), yes in zip(part, map(float, found), strict=True):
+                known[key] = yes
+                if self._store is not None and not np.isnan(yes):
+                    self._store.add(key, key, image=image, question=question, yes=yes)
+        return np.array([known[key] for key in keys], np.float64)
 
 
 class _Failures:

@@ -17,6 +17,7 @@ Guidance, steps and sampler move FID by several points; the result's settings na
 """
 
 import dataclasses
+import pathlib
 import sys
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -150,9 +151,10 @@ class CaptionDrawing(Task):
         return dict(sorted(values.items(), key=lambda item: item[0] != self.main))
 
     def write(self, records: Sequence[Record], folder) -> list:
-        """captions.json ({image: caption}, what CLIPScore's own script reads) and scores.json."""
+        """captions.json ({name of an image: caption}, what `metamorph score` and CLIPScore's own
+        script read) and scores.json."""
         kept = self.chosen(records)
-        pairs = {record["drawn"][0]: record["more"]["caption"] for record in kept}
+        pairs = {pathlib.Path(r["drawn"][0]).stem: r["more"]["caption"] for r in kept}
         written = [write_json(folder / "captions.json", pairs)]
         if found := self._found(records):
             written.append(write_json(folder / "scores.json", measures.as_json(found)))

@@ -19,7 +19,7 @@ import numpy as np
 from metamorph_jax.data import images
 from metamorph_jax.errors import ConfigError, FileError
 from metamorph_jax.eval.images import dpg, geneval
-from metamorph_jax.eval.images.judging import ImageJudge, check_judge, open_judge
+from metamorph_jax.eval.images.judging import ImageJudge, Remembered, check_judge, open_judge
 from metamorph_jax.eval.tasks.base import (
     Answer,
     File,
@@ -27,6 +27,7 @@ from metamorph_jax.eval.tasks.base import (
     Record,
     Task,
     by_unit,
+    one_of,
     write_json_lines,
 )
 from metamorph_jax.files import read_text, shown
@@ -62,7 +63,7 @@ class JudgedDrawing(Task):
         more = fields.pop("more", {})
         for k in range(self.samples):
             prompt = self.prompt.replace("{prompt}", text)
-            yield Question(f"{unit}-{k}", prompt, gold=text, unit=unit,
+            yield Question(f"{unit}-{k}", prompt, unit=unit,
                            more=more | {"sample": k}, **fields)  # fmt: skip
 
     def record(self, question: Question, answer: Answer) -> Record:
@@ -72,7 +73,9 @@ class JudgedDrawing(Task):
         drawn = [record for record in records if record.get("drawn")]
         if not (self.judged_by and drawn):
             return list(records)
-        found = self.verdicts(drawn, open_judge(self.judged_by, self.judge_config))
+        judge = open_judge(self.judged_by, self.judge_config)
+        folder = pathlib.Path(drawn[0]["drawn"][0]).parents[1]  # OUT/TASK/images/…
+        found = self.verdicts(drawn, Remembered(judge, folder, self.judged_by))
         by_id = {record["id"]: more for record, more in zip(drawn, found, strict=True)}
         return [record | by_id.get(record["id"], {}) for record in records]
 
@@ -105,8 +108,8 @@ class GenEval(JudgedDrawing):
         found = geneval.judged([record["drawn"][0] for record in records], rows, judge)
         return [
             {"checks": checks, "parsed": right is not None,
-             "score": None if right is None else float(right)}
-            for right, checks in found
+             "score": None if right is None else float(right), "reply": _told(record, checks)}
+            for record, (right, checks) in zip(records, found, strict=True)
         ]  # fmt: skip
 
     def scores(self, records: Sequence[Record]) -> dict[str, float]:
@@ -151,10 +154,7 @@ class Dpg(JudgedDrawing):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.mode not in dpg.MODES:
-            raise ConfigError(f"task {self.name}: mode {self.mode!r} is none of strict, official")
-        if self.samples > 4:
-            raise ConfigError(f"task {self.name}: a grid holds at most 4 samples")
+        one_of(self, mode=dpg.MODES, samples=range(1, 5))  # a grid holds four
 
     @cached_property
     def _items(self) -> dict[str, dpg.Item]:
@@ -182,12 +182,14 @@ class Dpg(JudgedDrawing):
         ]
         values = iter(judge(*map(list, zip(*pairs, strict=True))) if pairs else ())
         out = []
-        for item in items:
+        for record, item in zip(records, items, strict=True):
             found = {id: float(next(values)) for id in item}
             parsed = not np.isnan(list(found.values())).any()
             scores = dpg.image_scores(dpg.Judged(item, [_said(found)])) if parsed else None
-            out.append({"answers": {str(id): value for id, value in found.items()},
-                        "parsed": parsed, "score": scores[0] if scores else None})  # fmt: skip
+            answers = {str(id): value for id, value in found.items()}
+            told = _told(record, {q.text: found[id] for id, q in item.items()})
+            score = scores[0] if scores else None
+            out.append({"answers": answers, "parsed": parsed, "score": score, "reply": told})
         return out
 
     def scores(self, records: Sequence[Record]) -> dict[str, float]:
@@ -222,6 +224,12 @@ class Dpg(JudgedDrawing):
         for path, rows in zip(written, (lines, details), strict=True):
             path.write_text("\n".join(rows) + "\n", encoding="utf-8")
         return written
+
+
+def _told(record: Record, found: dict[str, float]) -> str:
+    """For people who look at the worst images: what the model wrote, and the judge's noes."""
+    noes = [f"no: {question}" for question, value in found.items() if value <= dpg.THRESHOLD]
+    return "; ".join(filter(None, [record["reply"], *noes]))
 
 
 def _said(found: dict[int, float]) -> dict[int, bool]:

@@ -1,5 +1,8 @@
 """How a LLaVA model answers: text only."""
 
+import dataclasses
+import functools
+
 import numpy as np
 from flax import nnx
 
@@ -14,7 +17,7 @@ from metamorph_jax.sampling import samples
 from metamorph_jax.sampling.cached_llm import take_over
 from metamorph_jax.sampling.generator import Generator, Prompts
 from metamorph_jax.sampling.loop import Loop
-from metamorph_jax.sampling.policy import TextPolicy
+from metamorph_jax.sampling.policy import StoppingPolicy, TextPolicy
 
 
 def make_loop(model: Llava, weights: str = "auto") -> Loop:
@@ -36,15 +39,21 @@ def generator(model: Llava, cfg, data, *, weights: str = "auto") -> Generator:
     loop = make_loop(model, weights)
     views = data.images.change(input_spec(cfg).views)
     ends = tuple(listed_eos(generation_fields(cfg)))
-    prompts = Prompts(make_chat(cfg, data), views, data.images, data.row.length,
+    chat = make_chat(cfg, data)
+    prompts = Prompts(chat, views, data.images, data.row.length,
                       frames=data.frames, ends=ends)  # fmt: skip
     reads = None if model.vision.tower is None else encoder
     width = model.vision.feature_shape[1]
-    return Generator(loop, _policy, prompts, reads, width, newline)
+    policy = functools.partial(_policy, chat.stop if chat.close is None else ())
+    return Generator(loop, policy, prompts, reads, width, newline)
 
 
-def _policy(text: TextPolicy) -> TextPolicy:
-    return text
+def _policy(stop: tuple[int, ...], text: TextPolicy) -> TextPolicy:
+    """Text, which ends at `stop` where the chat template closes answers by a text."""
+    if not stop:
+        return text
+    fields = {field.name: getattr(text, field.name) for field in dataclasses.fields(text)}
+    return StoppingPolicy(**fields, stop=stop)
 
 
 def show(model: Llava, cfg, data, count: int) -> list[Shown]:

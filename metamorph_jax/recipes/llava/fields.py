@@ -23,7 +23,7 @@ from metamorph_jax.models.llm.llama import LlamaConfig
 from metamorph_jax.models.vision.encoder import VisionConfig
 from metamorph_jax.models.vision.vit import SIZES as TOWER_SIZES
 from metamorph_jax.models.vision.vit import ViTConfig
-from metamorph_jax.recipes.llava.config import GRIDS, IMAGE_MODES, Config, llm_config
+from metamorph_jax.recipes.llava.config import GRIDS, Config, llm_config
 
 IMAGE = "<image>"
 # Towers that original configs name, by the last part of the name.
@@ -109,12 +109,10 @@ def _from_library(fields: Mapping, dtype: str) -> Config:
 
 def _part(fields: Mapping, defaults: Mapping, name: str) -> dict:
     """All fields of one half of a config, with the defaults of its model type."""
-    own, usual = fields.get(name) or {}, defaults[name]
-    if not isinstance(own, Mapping):
-        raise ConfigError(f"{name} is not a table of fields: {shown(repr(own), 80)}")
+    own, usual = _table(fields, name), defaults[name]
     if not own:
         return dict(usual)
-    kind = own.get("model_type") or usual["model_type"]
+    kind = _word(own, "model_type", usual["model_type"])
     if name == "vision_config":
         return dict(own) | {"model_type": kind}
     if kind not in llama_names.KINDS:
@@ -130,18 +128,17 @@ def _strategy(tower: ViTConfig) -> str:
 
 def _from_original(fields: Mapping, dtype: str) -> Config:
     _only(fields, "mm_vision_select_feature", "patch")
-    merge = fields.get("mm_patch_merge_type") or "flat"
-    mode = fields.get("image_aspect_ratio") or "square"
+    merge = _word(fields, "mm_patch_merge_type", "flat")
+    mode = _word(fields, "image_aspect_ratio", "square")
     if mode not in _MODES:
         raise ConfigError(f"image_aspect_ratio {mode!r} is none of {', '.join(_MODES)}")
     tower = named_tower(fields)
-    own = fields.get("image_mode")  # which only our files have
-    mode = own if own in IMAGE_MODES else _MODES[mode]
+    mode = _word(fields, "image_mode", _MODES[mode])  # only our files have the former
     more = {"image_mode": mode, "merge": merge, "start_end": False}
     if mode == "anyres":
         grids = fields.get("image_grid_pinpoints") or [list(grid) for grid in GRIDS]
         more["grids"] = _grids(grids, tower.size)
-    kind = _LLMS.get(fields.get("model_type"), "llama")
+    kind = _LLMS.get(_word(fields, "model_type", "llava"), "llama")
     llm = llama_names.config_from_hf(dict(fields) | {"model_type": kind})
     if fields.get("mm_use_im_start_end"):  # its rows are the last two of the tables
         more["start_end"] = True
@@ -149,15 +146,17 @@ def _from_original(fields: Mapping, dtype: str) -> Config:
     between = None
     if fields.get("model_type") == OWN_KIND:
         between = {ours: fields[name] for ours, name in _BETWEEN.items() if name in fields}
-    connector = fields.get("mm_projector_type") or "linear"
+    connector = _word(fields, "mm_projector_type", "linear")
     return make_config(tower, llm, dtype, between, connector=connector, **more)
 
 
 def named_tower(fields: Mapping) -> ViTConfig:
     """The tower of an original config: described by a table of ours, or named."""
     layer = fields.get("mm_vision_select_layer", -1)
-    if fields.get("vision_config"):
-        return vit.config_from_hf(fields["vision_config"], select_layer=layer, final_norm=False)
+    if type(layer) is not int:
+        raise ConfigError(f"mm_vision_select_layer {shown(repr(layer), 80)} is not a whole number")
+    if own := _table(fields, "vision_config"):
+        return vit.config_from_hf(own, select_layer=layer, final_norm=False)
     name = tower_name(fields)
     if name not in TOWERS:
         raise ConfigError(f"mm_vision_tower {shown(name)!r} is none of {', '.join(TOWERS)}")
@@ -178,6 +177,22 @@ def _grids(given, side: int) -> tuple[tuple[int, int], ...]:
         raise ConfigError(f"image_grid_pinpoints {shown(repr(given), 200)}: expected pairs of "
                           f"multiples of {side}")  # fmt: skip
     return tuple((int(a), int(b)) for a, b in pairs)
+
+
+def _table(fields: Mapping, name: str) -> Mapping:
+    """A field that is a table of fields; {} where it is absent, null or empty."""
+    value = fields.get(name) or {}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{name} is not a table of fields: {shown(repr(value), 80)}")
+    return value
+
+
+def _word(fields: Mapping, name: str, usual: str) -> str:
+    """A field that is text; `usual` where it is absent, null or empty."""
+    value = fields.get(name) or usual
+    if not isinstance(value, str):
+        raise ConfigError(f"{name} {shown(repr(value), 80)} is not text")
+    return value
 
 
 def _only(fields: Mapping, name: str, accepted) -> None:

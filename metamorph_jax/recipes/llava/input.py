@@ -2,13 +2,16 @@
 
 import dataclasses
 import functools
+import sys
 
+from metamorph_jax import files
 from metamorph_jax.convert import hf, specs, tokenizers, vision
 from metamorph_jax.convert.load import WORKDIR
 from metamorph_jax.data import pipeline
 from metamorph_jax.data.chat import Chat
 from metamorph_jax.data.config import DataConfig, InputSpec
 from metamorph_jax.data.packing import PackedIterator
+from metamorph_jax.data.published_templates import template_of
 from metamorph_jax.data.views import AnyRes, Single, Views
 from metamorph_jax.errors import ConfigError
 from metamorph_jax.models.vision.encoder import VisionConfig, VisionEncoder
@@ -37,8 +40,28 @@ def load_tokenizer(cfg: Config):
 
 
 def make_chat(cfg: Config, data: DataConfig) -> Chat:
-    """How conversations are written: template, tokenizer, and what stands around an image."""
-    return Chat.of(load_tokenizer(cfg), data.row, markers(cfg))
+    """How conversations are written: template, tokenizer, and what stands around an image.
+
+    Raises:
+        ConfigError: the template is "auto", but the weights are no published ones.
+    """
+    row = data.row
+    if row.template == "auto":
+        row = dataclasses.replace(row, template=_template(cfg))
+    return Chat.of(load_tokenizer(cfg), row, markers(cfg))
+
+
+def _template(cfg: Config) -> str:
+    """The template that the published weights of `cfg` were trained with, which is also said."""
+    if not cfg.weights or cfg.weights.startswith(WORKDIR):
+        raise ConfigError(
+            'config.data.row.template is "auto", which goes by the published weights of '
+            f"config.model.weights, here {cfg.weights!r}: name a template"
+        )
+    fields = files.read_json(hf.find(cfg.weights) / "config.json")
+    found = template_of(fields, cfg.weights)
+    print(f"chat template of {cfg.weights}: {found}", file=sys.stderr, flush=True)
+    return found
 
 
 def input_spec(cfg: Config, read: bool = True) -> InputSpec:

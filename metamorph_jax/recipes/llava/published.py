@@ -29,6 +29,7 @@ from metamorph_jax.data.config import DataConfig
 from metamorph_jax.data.images import Preprocess, preprocess_from_hf
 from metamorph_jax.data.views import AnyRes
 from metamorph_jax.errors import ConfigError, WeightError
+from metamorph_jax.models.connectors.mlp import linear_widths
 from metamorph_jax.models.interleave import place_visual
 from metamorph_jax.models.llm.llama import SIZES as LLM_SIZES
 from metamorph_jax.models.vision.vit import SIZES as TOWER_SIZES
@@ -152,7 +153,7 @@ def published(fields: Mapping) -> list[str]:
         n.table if key == llama_names.HEAD else n.llm + key.removeprefix("model.")
         for key in llama_names.published(llama_names.config_to_hf(llm_config(cfg)))
     ]
-    count = 1 if cfg.connector == "linear" else int(cfg.connector[3:].partition("x")[0])
+    count = len(linear_widths(cfg.connector, 1, 1)) - 1
     keys += connector_names(count, naming) + [n.newline] * cfg.newline
     return keys + [n.tower + key for key in vit.published(vit.config_to_hf(tower))]
 

@@ -67,6 +67,29 @@ def test_an_endpoint_is_asked_with_the_image(tmp_path, capsys):
     assert "no such thing" in told and "gone.png" in told and "2 questions could not" in told
 
 
+def test_answers_are_remembered(tmp_path, monkeypatch):
+    """Also those before a judge died; what had no answer is asked again."""
+    monkeypatch.setattr(judging, "_CHUNK", 2)
+    asked = []
+
+    def judge(images, questions):
+        asked.extend(zip(images, questions, strict=True))
+        if "dies" in questions:
+            raise UserError("it died")
+        return np.array([np.nan if q == "none" else len(q) / 10 for q in questions])
+
+    remembered = judging.Remembered(judge, tmp_path, "a")
+    with pytest.raises(UserError, match="it died"):
+        remembered(["x", "x", "y", "x"], ["one?", "none", "dies", "three"])
+    asked.clear()
+    again = judging.Remembered(judge, tmp_path, "a")
+    found = again(["x", "x", "y", "x", "x"], ["one?", "none", "one?", "three", "one?"])
+    np.testing.assert_array_equal(found, [0.4, np.nan, 0.4, 0.5, 0.4])
+    assert asked == [("x", "none"), ("y", "one?"), ("x", "three")]
+    with pytest.raises(UserError, match="other settings"):
+        judging.Remembered(judge, tmp_path, "b")
+
+
 def test_no_judge_is_an_error():
     with pytest.raises(UserError, match="no judge: give the workdir"):
         judging.open_judge("")

@@ -124,6 +124,8 @@ def test_dpg_is_drawn_judged_and_written(tmp_path, monkeypatch):
     scores = {record["id"]: record["score"] for record in result.records}
     assert scores["cup-0"] == 1 and scores["cup-1"] == 0.25 and scores["foreign-0"] is None
     assert "DPG" in result.intervals
+    (worst,) = (record for record in result.records if record["id"] == "sky-1")
+    assert worst["reply"] == "no: Is the bird in the sky?"
     folder = result.files[0].parent
     assert Image.open(folder / "cup.png").size == (128, 128)
     lines = result.files[0].read_text().splitlines()
@@ -153,8 +155,8 @@ def test_what_can_t_be_asked_for(root, tmp_path):
     for spec, message in (
         ("geneval:prompt=draw", "prompt must have {prompt}"),
         ("geneval:samples=0", "at least 1"),
-        ("dpg:samples=5", "at most 4"),
-        ("dpg:mode=kind", "none of strict, official"),
+        ("dpg:samples=5", "samples=5, expected one of 1, 2, 3, 4"),
+        ("dpg:mode=kind", "mode=kind, expected one of strict, official"),
     ):
         with pytest.raises(ConfigError, match=message):
             tasks.make(spec, root=str(root))

@@ -476,3 +476,20 @@ def test_the_image_token_of_the_tokenizer_counts(tmp_path):
     published.check_config(published.SIZES["llava-1.5-7b"], tmp_path)
     with pytest.raises(ConfigError, match="token <image> is 32000, in the checkpoint 1"):
         published.check_config(published.SIZES["llava-1.5-7b"], put(tmp_path, PUBLISHED))
+
+
+ODD = ["x", "", -1, 1.5, True, [1], {"a": 1}, float("nan"), 10**30, None]
+READ = ["model_type", "image_aspect_ratio", "image_grid_pinpoints", "mm_patch_merge_type",
+        "mm_projector_type", "mm_vision_select_feature", "mm_vision_select_layer",
+        "mm_vision_tower", "mm_use_im_start_end", "image_mode", "vision_config",
+        "vocab_size"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READ)
+def test_values_of_any_kind_are_errors_that_say_so(name):
+    for value in ODD:
+        for stated in (ORIGINAL_MISTRAL, NEXT["llava-1.6-34b"]):
+            try:
+                fields.config_to_original(fields.config_from_hf(stated | {name: value}))
+            except ValueError as error:
+                assert str(error)
