@@ -18,15 +18,19 @@ from metamorph_jax.errors import FileError, UserError
 from metamorph_jax.eval.tasks.base import Answer, Question
 
 
-def key_of(question: Question) -> str:
-    """A hash of what is asked. Of an image that is made on demand, only the place counts."""
+def key_of(question: Question, root: str = "") -> str:
+    """A hash of what is asked.
+
+    Of files, the path under `root` counts, so that a benchmark may be moved; of an image that is
+    made on demand, only that it is there.
+    """
 
     def named(picture) -> str:
         if isinstance(picture, bytes):
             return hashlib.sha256(picture).hexdigest()
-        return "made" if callable(picture) else str(picture)
+        return "made" if callable(picture) else str(picture).removeprefix(root)
 
-    asked = [question.prompt, [named(p) for p in question.images], question.video]
+    asked = [question.prompt, [named(p) for p in question.images], named(question.video)]
     text = json.dumps([*asked, list(question.choices)], ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -84,7 +84,7 @@ class Asking:
 
     def all(self, questions: Sequence[Question]) -> None:
         """Asks what is not in the store yet."""
-        keys = {question.id: key_of(question) for question in questions}
+        keys = {question.id: key_of(question, self.task.root) for question in questions}
         known = {}
         if self.store is not None:
             lines = {id: self.store.get(id, key) for id, key in keys.items()}

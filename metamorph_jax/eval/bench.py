@@ -171,7 +171,7 @@ def describe(task: Task, settings: Settings) -> dict[str, Any]:
     options = dataclasses.asdict(settings.options)
     del options["batch_size"]
     options["max_new_tokens"] = options["max_new_tokens"] or task.max_new_tokens
-    asked = {k: v for k, v in dataclasses.asdict(task).items() if k != "name"}
+    asked = {k: v for k, v in dataclasses.asdict(task).items() if k not in ("name", "root")}
     return {"model": dict(settings.model), "task": asked, "form": task.form, "decoding": options}
 
 

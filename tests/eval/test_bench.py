@@ -114,6 +114,13 @@ def test_a_question_that_is_asked_differently_is_asked_again(task, tmp_path):
     assert model.asked == ["a/2"] and result.scores["accuracy"] == 100
 
 
+def test_a_benchmark_that_was_moved_is_not_asked_again(task, tmp_path):
+    bench.run_task(task, toy.Model(), tmp_path, SETTINGS)
+    moved = dataclasses.replace(task, root=str(pathlib.Path(task.root).rename(tmp_path / "new")))
+    result = bench.run_task(moved, toy.Model(last=0), tmp_path, SETTINGS)
+    assert result.records[0]["images"] == [f"{tmp_path}/new/a.png"]
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
