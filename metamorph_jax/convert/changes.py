@@ -17,10 +17,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from metamorph_jax.convert import casts, export, hf, names, peft, safetensors, tokenizers
+from metamorph_jax.convert import casts, export, hf, names, peft, safetensors
 from metamorph_jax.convert.card import licence_of, write_card
 from metamorph_jax.convert.llama import EMBED, HEAD
 from metamorph_jax.convert.progress import Progress
+from metamorph_jax.data import tokenizers
 from metamorph_jax.errors import WeightError
 from metamorph_jax.files import shown
 

@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from metamorph_jax.convert import casts, chat_template, names, safetensors, tokenizers
+from metamorph_jax.convert import casts, chat_template, names, safetensors
+from metamorph_jax.data import tokenizers
 from metamorph_jax.errors import WeightError
 from metamorph_jax.files import shown
 

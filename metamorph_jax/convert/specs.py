@@ -9,7 +9,8 @@ import pathlib
 from collections.abc import Mapping
 
 from metamorph_jax.config import replaced
-from metamorph_jax.convert import gguf, hf, llama, onnx, packages, tokenizers
+from metamorph_jax.convert import gguf, hf, llama, onnx, packages
+from metamorph_jax.data import tokenizers
 from metamorph_jax.errors import ConfigError
 from metamorph_jax.models.llm.llama import SIZES, LlamaConfig
 

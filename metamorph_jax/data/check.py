@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from metamorph_jax import files
 from metamorph_jax import recipe as recipes
 from metamorph_jax.config import build
-from metamorph_jax.data import images, option
+from metamorph_jax.data import images, option, tokenizers
 from metamorph_jax.data.chat import Chat
 from metamorph_jax.data.config import (
     CacheConfig,
@@ -31,7 +31,7 @@ from metamorph_jax.data.pipeline import make_stream, open_sources
 from metamorph_jax.data.show import lines
 from metamorph_jax.data.stream import SampleStream
 from metamorph_jax.data.views import Single
-from metamorph_jax.errors import BadSample, ConfigError, MissingFile, UserError
+from metamorph_jax.errors import BadSample, ConfigError, UserError
 from metamorph_jax.files import shown
 from metamorph_jax.recipe import Shard
 
@@ -332,27 +332,5 @@ def _stream_of_files(args: argparse.Namespace) -> SampleStream:
         row=RowConfig(args.template, length=args.length, images=args.images_per_row),
         images=ImageConfig(max_pixels=args.max_pixels),
     )
-    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    tokenizer = tokenizers.read(args.tokenizer) if args.tokenizer else None
     return _stream(config, open_sources(config), tokenizer, args.positions_per_image)
-
-
-def load_tokenizer(path: str):
-    """A tokenizer from a tokenizer.json, or from a folder that holds one.
-
-    Raises:
-        ConfigError: there is none, or it can't be read, or it would run code of its own.
-    """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    try:
-        if os.path.isdir(path):
-            return AutoTokenizer.from_pretrained(
-                path, local_files_only=True, trust_remote_code=False
-            )
-        return PreTrainedTokenizerFast(tokenizer_file=str(files.regular(path)))
-    except MissingFile as e:
-        raise ConfigError(f"{e}: expected a tokenizer.json or a folder") from e
-    except UserError:
-        raise
-    except Exception as e:  # the tokenizers' own errors are of many kinds
-        raise ConfigError(f"{files.shown(path)} is not a tokenizer: {files.shown(e)}") from e

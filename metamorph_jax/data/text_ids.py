@@ -9,6 +9,9 @@ import functools
 import re
 from collections.abc import Callable, Collection, Sequence
 
+from metamorph_jax.errors import BadSample, ConfigError
+from metamorph_jax.files import shown
+
 _SHORT = 32  # characters of a text that may well be a header
 _LEAD = "\ufdd0\ufdd1"  # a token of our copy of a tokenizer; characters that no text has
 Coded = tuple[list[int], list[int]]  # (ids, in which character each of them begins)
@@ -22,6 +25,12 @@ class TextIds:
             (those of transformers have), whose copies are told to read special tokens as text.
         names: of special tokens of the template.
         in_context: text that follows a special token is tokenised as it stands there.
+
+    Ids of a text that the tokenizer fails on raise BadSample. Its patterns come from a file and may
+    take exponential time; the library gives up on a match after half a second or so.
+
+    Raises:
+        ConfigError: it fails on a single letter.
     """
 
     def __init__(self, tokenizer, names: Collection[str], in_context: bool):
@@ -30,8 +39,11 @@ class TextIds:
         self._inside = _as_text(tokenizer, _LEAD) if in_context else None
         # Whether a blank at the start of a text is lost, where the tokenizer puts one of its own.
         self._loses_blank = False
-        self._loses_blank = self.parsed(" a") == self.parsed("a")
-        self._spelled = self._cuts(names, in_context)
+        try:
+            self._loses_blank = self.parsed(" a") == self.parsed("a")
+            self._spelled = self._cuts(names, in_context)
+        except BadSample as error:
+            raise ConfigError(f"the tokenizer can't be used: {error.detail}") from error
         # Headers of turns, and beginnings of texts whose ids are only counted, come up repeatedly.
         self._repeated = functools.lru_cache(maxsize=1024)(self._ids)
 
@@ -47,7 +59,7 @@ class TextIds:
         """Ids of text in which special tokens that are spelled out become their ids."""
         if text.startswith(" ") and self._loses_blank:
             text = f" {text}"
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+        return list(_encoded(self.tokenizer.encode, text))
 
     def parts(self, texts: Sequence[str], before: str = "") -> list[list[int]]:
         """Ids of the parts of a text that is tokenised as a whole, after `before`.
@@ -142,8 +154,19 @@ def _as_text(tokenizer, lead: str = "") -> Callable[[str], Coded] | None:
         backend.add_tokens([AddedToken(lead, normalized=False)])
 
     def encode(text: str) -> Coded:
-        found = backend.encode(lead + text, add_special_tokens=False)
+        found = _encoded(backend.encode, lead + text)
         starts = [max(start - len(lead), 0) for start, _ in found.offsets]
         return found.ids[bool(lead) :], starts[bool(lead) :]
 
     return encode
+
+
+def _encoded(encode: Callable, text: str):
+    """What `encode` makes of a text, without tokens around it; a panic in Rust is a BadSample."""
+    try:
+        return encode(text, add_special_tokens=False)
+    except BaseException as error:  # a panic is no Exception
+        if type(error).__name__ != "PanicException":
+            raise
+        why = f"it fails on a text of {len(text):,} characters ({shown(error, 100)})"
+        raise BadSample("tokenizer", why) from error

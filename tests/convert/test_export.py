@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from metamorph_jax.convert import export, specs, tokenizers
+from metamorph_jax.convert import export, specs
 from metamorph_jax.convert.chat_template import to_jinja
+from metamorph_jax.data import tokenizers
 from metamorph_jax.data.chat import Chat
 from metamorph_jax.data.chat_templates import ChatTemplate, Special
 from metamorph_jax.errors import WeightError

@@ -204,7 +204,7 @@ def spelled(tmp_path_factory):
 
 
 def test_sentencepiece_joins_by_scores(spelled, tmp_path):
-    from metamorph_jax.convert import tokenizers
+    from metamorph_jax.data import tokenizers
 
     tokenizer = reader.load_tokenizer(spelled)
     assert tokenizer.tokenize("hello world") == ["▁hello", "▁world"]
@@ -360,7 +360,7 @@ def test_llama3_takes_whole_words_without_merges(pre, tmp_path):
     assert (tokenizer.encode("o")[0] == tokenizer.bos_token_id) == llama3
     saved = str(tmp_path / "saved")
     tokenizer.save_pretrained(saved)
-    from metamorph_jax.convert import tokenizers
+    from metamorph_jax.data import tokenizers
 
     assert tokenizers.load(saved).tokenize("hello") == tokenizer.tokenize("hello")
 

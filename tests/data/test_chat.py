@@ -9,7 +9,8 @@ from metamorph_jax.data.chat import IGNORE, SENTINEL, Chat, Markers
 from metamorph_jax.data.chat_templates import TEMPLATES, ChatTemplate, Special, fill, render
 from metamorph_jax.data.interleave import build_row
 from metamorph_jax.data.sources.kinds import turns_of
-from metamorph_jax.errors import BadSample
+from metamorph_jax.data.text_ids import TextIds
+from metamorph_jax.errors import BadSample, ConfigError
 
 GOLDEN = "metamorph/conversations.json"
 
@@ -301,3 +302,27 @@ def test_long_messages_are_whole():
     assert not build_row(whole.ids, whole.labels, [], 1, 4096).cut
     with pytest.raises(BadSample, match="too_long"):
         chat.conversation((("user", "x" * 3_000_000), ("assistant", "A")))
+
+
+def test_a_pattern_that_takes_for_ever_costs_one_sample():
+    """Oniguruma gives up on a match; that is not the end of the program, nor of the tokenizer."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    def text_ids(pattern):
+        inner = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, " ": 2}, unk_token="<unk>"))
+        inner.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+        return TextIds(PreTrainedTokenizerFast(tokenizer_object=inner), (), False)
+
+    ids = text_ids("(a+)+b")
+    with pytest.raises(BadSample, match="tokenizer: it fails on a text of 60 characters .*limit"):
+        ids("a" * 60)
+    assert ids("a") == [1]
+
+    def panics(*_, **__):
+        raise type("PanicException", (BaseException,), {})("as in Rust")
+
+    broken = Letters()
+    broken.encode = panics
+    with pytest.raises(ConfigError, match="can't be used: .* 2 characters .as in Rust"):
+        TextIds(broken, (), False)

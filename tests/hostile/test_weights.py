@@ -11,7 +11,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from metamorph_jax.convert import gguf, hf, onnx, peft, safetensors, tokenizers
+from metamorph_jax.convert import gguf, hf, onnx, peft, safetensors
+from metamorph_jax.data import tokenizers
 from tests.hostile import harness
 
 ABSURD = (2**16 + 1, 2**31 - 1, 2**32 - 1, 2**47, 2**63 - 1, 2**64 - 1)

@@ -18,8 +18,8 @@ from flax import nnx
 from PIL import Image
 
 from metamorph_jax import sharding
-from metamorph_jax.convert import clip, hf, inception, specs, tokenizers, vit
-from metamorph_jax.data import images
+from metamorph_jax.convert import clip, hf, inception, specs, vit
+from metamorph_jax.data import images, tokenizers
 from metamorph_jax.data.images import Preprocess, preprocess_from_hf
 from metamorph_jax.errors import BadSample, ConfigError, DataError
 from metamorph_jax.eval.images.statistics import Gaussian

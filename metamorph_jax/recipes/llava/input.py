@@ -5,9 +5,9 @@ import functools
 import sys
 
 from metamorph_jax import files
-from metamorph_jax.convert import hf, specs, tokenizers, vision
+from metamorph_jax.convert import hf, specs, vision
 from metamorph_jax.convert.load import WORKDIR
-from metamorph_jax.data import pipeline
+from metamorph_jax.data import pipeline, tokenizers
 from metamorph_jax.data.chat import Chat
 from metamorph_jax.data.config import DataConfig, InputSpec
 from metamorph_jax.data.packing import PackedIterator

@@ -19,12 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from metamorph_jax.convert import agree, compare, export, hf, specs, tokenizers, vit
+from metamorph_jax.convert import agree, compare, export, hf, specs, vit
 from metamorph_jax.convert import llama as llama_names
 from metamorph_jax.convert.export import Source, Writer, listed_eos, trained_source
 from metamorph_jax.convert.families import Family, Reference, RunForm
 from metamorph_jax.convert.load import WORKDIR
 from metamorph_jax.convert.peft import CONFIG as ADAPTERS
+from metamorph_jax.data import tokenizers
 from metamorph_jax.data.config import DataConfig
 from metamorph_jax.data.images import Preprocess, preprocess_from_hf
 from metamorph_jax.data.views import AnyRes

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from metamorph_jax.convert import agree, compare, families, hf, names, specs, tokenizers, vit
+from metamorph_jax.convert import agree, compare, families, hf, names, specs, vit
 from metamorph_jax.convert import llama as llama_names
 from metamorph_jax.convert.export import (
     Source,
@@ -37,7 +37,7 @@ from metamorph_jax.convert.families import Family, Reference, RunForm
 from metamorph_jax.convert.llama import export_llama, load_llama
 from metamorph_jax.convert.load import WORKDIR
 from metamorph_jax.convert.vit import export_complete, export_vit, load_vit
-from metamorph_jax.data import images
+from metamorph_jax.data import images, tokenizers
 from metamorph_jax.data.chat import END_TOKEN, START_TOKEN, Chat, Markers
 from metamorph_jax.data.config import DataConfig
 from metamorph_jax.errors import WeightError

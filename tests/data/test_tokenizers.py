@@ -1,10 +1,12 @@
 """Added tokens keep the ids that the model gives them."""
 
+import pathlib
+
 import pytest
 import tokenizers as rust
 from transformers import PreTrainedTokenizerFast
 
-from metamorph_jax.convert import tokenizers
+from metamorph_jax.data import tokenizers
 from metamorph_jax.data.chat import END_TOKEN, START_TOKEN
 
 PICTURE = [START_TOKEN, END_TOKEN]
@@ -41,3 +43,11 @@ def test_a_tokenizer_that_does_not_fit():
 def test_a_folder_without_a_tokenizer(tmp_path):
     with pytest.raises(FileNotFoundError, match="has no tokenizer"):
         tokenizers.load(tmp_path)
+
+
+def test_no_template_of_a_tokenizer_is_ever_rendered():
+    """Prompts are written by our own templates, so one that loops for ever costs nothing."""
+    package = pathlib.Path(tokenizers.__file__).parents[1]
+    calls = [file for file in package.rglob("*.py") if ".apply_chat_template(" in
+             file.read_text().replace("`tokenizer.apply_chat_template(", "")]  # fmt: skip
+    assert not calls

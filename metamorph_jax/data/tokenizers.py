@@ -67,6 +67,11 @@ def load_file(file: str | pathlib.Path):
         return PreTrainedTokenizerFast(tokenizer_file=str(file))
 
 
+def read(path: str | pathlib.Path):
+    """The transformers tokenizer of a folder, or of a tokenizer.json; raises as `load`."""
+    return load(path) if pathlib.Path(path).is_dir() else load_file(path)
+
+
 def check_all(folder: pathlib.Path) -> None:
     """`check` for those files beside the weights in a folder that are read or copied."""
     for name in (*FILES, "config.json", "generation_config.json"):
