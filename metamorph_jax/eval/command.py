@@ -16,7 +16,7 @@ import pathlib
 import re
 import sys
 
-from metamorph_jax import endpoint
+from metamorph_jax import endpoint, files
 from metamorph_jax.errors import UserError
 from metamorph_jax.sampling import generate
 
@@ -58,7 +58,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    from metamorph_jax.eval import tasks
+    from metamorph_jax.eval import bench, tasks
 
     if args.list:
         print(listing())
@@ -78,7 +78,8 @@ def run(args) -> int:
     if drawing and (args.endpoint or not args.decoder):
         raise UserError(f"{', '.join(drawing)}: drawing needs --decoder, and a model of ours")
     for task in chosen:  # before the model is loaded, which takes longer
-        next(iter(task.questions()), None)
+        if next(bench.questions_of(task), None) is None:
+            raise UserError(f"task {task.name}: its files hold no questions")
     return evaluate(args, chosen, out)
 
 
@@ -132,7 +133,7 @@ def evaluate(args, chosen, out: pathlib.Path) -> int:
         try:
             results.append(bench.run_task(task, answering, out, settings, judge))
         except UserError as error:  # the other tasks don't suffer
-            print(f"metamorph: {error}", file=sys.stderr)
+            print(files.escape(f"{task.name} failed: {error}"), file=sys.stderr)
             wrong += 1
     if results and jax.process_index() == 0:
         bench.save(results, out)

@@ -30,7 +30,9 @@ def json_lines(path: str, *keys: str) -> Iterator[dict]:
 
 
 def required(row: dict, where: str, *keys: str) -> dict:
-    """The row, if it has these keys."""
+    """The row, if it is an object with these keys."""
+    if not isinstance(row, dict):
+        raise FileError(f"{where}: {files.shown(repr(row), 60)}, expected an object")
     absent = [key for key in keys if key not in row]
     if absent:
         raise FileError(f"{where}: no {', '.join(absent)}; it has {files.shown(', '.join(row))}")
