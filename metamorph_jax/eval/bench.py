@@ -235,6 +235,8 @@ def _check(task: Task, question: Question) -> None:
         raise TypeError(f"{wrong[0]!r} where a text should be, of question {question.id!r}")
     if not question.id.strip():
         raise ValueError("an empty id")
+    if task.form == "choose" and not question.choices:
+        raise ValueError(f"question {question.id!r} has no choices")
     for picture in (*question.images, *filter(None, [question.video])):
         if isinstance(picture, str | pathlib.Path) and not task.holds(picture):
             raise FileError(f"task {task.name}: question {files.shown(question.id)} names the file "

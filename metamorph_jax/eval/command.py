@@ -20,6 +20,8 @@ from metamorph_jax import endpoint, files
 from metamorph_jax.errors import UserError
 from metamorph_jax.sampling import generate
 
+MOST_RESAMPLES = 100_000
+
 
 def add_arguments(parser) -> None:
     parser.description = "Scores a model on benchmarks, from their official files."
@@ -72,8 +74,8 @@ def run(args) -> int:
     out = pathlib.Path(args.out or (pathlib.Path(args.workdir) / "eval" if args.workdir else ""))
     if not args.out and not args.workdir:
         raise UserError("give --out DIR, where results go")
-    if args.limit < 0 or (args.resamples or 0) < 0:
-        raise UserError("--limit and --resamples must not be negative")
+    if args.limit < 0 or not 0 <= (args.resamples or 0) <= MOST_RESAMPLES:
+        raise UserError(f"--limit must not be negative, --resamples from 0 to {MOST_RESAMPLES:,}")
     drawing = [task.name for task in chosen if task.form == "draw"]
     if drawing and (args.endpoint or not args.decoder):
         raise UserError(f"{', '.join(drawing)}: drawing needs --decoder, and a model of ours")

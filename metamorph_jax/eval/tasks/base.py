@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from metamorph_jax import files
-from metamorph_jax.errors import ConfigError, MissingFile
+from metamorph_jax.errors import ConfigError, FileError, MissingFile
 
 # What prompts of many benchmarks end with, after a newline.
 SHORT = "Answer the question using a single word or phrase."
@@ -208,7 +208,7 @@ class Task:
     def holds(self, path: str | pathlib.Path) -> bool:
         """Whether a path, by its text alone, is in the root or in the folder of the option
         `images`. A link there may point elsewhere."""
-        path = os.path.abspath(path)
+        path = os.path.join(os.path.abspath(path), "")
         folders = (self.root or ".", vars(self).get("images"))
         return any(path.startswith(os.path.join(os.path.abspath(f), "")) for f in folders if f)
 
@@ -272,7 +272,7 @@ def lettered(choices: Sequence[str], form: str = "{letter}. {text}") -> str:
 
 def write_json(path: pathlib.Path, value) -> pathlib.Path:
     """Writes a JSON file."""
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    files.write_whole(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
     return path
 
 

@@ -54,8 +54,8 @@ class JudgedDrawing(Task):
     def __post_init__(self):
         if "{prompt}" not in self.prompt:
             raise ConfigError(f"task {self.name}: prompt must have {{prompt}}: {self.prompt!r}")
-        if self.samples < 1:
-            raise ConfigError(f"task {self.name}: samples must be at least 1")
+        if not 1 <= self.samples <= 1000:
+            raise ConfigError(f"task {self.name}: samples={self.samples}, expected 1 to 1000")
 
     def asked(self, unit: str, text: str, **fields) -> Iterable[Question]:
         """The questions of one prompt."""
@@ -153,6 +153,8 @@ class Dpg(JudgedDrawing):
         super().__post_init__()
         if self.mode not in dpg.MODES:
             raise ConfigError(f"task {self.name}: mode {self.mode!r} is none of strict, official")
+        if not 1 <= self.resolution <= 4096:
+            raise ConfigError(f"task {self.name}: resolution={self.resolution}, expected 1 to 4096")
         if self.samples > 4:
             raise ConfigError(f"task {self.name}: a grid holds at most 4 samples")
 
