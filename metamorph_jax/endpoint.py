@@ -81,10 +81,11 @@ class Limits:
     tries: int = 6
 
     def __post_init__(self):
-        if self.concurrency < 1 or self.tries < 1 or self.timeout <= 0 or self.per_minute < 0:
+        counts = 1 <= self.concurrency <= 1024 and 1 <= self.tries
+        if not (counts and 0 < self.timeout < math.inf and 0 <= self.per_minute < math.inf):
             raise ConfigError(
-                "an endpoint needs concurrency and tries of at least 1, a timeout above 0 and a "
-                f"rate of at least 0 a minute, not {self}"
+                "an endpoint needs concurrency (at most 1024) and tries of at least 1, a timeout "
+                f"above 0 and a rate of at least 0 a minute, not {self}"
             )
 
 
@@ -94,6 +95,11 @@ class Price:
 
     prompt: float
     completion: float
+
+    def __post_init__(self):
+        if not (0 <= self.prompt < math.inf and 0 <= self.completion < math.inf):
+            raise ConfigError("--price: expected two numbers of at least 0, not "
+                              f"{self.prompt:g} {self.completion:g}")  # fmt: skip
 
     def of(self, prompt_tokens: float, completion_tokens: float) -> float:
         return (self.prompt * prompt_tokens + self.completion * completion_tokens) / 1e6
@@ -314,7 +320,8 @@ class Endpoint:
             self.usage.uncounted += usage is None
             self.usage.prompt_tokens += read
             self.usage.completion_tokens += wrote
-        return Completion(choice.message.content, read, wrote, choice.finish_reason == "length")
+        text = choice.message.content.encode(errors="replace").decode()  # no half surrogate pairs
+        return Completion(text, read, wrote, choice.finish_reason == "length")
 
 
 class _Pace:

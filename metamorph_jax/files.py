@@ -1,4 +1,5 @@
-"""The one way in which files that people bring are opened, and JSON, JSON lines and text are read.
+"""The one way in which files that people bring are opened, and JSON, JSON lines and text are read;
+and `write_whole`, for files that must never be there in part.
 
 Such a file may be anything: a FIFO that never ends, a sparse terabyte, JSON that is nested ten
 thousand deep. So a file must be a regular one of a bounded size, text is UTF-8 (a byte order mark
@@ -6,6 +7,7 @@ is allowed), and JSON is bounded in depth and holds no half of a surrogate pair,
 takes and no terminal prints. Every fault is a `FileError` of one line that names the file.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -167,6 +169,24 @@ def _not_utf8(path, number: int, data: bytes, at: int, column: int) -> FileError
     utf16 = number == 1 and data.startswith((b"\xff\xfe", b"\xfe\xff"))
     what = "it is UTF-16" if utf16 else f"byte 0x{data[at]:02x} at byte {column + 1} of the line"
     return FileError(f"{shown(path)}, line {number}: not UTF-8 ({what}); save the file as UTF-8")
+
+
+def write_whole(path: str | os.PathLike, data: str | bytes) -> None:
+    """Writes a file whole or not at all: into another one beside it, which takes its place.
+
+    Raises:
+        FileError: it can't be written.
+    """
+    path = pathlib.Path(path)
+    other = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        other.write_bytes(data.encode() if isinstance(data, str) else data)
+        other.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            other.unlink()
+        why = error.strerror or error
+        raise FileError(f"{shown(path)} can't be written: {why}") from error
 
 
 # ---- JSON

@@ -57,8 +57,8 @@ class Store:
             if os.path.lexists(self._file):
                 _check_settings(folder, saved, settings)
                 self._read()
-            _replace(saved, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
-            _replace(self._file, "".join(_line(value) for value in self._lines.values()))
+            files.write_whole(saved, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+            files.write_whole(self._file, "".join(_line(value) for value in self._lines.values()))
         except OSError as error:
             raise UserError(f"{files.shown(folder)} can't be written: {error.strerror}") from error
 
@@ -66,8 +66,8 @@ class Store:
         damaged = []
         for number, _, line in files.raw_lines(self._file, 2**27):
             try:
-                value = files.parse(line, "the line", dict)
-                self._lines[value["id"]] = value | {"key": str(value["key"])}
+                value = _whole(files.parse(line, "the line", dict))
+                self._lines[value["id"]] = value
             except (FileError, KeyError, TypeError):
                 if line.endswith(b"\n"):  # the last line may have been cut off when it was written
                     damaged.append(number)
@@ -95,6 +95,22 @@ class Store:
         return line
 
 
+def _whole(value: dict) -> dict:
+    """A line, if it has what `of_line` needs; KeyError or TypeError if it hasn't."""
+    texts = [value["id"], value["key"], value["text"], *value.get("images", ())]
+    numbers = value.get("likelihoods", ())
+    choice = value.get("choice")
+    right = (
+        all(isinstance(text, str) for text in texts)
+        and all(isinstance(number, float) for number in numbers)
+        and (choice is None or type(choice) is int and 0 <= choice)
+        and (not numbers or choice is not None and choice < len(numbers))
+    )
+    if not right:
+        raise TypeError("not the line of an answer")
+    return value
+
+
 def _line(value: dict) -> str:
     return json.dumps(value, ensure_ascii=False) + "\n"
 
@@ -112,13 +128,6 @@ def _check_settings(folder: pathlib.Path, saved: pathlib.Path, settings: dict) -
             f"{name}: {files.shown(before.get(name))} then, {files.shown(settings.get(name))} "
             "now): choose another --out or remove it"
         )
-
-
-def _replace(file: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    other = file.with_name(f".{file.name}.partial-{os.getpid()}")
-    other.write_text(text, encoding="utf-8")
-    other.replace(file)
 
 
 def as_line(answer: Answer) -> dict:

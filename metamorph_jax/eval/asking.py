@@ -6,6 +6,7 @@ question is always about files: what the model read is what the page shows.
 
 import dataclasses
 import hashlib
+import math
 import pathlib
 import sys
 import tempfile
@@ -139,6 +140,9 @@ class Asking:
         size = self.options.batch_size
         for request, found in self.model.likelihoods(requests, choices, failed, batch_size=size):
             values = [one.mean if self.task.normalise else one.total for one in found]
+            if not all(map(math.isfinite, values)):
+                failed(request, BadSample("not_finite", "a likelihood is not a number"))
+                continue
             best = max(range(len(values)), key=values.__getitem__)
             yield request.id, Answer(choices[request.id][best], best, tuple(values))
 

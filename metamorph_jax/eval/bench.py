@@ -13,17 +13,19 @@ instance, is left out, counted and named.
 """
 
 import collections
+import contextlib
 import dataclasses
 import pathlib
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from metamorph_jax import files
-from metamorph_jax.errors import UserError
+from metamorph_jax.errors import BadSample, FileError, UserError
 from metamorph_jax.eval import intervals, tasks
 from metamorph_jax.eval.answers import Store, chosen
 from metamorph_jax.eval.asking import Answering, Asking
@@ -38,6 +40,9 @@ from metamorph_jax.eval.tasks.base import (
     write_json_lines,
 )
 from metamorph_jax.sampling.generator import Options
+
+# What code raises that meets a value of another type or form than official files have.
+_ODD = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,27 +133,40 @@ def run_task(
         UserError: the files of the task or the folder can't be used, or no question was answered.
     """
     folder = pathlib.Path(out, tasks.file_name(task.name))
+    try:
+        return _run(task, model, folder, settings, judge)
+    except UserError:
+        raise
+    except OSError as error:
+        why = f"{error.strerror or error}"
+        where = files.shown(error.filename or folder)
+        raise UserError(f"task {task.name}: {where} can't be read or written: {why}") from error
+
+
+def _run(task: Task, model: Answering, folder: pathlib.Path, settings: Settings, judge) -> Result:
     if task.form not in FORMS:
         raise UserError(f"task {task.name}: form {task.form!r} is none of {', '.join(FORMS)}")
-    questions, depends = chosen(_distinct(task), settings.limit), describe(task, settings)
+    questions, depends = chosen(questions_of(task), settings.limit), describe(task, settings)
     store = Store(folder, depends) if jax.process_index() == 0 else None
     began = time.monotonic()
     asking = Asking(task, model, folder, settings.options, store)
     asking.all(questions)
     seconds = time.monotonic() - began
-    records = [
-        _record(task, question, asking.answers[question.id], asking.shown[question.id])
-        for question in questions
-        if question.id in asking.answers
-    ]
+    with sound(task):
+        records = [
+            _record(task, question, asking.answers[question.id], asking.shown[question.id])
+            for question in questions
+            if question.id in asking.answers
+        ]
     if not records:
         why = next(iter(asking.failures.values()), "it has none")
         raise UserError(f"task {task.name}: no question could be answered: {why}")
     if judge is not None and task.judged:
         records = task.judge(records, judge(folder))
-    records = task.finish(records)
-    result = Result(task, len(questions), records, asking.failures, depends, seconds=seconds)
-    return _scored(result, folder, settings.resamples)
+    with sound(task):
+        records = task.finish(records)
+        result = Result(task, len(questions), records, asking.failures, depends, seconds=seconds)
+        return _scored(result, folder, settings.resamples)
 
 
 def _scored(result: Result, folder: pathlib.Path, resamples: int | None) -> Result:
@@ -175,14 +193,54 @@ def describe(task: Task, settings: Settings) -> dict[str, Any]:
     return {"model": dict(settings.model), "task": asked, "form": task.form, "decoding": options}
 
 
-def _distinct(task: Task) -> Iterator[Question]:
-    """The questions; UserError if two have one id, as answers are found by it."""
+@contextlib.contextmanager
+def sound(task: Task):
+    """FileError in place of what a task raises where its files hold something unexpected."""
+    try:
+        yield
+    except (UserError, BadSample):
+        raise
+    except _ODD as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"{type(error).__name__}: {files.shown(error)}"
+        raise FileError(
+            f"task {task.name}: its files in {files.shown(task.root)} hold something unexpected "
+            f"({what}; {pathlib.Path(place.filename).name}, line {place.lineno})"
+        ) from error
+
+
+def questions_of(task: Task) -> Iterator[Question]:
+    """The questions of a task, checked before any of them is asked.
+
+    Raises:
+        UserError: two have the same id, as answers are found by it.
+        FileError: the files hold something unexpected, or name an image that is not in the task's
+            folders.
+    """
     seen = set()
-    for question in task.questions():
-        if question.id in seen:
-            raise UserError(f"task {task.name}: two questions have the id {question.id!r}")
-        seen.add(question.id)
-        yield question
+    with sound(task):
+        for question in task.questions():
+            _check(task, question)
+            if question.id in seen:
+                raise UserError(f"task {task.name}: two questions have the id "
+                                f"{files.shown(question.id)!r}")  # fmt: skip
+            seen.add(question.id)
+            yield question
+
+
+def _check(task: Task, question: Question) -> None:
+    texts = [question.id, question.prompt, question.video, question.unit, *question.choices,
+             *question.groups.values()]  # fmt: skip
+    if wrong := [text for text in texts if not isinstance(text, str)]:
+        raise TypeError(f"{wrong[0]!r} where a text should be, of question {question.id!r}")
+    if not question.id.strip():
+        raise ValueError("an empty id")
+    if task.form == "choose" and not question.choices:
+        raise ValueError(f"question {question.id!r} has no choices")
+    for picture in (*question.images, *filter(None, [question.video])):
+        if isinstance(picture, str | pathlib.Path) and not task.holds(picture):
+            raise FileError(f"task {task.name}: question {files.shown(question.id)} names the file "
+                            f"{files.shown(picture)}, outside of the task's folders")  # fmt: skip
 
 
 def _record(task: Task, question: Question, answer: Answer, images: Sequence[str]) -> Record:

@@ -16,9 +16,11 @@ import pathlib
 import re
 import sys
 
-from metamorph_jax import distributed, endpoint
+from metamorph_jax import distributed, endpoint, files
 from metamorph_jax.errors import UserError
 from metamorph_jax.sampling import generate
+
+MOST_RESAMPLES = 100_000
 
 
 def add_arguments(parser) -> None:
@@ -59,7 +61,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    from metamorph_jax.eval import tasks
+    from metamorph_jax.eval import bench, tasks
 
     if args.list:
         print(listing())
@@ -73,13 +75,14 @@ def run(args) -> int:
     out = pathlib.Path(args.out or (pathlib.Path(args.workdir) / "eval" if args.workdir else ""))
     if not args.out and not args.workdir:
         raise UserError("give --out DIR, where results go")
-    if args.limit < 0 or (args.resamples or 0) < 0:
-        raise UserError("--limit and --resamples must not be negative")
+    if args.limit < 0 or not 0 <= (args.resamples or 0) <= MOST_RESAMPLES:
+        raise UserError(f"--limit must not be negative, --resamples from 0 to {MOST_RESAMPLES:,}")
     drawing = [task.name for task in chosen if task.form == "draw"]
     if drawing and (args.endpoint or not args.decoder):
         raise UserError(f"{', '.join(drawing)}: drawing needs --decoder, and a model of ours")
     for task in chosen:  # before the model is loaded, which takes longer
-        next(iter(task.questions()), None)
+        if next(bench.questions_of(task), None) is None:
+            raise UserError(f"task {task.name}: its files hold no questions")
     place = distributed.join_asked(args)
     try:
         return evaluate(args, chosen, out)
@@ -143,7 +146,7 @@ def evaluate(args, chosen, out: pathlib.Path) -> int:
         except UserError as error:  # the other tasks don't suffer
             if jax.process_count() > 1:
                 raise  # it may be this host's alone
-            print(f"metamorph: {error}", file=sys.stderr)
+            print(files.escape(f"{task.name} failed: {error}"), file=sys.stderr)
             wrong += 1
     if results and jax.process_index() == 0:
         bench.save(results, out)

@@ -13,12 +13,13 @@ import base64
 import dataclasses
 import functools
 import io
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
+
+from metamorph_jax import files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,9 +188,7 @@ def render(page: Page) -> str:
 def write(path, page: Page) -> pathlib.Path:
     """Writes the page (whole or not at all) and returns its path."""
     path = pathlib.Path(path)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(render(page), encoding="utf-8")
-    os.replace(partial, path)
+    files.write_whole(path, render(page))
     return path
 
 

@@ -35,6 +35,7 @@ from metamorph_jax.instruct.steps import Step, Tally, Writer
 from metamorph_jax.instruct.writers import Clock, Settings, ask_endpoint, ask_model
 from metamorph_jax.sampling import generate
 
+MOST_TEMPERATURE = 100.0
 # Stands for captions that --dry-run does not ask for.
 _LATER = ("(a sentence that the model will have written about this image)",) * 5
 
@@ -79,7 +80,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _temperature(text: str) -> float | None:
-    return None if text == "none" else float(text)
+    value = None if text == "none" else float(text)
+    if value is not None and not 0 <= value <= MOST_TEMPERATURE:
+        raise argparse.ArgumentTypeError(f"{text}: expected 0 to {MOST_TEMPERATURE:g}, or none")
+    return value
 
 
 def run(args) -> int:
@@ -141,7 +145,7 @@ def _check(args) -> None:
         raise UserError("--limit must be at least 0, and --max-tokens at least 1")
     if not args.model and args.temperature is None:
         raise UserError("--temperature none is for endpoints; give a number")
-    endpoint.limits_of(args)
+    endpoint.limits_of(args), endpoint.price_of(args)
 
 
 def _contexts(args, skipped: Tally) -> list[Context]:

@@ -95,11 +95,19 @@ class Journal:
         return found if found is not None and found.prompt == prompt else None
 
     def add(self, reply: Reply) -> None:
-        """Appends a reply; may be called from any thread."""
+        """Appends a reply; may be called from any thread.
+
+        Raises:
+            UserError: it can't be written.
+        """
         line = json.dumps(dataclasses.asdict(reply)).encode() + b"\n"
         with self._lock:
-            self._file.write(line)
-            self._file.flush()
+            try:
+                self._file.write(line)
+                self._file.flush()
+            except OSError as error:
+                why = error.strerror or error
+                raise UserError(f"{shown(self.path)} can't be written: {why}") from error
             self.replies[reply.id] = reply
 
     def close(self) -> None:

@@ -28,8 +28,8 @@ _SYSTEM = "system_message.txt"
 _CAPS, _CONV = "_caps.txt", "_conv.txt"
 MOST_CAPTIONS = 10
 
-_MARKER = re.compile(
-    r"^[ \t]*[*_#> ]*(question|answer)[ \t]*\d*[*_]*[ \t]*[:：][*_]*[ \t]*", re.I | re.M
+_MARKER = re.compile(  # `*+` never steps back: a long line of blanks takes no longer than others
+    r"^[*_#> \t]*+(question|answer)[ \t]*+\d*+[*_]*+[ \t]*+[:：][*_]*+[ \t]*+", re.I | re.M
 )
 _SEPARATOR = re.compile(r"^[ \t]*={3,}[ \t]*$", re.M)
 _FENCE = re.compile(r"\A\s*```\w*\n(.*)\n```\s*\Z", re.S)

@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import json
-import os
 import pathlib
 import sys
 import threading
@@ -11,6 +10,7 @@ import time
 from collections.abc import Collection, Sequence
 from typing import Protocol
 
+from metamorph_jax import files
 from metamorph_jax.endpoint import Completion, Price
 from metamorph_jax.errors import BadSample, DataError
 from metamorph_jax.files import escape, shown
@@ -115,7 +115,7 @@ class Step:
         file = self.out / f"{self.kind.name}.json"
         if not made:
             raise DataError(f"there is no usable reply; all of them are in {shown(self.journal)}")
-        _replace(file, json.dumps(made, indent=1, ensure_ascii=False) + "\n")
+        files.write_whole(file, json.dumps(made, indent=1, ensure_ascii=False) + "\n")
         print(f"{len(made)} samples of {len(contexts)} images in {shown(file)}, {repaired} of them "
               "from replies that were repaired")  # fmt: skip
 
@@ -123,7 +123,7 @@ class Step:
         """Writes contexts as `--contexts` reads them."""
         file = self.out / f"{self.kind.name}.jsonl"
         lines = [json.dumps(c.record(), ensure_ascii=False) + "\n" for c in contexts]
-        _replace(file, "".join(lines))
+        files.write_whole(file, "".join(lines))
         print(f"{len(lines)} images with captions in {shown(file)}")
 
     # ---- asking
@@ -272,10 +272,3 @@ class _Progress:
 
     def close(self) -> None:
         self._bar.close()
-
-
-def _replace(file: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    other = file.with_name(f".{file.name}.partial-{os.getpid()}")
-    other.write_text(text, encoding="utf-8")
-    other.replace(file)

@@ -35,6 +35,7 @@ from metamorph_jax.sampling import WEIGHTS
 
 LAYERS = ("tower", "connector")
 FORMATS = ("safetensors", "arrayrecord")
+MOST = 4096  # views at a time, threads
 NAMED = 20  # images that are named on the terminal when they can't be used
 
 
@@ -120,8 +121,8 @@ def _check(args) -> None:
         raise UserError("--layer connector needs a trained one: --workdir or --checkpoint")
     if args.workdir and args.overrides:
         raise UserError("a --workdir has its own config")
-    if args.batch_size < 1 or args.threads < 1:
-        raise UserError("--batch-size and --threads must be at least 1")
+    if not (1 <= args.batch_size <= MOST and 1 <= args.threads <= MOST):
+        raise UserError(f"--batch-size and --threads must be at least 1, at most {MOST}")
 
 
 # ---- the model
@@ -301,7 +302,7 @@ class Folder:
             if meta.exists():
                 self._compare(files.read_json(meta))
             else:
-                _replace(meta, (json.dumps(self._meta, indent=1) + "\n").encode())
+                files.write_whole(meta, (json.dumps(self._meta, indent=1) + "\n").encode())
             self._read_index()
         except OSError as error:
             why = getattr(error, "strerror", None) or error
@@ -393,7 +394,7 @@ def _entry(name: str, seen: tuple[int, int]) -> dict:
 def _write_safetensors(path: pathlib.Path, arrays: dict[str, np.ndarray], about: dict) -> None:
     from safetensors.numpy import save
 
-    _replace(path, save(arrays, about))
+    files.write_whole(path, save(arrays, about))
 
 
 def _write_arrayrecord(path: pathlib.Path, arrays: dict[str, np.ndarray], about: dict) -> None:
@@ -406,10 +407,4 @@ def _write_arrayrecord(path: pathlib.Path, arrays: dict[str, np.ndarray], about:
     for name, features in arrays.items():
         writer.write(save({"features": features}, about | {"image": name}))
     writer.close()
-    partial.replace(path)
-
-
-def _replace(path: pathlib.Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(data)
     partial.replace(path)

@@ -195,13 +195,6 @@ def write_arrays(folder: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> list
     return [folder / name for name in arrays]
 
 
-def _replace(file: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    other = file.with_name(f".{file.name}.partial-{os.getpid()}")
-    other.write_text(text, encoding="utf-8")
-    other.replace(file)
-
-
 class Output:
     """The folder of results; what is in it already is not generated again.
 
@@ -258,10 +251,10 @@ class Output:
         """Makes the folder, and leaves only whole records in results.jsonl."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _replace(self._saved, json.dumps(self._settings, indent=1) + "\n")
+            files.write_whole(self._saved, json.dumps(self._settings, indent=1) + "\n")
             if self._file.is_file():
                 lines = [json.dumps(record) + "\n" for record in self._records.values()]
-                _replace(self._file, "".join(lines))
+                files.write_whole(self._file, "".join(lines))
         except (OSError, ValueError) as error:  # ValueError: of a name that is none
             why = getattr(error, "strerror", None) or error
             raise UserError(f"--out {files.shown(self.folder)} can't be written: {why}") from error
@@ -284,7 +277,7 @@ class Output:
     def finish(self, requests: Iterable[Request]) -> None:
         found = (self._records.get((r.id, r.sample)) for r in requests)
         records = [record for record in found if record is not None]
-        _replace(self.folder / "segments.json", json.dumps(records, indent=1) + "\n")
+        files.write_whole(self.folder / "segments.json", json.dumps(records, indent=1) + "\n")
 
 
 def _asked(request: Request) -> dict:

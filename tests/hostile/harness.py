@@ -183,7 +183,7 @@ def judge(found: Outcome, *, code: int | None = None, naming: object = "") -> Ou
     assert found.grown < BYTES, f"{found.grown / 2**20:.0f} MiB"
     assert not found.outside, found.outside
     if found.code:
-        errors = [line for line in found.err.splitlines() if re.match(r"metamorph( \w+)?: ", line)]
+        errors = [line for line in found.err.splitlines() if re.match(r"metamorph( \w+)*: ", line)]
         assert len(errors) == 1, found.err
         assert found.err.replace("\n", "").isprintable(), repr(found.err)
         assert str(naming) in found.err, (naming, found.err)

@@ -48,8 +48,9 @@ class Measures:
     statistics: str = ""
 
     def __post_init__(self):
-        if self.fid_size is not None and self.fid_size < 1:
-            raise ConfigError(f"fid_size must be a size in pixels or None, not {self.fid_size}")
+        if self.fid_size is not None and not 1 <= self.fid_size <= 4096:
+            raise ConfigError("fid_size must be a size in pixels or None, at most 4096, not "
+                              f"{self.fid_size}")  # fmt: skip
 
     @property
     def fid(self) -> str:

@@ -11,6 +11,7 @@ is the "feature distance" of that tower. The inception score is that of Salimans
 """
 
 import dataclasses
+import io
 import math
 import os
 import zipfile
@@ -113,8 +114,9 @@ def read_gaussian(path: str | os.PathLike, size: int | None = None) -> Gaussian:
 def write_gaussian(path: str | os.PathLike, gaussian: Gaussian, size: int | None = None) -> None:
     """Writes what `read_gaussian` and pytorch-fid read."""
     named = {"mu": gaussian.mean, "sigma": gaussian.covariance, "count": gaussian.count}
-    with open(path, "wb") as file:
-        np.savez(file, **named, size=size or 0)
+    data = io.BytesIO()
+    np.savez(data, **named, size=size or 0)
+    files.write_whole(path, data.getvalue())
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:

@@ -27,12 +27,13 @@ a task are the fields of its dataclass; `tasks.TASKS` gives it its name.
 
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from metamorph_jax import files
-from metamorph_jax.errors import ConfigError, MissingFile
+from metamorph_jax.errors import ConfigError, FileError, MissingFile
 
 # What prompts of many benchmarks end with, after a newline.
 SHORT = "Answer the question using a single word or phrase."
@@ -193,8 +194,23 @@ class Task:
     # ---- for tasks to use
 
     def path(self, *parts: str) -> str:
-        """A path under the root."""
-        return str(pathlib.Path(self.root, *parts))
+        """A path under the root.
+
+        Raises:
+            FileError: it would leave the root: official files name images, but only their own.
+        """
+        path = str(pathlib.Path(self.root, *parts))
+        if not self.holds(path):
+            raise FileError(f"task {self.name or type(self).__name__}: {files.shown(path)} is "
+                            "outside of the task's folder")  # fmt: skip
+        return path
+
+    def holds(self, path: str | pathlib.Path) -> bool:
+        """Whether a path, by its text alone, is in the root or in the folder of the option
+        `images`. A link there may point elsewhere."""
+        path = os.path.join(os.path.abspath(path), "")
+        folders = (self.root or ".", vars(self).get("images"))
+        return any(path.startswith(os.path.join(os.path.abspath(f), "")) for f in folders if f)
 
     def find(self, *names: str) -> str:
         """The first of these files or folders under the root that is there.
@@ -203,8 +219,9 @@ class Task:
             MissingFile: naming the file, the task, and where one gets it.
         """
         for name in names:
-            if pathlib.Path(self.path(name)).exists():
-                return self.path(name)
+            path = pathlib.Path(self.root, name)  # an option may name a file elsewhere
+            if path.exists():
+                return str(path)
         known = next(
             (f for f in self.files for n in names if f"{n}/".startswith(f"{f.path}/")), None
         )
@@ -255,7 +272,7 @@ def lettered(choices: Sequence[str], form: str = "{letter}. {text}") -> str:
 
 def write_json(path: pathlib.Path, value) -> pathlib.Path:
     """Writes a JSON file."""
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    files.write_whole(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
     return path
 
 

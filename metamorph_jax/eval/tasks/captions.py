@@ -100,7 +100,7 @@ class CocoCaption(Task):
             reading.required(row, where, "filename", "split", "sentences", key)
             if row["split"] == self.split:
                 place = pathlib.Path(row.get("filepath", folder), row["filename"])
-                given = [reading.required(sentence, where, "raw")["raw"]
+                given = [reading.required(sentence, where, texts=("raw",))["raw"]
                          for sentence in row["sentences"]]  # fmt: skip
                 yield row[key], self.picture(str(place)), given, {}
 
@@ -194,7 +194,7 @@ class NoCaps(CocoCaption):
         value = reading.required(reading.json_file(path, dict), path, "images")
         given: dict[int, list[str]] = {}
         for row in value.get("annotations", ()):
-            reading.required(row, f"{path}, an annotation", "image_id", "caption")
+            reading.required(row, f"{path}, an annotation", "image_id", texts=("caption",))
             given.setdefault(row["image_id"], []).append(row["caption"])
         for number, row in enumerate(value["images"]):
             reading.required(row, f"{path}, images[{number}]", "id", "file_name")
@@ -244,7 +244,7 @@ class Image2Paragraph(CocoCaption):
         path = self.find("paragraphs_v1.json")
         known = {}
         for number, row in enumerate(reading.json_file(path, list)):
-            reading.required(row, f"{path}[{number}]", "image_id", "url", "paragraph")
+            reading.required(row, f"{path}[{number}]", "image_id", texts=("url", "paragraph"))
             known[row["image_id"]] = row  # of an image that occurs twice, the last
         for key in dict.fromkeys(reading.json_file(self.find(f"{self.split}_split.json"), list)):
             row = known.get(key)

@@ -61,12 +61,12 @@ class ChartQA(Task):
         for part in _PARTS:
             path = self.find(f"{self.split}/{self.split}_{part}.json")
             for number, row in enumerate(reading.json_file(path, list)):
-                reading.required(row, f"{path}[{number}]", "imgname", "query", "label")
+                reading.required(row, f"{path}[{number}]", texts=("imgname", "query", "label"))
                 yield Question(
                     f"{part}/{number}",
                     PROMPTS[self.style].format(question=row["query"]),
                     (self.path(self.split, "png", row["imgname"]),),
-                    gold=str(row["label"]),
+                    gold=row["label"],
                     groups={"part": part},
                     more={"imgname": row["imgname"], "query": row["query"]},
                 )

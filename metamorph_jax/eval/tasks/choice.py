@@ -70,6 +70,12 @@ class MultipleChoice(Task):
             prompt: of the form "generate", where it isn't text, options and suffix, a line each.
             more, others: fields of `Question`.
         """
+        if wrong := [each for each in (text, *options) if not isinstance(each, str)]:
+            raise TypeError(f"question {id}: {wrong[0]!r} where a text should be")
+        letters = LETTERS[: len(options)]
+        gold = LETTERS[right] if type(right) is int else right
+        if gold is not None and (gold not in letters or len(gold) != 1):
+            raise ValueError(f"question {id}: {gold!r} is right, of the options {letters}")
         asked = f"{before}\n{text}" if before else text
         if prompt is None:
             prompt = f"{asked}\n{lettered(options)}\n{self.suffix}"
@@ -78,7 +84,7 @@ class MultipleChoice(Task):
             id,
             asked if choose else prompt,
             choices=tuple(options) if choose else (),
-            gold=LETTERS[right] if isinstance(right, int) else right,
+            gold=gold,
             more={**more, "options": list(options)},
             **others,
         )

@@ -79,8 +79,9 @@ class CaptionDrawing(Task):
     def __post_init__(self):
         if "{caption}" not in self.prompt:
             raise ConfigError(f"task {self.name}: prompt must have {{caption}}: {self.prompt!r}")
-        if self.candidates < 1 or self.count < 1:
-            raise ConfigError(f"task {self.name}: candidates and count must be at least 1")
+        if not (1 <= self.candidates <= 1000 and 1 <= self.count <= 10**6):
+            raise ConfigError(f"task {self.name}: expected candidates from 1 to 1,000, and count "
+                              "from 1 to 1,000,000")  # fmt: skip
         if self.candidates > 1 and not self.clip:
             raise ConfigError(f"task {self.name}: CLIP chooses among candidates: give clip=SPEC, "
                               "or candidates=1")  # fmt: skip
@@ -249,7 +250,7 @@ class LnCoco(CaptionDrawing):
 
     def captions(self) -> list[Caption]:
         path = self.find("coco_val_captions.jsonl", "coco_val_localized_narratives.jsonl")
-        rows = list(reading.json_lines(path, "image_id", "caption"))
+        rows = list(reading.json_lines(path, "image_id", texts=("caption",)))
         images = [str(row["image_id"]) for row in rows]
         chosen = np.arange(min(self.count, len(rows)))
         if self.oversample:

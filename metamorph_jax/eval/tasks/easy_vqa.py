@@ -12,6 +12,8 @@ from metamorph_jax.eval.tasks import reading
 from metamorph_jax.eval.tasks.base import File, Question, Task, by_group, mean, write_json
 from metamorph_jax.quickstart.data import question_type
 
+TEXTS = ("question", "answer")
+
 
 @dataclasses.dataclass(frozen=True)
 class EasyVQA(Task):
@@ -36,7 +38,7 @@ class EasyVQA(Task):
 
     def _rows(self, found: str):
         if found.endswith(".jsonl"):
-            for row in reading.json_lines(found, "id", "image", "question", "answer"):
+            for row in reading.json_lines(found, "id", "image", texts=TEXTS):
                 image = self.path("images", row["image"])
                 yield row["id"], row["question"], row["answer"], image
             return

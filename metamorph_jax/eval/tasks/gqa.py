@@ -56,8 +56,8 @@ class GQA(Task):
     def questions(self):
         path = self.find(f"{self.split}_questions.json")
         for key, row in reading.json_file(path, dict).items():
-            reading.required(row, f"{path}, question {key}", "question", "imageId", "answer",
-                             "types", "groups")  # fmt: skip
+            reading.required(row, f"{path}, question {key}", "imageId", "types", "groups",
+                             texts=("question", "answer"))  # fmt: skip
             reading.required(row["types"], f"{path}, types of {key}", "structural", "semantic")
             reading.required(row["groups"], f"{path}, groups of {key}", "global")
             types = {kind: row["types"][kind] for kind in ("structural", "semantic")}

@@ -55,8 +55,8 @@ class JudgedDrawing(Task):
     def __post_init__(self):
         if "{prompt}" not in self.prompt:
             raise ConfigError(f"task {self.name}: prompt must have {{prompt}}: {self.prompt!r}")
-        if self.samples < 1:
-            raise ConfigError(f"task {self.name}: samples must be at least 1")
+        if not 1 <= self.samples <= 1000:
+            raise ConfigError(f"task {self.name}: samples={self.samples}, expected 1 to 1000")
 
     def asked(self, unit: str, text: str, **fields) -> Iterable[Question]:
         """The questions of one prompt."""
@@ -155,6 +155,8 @@ class Dpg(JudgedDrawing):
     def __post_init__(self):
         super().__post_init__()
         one_of(self, mode=dpg.MODES, samples=range(1, 5))  # a grid holds four
+        if not 1 <= self.resolution <= 4096:
+            raise ConfigError(f"task {self.name}: resolution={self.resolution}, expected 1 to 4096")
 
     @cached_property
     def _items(self) -> dict[str, dpg.Item]:

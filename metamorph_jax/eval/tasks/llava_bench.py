@@ -74,17 +74,18 @@ class LLaVABenchCOCO(Task):
     def context(self, row: dict) -> str:
         """What the judge is told of an image."""
         reading.required(row, self._contexts, "captions", "instances")
+        reading.text_list(row["captions"], f"{self._contexts}, captions")
         boxes = "\n".join(f"{one['category']}: {one['bbox']}" for one in row["instances"])
         return "\n".join(row["captions"]) + f"\n\n{boxes}"
 
     def questions(self):
-        references = self._by("question_id", self._references, "text")
+        references = self._by("question_id", self._references, texts=("text",))
         contexts = self._by("image", self._contexts)
         rules = reading.json_file(self.find("rule.json"), dict)
         for category, rule in rules.items():
-            reading.required(rule, f"{self.path('rule.json')}, {category}", "prompt")
+            reading.required(rule, f"{self.path('rule.json')}, {category}", texts=("prompt",))
         path = self.find(self._questions)
-        for row in reading.json_lines(path, "question_id", "image", "text", "category"):
+        for row in reading.json_lines(path, "question_id", texts=("image", "text", "category")):
             category = self._prefix + row["category"]
             for what, table, key in (
                 (self._references, references, row["question_id"]),
@@ -105,9 +106,9 @@ class LLaVABenchCOCO(Task):
                       "rule": rules[category], "reference_id": reference.get("answer_id", "")},
             )  # fmt: skip
 
-    def _by(self, key: str, name: str, *columns: str) -> dict:
+    def _by(self, key: str, name: str, texts=()) -> dict:
         path = self.find(name)
-        return {row[key]: row for row in reading.json_lines(path, key, *columns)}
+        return {row[key]: row for row in reading.json_lines(path, key, texts=texts)}
 
     def record(self, question: Question, answer: Answer) -> Record:
         return {"score": None}

@@ -73,8 +73,9 @@ class MMVet(Task):
             files.regular(self.grader)  # now, not after the last answer
         path = self.find("mm-vet.json")
         for key, row in reading.json_file(path, dict).items():
-            reading.required(row, f"{path}, {key}", "imagename", "question", "answer",
-                             "capability")  # fmt: skip
+            reading.required(row, f"{path}, {key}", "capability",
+                             texts=("imagename", "question", "answer"))  # fmt: skip
+            reading.text_list(row["capability"], f"{path}, {key}, capability")
             yield Question(
                 key,
                 THINK * self.think + row["question"],

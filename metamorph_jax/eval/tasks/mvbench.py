@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import io
 import os
-import pathlib
 import re
 from collections.abc import Callable, Sequence
 from typing import ClassVar
@@ -86,8 +85,9 @@ class MVBench(Task):
         if unknown:
             raise ConfigError(f"task {self.name or 'mvbench'}: only={'+'.join(sorted(unknown))}, "
                               f"expected some of {', '.join(FOLDERS)}")  # fmt: skip
-        if self.frames < 1:
-            raise ConfigError(f"task {self.name or 'mvbench'}: frames={self.frames}, at least 1")
+        if not 1 <= self.frames <= 1000:
+            raise ConfigError(f"task {self.name or 'mvbench'}: frames={self.frames}, expected 1 to "
+                              "1000")  # fmt: skip
 
     def questions(self):
         self.find("json")
@@ -95,16 +95,19 @@ class MVBench(Task):
             path = self.find(f"json/{kind}.json")
             for number, row in enumerate(reading.json_file(path, list)):
                 where = f"{path}[{number}]"
-                reading.required(row, where, "video", "question", "candidates", "answer")
+                reading.required(row, where, "candidates", texts=("video", "question", "answer"))
                 yield self._question(kind, number, row, where)
 
     def _question(self, kind: str, number: int, row: dict, where: str) -> Question:
-        choices = row["candidates"]
+        choices = reading.text_list(row["candidates"], files.shown(where))
         if row["answer"] not in choices:
             raise FileError(f"{files.shown(where)}: the answer is none of the candidates")
         right = max(k for k, text in enumerate(choices) if text == row["answer"])  # as officially
-        path = pathlib.Path(self.path("video", FOLDERS[kind], row["video"]))
-        clip = Clip(str(path), row.get("start"), row.get("end"), self.frames)
+        bounds = [row.get(key) for key in ("start", "end")]
+        if not all(b is None or (isinstance(b, int | float) and 0 <= b < 1e6) for b in bounds):
+            raise FileError(f"{files.shown(where)}: start and end are seconds, not {bounds}")
+        path = self.path("video", FOLDERS[kind], row["video"])
+        clip = Clip(path, *bounds, self.frames)
         options = lettered(choices, "({letter}) {text}")
         return Question(
             f"{kind}/{number}",

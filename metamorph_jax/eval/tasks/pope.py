@@ -51,7 +51,7 @@ class Pope(Task):
     def questions(self):
         for setting in SETTINGS if self.setting == "all" else (self.setting,):
             path = self.find(f"coco_pope_{setting}.json")
-            for row in reading.json_lines(path, "question_id", "image", "text", "label"):
+            for row in reading.json_lines(path, "question_id", "image", texts=("text", "label")):
                 image = f"{self.images or self.path('val2014')}/{row['image']}"
                 yield Question(
                     f"{setting}/{row['question_id']}", f"{row['text']}\n{SHORT}", (image,),

@@ -5,7 +5,7 @@ import binascii
 import csv
 import io
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,20 +21,36 @@ def json_file(path: str, kind: type | None = None, what: str = "") -> Any:
     return files.read_json(path, kind, what=what, max_bytes=MAX_BYTES)
 
 
-def json_lines(path: str, *keys: str) -> Iterator[dict]:
-    """The objects of a file of JSON lines; FileError where one lacks one of these keys."""
+def json_lines(path: str, *keys: str, texts: Sequence[str] = ()) -> Iterator[dict]:
+    """The objects of a file of JSON lines, each with these keys; see `required`."""
     for number, line in files.lines(path, MAX_LINE):
         if line.strip():
             where = f"{files.shown(path)}, line {number}"
-            yield required(files.parse(line, where, dict), where, *keys)
+            yield required(files.parse(line, where, dict), where, *keys, texts=texts)
 
 
-def required(row: dict, where: str, *keys: str) -> dict:
-    """The row, if it has these keys."""
-    absent = [key for key in keys if key not in row]
+def required(row: dict, where: str, *keys: str, texts: Sequence[str] = ()) -> dict:
+    """The row, if it is an object with these keys, and with these that hold text.
+
+    Raises:
+        FileError: it isn't.
+    """
+    if not isinstance(row, dict):
+        raise FileError(f"{where}: {files.shown(repr(row), 60)}, expected an object")
+    absent = [key for key in (*keys, *texts) if key not in row]
     if absent:
         raise FileError(f"{where}: no {', '.join(absent)}; it has {files.shown(', '.join(row))}")
+    text_list([row[key] for key in texts], f"{where}, {', '.join(texts)}")
     return row
+
+
+def text_list(value, where: str) -> list[str]:
+    """The value, if it is a list of texts; FileError if it isn't."""
+    if not isinstance(value, list):
+        raise FileError(f"{where}: {files.shown(repr(value), 60)}, expected a list of texts")
+    if wrong := [text for text in value if not isinstance(text, str)]:
+        raise FileError(f"{where}: {files.shown(repr(wrong[0]), 60)}, expected text")
+    return value
 
 
 def table(path: str, *columns: str) -> Iterator[dict[str, str]]:

@@ -51,7 +51,8 @@ class RealWorldQA(Task):
                 yield from reading.parquet(str(path), "image", "question", "answer")
             return
         for k, row in enumerate(reading.json_file(found, list)):
-            yield reading.required(row, f"{found}, record {k}", "image", "question", "answer")
+            texts = ("image", "question", "answer")
+            yield reading.required(row, f"{found}, record {k}", texts=texts)
 
     def record(self, question, answer):
         gold, reply, options = question.gold, answer.text, question.more["options"]

@@ -81,7 +81,8 @@ class RefCOCO(Task):
         places = self.find("instances.json")
         instances = reading.json_file(places, dict)
         reading.required(instances, files.shown(places), "images", "annotations")
-        sizes = {row["id"]: [row["width"], row["height"]] for row in instances["images"]}
+        sizes = {row["id"]: [float(row["width"]), float(row["height"])]
+                 for row in instances["images"]}  # fmt: skip
         found = {row["id"]: row["bbox"] for row in instances["annotations"]}
         folder = pathlib.Path(self.images or self.path("train2014"))
         for ref in refs:
@@ -90,6 +91,8 @@ class RefCOCO(Task):
                                 f"{ref['image_id']}")  # fmt: skip
             x, y, width, height = found[ref["ann_id"]]
             for sentence in ref["sentences"]:
+                reading.required(sentence, f"{files.shown(path)}, a sentence", "sent_id",
+                                 texts=("sent",))  # fmt: skip
                 yield Question(
                     str(sentence["sent_id"]),
                     PROMPT.format(text=sentence["sent"]),

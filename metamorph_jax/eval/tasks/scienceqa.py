@@ -88,8 +88,12 @@ class ScienceQA(Task):
             table = reading.json_file(self.find(self.gpt4), dict)
             other = reading.required(table, self.gpt4, "outputs")["outputs"]
         for id in splits[self.split]:
-            row = reading.required(problems.get(id, {}), f"{path}, problem {id}", "question",
-                                   "choices", "answer")  # fmt: skip
+            where = f"{path}, problem {id}"
+            row = reading.required(problems.get(id, {}), where, "choices", "answer",
+                                   texts=("question",))  # fmt: skip
+            choices = reading.text_list(row["choices"], where)
+            if type(row["answer"]) is not int or row["answer"] not in range(len(choices)):
+                raise FileError(f"{where}: the answer is none of the choices")
             image = row.get("image")
             kept = {"problem": {k: row.get(k) for k in ("question", "choices", "answer", "hint")}}
             if self.gpt4:

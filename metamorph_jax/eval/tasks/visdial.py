@@ -65,9 +65,11 @@ class VisDial(Task):
         path = self.find(f"visdial_1.0_{self.split}.json")
         data = reading.required(reading.json_file(path, dict), path, "data")["data"]
         reading.required(data, f"{path}, data", "questions", "answers", "dialogs")
+        for key in ("questions", "answers"):
+            reading.text_list(data[key], f"{path}, {key}")
         dense = self._dense() if self.split == "val" else {}
         for row in data["dialogs"]:
-            reading.required(row, f"{path}, a dialog", "image_id", "caption", "dialog")
+            reading.required(row, f"{path}, a dialog", "image_id", "dialog", texts=("caption",))
             for number in self._rounds(row, dense):
                 yield self._question(data, row, number, dense.get(row["image_id"]))
 

@@ -132,7 +132,8 @@ class VQAv2(_Soft):
         return not self.split.startswith("test")
 
     def questions(self):
-        rows = self._read(self._questions, "questions", "question_id", "image_id", "question")
+        rows = self._read(self._questions, "questions", "question_id", "image_id",
+                          texts=("question",))  # fmt: skip
         truth = {}
         if self.public:
             keys = ("question_id", "answers", "question_type", "answer_type")
@@ -164,10 +165,10 @@ class VQAv2(_Soft):
     def _file(self, name: str) -> str:
         return self.find(name.format(split=self.split))
 
-    def _read(self, name: str, key: str, *columns: str) -> list[dict]:
+    def _read(self, name: str, key: str, *columns: str, texts: Sequence[str] = ()) -> list[dict]:
         path = self._file(name)
         rows = reading.required(reading.json_file(path, dict), path, key)[key]
-        return [reading.required(row, f"{path}, {key}[{i}]", *columns)
+        return [reading.required(row, f"{path}, {key}[{i}]", *columns, texts=texts)
                 for i, row in enumerate(rows)]  # fmt: skip
 
     def answered(self, reply: str) -> str:
@@ -233,7 +234,10 @@ class OKVQA(VQAv2):
 
 def _texts(answers: Sequence[dict], where: str, key: str = "answer") -> list[str]:
     """The texts of a question's human answers."""
-    return [reading.required(answer, f"{where}, an answer", key)[key] for answer in answers]
+    found = [reading.required(a, f"{where}, an answer", texts=(key,))[key] for a in answers]
+    if not found:
+        raise FileError(f"{where}: no answers")
+    return found
 
 
 def first_words(reply: str) -> str:
@@ -278,17 +282,18 @@ class VizWiz(_Soft):
     def _rows(self) -> list[dict]:
         path = self.find(f"{self.split}.json")
         rows = reading.json_file(path, list)
-        return [reading.required(row, f"{path}[{i}]", "image", "question")
+        return [reading.required(row, f"{path}[{i}]", texts=("image", "question"))
                 for i, row in enumerate(rows)]  # fmt: skip
 
     def questions(self):
         for row in self._rows():
-            given = row.get("answers")
+            where = f"{self.split}.json, {row['image']}"
+            given = _texts(row["answers"], where) if "answers" in row else None
             yield Question(
                 row["image"],
                 PROMPTS[self.style].format(question=row["question"]),
                 (self.path(self.split, row["image"]),),
-                gold=given and _texts(given, f"{self.split}.json, {row['image']}"),
+                gold=given,
                 groups={"answer_type": row["answer_type"]} if "answer_type" in row else {},
             )
 
@@ -334,13 +339,15 @@ class TextVQA(_Soft):
     def _rows(self) -> list[dict]:
         path = self.find(f"TextVQA_0.5.1_{self.split}.json")
         rows = reading.required(reading.json_file(path, dict), path, "data")["data"]
-        return [reading.required(row, f"{path}, data[{i}]", "question_id", "image_id", "question")
-                for i, row in enumerate(rows)]  # fmt: skip
+        return [reading.required(row, f"{path}, data[{i}]", "question_id", "image_id",
+                                 texts=("question",)) for i, row in enumerate(rows)]  # fmt: skip
 
     def questions(self):
         folder = "test_images" if self.split == "test" else "train_images"
         prompt = self._prompts()
         for row in self._rows():
+            if "answers" in row:
+                reading.text_list(row["answers"], f"TextVQA, question {row['question_id']}")
             yield Question(
                 str(row["question_id"]),
                 prompt(row),

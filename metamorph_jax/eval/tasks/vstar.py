@@ -54,7 +54,8 @@ class VStar(MultipleChoice):
         for kind in KINDS:
             for file in sorted(pathlib.Path(self.path(kind)).glob("*.json")):
                 row = reading.json_file(str(file), dict)
-                reading.required(row, str(file), "question", "options")
+                reading.required(row, str(file), "options", texts=("question",))
+                reading.text_list(row["options"], f"{file}, options")
                 order = sorted(range(len(row["options"])), key=lambda k: _draw(file.name, k))
                 images = [p for p in sorted(file.parent.glob(f"{file.stem}.*")) if p != file]
                 yield self.ask(

@@ -24,11 +24,13 @@ from collections.abc import Iterable, Mapping
 
 from metamorph_jax import files
 from metamorph_jax.data.sources.base import IMAGE
-from metamorph_jax.errors import UserError
+from metamorph_jax.errors import FileError, UserError
+from metamorph_jax.files import shown
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ASKED = ("QCM", "CQM")
 ANSWERED = ("A", "LEA", "ALE", "LEPA")
+MAX_BYTES = 2**30  # of problems.json, which has some 30 MB
 FORMATS = tuple(f"{asked}-{answered}" for asked in ASKED for answered in ANSWERED)
 
 
@@ -49,13 +51,21 @@ def rows(problems: Mapping[str, Mapping], pids: Iterable[str], format: str) -> l
     for pid in pids:
         try:
             made.append(_row(pid, problems[pid], *format.split("-")))
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
-            what = f"{type(error).__name__}: {error}"
-            raise UserError(f"problems.json: problem {pid!r} can't be read ({what})") from error
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            what = f"{type(error).__name__}: {shown(error)}"
+            raise UserError(
+                f"problems.json: problem {shown(repr(pid), 60)} can't be read ({what})"
+            ) from error
     return made
 
 
 def _row(pid: str, problem: Mapping, asked: str, answered: str) -> dict:
+    choices, right = problem["choices"], problem["answer"]
+    if not isinstance(choices, list) or type(right) is not int or right not in range(len(choices)):
+        raise ValueError("choices must be a list, and answer the number of one of them")
+    texts = [*(problem[key] for key in ("question", "hint", "lecture", "solution")), *choices]
+    if not all(isinstance(text, str) for text in [*texts, pid, problem["image"] or ""]):
+        raise TypeError("question, hint, choices, lecture, solution and image must be text")
     question, answer = _asked(problem, asked), _answered(problem, answered)
     if problem["image"]:
         human = f"{question}\n{IMAGE}"
@@ -79,7 +89,7 @@ def _asked(problem: Mapping, order: str) -> str:
 def _answered(problem: Mapping, order: str) -> str:
     # A line break counts as text while blanks are collapsed.
     lecture, solution = (problem[key].replace("\n", "\\n") for key in ("lecture", "solution"))
-    letter = LETTERS[: len(problem["choices"])][problem["answer"]]
+    letter = LETTERS[problem["answer"]]
     answer = f"The answer is {letter}."
     if order == "LEPA":
         parts = [f"LECTURE: {lecture}\n"] if lecture.strip() else []
@@ -108,18 +118,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=pathlib.Path, required=True)
     args = parser.parse_args(argv)
     try:
-        splits = files.read_json(args.folder / "pid_splits.json", dict)
-        if args.split not in splits:
-            raise UserError(f"--split {args.split!r} is none of {', '.join(splits)}")
-        problems = files.read_json(args.folder / "problems.json", dict)
-        made = rows(problems, splits[args.split], args.format)
-        args.out.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n")
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        made = rows(*_read(args.folder, args.split), args.format)
+        files.write_whole(args.out, json.dumps(made, indent=1, ensure_ascii=False) + "\n")
+    except UserError as error:
+        print(f"scienceqa: {files.escape(str(error))}", file=sys.stderr)
+        return error.code
     images = sum("image" in row for row in made)
     print(f"{len(made)} rows, {images} with an image, in {args.out}")
     return 0
+
+
+def _read(folder: pathlib.Path, split: str) -> tuple[dict, list]:
+    """(problems, ids of a split)."""
+    splits = files.read_json(folder / "pid_splits.json", dict)
+    if split not in splits:
+        raise UserError(f"--split {shown(split)} is none of {shown(', '.join(splits))}")
+    if not isinstance(splits[split], list):
+        raise FileError(f"{shown(folder / 'pid_splits.json')}: {shown(split)} is not a list of ids")
+    return files.read_json(folder / "problems.json", dict, max_bytes=MAX_BYTES), splits[split]
 
 
 if __name__ == "__main__":

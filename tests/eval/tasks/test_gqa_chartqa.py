@@ -41,7 +41,7 @@ def test_gqa(tmp_path):
 
 def test_gqa_names_a_question_that_lacks_a_field(tmp_path):
     put(tmp_path / "gqa", {"testdev_balanced_questions.json": {"7": {"question": "?"}}})
-    with pytest.raises(FileError, match="question 7: no imageId, answer, types, groups"):
+    with pytest.raises(FileError, match="question 7: no imageId, types, groups, answer"):
         list(tasks.make("gqa", tmp_path).questions())
 
 

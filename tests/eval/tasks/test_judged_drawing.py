@@ -154,7 +154,7 @@ def test_results_name_how_images_were_drawn(root, painter, tmp_path, monkeypatch
 def test_what_can_t_be_asked_for(root, tmp_path):
     for spec, message in (
         ("geneval:prompt=draw", "prompt must have {prompt}"),
-        ("geneval:samples=0", "at least 1"),
+        ("geneval:samples=0", "expected 1 to 1000"),
         ("dpg:samples=5", "samples=5, expected one of 1, 2, 3, 4"),
         ("dpg:mode=kind", "mode=kind, expected one of strict, official"),
     ):
