@@ -203,9 +203,6 @@ def comparable_metric(runs: Sequence[Run]) -> str:
     """
     if not any(key.split(".")[0] in ("model", "recipe", "stage") for r in runs for key in r.values):
         return "loss"
-    import jax
-
-    jax.config.update("jax_platforms", "cpu")  # a TPU belongs to the runs
     found: dict[str, set[float | None]] = {}
     weights = [_loss_weights(run.table) for run in runs]
     for name in sorted({name for one in weights for name in one}):
@@ -220,12 +217,43 @@ def comparable_metric(runs: Sequence[Run]) -> str:
     )
 
 
+def check_metric(metric: str, runs: Sequence[Run]) -> None:
+    """Looks at a metric before anything is run; names that only a run tells are let through.
+
+    Prints that the model has no loss of this name; it may have a metric that is called so.
+
+    Raises:
+        ConfigError: it is of an evaluation that no run has, or that has no numbers.
+    """
+    name = metric
+    if metric.startswith("evals."):
+        evaluation, _, name = metric.removeprefix("evals.").partition(".")
+        kinds = {one["name"]: one["kind"] for run in runs for one in run.table["evals"]}
+        found = [f"evals.{key}.METRIC" for key, kind in kinds.items() if kind != "samples"]
+        if f"evals.{evaluation}.METRIC" not in found or not name:
+            raise ConfigError(
+                f"--metric={files.shown(metric)}: no run has such an evaluation; there are "
+                f"{', '.join(map(files.shown, found)) or 'none'}"
+            )
+        if kinds[evaluation] != "loss":
+            return
+    name = name.partition("/")[0]
+    if name.endswith("_loss"):
+        losses = [f"{loss}_loss" for run in runs[:1] for loss in _loss_weights(run.table)]
+        if losses and name not in losses:
+            print(f"--metric={files.shown(metric)}: the model's losses are {', '.join(losses)}; "
+                  "if no run has this metric, the sweep ends without a table",
+                  file=sys.stderr, flush=True)  # fmt: skip
+
+
 def _loss_weights(table: dict) -> dict[str, float]:
     """Of the model of a run, which is not made."""
+    import jax
     from flax import nnx
 
     from metamorph_jax.train.config import resolve
 
+    jax.config.update("jax_platforms", "cpu")  # a TPU belongs to the runs
     run = resolve(table)
     return dict(nnx.eval_shape(lambda: run.recipe.create(run.model, nnx.Rngs(0))).loss_weights)
 
@@ -255,6 +283,7 @@ def run(args) -> int:
     metric = comparable_metric(runs) if args.metric is None else args.metric
     results = Results(workdir, runs, metric, args.best)
     if not args.table:
+        check_metric(metric, runs)
         todo = [r for r in runs if states[r.folder] != "finished"]
         with _writing(workdir):
             code = _run_all(todo, command, results.attempt)

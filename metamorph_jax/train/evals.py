@@ -35,6 +35,7 @@ from metamorph_jax.recipe import Shard, Shown
 from metamorph_jax.train import checkpoint, shards
 from metamorph_jax.train.config import EvalConfig, Run
 from metamorph_jax.train.optim import Params
+from metamorph_jax.train.skipped import Skipped, summary
 from metamorph_jax.train.state import Parts, TrainState
 from metamorph_jax.train.step import losses
 
@@ -63,6 +64,7 @@ class Evaluations:
     Attributes:
         last: newest value of every metric.
         shown: name of an evaluation -> what it showed when it ran last.
+        messages: for the log, about the last call of `run`.
 
     Raises:
         ConfigError: a task or an option of the data doesn't exist.
@@ -70,12 +72,15 @@ class Evaluations:
 
     def __init__(self, run: Run, parts: Parts, mesh: Mesh, mine: np.ndarray, data_shards: int):
         self._steps, self.last = run.cfg.steps, {}
+        self.messages: list[str] = []
         self.shown: dict[str, Sequence[Shown]] = {}
         self._every = {one.name: one.every for one in run.cfg.evals}
         self._evals = {}
         for one in run.cfg.evals:
             if one.kind == "loss":
-                self._evals[one.name] = HeldOutLoss(one, run, parts, mesh, mine, data_shards)
+                self._evals[one.name] = HeldOutLoss(
+                    one, run, parts, mesh, mine, data_shards, self.messages.append
+                )
             else:
                 kind = TaskScores if one.kind == "task" else Samples
                 self._evals[one.name] = kind(one, run, parts)
@@ -87,8 +92,8 @@ class Evaluations:
 
     def run(self, names: list[str], state: TrainState, frozen: Params) -> dict[str, float]:
         """ "evals.NAME.METRIC" -> value, the same on every process."""
-        found = {}
-        self.shown = {}
+        found, self.shown = {}, {}
+        self.messages.clear()
         for name in names:
             one = self._evals[name]
             for metric, value in one(state, frozen).items():
@@ -104,9 +109,15 @@ class Evaluations:
 
 
 class HeldOutLoss:
-    """The losses and metrics of training on held-out data; arguments as of `Evaluations`."""
+    """The losses and metrics of training on held-out data.
 
-    def __init__(self, cfg: EvalConfig, run: Run, parts: Parts, mesh, mine, data_shards: int):
+    Args:
+        say: is told what of the data is skipped, once for the same counts.
+
+    The others are those of `Evaluations`.
+    """
+
+    def __init__(self, cfg: EvalConfig, run: Run, parts: Parts, mesh, mine, data_shards: int, say):
         self._cfg, self._parts, self._mesh, self._rows = cfg, parts, mesh, run.cfg.batch_size
         self._key = jax.random.key(run.cfg.seed + 2)
         where = f"config.evals.{cfg.name}.data"
@@ -116,22 +127,29 @@ class HeldOutLoss:
             return run.recipe.open_data(data, run.model, shard)
 
         self._data = shards.open_shards(open_shard, data_shards, self._rows, mine)
+        self._skipped = Skipped(self._data, say, f"data of config.evals.{cfg.name}")
         self._begin = self._data.get_state()
         measure = partial(losses, parts, run.cfg.accumulate)
         self._measure = jax.jit(measure, out_shardings=sharding.replicated(mesh))
 
     def __call__(self, state: TrainState, frozen: Params) -> dict[str, float]:
-        """ "loss", "NAME_loss" of each loss, and the metrics, those of each source among them."""
+        """ "loss", "NAME_loss" of each loss, and the metrics, those of each source among them;
+        "data/SOURCE/REASON" are the numbers of samples that were skipped or cut."""
         params, weights = parameters(self._cfg, state), self._parts.loss_weights
         means, metrics = Sums(), Sums()
         for sums, counts, found in self._batches(params, frozen):
             means.add({name: (sums[name], counts[name]) for name in sums})
             metrics.add(found)
+        skipped = self._skipped.report()
         if not means:
-            raise ConfigError(f"config.evals.{self._cfg.name}.data: no batch has a target")
+            raise ConfigError(
+                f"config.evals.{self._cfg.name}.data: no batch has a target "
+                f"({summary(self._skipped.counts())})"
+            )
         loss = sum(weights[name] * n / max(d, 1.0) for name, (n, d) in means.items())
         pairs = {f"{name}_loss": pair for name, pair in means.items()} | metrics
-        return {"loss": float(loss)} | {k: float(n / d) for k, (n, d) in pairs.items() if d > 0}
+        found = {k: float(n / d) for k, (n, d) in pairs.items() if d > 0}
+        return {"loss": float(loss)} | found | skipped
 
     def _batches(self, params: Params, frozen: Params):
         """(sums, counts, metrics) of each batch, numpy; the same batches every time."""

@@ -491,6 +491,8 @@ class Loop:
             return None
         clock = time.perf_counter()
         values = self.evals.run(names, self.state, self.start.frozen)
+        for message in self.evals.messages:
+            self.log.say(message)
         self.log.evaluated(step, values, time.perf_counter() - clock)
         self.log.show(step, self.evals.shown)
         return self.saving.best.better(step, values)

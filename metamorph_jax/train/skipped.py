@@ -15,10 +15,11 @@ class Skipped:
     Args:
         data: of this process.
         say: prints a line.
+        what: the counts are of, in this line.
     """
 
-    def __init__(self, data: DataShards, say: Callable[[str], None]):
-        self._data, self._say = data, say
+    def __init__(self, data: DataShards, say: Callable[[str], None], what: str = "data so far"):
+        self._data, self._say, self._what = data, say, what
         self._last: dict[str, int] = {}
 
     def report(self) -> dict[str, float]:
@@ -26,7 +27,7 @@ class Skipped:
         counts = self.counts()
         if counts != self._last:
             self._last = counts
-            self._say(f"data so far: {summary(counts)}")
+            self._say(f"{self._what}: {summary(counts)}")
         return {f"data/{name}": float(n) for name, n in sorted(counts.items())}
 
     def counts(self) -> dict[str, int]:

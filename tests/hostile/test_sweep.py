@@ -8,8 +8,11 @@ import shutil
 import pytest
 
 from metamorph_jax.sweep import table
+from metamorph_jax.sweep.command import Run, check_metric
+from metamorph_jax.train.config import resolve
 from tests.hostile import harness
 from tests.sweep import toy
+from tests.train.test_loop import config
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -27,7 +30,6 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     (tmp_path / "c.py").write_text(FILE.replace("SWEEP", SWEEP))
     from metamorph_jax.config import load_config
-    from metamorph_jax.train.config import resolve
 
     run = tmp_path / "runs" / FIRST
     (run / "final").mkdir(parents=True)
@@ -199,6 +201,29 @@ def test_state(folder, last, ended, state):
 def test_a_wrong_metric(folder, metric):
     found = sweep(folder, "--table", f"--metric={metric}", code=2, naming="loss, text_loss")
     assert not (folder / "runs/sweep.md").exists() and "| run |" not in found.out
+
+
+@pytest.mark.parametrize("metric", ["evals.none.loss", "evals.held", "evals..", "evals.seen.loss"])
+def test_an_evaluation_that_no_run_has(metric, folder):
+    """Named before anything is run."""
+    evals = "evals=dict(held={}, seen=dict(kind='samples'), task=dict(kind='task', task='a.b:C'))"
+    text = (folder / "c.py").read_text().replace("steps=", f"{evals}, steps=", 1)
+    (folder / "c.py").write_text(text)
+    more = ["--workdir=new", f"--metric={metric}"]
+    found = sweep(folder, *more, code=2, naming="no run has such an evaluation")
+    assert "there are evals.held.METRIC, evals.task.METRIC" in found.err
+    assert not (folder / "new").exists()
+
+
+def test_a_loss_that_the_model_does_not_have(capsys):
+    evals = {"held": {}, "task": {"kind": "task", "task": "a.b:C"}}
+    runs = [Run(pathlib.Path("r"), {}, resolve(config(evals=evals)).table)]
+    for metric in ("vision_loss", "evals.held.vision_loss/main"):
+        check_metric(metric, runs)
+        assert "the model's losses are text_loss, visual_loss" in capsys.readouterr().err
+    for metric in ("visual_loss/good", "loss", "grad_norm", "evals.held.loss", "evals.task.x_loss"):
+        check_metric(metric, runs)
+        assert not capsys.readouterr().err
 
 
 def test_a_swept_weight_of_a_loss(folder):

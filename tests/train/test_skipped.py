@@ -29,13 +29,18 @@ def test_counts_of_all_data_shards_are_added(monkeypatch):
 
 def test_counts_are_logged_and_in_the_metrics(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(toy.Stream, "skipped", {"good/missing": 10, "good/cut": 3})
-    loop.train(config(data={"end": 3}), tmp_path / "w")
+    heldout = {"every": 2, "data": {"seed": 7}, "batches": 1}
+    loop.train(config(data={"end": 3}, evals={"heldout": heldout}), tmp_path / "w")
     out = capsys.readouterr().out
     said = " ".join(out.split())  # lines are wrapped
     assert out.count("data so far: skipped 10: good/missing 10; used, though good/cut 3") == 1
     assert "the data ended after 3 of 6 steps" in said
     assert "(skipped 10: good/missing 10;" in said
-    assert all(line["data/good/missing"] == 10 for line in lines(tmp_path / "w"))
+    held_out = [line for line in lines(tmp_path / "w") if "evals.heldout.loss" in line]
+    steps = [line for line in lines(tmp_path / "w") if line not in held_out]
+    assert len(steps) == 3 and all(line["data/good/missing"] == 10 for line in steps)
+    assert len(held_out) == 2 and all(x["evals.heldout.data/good/cut"] == 3 for x in held_out)
+    assert said.count("data of config.evals.heldout: skipped 10: good/missing 10; used") == 1
     step = next(line for line in out.splitlines() if line.startswith("step 2/6"))
     assert "missing" not in step
 
