@@ -19,6 +19,7 @@ from metamorph_jax.convert.vit import load_vit
 from metamorph_jax.data.config import ImageConfig, InputSpec
 from metamorph_jax.data.images import Preprocess, preprocess_from_hf
 from metamorph_jax.data.views import Single
+from metamorph_jax.errors import ConfigError
 from metamorph_jax.models.build import build
 from metamorph_jax.models.vision.encoder import VisionConfig, VisionEncoder
 
@@ -89,6 +90,20 @@ def preprocessing(cfg: VisionConfig) -> Preprocess:
             _say(f"config.model.vision.tower_options.{name} {value} takes the place of "
                  f"{getattr(found, name)} in {cfg.weights}")  # fmt: skip
     return dataclasses.replace(found, **stated)
+
+
+def check_cache(folder: str, trained: bool) -> None:
+    """Raises ConfigError if features of a tower that is trained are to be cached.
+
+    Args:
+        folder: of the feature cache, "" for none.
+        trained: whether the tower is.
+    """
+    if folder and trained:
+        raise ConfigError(
+            "config.model.train_tower has no use for config.data.cache.features, which holds what "
+            'a frozen tower gives: set the folder to ""'
+        )
 
 
 def report_changes(images: ImageConfig, cfg: VisionConfig) -> None:

@@ -106,11 +106,7 @@ def open_data(data: DataConfig, cfg: Config, shard: Shard) -> PackedIterator:
     Raises:
         ConfigError: features of a tower that is trained are to be cached.
     """
-    if data.cache.features and cfg.train_tower:
-        raise ConfigError(
-            "config.model.train_tower has no use for config.data.cache.features, which holds what "
-            'a frozen tower gives: set the folder to ""'
-        )
+    vision.check_cache(data.cache.features, cfg.train_tower)
     spec, sources = input_spec(cfg), pipeline.open_sources(data, KINDS)
     if data.cache.features and spec.tower:
         load = functools.partial(load_tower, cfg)

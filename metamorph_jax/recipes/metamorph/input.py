@@ -54,7 +54,12 @@ def input_spec(cfg: Config, read: bool = True) -> InputSpec:
 
 
 def open_data(data: DataConfig, cfg: Config, shard: Shard) -> PackedIterator:
-    """The batches of one shard; the feature cache is filled first with what is missing in it."""
+    """The batches of one shard; the feature cache is filled first with what is missing in it.
+
+    Raises:
+        ConfigError: features of a tower that is trained are to be cached.
+    """
+    vision.check_cache(data.cache.features, cfg.train_tower)
     spec, sources = input_spec(cfg), pipeline.open_sources(data, KINDS)
     if data.cache.features and spec.tower:
         tower = functools.partial(vision.feature_function, cfg.vision)

@@ -38,6 +38,12 @@ def data_config(tmp_path, count=6, **options):
     return recipe.Data((source,), **options)
 
 
+def test_a_tower_that_is_trained_has_no_feature_cache(tmp_path):
+    data = data_config(tmp_path, cache=CacheConfig(features=str(tmp_path / "cache")))
+    with pytest.raises(ConfigError, match="train_tower has no use for config.data.cache.features"):
+        recipe.open_data(data, dataclasses.replace(TINY, train_tower=True), Shard(1))
+
+
 @pytest.mark.golden  # takes the small tokenizer from there
 def test_data_with_and_without_a_feature_cache(tmp_path, golden_root):
     tokenizer = str(golden_root / "metamorph" / "tokenizer.json")
