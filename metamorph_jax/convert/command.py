@@ -135,10 +135,11 @@ def _nothing():
 
 def parse_size(text: str) -> int:
     """Bytes of "5GB", "200MiB", "1000"."""
-    match = re.fullmatch(r"([\d.]+)\s*([a-zA-Z]*)", text.strip())
-    if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)", text.strip())
+    unit = _UNITS.get(match[2].upper()) if match else None
+    if unit is None or not 1 <= float(match[1]) * unit < 2**63:
         raise UserError(f"--max-shard-size {text!r} is not a size; write 5GB, 200MB or 1GiB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return int(float(match[1]) * unit)
 
 
 # ---- conversions

@@ -91,7 +91,11 @@ def run(args) -> int:
     todo = [name for name in names if folder.lacks(name, os.path.join(args.images, name))]
     if len(todo) < len(names):
         print(f"{len(names) - len(todo)} of {len(names)} images were done before", file=sys.stderr)
-    write(folder, reader, args.images, todo, args.batch_size, args.threads)
+    try:
+        write(folder, reader, args.images, todo, args.batch_size, args.threads)
+    except OSError as error:
+        why = error.strerror or error
+        raise UserError(f"--out {shown(args.out)} can't be written: {why}") from error
     bad = {name: folder.index[name]["bad"] for name in names if "bad" in folder.index[name]}
     print(f"{len(names) - len(bad)} of {len(names)} images in {folder.count} files: "
           f"{shown(args.out)}")  # fmt: skip

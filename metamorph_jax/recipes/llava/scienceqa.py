@@ -132,7 +132,7 @@ def _read(folder: pathlib.Path, split: str) -> tuple[dict, list]:
     """(problems, ids of a split)."""
     splits = files.read_json(folder / "pid_splits.json", dict)
     if split not in splits:
-        raise UserError(f"--split {shown(split)} is none of {shown(', '.join(splits))}")
+        raise UserError(f"--split {shown(split)!r} is none of {shown(', '.join(splits))}")
     if not isinstance(splits[split], list):
         raise FileError(f"{shown(folder / 'pid_splits.json')}: {shown(split)} is not a list of ids")
     return files.read_json(folder / "problems.json", dict, max_bytes=MAX_BYTES), splits[split]

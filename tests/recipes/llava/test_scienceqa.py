@@ -57,5 +57,5 @@ def test_what_is_wrong_is_named(tmp_path, capsys):
             scienceqa.rows({"7": PROBLEM | change}, ["7"], "QCM-A")
     (tmp_path / "pid_splits.json").write_text('{"train": []}')
     words = [f"--folder={tmp_path}", "--split=tset", f"--out={tmp_path}/x.json"]
-    assert scienceqa.main(words) == 1
+    assert scienceqa.main(words) == 2
     assert "--split 'tset' is none of train" in capsys.readouterr().err
