@@ -412,11 +412,13 @@ def add_arguments(parser) -> None:
                        help=f"environment variable with the address (default: {URL_VARIABLE})")
     group.add_argument("--endpoint-key-variable", default=KEY_VARIABLE, metavar="NAME",
                        help=f"environment variable with the key (default: {KEY_VARIABLE})")
-    group.add_argument("--concurrency", type=int, default=8, help="calls at the same time")
+    group.add_argument("--concurrency", type=int, default=8,
+                       help="calls at the same time (default: 8)")
     group.add_argument("--requests-per-minute", type=float, default=0.0, metavar="N",
                        help="0 (default) is no limit")
-    group.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="of a call")
-    group.add_argument("--tries", type=int, default=6, help="of each call")
+    group.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS",
+                       help="of a call (default: 120)")
+    group.add_argument("--tries", type=int, default=6, help="of each call (default: 6)")
     group.add_argument("--price", type=float, nargs=2, metavar=("IN", "OUT"),
                        help="of a million tokens that are read and written")  # fmt: skip
 

@@ -15,6 +15,7 @@ import io
 import math
 import os
 import zipfile
+import zlib
 
 import numpy as np
 
@@ -23,6 +24,9 @@ from metamorph_jax.errors import DataError, FileError
 
 SPLITS = 10  # of the inception score
 CLIPSCORE_FACTOR = 2.5
+# What reading a damaged .npz raises.
+_DAMAGED = (KeyError, ValueError, TypeError, OSError, EOFError, MemoryError, zipfile.BadZipFile,
+            zlib.error)  # fmt: skip
 # The steps of pytorch-fid where the root of a product of covariances is not finite or not real.
 _DIAGONAL, _IMAGINARY = 1e-6, 1e-3
 
@@ -100,10 +104,11 @@ def read_gaussian(path: str | os.PathLike, size: int | None = None) -> Gaussian:
             mean, covariance = (np.asarray(found[name], np.float64) for name in ("mu", "sigma"))
             count = int(found["count"]) if "count" in found else len(mean) + 1
             own = int(found["size"]) if "size" in found else size or 0
-    except (KeyError, ValueError, TypeError, OSError, zipfile.BadZipFile) as error:
+    except _DAMAGED as error:
         raise FileError(f"{files.shown(path)} is not a file of statistics (.npz with mu and sigma):"
                         f" {files.shown(error)}") from error  # fmt: skip
-    if mean.ndim != 1 or covariance.shape != mean.shape * 2 or count < 2:
+    shaped = mean.ndim == 1 and len(mean) and covariance.shape == mean.shape * 2 and count > 1
+    if not (shaped and np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise FileError(f"{files.shown(path)}: mu {mean.shape} and sigma {covariance.shape} of "
                         f"{count} images are no mean and covariance")  # fmt: skip
     if own != (size or 0):
