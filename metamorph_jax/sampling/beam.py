@@ -32,6 +32,7 @@ from metamorph_jax.sampling.segments import BROKEN, NOTHING, Result
 
 _NEVER = -1e9  # the score of what can't be chosen
 EARLY = (False, True, "never")
+MOST = 1024  # beams, each a row of the cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Beams:
     def __post_init__(self):
         if self.count < 1:
             raise ValueError(f"beams must be at least 1, not {self.count}")
+        if self.count > MOST:
+            raise ValueError(f"beams must be at most {MOST}, not {self.count}")
         if not math.isfinite(self.length_penalty):
             raise ValueError(f"length_penalty must be finite, not {self.length_penalty}")
         if self.early_stopping not in EARLY:

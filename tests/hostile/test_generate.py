@@ -30,6 +30,9 @@ class Echo:
     def policy(self, text):
         return text
 
+    def check(self, options):
+        pass
+
     def replies(self, requests, options, failed, stream=None):
         for request in requests:
             yield request, Reply((TextPart(f"{request.prompt}\x1b[2J\r", (1,)),), True)
@@ -112,8 +115,9 @@ def test_files_that_are_not_files(folder, loads):
 # ---- options
 
 NUMBERS = ("", "nan", "inf", "-inf", "-1", "0", "1e400", "x", "0x1", "9" * 30, "1.5", "\x1b[2J")
-NUMERIC = ("temperature", "top-k", "top-p", "max-new-tokens", "min-new-tokens", "samples",
-           "repetition-penalty", "seed", "batch-size", "context", "guidance", "steps")  # fmt: skip
+NUMERIC = ("temperature", "top-k", "top-p", "max-new-tokens", "min-new-tokens", "samples", "beams",
+           "repetition-penalty", "length-penalty", "seed", "batch-size", "context", "guidance",
+           "steps")  # fmt: skip
 MESHES = ("=", "tensor", "tensor=0", "tensor=-2", "tensor=1,tensor=1", ",", "tensor=x", "\x1b=1")
 
 
@@ -121,7 +125,8 @@ def test_numbers_of_every_option(folder, loads):
     refused = 0
     for option, value in itertools.product(NUMERIC, NUMBERS):
         for command in (words("--prompt", "x"), ["chat", "--workdir", "w"]):
-            if command[0] == "chat" and option in ("samples", "batch-size"):
+            if command[0] == "chat" and option in ("samples", "batch-size", "beams",
+                                                   "length-penalty"):
                 continue
             before = len(loads)
             found = check([*command, f"--{option}={value}"], folder)
