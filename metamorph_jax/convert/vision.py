@@ -8,7 +8,7 @@ wins: mean and std in `tower_options`, and all of `config.data.images`.
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 from flax import nnx
@@ -22,6 +22,9 @@ from metamorph_jax.data.views import Single
 from metamorph_jax.errors import ConfigError
 from metamorph_jax.models.build import build
 from metamorph_jax.models.vision.encoder import VisionConfig, VisionEncoder
+
+# Of `Preprocess`: what decides about the pixels that a tower gets.
+PIXELS = ("size", "mode", "resize", "resample", "mean", "std")
 
 
 def load_vision(encoder: VisionEncoder, cfg: VisionConfig) -> None:
@@ -104,6 +107,20 @@ def check_cache(folder: str, trained: bool) -> None:
             "config.model.train_tower has no use for config.data.cache.features, which holds what "
             'a frozen tower gives: set the folder to ""'
         )
+
+
+def pixel_differences(ours: Preprocess, fields: Mapping, names=PIXELS) -> list[str]:
+    """Where a preprocessor_config.json asks for other pixels than a whole checkpoint's tower gets.
+
+    Args:
+        ours: how images are prepared for the tower.
+        fields: of the file.
+        names: of the fields of `Preprocess` that are compared.
+
+    Raises:
+        ValueError: the file asks for steps that we don't have.
+    """
+    return agree.differences(ours, preprocess_from_hf(fields), names, "tower.")
 
 
 def report_changes(images: ImageConfig, cfg: VisionConfig) -> None:

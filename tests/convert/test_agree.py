@@ -18,10 +18,10 @@ from metamorph_jax.convert import (
     library,
     llama,
     specs,
-    tokenizers,
     vit,
 )
 from metamorph_jax.convert.command import convert
+from metamorph_jax.data import tokenizers
 from metamorph_jax.errors import ConfigError, UserError, WeightError
 from metamorph_jax.models.llm.llama import LlamaConfig
 from metamorph_jax.models.vision.vit import SIZES as TOWERS
@@ -261,6 +261,16 @@ def test_a_whole_checkpoint_by_name(tmp_path):
                "image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # fmt: skip
     export.write_json(tower / "preprocessor_config.json", process)
     check_config(TINY, ours)
+    short = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 36},
+             "crop_size": {"height": 32, "width": 32}, "resample": 2}  # fmt: skip
+    export.write_json(tower / "preprocessor_config.json", process | short)
+    with pytest.raises(ConfigError) as error:
+        check_config(TINY, ours)
+    stated = ("mode is 'square', in the checkpoint 'crop'", "resize is None, in the checkpoint 36",
+              "resample is 'bicubic', in the checkpoint 'bilinear'")  # fmt: skip
+    assert all(f"tower.{text}" in str(error.value) for text in stated)
+    vision = dataclasses.replace(TINY.vision, weights=str(tower))  # where its pixels come from
+    check_config(dataclasses.replace(TINY, vision=vision), ours)
     export.write_json(tower / "preprocessor_config.json", process | {"image_mean": [0.4] * 3})
     export.write_json(ours / "connector" / "config.json", connector | {"image_tokens": 16})
     with pytest.raises(ConfigError, match=r"vision.tokens is 4.*16.*tower.mean"):

@@ -5,6 +5,7 @@ samples are bad) or 2 (the file is); nothing ends in a traceback, hangs, or forg
 """
 
 import collections
+import contextlib
 import io
 import json
 import os
@@ -16,6 +17,8 @@ import zlib
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from metamorph_jax.data import cache as caches
@@ -279,6 +282,56 @@ def test_odd_records(tmp_path):
     lines = found.out.splitlines()
     assert "nothing wrong found" not in lines and "error_" not in found.out
     assert lines[1].split()[:2] == ["odd", str(len(records))]
+
+
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+    | st.sampled_from(["a.png", "clip.mp4", "<image>\nQ", "human", "gpt", "user", "vstar"]),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.sampled_from(["from", "value", "role", "content", "type", "text", "bbox"]),
+                      inner, max_size=3),
+    max_leaves=8,
+)  # fmt: skip
+_RECORDS = st.dictionaries(
+    st.sampled_from(["id", "image", "images", "video", "kind", "conversations", "messages",
+                     "target_instances", "system"]) | st.text(max_size=4),
+    _VALUES, max_size=5,
+)  # fmt: skip
+
+
+ANY = settings(
+    max_examples=60, deadline=None, derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)  # fmt: skip
+
+
+@ANY
+@given(records=st.lists(_RECORDS, min_size=1, max_size=5))
+def test_records_of_any_values(records, tmp_path):
+    """Each is used or is a bad sample that names its line; nothing else is raised."""
+    if not (tmp_path / "a.png").exists():
+        media(tmp_path)
+    counts = outcomes(tmp_path, records)
+    assert counts.total() == len(records)
+    assert not [reason for reason in counts if reason.startswith("error_")]
+
+
+@ANY
+@given(lines=st.lists(st.binary(max_size=30) | _RECORDS.map(lambda r: json.dumps(r).encode()),
+                      max_size=4))  # fmt: skip
+def test_lines_of_any_bytes(lines, tmp_path):
+    """A file is opened, or refused by name; its samples are used or bad."""
+    path = tmp_path / "odd.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    config = DataConfig((SourceConfig(str(path)),), OrderConfig(epochs=1), row=RowConfig("chatml"))
+    try:
+        (source,) = open_sources(config, KINDS)
+    except UserError as error:
+        assert "odd.jsonl" in str(error)
+        return
+    for k in range(len(source)):
+        with contextlib.suppress(BadSample):
+            source.sample(k, choices(0, 0, 0, k))
 
 
 def test_boxes_of_any_size(tmp_path):

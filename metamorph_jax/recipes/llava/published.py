@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from metamorph_jax.convert import agree, compare, export, hf, specs, vit
+from metamorph_jax.convert import agree, compare, export, hf, specs, vision, vit
 from metamorph_jax.convert import llama as llama_names
 from metamorph_jax.convert.export import Source, Writer, listed_eos, trained_source
 from metamorph_jax.convert.families import Family, Reference, RunForm
@@ -27,14 +27,13 @@ from metamorph_jax.convert.load import WORKDIR
 from metamorph_jax.convert.peft import CONFIG as ADAPTERS
 from metamorph_jax.data import tokenizers
 from metamorph_jax.data.config import DataConfig
-from metamorph_jax.data.images import Preprocess, preprocess_from_hf
+from metamorph_jax.data.images import Preprocess
 from metamorph_jax.data.views import AnyRes
 from metamorph_jax.errors import ConfigError, WeightError
 from metamorph_jax.models.connectors.mlp import linear_widths
 from metamorph_jax.models.interleave import place_visual
 from metamorph_jax.models.llm.llama import SIZES as LLM_SIZES
 from metamorph_jax.models.vision.vit import SIZES as TOWER_SIZES
-from metamorph_jax.models.vision.vit import ViTConfig
 from metamorph_jax.recipes.llava.config import Config, added_names, llm_config
 from metamorph_jax.recipes.llava.fields import (
     IMAGE,
@@ -114,7 +113,10 @@ def check_config(cfg: Config, folder: pathlib.Path) -> Config:
         ours, stated = cfg.vision.vit, theirs.vision.vit
         if ours is not None:
             lines += agree.differences(ours, stated, (*agree.TOWER, "depth"), "tower.")
-            lines += [] if process is None else _pixel_differences(ours, process)
+            if process is not None:  # how images become squares is `image_mode`, see below
+                pixels = Preprocess(ours.size, mean=tuple(ours.mean), std=tuple(ours.std))
+                names = ("mean", "std", "size", "resample")
+                lines += vision.pixel_differences(pixels, process, names)
         return lines + _token_differences(theirs, folder)
 
     agree.require(str(folder), differences)
@@ -128,12 +130,6 @@ def check_config(cfg: Config, folder: pathlib.Path) -> Config:
             print(f"config.model.{name} {ours!r} takes the place of {stated!r} in {folder}",
                   file=sys.stderr, flush=True)  # fmt: skip
     return theirs
-
-
-def _pixel_differences(tower: ViTConfig, process: Mapping) -> list[str]:
-    """Where a preprocessor_config.json asks for other pixels than the tower gets."""
-    ours = {"mean": tower.mean, "std": tower.std, "size": tower.size, "resample": "bicubic"}
-    return agree.differences(ours, preprocess_from_hf(process), ours, "tower.")
 
 
 def _token_differences(theirs: Config, folder: pathlib.Path) -> list[str]:

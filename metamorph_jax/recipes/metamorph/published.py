@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from metamorph_jax.convert import agree, compare, families, hf, names, specs, vit
+from metamorph_jax.convert import agree, compare, families, hf, names, specs, vision, vit
 from metamorph_jax.convert import llama as llama_names
 from metamorph_jax.convert.export import (
     Source,
@@ -37,7 +37,7 @@ from metamorph_jax.convert.families import Family, Reference, RunForm
 from metamorph_jax.convert.llama import export_llama, load_llama
 from metamorph_jax.convert.load import WORKDIR
 from metamorph_jax.convert.vit import export_complete, export_vit, load_vit
-from metamorph_jax.data import images, tokenizers
+from metamorph_jax.data import tokenizers
 from metamorph_jax.data.chat import END_TOKEN, START_TOKEN, Chat, Markers
 from metamorph_jax.data.config import DataConfig
 from metamorph_jax.errors import WeightError
@@ -239,6 +239,9 @@ _VISUAL = {"tokens": "image_tokens", "reduction": "reduction", "normalize": "nor
 def check_config(cfg: Config, folder: pathlib.Path) -> None:
     """Compares a config with what the files of a whole checkpoint say and shapes don't.
 
+    Images are prepared as the preprocessing beside `vision.weights` says, which may be the folder
+    of the checkpoint's tower; without it they are stretched.
+
     Raises:
         ConfigError: naming all differences, see `agree`.
     """
@@ -276,8 +279,9 @@ def _part_differences(cfg: Config, folder: pathlib.Path) -> list[str]:
     if tower is not None and (folder / "tower" / "config.json").is_file():
         found += vit.disagreements(tower, hf.read_config(folder / "tower"))
         if (process := specs.processor_fields(str(folder / "tower"))) is not None:
-            stated = images.preprocess_from_hf(process)
-            found += agree.differences(tower, stated, ("mean", "std"), "tower.")
+            ours = vision.preprocessing(cfg.vision)  # but the tower is the whole checkpoint's
+            ours = dataclasses.replace(ours, mean=tuple(tower.mean), std=tuple(tower.std))
+            found += vision.pixel_differences(ours, process)
     return found
 
 
