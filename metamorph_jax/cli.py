@@ -20,6 +20,7 @@ COMMANDS = {
     "config": ("metamorph_jax.train.show_config", "list every option of a config"),
     "generate": ("metamorph_jax.sampling.generate", "answer, draw, edit, think visually"),
     "chat": ("metamorph_jax.sampling.chat", "talk with a model, which is loaded once"),
+    "demo": ("metamorph_jax.sampling.demo.command", "talk with a model, or two, in the browser"),
     "report": ("metamorph_jax.eval.run_report", "write the page of a run: curves, data, samples"),
     "sweep": ("metamorph_jax.sweep.command", "train the runs that a config lists and compare them"),
     "plan": ("metamorph_jax.plan.command", "memory and speed of a step on chips you don't have"),

@@ -27,6 +27,7 @@ OPTIONS = {
     "data": dict(config=_CONFIG, root=_IN, data_root=_IN, tokenizer=_SPEC),
     "generate": dict(**_MODEL, prompts=_IN, image=_IN, video=_IN),
     "chat": _MODEL,
+    "demo": dict(**_MODEL, beside=_IN, beside_decoder=_SPEC),
     "report": dict(workdir=_IN),
 }
 # Options that messages call otherwise than by their name.
