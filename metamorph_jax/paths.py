@@ -33,6 +33,7 @@ OPTIONS = {
     "features": dict(images=_IN, workdir=_IN, checkpoint=_SPEC, config=_CONFIG, out=_FOLDER),
     "generate": dict(**_MODEL, prompts=_IN, image=_IN, video=_IN),
     "chat": _MODEL,
+    "demo": dict(**_MODEL, beside=_IN, beside_decoder=_SPEC),
     "eval": dict(**_MODEL, bench_root=_IN, judge_workdir=_IN),
     "score": dict(drawn=_IN, real=_IN, captions=_IN, inception=_IN, clip=_SPEC, tower=_SPEC,
                   statistics=_FILE, geneval=_IN, dpg=_IN, judge=_SPEC, judge_config=_CONFIG,

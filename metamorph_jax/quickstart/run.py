@@ -17,6 +17,7 @@ import dataclasses
 import json
 import pathlib
 import platform
+import shlex
 import time
 from collections.abc import Callable
 
@@ -44,7 +45,11 @@ def run(args) -> int:
     size = "smoke" if args.smoke else "quickstart"
     workdir = pathlib.Path(args.workdir or ("quickstart-smoke" if args.smoke else "quickstart"))
     report = quickstart(workdir, size, args.seed)
-    print(f"\nreport: {report.resolve()}", flush=True)
+    print(f"\nreport: {report.resolve()}")
+    trained = [shlex.quote(str(workdir / stage)) for stage in ("vpit", "decoder")]
+    for where, command in (("here", "chat"), ("in a browser", "demo")):
+        print(f"talk with the model {where}: metamorph {command} --workdir {trained[0]} --decoder "
+              f"{trained[1]}", flush=True)  # fmt: skip
     return 0
 
 
