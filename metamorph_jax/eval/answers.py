@@ -10,7 +10,7 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from metamorph_jax import files
@@ -35,6 +35,17 @@ def key_of(question: Question, root: str = "") -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def is_answer(line: Mapping[str, Any]) -> bool:
+    """Whether a line has what `of_line` needs."""
+    numbers, choice = line.get("likelihoods", ()), line.get("choice")
+    return (
+        all(isinstance(text, str) for text in (line["text"], *line.get("images", ())))
+        and all(isinstance(number, float) for number in numbers)
+        and (choice is None or type(choice) is int and 0 <= choice)
+        and (not numbers or choice is not None and choice < len(numbers))
+    )
+
+
 class Store:
     """The lines of one file of JSON lines with an id and a key each, added one by one.
 
@@ -42,13 +53,21 @@ class Store:
         folder: of the task.
         settings: what the lines depend on; JSON-able.
         name: of the file.
+        sound: whether a line has what its reader needs, besides id and key; may raise KeyError or
+            TypeError where it hasn't.
 
     Raises:
         UserError: the folder holds lines made with other settings, or can't be written.
     """
 
-    def __init__(self, folder: pathlib.Path, settings: Mapping[str, Any], name: str = "answers"):
-        self._file = folder / f"{name}.jsonl"
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        settings: Mapping[str, Any],
+        name: str = "answers",
+        sound: Callable[[Mapping[str, Any]], bool] = is_answer,
+    ):
+        self._file, self._sound = folder / f"{name}.jsonl", sound
         saved = folder / ("settings.json" if name == "answers" else f"{name}_settings.json")
         self._lines: dict[str, dict] = {}
         settings = json.loads(json.dumps(settings))
@@ -66,7 +85,10 @@ class Store:
         damaged = []
         for number, _, line in files.raw_lines(self._file, 2**27):
             try:
-                value = _whole(files.parse(line, "the line", dict))
+                value = files.parse(line, "the line", dict)
+                texts = isinstance(value["id"], str) and isinstance(value["key"], str)
+                if not (texts and self._sound(value)):
+                    raise TypeError("not a line of this file")
                 self._lines[value["id"]] = value
             except (FileError, KeyError, TypeError):
                 if line.endswith(b"\n"):  # the last line may have been cut off when it was written
@@ -93,22 +115,6 @@ class Store:
             file.write(_line(line))
         self._lines[id] = line
         return line
-
-
-def _whole(value: dict) -> dict:
-    """A line, if it has what `of_line` needs; KeyError or TypeError if it hasn't."""
-    texts = [value["id"], value["key"], value["text"], *value.get("images", ())]
-    numbers = value.get("likelihoods", ())
-    choice = value.get("choice")
-    right = (
-        all(isinstance(text, str) for text in texts)
-        and all(isinstance(number, float) for number in numbers)
-        and (choice is None or type(choice) is int and 0 <= choice)
-        and (not numbers or choice is not None and choice < len(numbers))
-    )
-    if not right:
-        raise TypeError("not the line of an answer")
-    return value
 
 
 def _line(value: dict) -> str:

@@ -101,7 +101,8 @@ class Remembered:
     def __init__(self, judge: ImageJudge, folder: pathlib.Path, name: str):
         self._judge, self._store = judge, None
         if jax.process_index() == 0:
-            self._store = Store(folder, {"judge": name}, "image_verdicts")
+            sound = lambda line: isinstance(line["yes"], float)  # noqa: E731
+            self._store = Store(folder, {"judge": name}, "image_verdicts", sound)
 
     def __call__(self, images: Sequence[str], questions: Sequence[str]) -> np.ndarray:
         pairs = list(zip(images, questions, strict=True))
