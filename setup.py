@@ -9,7 +9,7 @@ EXTRAS = {
     "sweep": ["matplotlib"],  # for sweep.png
     "demo": ["gradio>=6"],  # `metamorph demo`
     # It pins much, wandb among it: an environment of its own, as launch/test_lmms_eval.sh makes.
-    "lmms": ["lmms-eval>=0.7,<0.8"],
+    "lmms": ["lmms-eval>=0.7,<0.8", "filelock<4"],  # it looks into a module that 4 has moved
     "wandb": ["wandb"],  # config.wandb=PROJECT
     "video": ["av"],
     # endpoints (judges, writers of data); Parquet files and answer sheets of benchmarks; captions

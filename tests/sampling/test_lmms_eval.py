@@ -170,8 +170,9 @@ doc_to_text: !function utils.text
 doc_to_target: answer
 process_results: !function utils.results
 generation_kwargs:
-  max_new_tokens: 9
-  do_sample: false
+  max_new_tokens: 20
+  do_sample: true
+  temperature: 2.0
 metric_list:
   - metric: {metric}
     aggregation: mean
