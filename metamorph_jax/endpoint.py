@@ -15,6 +15,7 @@ speaks the protocol, and is imported when an endpoint is made.
 import base64
 import dataclasses
 import email.utils
+import json
 import math
 import mimetypes
 import os
@@ -26,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from metamorph_jax import files
-from metamorph_jax.errors import ConfigError, EndpointError, RequestRefused
+from metamorph_jax.errors import ConfigError, EndpointError, FileError, RequestRefused
 from metamorph_jax.files import shown
 
 URL_VARIABLE, KEY_VARIABLE = "OPENAI_BASE_URL", "OPENAI_API_KEY"
@@ -71,7 +72,7 @@ class Limits:
     Attributes:
         concurrency: most calls at the same time.
         per_minute: most calls begun in a minute, evenly spaced; 0 is no limit.
-        timeout: seconds that a call may wait for the endpoint.
+        timeout: seconds that a call may take.
         tries: of each call, the first one included.
     """
 
@@ -267,27 +268,43 @@ class Endpoint:
         else:  # what it asks for concerns all calls
             self._pace.hold(error.after + jitter)
 
-    def _try(self, messages, model: str, options: dict):
-        """One call; gives the library's reply.
+    def _try(self, messages, model: str, options: dict) -> dict:
+        """The answer to one call.
 
         Raises:
             _Again, EndpointError, RequestRefused.
         """
-        api = self._openai
+        api, late = self._openai, f"no answer within {self.limits.timeout:g} s"
+        end = self._clock.monotonic() + self.limits.timeout
         try:
-            reply = self._client.chat.completions.create(
+            with self._client.chat.completions.with_streaming_response.create(
                 messages=list(messages), model=model, **options
-            )
-            return _checked(reply)
+            ) as response:
+                data = self._read(response, end, late)
+            return files.parse(data, "the answer", dict)
+        except FileError as error:
+            raise _Again(self._said(str(error))) from None
         except api.APITimeoutError:
-            raise _Again(f"no answer within {self.limits.timeout:g} s") from None
+            raise _Again(late) from None
         except api.APIConnectionError as error:
-            cause = error.__cause__ or error
-            raise _Again(self._said(f"the connection failed ({cause})")) from None
+            raise _Again(self._said(f"the connection failed ({error.__cause__})")) from None
         except api.APIStatusError as error:
             raise self._status(error, model, options) from None
-        except ValueError as error:  # of the JSON parser
-            raise _Again(self._said(f"the answer is not whole JSON ({error})")) from None
+
+    def _read(self, response, end: float, late: str) -> bytes:
+        """The whole body of an answer, which has to be there at `end`; `_Again` otherwise."""
+        data = b""
+        chunks = response.iter_bytes()
+        while self._clock.monotonic() <= end and len(data) <= files.MAX_BYTES:
+            try:
+                data += next(chunks)
+            except StopIteration:
+                return data
+            except Exception as error:  # of the library below the one for endpoints
+                what = str(error) or type(error).__name__
+                raise _Again(self._said(f"the connection failed ({what})")) from None
+        too_long = f"the answer has more than {files.MAX_BYTES:,} bytes"
+        raise _Again(too_long if len(data) > files.MAX_BYTES else late)
 
     def _status(self, error, model: str, options: Mapping) -> Exception:
         """What a status other than 200 means."""
@@ -310,18 +327,27 @@ class Endpoint:
         """Text of others as it may be shown: without the key, on one line, not too long."""
         return shown(text.replace(self._key, "…") if self._key else text, 300)
 
-    def _counted(self, reply) -> Completion:
-        usage, choice = reply.usage, reply.choices[0]
-        read, wrote = (
-            (usage.prompt_tokens or 0, usage.completion_tokens or 0) if usage else (0, 0)
-        )
+    def _counted(self, answer: dict) -> Completion:
+        """The completion in an answer, without text an empty one; `_Again` if it is none."""
+        try:
+            choice = answer["choices"][0]
+            text = choice["message"].get("content") or ""
+            cut = choice.get("finish_reason") == "length"
+        except (LookupError, TypeError, AttributeError):
+            text = None
+        if not isinstance(text, str):
+            raise _Again(self._said(f"the answer is not a chat completion: {json.dumps(answer)}"))
+        usage = answer.get("usage")
+        usage = usage if isinstance(usage, dict) else {}
+        found = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
+        read, wrote = (n if isinstance(n, int) and n >= 0 else 0 for n in found)
         with self._lock:
             self.usage.calls += 1
-            self.usage.uncounted += usage is None
+            self.usage.uncounted += not read
             self.usage.prompt_tokens += read
             self.usage.completion_tokens += wrote
-        text = choice.message.content.encode(errors="replace").decode()  # no half surrogate pairs
-        return Completion(text, read, wrote, choice.finish_reason == "length")
+        text = text.encode(errors="replace").decode()  # without halves of surrogate pairs
+        return Completion(text, read, wrote, cut)
 
 
 class _Pace:
@@ -345,22 +371,6 @@ class _Pace:
     def hold(self, seconds: float) -> None:
         with self._lock:
             self._next = max(self._next, self.clock.monotonic() + seconds)
-
-
-def _checked(reply):
-    """The reply, if it has a text; `_Again` if it is something else that was sent with status 200.
-
-    A model that says nothing gives an empty text.
-    """
-    try:
-        message = reply.choices[0].message
-        if message.content is None:
-            message.content = ""
-        if isinstance(message.content, str):
-            return reply
-    except (AttributeError, TypeError, IndexError):
-        pass
-    raise _Again("the answer is not a chat completion")
 
 
 def _retry_after(headers: Mapping[str, str], now: float) -> float | None:

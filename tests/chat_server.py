@@ -7,10 +7,12 @@
 Each request takes the next step of the script; after its end, `answer(body)` gives the text.
 """
 
+import contextlib
 import dataclasses
 import http.server
 import json
 import threading
+import time
 from collections.abc import Callable, Iterable
 
 
@@ -23,6 +25,7 @@ class Step:
     headers: tuple[tuple[str, str], ...] = ()
     claimed: int | None = None
     hang: bool = False
+    trickle: float = 0.0
 
 
 def completion(text: str | None, prompt: int = 7, wrote: int = 3, finish: str = "stop") -> dict:
@@ -56,6 +59,11 @@ def half(announced: bool = False) -> Step:
 def hang() -> Step:
     """No answer until the server ends."""
     return Step(hang=True)
+
+
+def trickle(seconds: float) -> Step:
+    """A completion after blanks that come every so many seconds, a hundred of them."""
+    return Step(body=b" " * 100 + reply("at last").body, trickle=seconds)
 
 
 class ChatServer:
@@ -106,6 +114,10 @@ class ChatServer:
                 with outer._lock:
                     outer._now -= 1
                 self.close_connection = True
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    self._send(step)
+
+            def _send(self, step):
                 if not step.hang:
                     self.send_response(step.status)
                     length = len(step.body) if step.claimed is None else step.claimed
@@ -113,6 +125,11 @@ class ChatServer:
                     for name, value in (*common, *step.headers):
                         self.send_header(name, str(value))
                     self.end_headers()
-                    self.wfile.write(step.body)
+                    body = step.body
+                    while step.trickle and body.startswith(b" ") and not outer._over.is_set():
+                        self.wfile.write(body[:1])
+                        body = body[1:]
+                        time.sleep(step.trickle)
+                    self.wfile.write(body)
 
         return Handler

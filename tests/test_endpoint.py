@@ -15,7 +15,7 @@ import pytest
 from metamorph_jax import endpoint
 from metamorph_jax.endpoint import Completion, Endpoint, Limits, Price
 from metamorph_jax.errors import ConfigError, EndpointError, FileError, RequestRefused
-from tests.chat_server import ChatServer, completion, half, hang, raw, reply, status
+from tests.chat_server import ChatServer, Step, completion, half, hang, raw, reply, status, trickle
 
 pytest.importorskip("openai", reason="pip install 'metamorph_jax[eval]'")
 KEY = "sk-very-secret-0123456789"
@@ -87,7 +87,9 @@ def test_images_go_as_data_urls(tmp_path):
 @pytest.mark.parametrize("step", [
     status(500), status(503, retry_after="soon"), half(), half(announced=True), raw([1]),
     raw({"error": {"message": "overloaded"}}), raw({"choices": []}), raw("text"),
-], ids="500 503 half cut_off list error no_choices text".split())  # fmt: skip
+    raw({"choices": 3}), Step(body=b"<html>busy</html>"), Step(body=b'{"choices": "\xff"}'),
+    reply(["no", "text"]),
+], ids="500 503 half cut_off list error no_choices text odd page bytes parts".split())  # fmt: skip
 def test_what_may_pass_is_tried_again_after_a_back_off(step):
     clock = Clock()
     with ChatServer([step, step, step, reply("yes")]) as server:
@@ -136,6 +138,22 @@ def test_a_hanging_endpoint_times_out():
             opened(server, timeout=0.2, tries=1).complete(ASK, model="m")
 
 
+def test_an_endpoint_that_sends_blanks_times_out_all_the_same():
+    with ChatServer([trickle(0.05)]) as server:
+        made = Endpoint(server.url, limits=Limits(timeout=0.3, tries=1))
+        with pytest.raises(EndpointError, match="no answer within 0.3 s"):
+            made.complete(ASK, model="m")
+        server.script = [trickle(0.0)]
+        assert made.complete(ASK, model="m").text == "at last"
+
+
+def test_an_answer_without_end_is_not_read_to_its_end(monkeypatch):
+    monkeypatch.setattr(endpoint.files, "MAX_BYTES", 1000)
+    with ChatServer([reply("x" * 2000)]) as server:
+        with pytest.raises(EndpointError, match="more than 1,000 bytes"):
+            opened(server, tries=1).complete(ASK, model="m")
+
+
 def test_nobody_listens():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -169,7 +187,7 @@ def test_newer_models_get_the_name_that_they_know():
 
 
 def test_replies_that_are_empty_cut_or_uncounted():
-    uncounted = completion("b") | {"usage": None}
+    uncounted = completion("b") | {"usage": {"prompt_tokens": "many"}}
     script = [reply(None), reply("a", finish="length"), raw(uncounted)]
     with ChatServer(script) as server:
         made = opened(server)
