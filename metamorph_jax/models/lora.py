@@ -137,6 +137,30 @@ def add(model: nnx.Module, cfg: LoraConfig, *, rngs: nnx.Rngs) -> list[str]:
     return [name for name, _ in chosen]
 
 
+def adapt(
+    model: nnx.Module, cfg: LoraConfig | None, packed: str, trains_tower: bool, *, rngs: nnx.Rngs
+) -> None:
+    """Packs the kernels of the language model's layers and adds adapters, in place.
+
+    Args:
+        model: with a language model `llm` and an encoder `vision`.
+        cfg: of the adapters; None adds none.
+        packed: "none", or how the kernels are packed (`nn/quantized.py`), but for those that
+            `cfg.train` names.
+        trains_tower: whether the tower is trained; else it has no use for adapters.
+
+    Raises:
+        ValueError: adapters are asked for in a tower that is not trained; see also `add`.
+    """
+    if packed != "none":
+        full = "" if cfg is None else cfg.train
+        quantized.quantize(model, packed, r"llm\.layers\..*", leave=full)
+    if cfg is not None:
+        names = add(model, cfg, rngs=rngs)
+        if not trains_tower and any(name.startswith("vision.tower.") for name in names):
+            raise ValueError("lora.target names linears of the tower: set train_tower, too")
+
+
 def is_adapter(path) -> bool:
     """Whether a leaf's path is that of A or B."""
     return str(path[-1]) in LEAVES

@@ -2,13 +2,10 @@
 
 from collections.abc import Sequence
 
-from metamorph_jax.convert import agree, hf, load, specs
-from metamorph_jax.convert.llama import disagreements, load_llama
+from metamorph_jax.convert import hf, load, specs, start
 from metamorph_jax.convert.peft import load_peft
 from metamorph_jax.convert.vision import load_vision
-from metamorph_jax.models.build import is_open
 from metamorph_jax.models.connectors.mlp import calibrate
-from metamorph_jax.models.llm import llama
 from metamorph_jax.models.vision.encoder import features_of
 from metamorph_jax.nn import quantized
 from metamorph_jax.recipes.llava import published
@@ -31,23 +28,12 @@ def load_pretrained(model: Llava, cfg: Config) -> None:
 
 def _fill(model: Llava, cfg: Config) -> None:
     if cfg.weights.startswith(load.WORKDIR):
-        load.load_workdir(model, cfg.weights.removeprefix(load.WORKDIR))
-        if model.vision.tower is not None and is_open(model.vision.tower):
-            load_vision(model.vision, cfg.vision)  # the earlier stage had its features cached
+        start.from_earlier_stage(model, cfg.vision, cfg.weights)
         return
     if cfg.weights:
         published.load_whole(model, cfg, hf.find(cfg.weights))
         return
-    if cfg.llm_weights != specs.RANDOM:
-        if cfg.llm != "auto" and specs.has_fields(cfg.llm_weights):
-            agree.require(
-                cfg.llm_weights,
-                lambda: disagreements(model.llm.cfg, specs.llm_fields(cfg.llm_weights)),
-                advice='config.model.llm="auto" follows the checkpoint',
-            )
-        load_llama(model.llm, specs.llm_tensors(cfg.llm_weights))
-        if not is_open(model.llm.embed_tokens):  # else an earlier stage has trained the table
-            llama.init_added_tokens(model.llm)
+    start.load_llm(model.llm, cfg.llm, cfg.llm_weights)
     load_vision(model.vision, cfg.vision)
     if cfg.connector_weights:
         load_connector(model, cfg.connector_weights)

@@ -14,7 +14,6 @@ from metamorph_jax.models.interleave import place_visual
 from metamorph_jax.models.llm import llama
 from metamorph_jax.models.vision import encoder
 from metamorph_jax.models.vision.encoder import VisionEncoder
-from metamorph_jax.nn import quantized
 from metamorph_jax.nn.attention import row_mask
 from metamorph_jax.recipes.metamorph.config import Config, llm_config
 from metamorph_jax.types import Batch
@@ -220,11 +219,5 @@ def create(cfg: Config, rngs: nnx.Rngs) -> MetaMorph:
     """A model with random weights; works under `nnx.eval_shape`."""
     model = MetaMorph(cfg, rngs=rngs)
     llama.init_added_tokens(model.llm)
-    if cfg.frozen_weights != "none":
-        full = "" if cfg.lora is None else cfg.lora.train
-        quantized.quantize(model, cfg.frozen_weights, r"llm\.layers\..*", leave=full)
-    if cfg.lora is not None:
-        names = lora.add(model, cfg.lora, rngs=rngs)
-        if not cfg.train_tower and any(n.startswith("vision.tower.") for n in names):
-            raise ValueError("lora.target names linears of the tower: set train_tower, too")
+    lora.adapt(model, cfg.lora, cfg.frozen_weights, cfg.train_tower, rngs=rngs)
     return model

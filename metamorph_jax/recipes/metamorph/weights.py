@@ -2,13 +2,10 @@
 
 from collections.abc import Sequence
 
-from metamorph_jax.convert import agree, hf, load, specs
-from metamorph_jax.convert.llama import disagreements, load_llama
+from metamorph_jax.convert import hf, load, specs, start
 from metamorph_jax.convert.peft import load_peft
 from metamorph_jax.convert.vision import load_vision
-from metamorph_jax.models.build import is_open
 from metamorph_jax.models.connectors.mlp import calibrate
-from metamorph_jax.models.llm import llama
 from metamorph_jax.models.vision.encoder import features_of
 from metamorph_jax.nn import quantized
 from metamorph_jax.recipes.metamorph.config import Config
@@ -20,7 +17,7 @@ from metamorph_jax.types import Batch
 def load_pretrained(model: MetaMorph, cfg: Config) -> None:
     """Fills the model, in place, with the weights that the config names."""
     whole = cfg.weights.startswith(load.WORKDIR)
-    known = bool(cfg.weights) or cfg.llm_weights != "random"
+    known = bool(cfg.weights) or cfg.llm_weights != specs.RANDOM
     with quantized.unpacked(model, empty=known and not whole):
         _fill(model, cfg)
     if cfg.lora is not None and cfg.lora.weights and model.cfg.lora == cfg.lora:
@@ -29,25 +26,14 @@ def load_pretrained(model: MetaMorph, cfg: Config) -> None:
 
 def _fill(model: MetaMorph, cfg: Config) -> None:
     if cfg.weights.startswith(load.WORKDIR):
-        load.load_workdir(model, cfg.weights.removeprefix(load.WORKDIR))
-        if model.vision.tower is not None and is_open(model.vision.tower):
-            load_vision(model.vision, cfg.vision)  # the earlier stage had its features cached
+        start.from_earlier_stage(model, cfg.vision, cfg.weights)
         return
     if cfg.weights:
         folder = hf.find(cfg.weights)
         check_config(cfg, folder)
         load_metamorph(model, read(folder))
         return
-    if cfg.llm_weights != "random":
-        if cfg.llm != "auto" and specs.has_fields(cfg.llm_weights):
-            agree.require(
-                cfg.llm_weights,
-                lambda: disagreements(model.llm.cfg, specs.llm_fields(cfg.llm_weights)),
-                advice='config.model.llm="auto" follows the checkpoint',
-            )
-        load_llama(model.llm, specs.llm_tensors(cfg.llm_weights))
-        if not is_open(model.llm.embed_tokens):  # else an earlier stage has trained the table
-            llama.init_added_tokens(model.llm)
+    start.load_llm(model.llm, cfg.llm, cfg.llm_weights)
     load_vision(model.vision, cfg.vision)
 
 
