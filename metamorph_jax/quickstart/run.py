@@ -18,6 +18,8 @@ import json
 import pathlib
 import platform
 import shlex
+import shutil
+import sys
 import time
 from collections.abc import Callable
 
@@ -47,10 +49,19 @@ def run(args) -> int:
     report = quickstart(workdir, size, args.seed)
     print(f"\nreport: {report.resolve()}")
     trained = [shlex.quote(str(workdir / stage)) for stage in ("vpit", "decoder")]
-    for where, command in (("here", "chat"), ("in a browser", "demo")):
-        print(f"talk with the model {where}: metamorph {command} --workdir {trained[0]} --decoder "
-              f"{trained[1]}", flush=True)  # fmt: skip
+    for where, command in (("here", "chat"), ("in a browser, with gradio", "demo")):
+        print(f"talk with the model {where}: {_program()} {command} --workdir {trained[0]} "
+              f"--decoder {trained[1]}", flush=True)  # fmt: skip
     return 0
+
+
+def _program() -> str:
+    """How this environment's `metamorph` is called from this folder."""
+    mine = pathlib.Path(sys.executable).with_name("metamorph")
+    if not mine.is_file() or shutil.which("metamorph") == str(mine):
+        return "metamorph"
+    here = pathlib.Path.cwd()
+    return shlex.quote(str(mine.relative_to(here) if mine.is_relative_to(here) else mine))
 
 
 def quickstart(workdir, size: str = "quickstart", seed: int = 0) -> pathlib.Path:
