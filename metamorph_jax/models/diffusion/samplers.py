@@ -9,8 +9,9 @@ row per network call, and one step function serves them all:
     x  = a * base + b * x0 + c * x0 of the step before             c: DPM-Solver++ only
     x += fresh * (fresh noise)                                     DDPM only
 
-DDIM: Song et al. 2020. DDPM (ancestral sampling): Ho et al. 2020. DPM-Solver++: Lu et al. 2022. Euler and its sigmas: Karras et al. 2022.
-PNDM: Liu et al. 2022, without Runge-Kutta steps; it calls the network once more than it has steps.
+DDIM: Song et al. 2020. DDPM (ancestral sampling): Ho et al. 2020. DPM-Solver++: Lu et al. 2022.
+Euler and its sigmas: Karras et al. 2022. PNDM: Liu et al. 2022, without Runge-Kutta steps; it calls
+the network once more than it has steps.
 """
 
 import dataclasses

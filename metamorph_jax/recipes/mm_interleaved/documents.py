@@ -62,7 +62,7 @@ def context_columns(starts: jax.Array, at: jax.Array, length: int) -> tuple[jax.
 
 
 def preceding_images(seen: jax.Array, at: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """(int32[B, J, count] images, bool[B, J, count] which are there): the last ones before drawings.
+    """(int32[B, J, count] images, bool[B, J, count] which are there): the last before drawings.
 
     Args:
         seen: bool[B, L, I], see `visibility`.

@@ -37,7 +37,9 @@ def test_an_image_is_seen_from_its_first_token_to_the_end_of_its_document():
 
 def test_context_goes_back_to_the_beginning_of_the_document():
     columns, there = documents.context_columns(starts(TWO, -1), AT, 5)
-    found = [c[t].tolist() for c, t in zip(np.asarray(columns[0]), np.asarray(there[0]))]
+    found = [
+        c[t].tolist() for c, t in zip(np.asarray(columns[0]), np.asarray(there[0]), strict=True)
+    ]
     assert found == [[2, 1, 0], [6, 5, 4, 3, 2], [12, 11, 10]]
 
 
@@ -45,7 +47,7 @@ def test_context_goes_back_to_the_beginning_of_the_document():
 def test_the_images_before_a_drawing_are_those_of_its_document(count):
     seen = documents.visibility(starts(TWO, -1), IMAGES)
     images, there = (np.asarray(x)[0] for x in documents.preceding_images(seen, AT, count))
-    assert [i[t].tolist() for i, t in zip(images, there)] == [[], [0], []]
+    assert [i[t].tolist() for i, t in zip(images, there, strict=True)] == [[], [0], []]
     after = documents.preceding_images(seen, np.array([[9]], np.int32), count)
     images, there = (np.asarray(x)[0, 0] for x in after)
     assert images[there].tolist() == [0, 1][-count:]
