@@ -526,12 +526,10 @@ class _Taking:
         shards = self.model.mlp_shards if name == "gate_up" else self.model.head_shards
 
         def fuse(*parts):
-            cut = lambda x: x.reshape(shards, -1, *x.shape[1:])  # noqa: E731
-            join = (
-                lambda *xs: jnp.concatenate([cut(x) for x in xs], 1).reshape(  # noqa: E731
-                    -1, *xs[0].shape[1:]
-                )
-            )
+            def join(*xs):
+                cut = [x.reshape(shards, -1, *x.shape[1:]) for x in xs]
+                return jnp.concatenate(cut, 1).reshape(-1, *xs[0].shape[1:])
+
             return jax.tree.map(join, *parts)
 
         return self._run(name, fuse, parts, self._specs(name, parts[0]))
