@@ -5,7 +5,8 @@
     document     0   0   0   0   0   0   0     0   0   0  10  10  10
     sees         -   -   -   A   A   A   A    AB  AB  AB   -   -   -      images A and B
 
-    drawing B: its context are the states at columns 6, 5, …, 0, and the image before it is A
+    drawing B: its context are the states from column 0 to 6 (`models/heads/context.py`), and the
+               image before it is A
 
 A position sees the images of its document from their first visual token on: their own tokens do,
 their `soi` does not. All shapes are static, so everything is computed inside the step.
@@ -44,21 +45,6 @@ def visibility(starts: jax.Array, images: Images) -> jax.Array:
     first = images.start[:, None, :]
     seen = (starts[:, :, None] < first) & (first <= columns[None, :, None])
     return seen & images.valid[:, None, :]
-
-
-def context_columns(starts: jax.Array, at: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
-    """(int32[B, J, length] columns, bool[B, J, length] which are there): the context of drawings.
-
-    They go back from the drawing's own column to the beginning of its document; those that are
-    `length` or more columns away are left out.
-
-    Args:
-        starts: int32[B, L], see `document_starts`.
-        at: int32[B, J] column of each drawing's `soi`.
-    """
-    columns = at[:, :, None] - jnp.arange(length, dtype=jnp.int32)
-    first = jnp.take_along_axis(starts, at, axis=1)
-    return jnp.maximum(columns, 0), columns >= first[:, :, None]
 
 
 def preceding_images(seen: jax.Array, at: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:

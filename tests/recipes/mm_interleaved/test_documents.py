@@ -35,14 +35,6 @@ def test_an_image_is_seen_from_its_first_token_to_the_end_of_its_document():
     assert where == [[*range(3, 10)], [*range(7, 10)], [13, 14, 15], []]
 
 
-def test_context_goes_back_to_the_beginning_of_the_document():
-    columns, there = documents.context_columns(starts(TWO, -1), AT, 5)
-    found = [
-        c[t].tolist() for c, t in zip(np.asarray(columns[0]), np.asarray(there[0]), strict=True)
-    ]
-    assert found == [[2, 1, 0], [6, 5, 4, 3, 2], [12, 11, 10]]
-
-
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_the_images_before_a_drawing_are_those_of_its_document(count):
     seen = documents.visibility(starts(TWO, -1), IMAGES)
