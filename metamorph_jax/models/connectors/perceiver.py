@@ -6,7 +6,7 @@ the diffusion decoder.
 
     x = LayerNorm(queries)
     x = LayerNorm(x + self-attention(x))
-    x = LayerNorm(x + cross-attention(x, keys))        in layers 0, cross_every, 2 * cross_every, ...
+    x = LayerNorm(x + cross-attention(x, keys))      layers 0, cross_every, 2 * cross_every, ...
     x = LayerNorm(x + linear(gelu(linear(x))))         exact GELU; next layer
 
 With `qk_norm`, queries and keys are normalised per head, and scores are still divided by
