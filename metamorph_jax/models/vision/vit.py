@@ -32,6 +32,7 @@ from flax import nnx
 
 from metamorph_jax.config import check_numbers
 from metamorph_jax.nn.attention import attend
+from metamorph_jax.nn.sincos import bicubic, resize_table
 from metamorph_jax.sharding import constrain
 
 ACTIVATIONS = {
@@ -166,29 +167,7 @@ def resize_positions(
         grid: new patches per side.
         antialias: as torch's option of that name.
     """
-    old = round((len(table) - extra) ** 0.5)
-    if old * old + extra != len(table):
-        raise ValueError(f"a position table of {len(table)} rows is not a square plus {extra}")
-    if old == grid:
-        return table
-    rows = table[extra:].reshape(old, old, -1).astype(np.float64)
-    m = _smooth_bicubic(old, grid) if antialias else _bicubic(old, grid)
-    rows = np.einsum("ai,ijd,bj->abd", m, rows, m).reshape(grid * grid, -1)
-    return np.concatenate([table[:extra], rows.astype(table.dtype)])
-
-
-def _bicubic(n: int, m: int) -> np.ndarray:
-    """Weights float64[m, n] of torch's bicubic: half-pixel centres, clamped border, a = -0.75."""
-    a = -0.75
-    centre = (np.arange(m) + 0.5) * n / m - 0.5
-    first = np.floor(centre).astype(int)
-    out = np.zeros((m, n))
-    for tap in range(-1, 3):
-        d = np.abs(centre - (first + tap))
-        near = ((a + 2) * d - (a + 3)) * d * d + 1
-        far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
-        np.add.at(out, (np.arange(m), np.clip(first + tap, 0, n - 1)), np.where(d <= 1, near, far))
-    return out
+    return resize_table(table, grid, extra, _smooth_bicubic if antialias else bicubic)
 
 
 def _smooth_bicubic(n: int, m: int) -> np.ndarray:

@@ -11,6 +11,7 @@ from flax import nnx
 from metamorph_jax.convert import hf
 from metamorph_jax.convert.vit import export_vit, load_vit
 from metamorph_jax.models.vision import vit
+from metamorph_jax.nn import sincos
 
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 ORACLE = "needs the oracle extra: pip install 'metamorph_jax[oracle]'"
@@ -97,15 +98,20 @@ def test_other_input_sizes(layout, size):
     np.testing.assert_allclose(fast(tower)(pixels), theirs[:, int(base.class_token) :], atol=2e-5)
 
 
-def test_bicubic_equals_torch():
+@pytest.mark.parametrize("aligned", [False, True])
+def test_bicubic_equals_torch(aligned):
     torch = pytest.importorskip("torch", reason=ORACLE)
     table = np.random.default_rng(0).normal(size=(1 + 49, 5)).astype(np.float32)
+    resize = torch.nn.functional.interpolate
     for grid in (3, 8, 16):
         square = torch.from_numpy(table[1:].reshape(1, 7, 7, 5).transpose(0, 3, 1, 2).copy())
-        theirs = torch.nn.functional.interpolate(square, size=(grid, grid), mode="bicubic")
+        theirs = resize(square, size=(grid, grid), mode="bicubic", align_corners=aligned)
         theirs = theirs.numpy()[0].transpose(1, 2, 0).reshape(-1, 5)
-        ours = vit.resize_positions(table, grid, 1)
-        np.testing.assert_allclose(ours[1:], theirs, atol=2e-6)
+        if aligned:
+            ours = sincos.resize_table(table, grid, 1, sincos.aligned_bicubic)
+        else:
+            ours = vit.resize_positions(table, grid, 1)
+        np.testing.assert_allclose(ours[1:], theirs, atol=5e-6)
         np.testing.assert_array_equal(ours[0], table[0])
 
 
