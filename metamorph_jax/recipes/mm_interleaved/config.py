@@ -186,3 +186,35 @@ class Config:
             raise ValueError(f"drop_context {self.drop_context} is not between 0 and 1")
         if self.llm != "auto":
             insert_config(self)  # raises for wrong llm_options, and widths that don't divide
+        widths = {
+            "context.width": (self.context.width, self.llm_width),
+            "context.resampler.width": (self.context.resampler.width, self.decoder_width),
+        }
+        for name, (found, wanted) in widths.items():
+            if wanted and found != wanted:
+                raise ValueError(f"{name} is {found}: expected {wanted}, as its neighbour has")
+
+
+def llm_config(cfg: Config) -> llama.LlamaConfig:
+    """The structure of the language model, with rows for `soi` and the placeholder of images."""
+    changes = {"added_tokens": 2, "dtype": cfg.dtype, "remat": cfg.remat, **cfg.llm_options}
+    return specs.llm_config(cfg.llm, cfg.llm_weights, changes)
+
+
+def insert_config(cfg: Config) -> MMFSConfig:
+    """MMFS of one layer of the language model."""
+    own, tower, width = cfg.insert, cfg.vision.vit, llm_config(cfg).width
+    return MMFSConfig(
+        width=width,
+        value_width=tower.width,
+        out_width=width,
+        inner_width=round(own.ratio * width),
+        heads=own.heads,
+        points=own.points,
+        sides=cfg.vision.sides[-own.levels :],
+        base=own.base or tower.grid,
+        relative_rows=own.relative_rows,
+        recent=own.recent,
+        method=own.method,
+        dtype=cfg.dtype,
+    )
