@@ -236,7 +236,7 @@ class SampleStream:
 
     def _check(self, sample: Sample, row: Row, drawn: np.ndarray) -> None:
         """Raises BadSample where no row has room for the sample, or nothing is learnt from it."""
-        views, most = len(row.view_starts), self.config.row.images
+        views, most = len(row.view_starts), self.config.row.most_images
         if views > most:
             raise BadSample("too_many_images", f"{views} views of images, a row holds {most}")
         targets, most = int((row.visual_targets >= 0).sum()), self.spec.visual_targets
@@ -247,7 +247,7 @@ class SampleStream:
             )
         if drawn.any():
             places, first = self.spec.drawings.places, int(row.image_starts[drawn].min())
-            if drawn.sum() > places:
+            if drawn.sum() > places and self.config.row.packing != "concat":
                 raise BadSample("too_many_drawings", f"{drawn.sum()}, a row holds {places}")
             if first == 0:
                 raise BadSample("nothing_to_draw_from", "no text before an image to draw")
