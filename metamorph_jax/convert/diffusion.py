@@ -36,6 +36,7 @@ from metamorph_jax.models.diffusion.unet import UNet, UNetConfig
 from metamorph_jax.models.diffusion.vae import OLD_NAMES, AutoencoderKL, VAEConfig
 
 _CLASSES = {UNetConfig: "UNet2DConditionModel", VAEConfig: "AutoencoderKL"}
+_OWN = ("num_heads", "dtype", "remat")  # fields of `UNetConfig` that the library has not
 VERSION = "0.21.0"  # of the layout, for `_diffusers_version`
 
 
@@ -45,7 +46,7 @@ def _listed(value):
 
 def unet_to_hf(cfg: UNetConfig) -> dict:
     """config.json of `UNet2DConditionModel`."""
-    fields = {k: _listed(v) for k, v in vars(cfg).items() if k not in ("num_heads", "dtype")}
+    fields = {k: _listed(v) for k, v in vars(cfg).items() if k not in _OWN}
     heads = cfg.num_heads
     fields["attention_head_dim"] = heads[0] if len(set(heads)) == 1 else list(heads)
     return {"_class_name": "UNet2DConditionModel", "_diffusers_version": VERSION, **fields}

@@ -31,6 +31,7 @@ from metamorph_jax.models.diffusion.blocks import (
     linear,
     over_batch,
 )
+from metamorph_jax.nn import recompute
 from metamorph_jax.types import Conditioning
 
 _CROSS_DOWN = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
@@ -55,7 +56,11 @@ _ACCEPTED = {
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
-    """Structure of the UNet; `num_heads` has one entry per level."""
+    """Structure of the UNet; `num_heads` has one entry per level.
+
+    With `remat` the backward pass computes the inner values of every residual block and transformer
+    again: slower by a third, with a fraction of the memory.
+    """
 
     sample_size: int = 64
     in_channels: int = 4
@@ -73,6 +78,7 @@ class UNetConfig:
     freq_shift: float = 0
     upcast_attention: bool = False  # only for exports: logits are always float32 here
     dtype: str = "float32"
+    remat: bool = False
 
     def __post_init__(self):
         check_numbers(
@@ -121,7 +127,7 @@ class UNetConfig:
     @classmethod
     def from_dict(cls, fields: dict, dtype: str = "float32"):
         """Reads the library's config.json; anything that is not implemented is an error."""
-        own = {f.name for f in dataclasses.fields(cls)} - {"num_heads", "dtype"}
+        own = {f.name for f in dataclasses.fields(cls)} - {"num_heads", "dtype", "remat"}
         read = own | {"attention_head_dim", "num_attention_heads"}
         blocks.require("UNet2DConditionModel", fields, _ACCEPTED, read)
         kw = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k in own}
@@ -165,6 +171,10 @@ class Reader:
 
     def __init__(self, condition: Conditioning, part: str):
         self.pairs, self.mask = iter(condition.context[part]), condition.mask
+
+    def next(self):
+        """(keys and values, mask) of the next cross attention."""
+        return next(self.pairs), self.mask
 
 
 class TimestepEmbedding(nnx.Module):
@@ -243,16 +253,16 @@ class Transformer2DModel(nnx.Module):
         self.transformer_blocks = nnx.List([block])
         self.proj_out = make(width, width, rngs, cfg.dtype, kernel_init=blocks.zeros)
 
-    def __call__(self, x, read: "Reader"):
+    def __call__(self, x, keys_values, mask=None):
         B, h, w, C = x.shape
         y = self.proj_in(self.norm(x)).reshape(B, h * w, C)
-        for block in self.transformer_blocks:
-            y = block(y, next(read.pairs), read.mask)
+        y = self.transformer_blocks[0](y, keys_values, mask)
         return over_batch(x + self.proj_out(y.reshape(B, h, w, C)))
 
 
 class DownBlock(nnx.Module):
     def __init__(self, cfg: UNetConfig, level, rngs):
+        self.remat = cfg.remat
         cout = cfg.block_out_channels[level]
         cin = cfg.block_out_channels[max(level - 1, 0)]
         widths = [cin] + [cout] * (cfg.layers_per_block - 1)
@@ -267,9 +277,9 @@ class DownBlock(nnx.Module):
         """The output, and the maps that the up blocks take."""
         saved = []
         for i, block in enumerate(self.resnets):
-            x = block(x, temb)
+            x = recompute.call(block, self.remat, x, temb)
             if hasattr(self, "attentions"):
-                x = self.attentions[i](x, read)
+                x = recompute.call(self.attentions[i], self.remat, x, *read.next())
             saved.append(x)
         if hasattr(self, "downsamplers"):
             x = self.downsamplers[0](x)
@@ -279,17 +289,20 @@ class DownBlock(nnx.Module):
 
 class MidBlock(nnx.Module):
     def __init__(self, cfg: UNetConfig, rngs):
+        self.remat = cfg.remat
         width, heads = cfg.block_out_channels[-1], cfg.num_heads[-1]
         self.resnets = nnx.List([resnet(cfg, width, width, rngs) for _ in range(2)])
         self.attentions = nnx.List([Transformer2DModel(cfg, width, heads, rngs)])
 
     def __call__(self, x, temb, read: "Reader"):
-        x = self.attentions[0](self.resnets[0](x, temb), read)
-        return self.resnets[1](x, temb)
+        x = recompute.call(self.resnets[0], self.remat, x, temb)
+        x = recompute.call(self.attentions[0], self.remat, x, *read.next())
+        return recompute.call(self.resnets[1], self.remat, x, temb)
 
 
 class UpBlock(nnx.Module):
     def __init__(self, cfg: UNetConfig, index, rngs):
+        self.remat = cfg.remat
         chans = cfg.block_out_channels
         level = len(chans) - 1 - index
         cout, before = chans[level], chans[min(level + 1, len(chans) - 1)]
@@ -308,9 +321,10 @@ class UpBlock(nnx.Module):
     def __call__(self, x, skips, temb, read: "Reader"):
         """Takes its maps from the end of the list `skips`."""
         for i, block in enumerate(self.resnets):
-            x = block(jnp.concatenate([x, skips.pop()], axis=-1), temb)
+            x = jnp.concatenate([x, skips.pop()], axis=-1)
+            x = recompute.call(block, self.remat, x, temb)
             if hasattr(self, "attentions"):
-                x = self.attentions[i](x, read)
+                x = recompute.call(self.attentions[i], self.remat, x, *read.next())
         return self.upsamplers[0](x) if hasattr(self, "upsamplers") else x
 
 

@@ -16,6 +16,8 @@ from metamorph_jax.models.diffusion.vae import AutoencoderKL, VAEConfig
 from metamorph_jax.types import Conditioning
 from tests.convert.conftest import ORACLE
 
+FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
 
 def count(make):
     state = nnx.state(nnx.eval_shape(make), nnx.Param)
@@ -173,3 +175,25 @@ def test_space_to_depth_and_back():
     y = space_to_depth(jnp.asarray(x), 2)
     np.testing.assert_array_equal(y[1, 1, 2].reshape(2, 2, 3), x[1, 2:4, 4:6])
     np.testing.assert_array_equal(depth_to_space(y, 2), x)
+
+
+def test_remat_changes_memory_but_no_number():
+    sizes = dict(block_out_channels=(16,), down_block_types=("CrossAttnDownBlock2D",),
+                 up_block_types=("CrossAttnUpBlock2D",), num_heads=(2,))  # fmt: skip
+
+    def gradients(remat):
+        cfg = UNetConfig.tiny(**sizes, remat=remat)
+        graph, shapes = nnx.split(nnx.eval_shape(lambda: UNet(cfg, nnx.Rngs(0))))
+        rng = np.random.default_rng(0)
+        state = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) / 9, x.dtype), shapes)
+        x, context = jnp.ones((1, 2, 2, 4)), jnp.ones((1, 3, 32))
+        loss = lambda s: (nnx.merge(graph, s)(x, 7, Conditioning(context)) ** 2).sum()  # noqa: E731
+        found = [e.primitive.name for e in jax.make_jaxpr(loss)(state).eqns]
+        step = jax.jit(jax.grad(loss), compiler_options=FAST)
+        return sum(name in ("checkpoint", "remat2") for name in found), step(state)
+
+    (none, plain), (some, again) = gradients(False), gradients(True)
+    # Residual blocks (1 down, 2 middle, 2 up) and transformers (1, 1, 2) of one level.
+    assert none == 0 and some == 5 + 4
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, np.abs(a).max()))
