@@ -28,9 +28,8 @@ class DrawingModel(Protocol):
     decoder: DiffusionDecoder
     cfg: Any
 
-    def draw(self, features, noise, sampler, *, steps: int, guidance: float, fresh=None):
-        """float32[n, h, w, 3] images in [0, 1] of features: float[n, P, C]; the others are those
-        of `DiffusionDecoder.sample`."""
+    def draw(self, features, noise, sampler, *, steps: int, guidance: float):
+        """float32[n, h, w, 3] images in [0, 1] of features: float[n, P, C]."""
         ...
 
 
@@ -55,14 +54,9 @@ class ImageDecoder:
         self.sampling = dataclasses.replace(own, steps=steps)
         graph, self._weights = nnx.split(model)
 
-        def draw(weights, features, seed, guidance):
-            key, model = jax.random.key(seed), nnx.merge(graph, weights)
-            shape = (len(features), *self._shape)
-            fresh = lambda k: jax.random.normal(jax.random.fold_in(key, k), shape)  # noqa: E731
-            return model.draw(
-                features, jax.random.normal(key, shape), sampler, steps=steps, guidance=guidance,
-                fresh=fresh,
-            )  # fmt: skip
+        def draw(weights, features, noise, guidance):
+            model = nnx.merge(graph, weights)
+            return model.draw(features, noise, sampler, steps=steps, guidance=guidance)
 
         self._draw = jax.jit(draw, static_argnames="guidance")
 
@@ -79,8 +73,8 @@ class ImageDecoder:
         guidance = float(self.sampling.guidance if guidance is None else guidance)
         if not np.isfinite(features).all():
             raise WeightError("the visual tokens of an image are not finite, so it is not drawn")
-        images = self._draw(self._weights, features, np.uint32(seed), guidance=guidance)
-        images = np.asarray(images)
+        noise = jax.random.normal(jax.random.key(seed), (len(features), *self._shape))
+        images = np.asarray(self._draw(self._weights, features, noise, guidance=guidance))
         if not np.isfinite(images).all():
             raise WeightError(
                 f"an image came out with values that are not finite (guidance {guidance:g}) and is "

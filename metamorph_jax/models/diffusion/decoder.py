@@ -207,7 +207,6 @@ class DiffusionDecoder(nnx.Module):
         steps: int,
         guidance: float,
         noise,
-        fresh: Callable | None = None,
     ):
         """Images from noise: float32[B, h, w, 3] in [0, 1].
 
@@ -217,12 +216,9 @@ class DiffusionDecoder(nnx.Module):
             sampler, steps: how x0 is reached.
             guidance: scale of classifier-free guidance, a Python number; 1 is none.
             noise: float32[B, h', w', c] standard normal, see `noise`.
-            fresh: for a sampler whose steps add noise, see `Sampler.integrate`.
         """
         predict = guided(self.denoise, condition, null, guidance, self.denoiser.prepare)
-        x = sampler.integrate(
-            predict, noise, self.cfg.schedule, steps, clip=self.limits(), fresh=fresh
-        )
+        x = sampler.integrate(predict, noise, self.cfg.schedule, steps, clip=self.limits())
         return self.decode(x)
 
 

@@ -1,17 +1,15 @@
-"""Samplers of the diffusion decoder: DDIM, DDPM, DPM-Solver++ 2M, Euler, PNDM, in one `lax.scan`.
+"""Samplers of the diffusion decoder: DDIM, DPM-Solver++ 2M, Euler and PNDM, in one `lax.scan`.
 
-All are linear multistep rules, so each is a small frozen dataclass that writes one float32 table, a
-row per network call, and one step function serves them all:
+All four are linear multistep rules, so each is a small frozen dataclass that writes one float32
+table, a row per network call, and one step function serves them all:
 
     y  = prediction(scale_in * x, t)
     y  = mix[0] * y + mix[1:] . (earlier predictions)              PNDM only
     x0 = p * base + q * y            base = x, or the x of the call before (PNDM's second call)
     x  = a * base + b * x0 + c * x0 of the step before             c: DPM-Solver++ only
-    x += fresh * (fresh noise)                                     DDPM only
 
-DDIM: Song et al. 2020. DDPM (ancestral sampling): Ho et al. 2020. DPM-Solver++: Lu et al. 2022.
-Euler and its sigmas: Karras et al. 2022. PNDM: Liu et al. 2022, without Runge-Kutta steps; it calls
-the network once more than it has steps.
+DDIM: Song et al. 2020. DPM-Solver++: Lu et al. 2022. Euler and its sigmas: Karras et al. 2022.
+PNDM: Liu et al. 2022, without Runge-Kutta steps; it calls the network once more than it has steps.
 """
 
 import dataclasses
@@ -37,7 +35,6 @@ class Table:
         scale_in: [N] factor of the network's input.
         mix: [N, 4] weights of this prediction and the three before it (newest first).
         repeat: bool[N] True where the call refines the last step instead of making one.
-        fresh: [N] strength of the noise that is added after a step.
         init_sigma: factor of the initial unit noise.
         sigmas: [N + 1] noise levels, for samplers that are defined by them.
     """
@@ -51,7 +48,6 @@ class Table:
     scale_in: np.ndarray | None = None
     mix: np.ndarray | None = None
     repeat: np.ndarray | None = None
-    fresh: np.ndarray | None = None
     init_sigma: float = 1.0
     sigmas: np.ndarray | None = None
 
@@ -61,16 +57,13 @@ class Table:
         Where nothing looks at x0, it is folded away here, in float64: x = a * base + b * y. Going
         through x0 would divide by a small sqrt(alphas_cumprod) and lose digits at high noise.
         """
-        names = ("t", "a", "b", "p", "q", "c", "scale_in", "mix", "fresh")
-        values = {name: getattr(self, name) for name in names}
+        values = {k: getattr(self, k) for k in ("t", "a", "b", "p", "q", "c", "scale_in", "mix")}
         if self.c is None and not clip:
             p, q = values.pop("p"), values.pop("q")
             values |= {"a": self.a + self.b * p, "b": self.b * q}
         rows = {k: jnp.asarray(v, jnp.float32) for k, v in values.items() if v is not None}
         if self.repeat is not None:
             rows["repeat"] = jnp.asarray(self.repeat)
-        if self.fresh is not None:
-            rows["number"] = jnp.arange(len(self.t))
         return rows
 
     def fits(self, total: int) -> bool:
@@ -104,7 +97,7 @@ def _levels(s: Schedule, t: np.ndarray, last: float) -> np.ndarray:
     return np.where(t >= 0, s.alphas_cumprod[np.maximum(t, 0)], last)
 
 
-def step(row: dict, predict: Callable, carry: dict, clip=None, fresh: Callable | None = None):
+def step(row: dict, predict: Callable, carry: dict, clip=None):
     """One row of a table. carry: x, and base, x0, outputs where the sampler needs them."""
     x = carry["x"]
     y = prediction = predict(x * row["scale_in"] if "scale_in" in row else x, row["t"])
@@ -123,8 +116,6 @@ def step(row: dict, predict: Callable, carry: dict, clip=None, fresh: Callable |
     if "c" in row:
         new["x"] += row["c"] * carry["x0"]
         new["x0"] = y
-    if "fresh" in row:
-        new["x"] += row["fresh"] * fresh(row["number"])
     return new, prediction
 
 
@@ -132,7 +123,6 @@ class Sampler:
     """A table of rows, and one loop over it."""
 
     history: ClassVar[int] = 0  # earlier predictions that a row mixes
-    takes_noise: ClassVar[bool] = False  # whether its steps add noise
 
     def table(self, s: Schedule, steps: int) -> Table:
         """The rows for `steps` steps of this training schedule."""
@@ -168,7 +158,6 @@ class Sampler:
         steps: int,
         *,
         clip: tuple | None = None,
-        fresh: Callable | None = None,
         return_trajectory: bool = False,
     ):
         """From noise to x0, float32[B, h, w, c].
@@ -179,15 +168,11 @@ class Sampler:
             schedule: the training schedule; says what the prediction means.
             steps: number of steps.
             clip: (low, high) that every x0 estimate is clipped to, numbers or [c]; for pixels.
-            fresh: number of a call, int32[] from 0 -> standard normal noise like `noise`, where the
-                sampler's steps add some (`takes_noise`).
             return_trajectory: also return the states [N + 1, ...] and predictions [N, ...].
 
         Raises:
-            ValueError: there is no fresh noise where some is needed; see also `checked_table`.
+            ValueError: see `checked_table`.
         """
-        if self.takes_noise and fresh is None:
-            raise ValueError(f"{type(self).__name__} adds noise in every step, and got none")
         table = self.checked_table(schedule, steps)
         rows = table.rows(clip is not None)
         x = noise.astype(jnp.float32) * table.init_sigma
@@ -198,7 +183,7 @@ class Sampler:
             carry["x0"] = jnp.zeros_like(x)
 
         def body(carry, row):
-            carry, prediction = step(row, predict, carry, clip, fresh)
+            carry, prediction = step(row, predict, carry, clip)
             return carry, (carry["x"], prediction) if return_trajectory else None
 
         carry, seen = jax.lax.scan(body, carry, rows)
@@ -221,27 +206,6 @@ class DDIM(Sampler):
         last = 1.0 if self.to_one else s.alphas_cumprod[0]
         rows = _ddim_rows(s, _levels(s, t, last), _levels(s, t - total // steps, last))
         return Table(t=t, **rows)
-
-
-@dataclasses.dataclass(frozen=True)
-class DDPM(Sampler):
-    """Ancestral sampling with the smaller of the two variances; the last step goes to alpha 1."""
-
-    spacing: str = "leading"
-    offset: int = 1
-    takes_noise: ClassVar[bool] = True
-
-    def table(self, s: Schedule, steps: int) -> Table:
-        total = s.num_train_timesteps
-        t = np.round(timesteps(self.spacing, total, steps, self.offset))
-        a, before = _levels(s, t, 1.0), _levels(s, t - total // steps, 1.0)
-        p, q = x0_weights(s, a)
-        beta = 1 - a / before
-        variance = (1 - before) / (1 - a) * beta
-        return Table(
-            t=t, p=p, q=q, a=np.sqrt(1 - beta) * (1 - before) / (1 - a),
-            b=np.sqrt(before) * beta / (1 - a), fresh=np.sqrt(np.maximum(variance, 1e-20)),
-        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -358,7 +322,7 @@ class Euler(Sampler):
                      scale_in=scale_in, init_sigma=float(init), sigmas=sigmas)  # fmt: skip
 
 
-SAMPLERS = {"ddim": DDIM, "ddpm": DDPM, "pndm": PNDM, "dpm++": DPMSolverPP, "euler": Euler}
+SAMPLERS = {"ddim": DDIM, "pndm": PNDM, "dpm++": DPMSolverPP, "euler": Euler}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,7 +59,7 @@ class Decoder(nnx.Module):
         context = self.projector(x.astype(jnp.float32))
         return Conditioning(pad_context(context, self.cfg.context_length))
 
-    def draw(self, features, noise, sampler, *, steps: int, guidance: float, fresh=None):
+    def draw(self, features, noise, sampler, *, steps: int, guidance: float):
         """float32[B, h, w, 3] images in [0, 1]; arguments as in `DiffusionDecoder.sample`.
 
         features: float[B, P, C].
@@ -72,7 +72,6 @@ class Decoder(nnx.Module):
             steps=steps,
             guidance=guidance,
             noise=noise,
-            fresh=fresh,
         )
 
     # ---- training
