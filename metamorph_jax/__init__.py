@@ -1,11 +1,11 @@
 """Models that read and draw, in JAX: MetaMorph (visual-predictive instruction tuning).
 
-    import metamorph_jax
+import metamorph_jax
 
-    model = metamorph_jax.load("runs/vpit", decoder="runs/decoder")
-    reply = model.generate("What is in the image?", images=["cat.jpg"])
-    print(reply.text)
-    model.generate("Draw a red circle.").show()
+model = metamorph_jax.load("runs/vpit", decoder="runs/decoder")
+reply = model.generate("What is in the image?", images=["cat.jpg"])
+print(reply.text)
+model.generate("Draw a red circle.").show()
 """
 
 __version__ = "0.1.0"

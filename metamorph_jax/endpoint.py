@@ -319,8 +319,11 @@ class Endpoint:
             return _Again(text, 0.0)
         if code in (400, 413, 422):
             return RequestRefused(f"{self.url}: {text}")
-        hint = {401: "is the key right?", 403: "is the key right?",
-                404: f"is {shown(model, 60)!r} a model there, and does the address end in /v1?"}
+        hint = {
+            401: "is the key right?",
+            403: "is the key right?",
+            404: f"is {shown(model, 60)!r} a model there, and does the address end in /v1?",
+        }
         return EndpointError(f"{self.url}: {text}; {hint.get(code, 'expected status 200')}")
 
     def _said(self, text: str) -> str:
@@ -418,16 +421,31 @@ def _import_openai():
 def add_arguments(parser) -> None:
     """Options of an endpoint, as a group of a command's parser."""
     group = parser.add_argument_group("endpoint", "an OpenAI-compatible chat endpoint")
-    group.add_argument("--endpoint-url-variable", default=URL_VARIABLE, metavar="NAME",
-                       help=f"environment variable with the address (default: {URL_VARIABLE})")
-    group.add_argument("--endpoint-key-variable", default=KEY_VARIABLE, metavar="NAME",
-                       help=f"environment variable with the key (default: {KEY_VARIABLE})")
-    group.add_argument("--concurrency", type=int, default=8,
-                       help="calls at the same time (default: 8)")
-    group.add_argument("--requests-per-minute", type=float, default=0.0, metavar="N",
-                       help="0 (default) is no limit")
-    group.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS",
-                       help="of a call (default: 120)")
+    group.add_argument(
+        "--endpoint-url-variable",
+        default=URL_VARIABLE,
+        metavar="NAME",
+        help=f"environment variable with the address (default: {URL_VARIABLE})",
+    )
+    group.add_argument(
+        "--endpoint-key-variable",
+        default=KEY_VARIABLE,
+        metavar="NAME",
+        help=f"environment variable with the key (default: {KEY_VARIABLE})",
+    )
+    group.add_argument(
+        "--concurrency", type=int, default=8, help="calls at the same time (default: 8)"
+    )
+    group.add_argument(
+        "--requests-per-minute",
+        type=float,
+        default=0.0,
+        metavar="N",
+        help="0 (default) is no limit",
+    )
+    group.add_argument(
+        "--timeout", type=float, default=120.0, metavar="SECONDS", help="of a call (default: 120)"
+    )
     group.add_argument("--tries", type=int, default=6, help="of each call (default: 6)")
     group.add_argument("--price", type=float, nargs=2, metavar=("IN", "OUT"),
                        help="of a million tokens that are read and written")  # fmt: skip

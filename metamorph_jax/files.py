@@ -241,8 +241,7 @@ def parse(
     """
     try:
         text = text.decode() if isinstance(text, bytes) else text
-        value = json.loads(text, object_hook=keep,
-                           object_pairs_hook=_once if unique else None)
+        value = json.loads(text, object_hook=keep, object_pairs_hook=_once if unique else None)
     except RecursionError as error:
         raise FileError(f"{where} is nested deeper than {MAX_DEPTH} levels") from error
     except UnicodeDecodeError as error:

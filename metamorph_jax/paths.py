@@ -23,26 +23,48 @@ OPTIONS = {
     "sweep": dict(config=_CONFIG, workdir=_FOLDER),
     "quickstart": dict(workdir=_FOLDER),
     "plan": dict(config=_CONFIG, json=_FILE, hlo=_FILE, data_root=_IN),
-    "convert": dict(source=_SPEC, out=_FOLDER, decoder=_IN, delta=_SPEC, make_delta=_SPEC,
-                    lora=_SPEC),  # fmt: skip
+    "convert": dict(
+        source=_SPEC, out=_FOLDER, decoder=_IN, delta=_SPEC, make_delta=_SPEC, lora=_SPEC
+    ),  # fmt: skip
     "data": dict(config=_CONFIG, root=_IN, data_root=_IN, tokenizer=_SPEC),
     "data generate": dict(
-        captions=_IN, instances=_IN, contexts=_IN, images=_IN, shots=_IN, workdir=_IN,
-        checkpoint=_SPEC, config=_CONFIG, out=_FOLDER,
+        captions=_IN,
+        instances=_IN,
+        contexts=_IN,
+        images=_IN,
+        shots=_IN,
+        workdir=_IN,
+        checkpoint=_SPEC,
+        config=_CONFIG,
+        out=_FOLDER,
     ),
     "features": dict(images=_IN, workdir=_IN, checkpoint=_SPEC, config=_CONFIG, out=_FOLDER),
     "generate": dict(**_MODEL, prompts=_IN, image=_IN, video=_IN),
     "chat": _MODEL,
     "demo": dict(**_MODEL, beside=_IN, beside_decoder=_SPEC),
     "eval": dict(**_MODEL, bench_root=_IN, judge_workdir=_IN),
-    "score": dict(drawn=_IN, real=_IN, captions=_IN, inception=_IN, clip=_SPEC, tower=_SPEC,
-                  statistics=_FILE, geneval=_IN, dpg=_IN, judge=_SPEC, judge_config=_CONFIG,
-                  json=_FILE),
+    "score": dict(
+        drawn=_IN,
+        real=_IN,
+        captions=_IN,
+        inception=_IN,
+        clip=_SPEC,
+        tower=_SPEC,
+        statistics=_FILE,
+        geneval=_IN,
+        dpg=_IN,
+        judge=_SPEC,
+        judge_config=_CONFIG,
+        json=_FILE,
+    ),
     "report": dict(workdir=_IN),
 }
 # Options that messages call otherwise than by their name.
-_LABELS = {("convert", "source"): "--from", ("report", "workdir"): "WORKDIR",
-           ("score", "drawn"): "DRAWN"}
+_LABELS = {
+    ("convert", "source"): "--from",
+    ("report", "workdir"): "WORKDIR",
+    ("score", "drawn"): "DRAWN",
+}
 # Folders that a config names.
 CONFIG = (
     "compilation_cache", "local_checkpoints.folder", "data.reading.index_dir", "data.cache.images",

@@ -95,8 +95,11 @@ def test_links_lead_somewhere(page):
 
 def test_files_that_pages_name_exist():
     for page in PAGES:
-        for name in re.findall(r"`((?:metamorph_jax|configs|launch|tests|benchmarks|notebooks)/"
-                               r"[\w/.-]+\.(?:py|sh|md|ipynb))`", page.read_text()):
+        for name in re.findall(
+            r"`((?:metamorph_jax|configs|launch|tests|benchmarks|notebooks)/"
+            r"[\w/.-]+\.(?:py|sh|md|ipynb))`",
+            page.read_text(),
+        ):
             assert (ROOT / name).exists(), f"{page.name}: {name}"
 
 

@@ -51,9 +51,7 @@ from metamorph_jax.config import load_module
 common = load_module(pathlib.Path(__file__).parents[1] / "common.py")
 sizes = load_module(pathlib.Path(__file__).with_name("sizes.py"))
 
-SCIENCEQA = dict(
-    path="data/scienceqa/llava_train_QCM-LEA.json", root="data/scienceqa/images/train"
-)
+SCIENCEQA = dict(path="data/scienceqa/llava_train_QCM-LEA.json", root="data/scienceqa/images/train")
 TRAINING = dict(
     steps=1193,  # 12 times 12,726 samples
     batch_size=32,

@@ -35,9 +35,7 @@ from metamorph_jax.config import load_module
 common = load_module(pathlib.Path(__file__).parents[1] / "common.py")
 sizes = load_module(pathlib.Path(__file__).with_name("sizes.py"))
 
-LCS = dict(
-    path="data/llava/blip_laion_cc_sbu_558k.json", root="data/llava/llava_pretrain/images"
-)
+LCS = dict(path="data/llava/blip_laion_cc_sbu_558k.json", root="data/llava/llava_pretrain/images")
 CC3M = dict(path="data/llava/chat.json", root="data/llava/cc3m/images")
 
 _PLAIN = dict(template="plain", length=2560, images=4)

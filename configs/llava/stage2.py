@@ -57,9 +57,7 @@ common = load_module(pathlib.Path(__file__).parents[1] / "common.py")
 sizes = load_module(pathlib.Path(__file__).with_name("sizes.py"))
 
 MIX = dict(path="data/llava/llava_v1_5_mix665k.json", root="data/llava/images")
-INSTRUCT = dict(
-    path="data/llava/llava_instruct_150k.json", root="data/llava/images/coco/train2017"
-)
+INSTRUCT = dict(path="data/llava/llava_instruct_150k.json", root="data/llava/images/coco/train2017")
 
 V15 = dict(steps=5198, batch_size=64, optim=dict(learning_rate=2e-5), model=dict(image_mode="pad"))
 V1 = dict(steps=3697, batch_size=32, optim=dict(learning_rate=2e-5), model=dict(image_mode="crop"))

@@ -1,11 +1,11 @@
 """CLIP with both towers, by its Hugging Face names: `openai/clip-vit-large-patch14` and its like.
 
-    ours                       published
-    vision.…                   vision_model.…             see `convert/vit.py`
-    text.…                     text_model.…               see `convert/clip_text.py`
-    visual_projection.kernel   visual_projection.weight   [width, D]
-    text_projection.kernel     text_projection.weight     [width, D]
-    logit_scale                logit_scale
+ours                       published
+vision.…                   vision_model.…             see `convert/vit.py`
+text.…                     text_model.…               see `convert/clip_text.py`
+visual_projection.kernel   visual_projection.weight   [width, D]
+text_projection.kernel     text_projection.weight     [width, D]
+logit_scale                logit_scale
 """
 
 from collections.abc import Mapping

@@ -296,5 +296,3 @@ def _maps(ours: dict, theirs: dict, names: Iterable[str]) -> Rows:
     """Feature maps, ours channels last."""
     flat = lambda x: _nchw(x) if np.ndim(x) == 4 else x  # noqa: E731
     return {n: (to_numpy(flat(ours[n])), to_numpy(theirs[n])) for n in names}
-
-

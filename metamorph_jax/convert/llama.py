@@ -359,8 +359,9 @@ def _family(name: str, kinds: tuple[str, ...], *starts: str) -> Family:
 
 
 FAMILIES = (
-    _family("llama", ("llama", "mistral"), "llama", "vicuna", "tinyllama", "smollm2", "mistral",
-            "yi"),
+    _family(
+        "llama", ("llama", "mistral"), "llama", "vicuna", "tinyllama", "smollm2", "mistral", "yi"
+    ),
     _family("qwen2", ("qwen2",), "qwen2.5"),
     _family("qwen3", ("qwen3",), "qwen3"),
 )

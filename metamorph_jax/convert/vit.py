@@ -207,7 +207,8 @@ def config_from_hf(fields: Mapping, **overrides) -> ViTConfig:
         image_size=f["image_size"],
         patch=f["patch_size"],
         width=f["hidden_size"],
-        mlp_width=f["intermediate_size"] if "intermediate_size" in f
+        mlp_width=f["intermediate_size"]
+        if "intermediate_size" in f
         else int(f["hidden_size"] * f["mlp_ratio"]),
         layers=f["num_hidden_layers"],
         heads=f["num_attention_heads"],

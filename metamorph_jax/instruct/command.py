@@ -47,28 +47,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("images", "one of --captions, --contexts and --images")
     group.add_argument("--captions", metavar="FILE", help="COCO's captions_*.json")
     group.add_argument("--instances", metavar="FILE", help="COCO's instances_*.json: boxes")
-    group.add_argument("--image-prefix", default="", metavar="PATH",
-                       help="put before COCO's file names, e.g. train2017")
-    group.add_argument("--contexts", metavar="FILE.jsonl",
-                       help="lines of id, image, captions and instances")
-    group.add_argument("--images", metavar="DIR",
-                       help="folder of images; alone, all images in it, which a model captions "
-                       "first; with the others, images that are not in it are left out")
+    group.add_argument(
+        "--image-prefix",
+        default="",
+        metavar="PATH",
+        help="put before COCO's file names, e.g. train2017",
+    )
+    group.add_argument(
+        "--contexts", metavar="FILE.jsonl", help="lines of id, image, captions and instances"
+    )
+    group.add_argument(
+        "--images",
+        metavar="DIR",
+        help="folder of images; alone, all images in it, which a model captions "
+        "first; with the others, images that are not in it are left out",
+    )
     group.add_argument("--limit", type=int, default=0, metavar="N", help="the first N images")
     group = parser.add_argument_group("writing")
     group.add_argument("--model", metavar="NAME", help="of the endpoint")
-    group.add_argument("--shots", metavar="DIR",
-                       help="your own system_message.txt and pairs *_caps.txt, *_conv.txt")
-    group.add_argument("--temperature", type=_temperature, default=0.7,
-                       help="default: 0.7; none leaves it to the endpoint")
+    group.add_argument(
+        "--shots",
+        metavar="DIR",
+        help="your own system_message.txt and pairs *_caps.txt, *_conv.txt",
+    )
+    group.add_argument(
+        "--temperature",
+        type=_temperature,
+        default=0.7,
+        help="default: 0.7; none leaves it to the endpoint",
+    )
     group.add_argument("--max-tokens", type=int, default=1024, help="of a reply")
     group.add_argument("--seed", type=int, default=0, help="of all that is drawn by chance")
-    group.add_argument("--send-seed", action="store_true",
-                       help="send the seed to the endpoint; some refuse it")
-    group.add_argument("--redo", action="store_true",
-                       help="ask again where the reply could not be used")
-    group.add_argument("--dry-run", action="store_true",
-                       help="print prompts and what they would cost; nothing is asked")
+    group.add_argument(
+        "--send-seed", action="store_true", help="send the seed to the endpoint; some refuse it"
+    )
+    group.add_argument(
+        "--redo", action="store_true", help="ask again where the reply could not be used"
+    )
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print prompts and what they would cost; nothing is asked",
+    )
     endpoint.add_arguments(parser)
     group = parser.add_argument_group("a model of ours", "in place of --model")
     group.add_argument("--workdir", help="of a finished training stage")

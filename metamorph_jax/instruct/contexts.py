@@ -128,9 +128,7 @@ def read_lines(path: str, skipped: Skipped) -> list[Context]:
 # ---- COCO
 
 
-def read_coco(
-    captions: str, instances: str | None, prefix: str, skipped: Skipped
-) -> list[Context]:
+def read_coco(captions: str, instances: str | None, prefix: str, skipped: Skipped) -> list[Context]:
     """The images that a file of COCO captions lists, with boxes if a file of instances is given.
 
     Args:

@@ -70,7 +70,7 @@ def _blocks(text: str, cut: bool) -> Parsed:
     """
     marks = list(_MARKER.finditer(text))
     if not marks:
-        raise BadSample("no_blocks", "the reply has no line \"Question:\"")
+        raise BadSample("no_blocks", 'the reply has no line "Question:"')
     introduction = _SEPARATOR.sub("", text[: marks[0].start()]).strip()
     if len(introduction) > 200:
         raise BadSample("odd_blocks", "there is a text before the first question")
@@ -129,7 +129,7 @@ def _sentences(text: str, cut: bool) -> Parsed:
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
     whole = lines[:-1] if cut else lines
     whole = whole[1:] if len(whole) > 1 and whole[0].endswith(":") else whole
-    plain = [re.sub(r"^([-*•]|\d+[.):])\s+", "", line).strip("\"“”") for line in whole]
+    plain = [re.sub(r"^([-*•]|\d+[.):])\s+", "", line).strip('"“”') for line in whole]
     if not 1 <= len(plain) <= MOST_CAPTIONS:
         raise BadSample("no_captions", f"{len(plain)} lines, expected 1 to {MOST_CAPTIONS}")
     return Parsed(tuple(("", line) for line in plain), repaired=plain != lines)

@@ -74,4 +74,3 @@ class Task:
         read = records.build(record, "", records.Files(self.root or os.sep), rng)
         read.checked(max_images=1)
         return record
-

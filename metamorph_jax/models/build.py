@@ -88,9 +88,7 @@ def is_open(part: nnx.Module | nnx.Variable) -> bool:
 
 def _leaves(model: nnx.Module) -> list[tuple[tuple, nnx.Variable]]:
     """(path, variable) of every array; the variables are the model's own, not copies."""
-    return [
-        (path, node) for path, node in nnx.iter_graph(model) if isinstance(node, nnx.Variable)
-    ]
+    return [(path, node) for path, node in nnx.iter_graph(model) if isinstance(node, nnx.Variable)]
 
 
 def _is_weight(variable: nnx.Variable) -> bool:

@@ -245,9 +245,7 @@ def same(model: nnx.Module, other: nnx.Module) -> bool:
     return described(model) == described(other)
 
 
-def fold(
-    model: nnx.Module, leaves: Mapping[str, jax.Array], scales: Mapping[str, float]
-) -> None:
+def fold(model: nnx.Module, leaves: Mapping[str, jax.Array], scales: Mapping[str, float]) -> None:
     """Adds adapters that the model does not have to its kernels, in place.
 
     Args:

@@ -33,10 +33,16 @@ def make(program: Program, compiled: Compiled, topology: Topology, name="") -> d
         "remat": program.options.get("remat", "none"),
         "momentum_dtype": cfg.optim.momentum_dtype,
         "dtype": program.options.get("dtype", ""),
-        **({} if program.training else {
-            "length": program.length, "weights": program.weights, "beside_bytes": program.beside,
-            "loading_bytes": program.loading,
-        }),
+        **(
+            {}
+            if program.training
+            else {
+                "length": program.length,
+                "weights": program.weights,
+                "beside_bytes": program.beside,
+                "loading_bytes": program.loading,
+            }
+        ),
         "parameters": {part: {"trained": a, "frozen": b} for part, (a, b) in program.parts.items()},
         "hbm_capacity_bytes": chip.hbm,
         "arguments_by_part": {

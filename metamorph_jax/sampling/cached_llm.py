@@ -527,8 +527,10 @@ class _Taking:
 
         def fuse(*parts):
             cut = lambda x: x.reshape(shards, -1, *x.shape[1:])  # noqa: E731
-            join = lambda *xs: jnp.concatenate([cut(x) for x in xs], 1).reshape(  # noqa: E731
-                -1, *xs[0].shape[1:]
+            join = (
+                lambda *xs: jnp.concatenate([cut(x) for x in xs], 1).reshape(  # noqa: E731
+                    -1, *xs[0].shape[1:]
+                )
             )
             return jax.tree.map(join, *parts)
 

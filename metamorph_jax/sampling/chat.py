@@ -121,8 +121,10 @@ class Session:
         elif name == "/draw":
             self._complain("/draw needs a text: what is to be drawn")
         else:
-            self._complain(f"no command {shown(name, 60)}; there are /image PATH, /video PATH, "
-                           "/draw TEXT, /reset and /quit, and // begins a turn with a slash")
+            self._complain(
+                f"no command {shown(name, 60)}; there are /image PATH, /video PATH, "
+                "/draw TEXT, /reset and /quit, and // begins a turn with a slash"
+            )
         return True
 
     def _attach(self, name: str, path: str) -> None:

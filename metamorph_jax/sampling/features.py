@@ -46,15 +46,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--workdir", help="of a finished training stage")
     group.add_argument("--checkpoint", metavar="SPEC", help="published weights, with --config")
-    group.add_argument("--config", metavar="FILE[:SIZE]",
-                       help="the config of --checkpoint; alone, its config.model.vision is used")
+    group.add_argument(
+        "--config",
+        metavar="FILE[:SIZE]",
+        help="the config of --checkpoint; alone, its config.model.vision is used",
+    )
     group.add_argument("--recipe", metavar="MODULE", help="your own recipe of --workdir")
-    group.add_argument("--weights", choices=WEIGHTS, default="auto",
-                       help="how the language model's are kept meanwhile")
+    group.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        default="auto",
+        help="how the language model's are kept meanwhile",
+    )
     group.add_argument("--mesh", metavar="AXIS=SIZE,…", help="see metamorph generate")
     group = parser.add_argument_group("features")
-    group.add_argument("--layer", choices=LAYERS, default="tower",
-                       help="visual tokens, or what the language model reads (default: tower)")
+    group.add_argument(
+        "--layer",
+        choices=LAYERS,
+        default="tower",
+        help="visual tokens, or what the language model reads (default: tower)",
+    )
     group.add_argument("--format", choices=FORMATS, default="safetensors")
     group.add_argument("--dtype", choices=("float32", "float16"), default="float32")
     group.add_argument("--max-shard-size", default="500MB", metavar="SIZE", help="of a file")

@@ -114,9 +114,7 @@ def _fields(size):
     return config_to_hf(llama.SIZES[size])
 
 
-@pytest.mark.parametrize(
-    "size", [s for f in ("llama", "qwen2", "qwen3") for s in known()[f].sizes]
-)
+@pytest.mark.parametrize("size", [s for f in ("llama", "qwen2", "qwen3") for s in known()[f].sizes])
 def test_full_sizes_cover_the_published_keys(size):
     """Names and shapes of ours, of our list, and of transformers' own model of this config."""
     fields = _fields(size)

@@ -122,8 +122,10 @@ def test_list(capsys):
         ("seed:form=choose,kind=all,pope", ["seed:form=choose,kind=all", "pope"]),
         ("pope  mme:style=official", ["pope", "mme:style=official"]),
         ("a.b:C:x=1,y=2,d", ["a.b:C:x=1,y=2", "d"]),
-        ("geneval:prompt=Draw it: {prompt},samples=1 mme pope:x=1 a.b:C",
-         ["geneval:prompt=Draw it: {prompt},samples=1", "mme", "pope:x=1", "a.b:C"]),
+        (
+            "geneval:prompt=Draw it: {prompt},samples=1 mme pope:x=1 a.b:C",
+            ["geneval:prompt=Draw it: {prompt},samples=1", "mme", "pope:x=1", "a.b:C"],
+        ),
         ("", []),
     ],
 )

@@ -92,8 +92,9 @@ def _at(made, way):
     return type(made)
 
 
-@pytest.mark.parametrize("spec", [s for s in BENCHMARKS if folder_of(s) in ("mme", "mmbench",
-                                                                            "mmvp", "dpg")])
+@pytest.mark.parametrize(
+    "spec", [s for s in BENCHMARKS if folder_of(s) in ("mme", "mmbench", "mmvp", "dpg")]
+)
 def test_damaged_tables(spec, bench_root):
     write(bench_root, spec)
     name, made = next(iter(BENCHMARKS[spec].items()))
@@ -110,8 +111,18 @@ def test_the_command_names_what_is_wrong(bench_root):
     write(bench_root, spec)
     file = bench_root / "pope" / "coco_pope_random.json"
     row = BENCHMARKS[spec]["coco_pope_random.jsonl"][0]
-    for raw in (b"", b"\n", b"{", b"[]", b"\xff\xfe{\0", b"[" * 100_000, b"\0" * 1000, b"3",
-                b'{"question_id": 1}', json.dumps(row | {"text": "\ud800"}).encode()):
+    for raw in (
+        b"",
+        b"\n",
+        b"{",
+        b"[]",
+        b"\xff\xfe{\0",
+        b"[" * 100_000,
+        b"\0" * 1000,
+        b"3",
+        b'{"question_id": 1}',
+        json.dumps(row | {"text": "\ud800"}).encode(),
+    ):
         file.write_bytes(raw)
         check(words(spec), folder, code=2, naming="pope")
     file.write_bytes(b"\xef\xbb\xbf" + json.dumps(row).encode() + b"\r\n")
@@ -128,9 +139,14 @@ def test_images_elsewhere_are_not_opened(bench_root, tmp_path):
     """An official file can't have a file of the user's sent to an endpoint or put into a page."""
     outside = tmp_path / "secret.png"
     put(tmp_path, "secret.png", 0)
-    for spec, key in (("pope:setting=random", "image"), ("realworldqa", "image"),
-                      ("chartqa", "imgname"), ("seed:kind=all", "data_id"),
-                      ("vizwiz", "image"), ("coco_caption:tokenizer=python", "filename")):
+    for spec, key in (
+        ("pope:setting=random", "image"),
+        ("realworldqa", "image"),
+        ("chartqa", "imgname"),
+        ("seed:kind=all", "data_id"),
+        ("vizwiz", "image"),
+        ("coco_caption:tokenizer=python", "filename"),
+    ):
         write(bench_root, spec)
         name, made = next(iter(BENCHMARKS[spec].items()))
         way = next(way for way in places(made) if way and way[-1] == key)
@@ -190,10 +206,17 @@ def test_answers_of_an_earlier_start(bench_root, tmp_path):
     assert len(file.read_bytes().splitlines()) == 2
 
 
-@pytest.mark.parametrize("name", ["scores.json", "report.html", "pope-setting=random",
-                                  "pope-setting=random/answers.jsonl",
-                                  "pope-setting=random/records.jsonl",
-                                  "pope-setting=random/official"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "scores.json",
+        "report.html",
+        "pope-setting=random",
+        "pope-setting=random/answers.jsonl",
+        "pope-setting=random/records.jsonl",
+        "pope-setting=random/official",
+    ],
+)
 def test_results_that_can_t_be_written(name, bench_root, tmp_path):
     write(bench_root, "pope:setting=random")
     place = tmp_path / "o" / name
@@ -223,13 +246,27 @@ NUMBERS = ("", "nan", "inf", "-inf", "-1", "1e400", "x", "0x1", "9" * 30, "1.5",
 def test_options(bench_root, tmp_path):
     spec = "pope:setting=random"
     write(bench_root, spec)
-    for option in ("limit", "resamples", "batch-size", "judge-temperature", "temperature",
-                   "max-new-tokens", "concurrency", "timeout", "requests-per-minute"):
+    for option in (
+        "limit",
+        "resamples",
+        "batch-size",
+        "judge-temperature",
+        "temperature",
+        "max-new-tokens",
+        "concurrency",
+        "timeout",
+        "requests-per-minute",
+    ):
         for number in NUMBERS:
             check(words(spec, f"--{option}={number}"), tmp_path)
-    for more in (("--endpoint", "m"), ("--judge", "a", "--judge-workdir", "w"),
-                 ("--checkpoint", "c"), ("--price", "nan", "1", "--judge", "m"),
-                 ("--price", "-1", "1", "--judge", "m"), ("--judge-workdir", "gone")):
+    for more in (
+        ("--endpoint", "m"),
+        ("--judge", "a", "--judge-workdir", "w"),
+        ("--checkpoint", "c"),
+        ("--price", "nan", "1", "--judge", "m"),
+        ("--price", "-1", "1", "--judge", "m"),
+        ("--judge-workdir", "gone"),
+    ):
         check(words(spec, *more), tmp_path, code=2)
     for task in (
         "", " ", ",", ":", "pope:", "pope:x", "pope:x=1", "pope:setting", "pope:setting=\x1b", "\0",
@@ -262,9 +299,15 @@ def test_converted_problems(tmp_path):
             if key == "image" and value in ([], {}):
                 continue
             assert run({"1": changed(PROBLEM, (key,), value)}, {"train": ["1"]}) == 2, (key, value)
-    for problems, splits in (({}, {"train": ["1"]}), ([], {}), ({"1": []}, {"train": ["1"]}),
-                             ({"1": PROBLEM}, {"train": "1"}), ({"1": PROBLEM}, {"train": [[]]}),
-                             ({"1": PROBLEM}, []), ({"1": PROBLEM}, {"train": ["../1"]})):
+    for problems, splits in (
+        ({}, {"train": ["1"]}),
+        ([], {}),
+        ({"1": []}, {"train": ["1"]}),
+        ({"1": PROBLEM}, {"train": "1"}),
+        ({"1": PROBLEM}, {"train": [[]]}),
+        ({"1": PROBLEM}, []),
+        ({"1": PROBLEM}, {"train": ["../1"]}),
+    ):
         assert run(problems, splits) == 2
     assert run({"1": PROBLEM}, {"train": ["1"]}, "--split", "gone\x1b") == 2
     assert run({"1": PROBLEM}, {"train": ["1"]}, "--format", "X") == 2

@@ -141,9 +141,17 @@ def test_options(folder):
             check(words(f"--{option}={number}"), folder)
     for size in ("0B", "1.2.3GB", ".", "1e9", "-5GB", "5XB", "0.0000001B"):
         check(words(f"--max-shard-size={size}"), folder, code=2)
-    for more in (("--config", "c"), ("--checkpoint", "c"), ("--config.model.x=1",),
-                 ("--images", "gone"), ("--images", "w"), ("--images", "photos/good.png"),
-                 ("--out", "photos/good.png"), ("--out", ""), ("--out", "a\0b")):
+    for more in (
+        ("--config", "c"),
+        ("--checkpoint", "c"),
+        ("--config.model.x=1",),
+        ("--images", "gone"),
+        ("--images", "w"),
+        ("--images", "photos/good.png"),
+        ("--out", "photos/good.png"),
+        ("--out", ""),
+        ("--out", "a\0b"),
+    ):
         check(words(*more), folder, code=2)
 
 
@@ -176,14 +184,26 @@ def test_scores_of_odd_folders(folder, network):
         check([*argv, f"--fid-size={size}"], folder, code=2)
     for drawn in ("w", "gone", "i.pth", "", "a\0b"):
         check(["score", drawn, *argv[2:]], folder, code=2)
-    for more in ((), ("--paired",), ("--captions", "i.pth"), ("--clip", "x"), ("--tower", "x"),
-                 ("--geneval", "i.pth", "--dpg", "i.pth"), ("--geneval", "i.pth"),
-                 ("--dpg", "i.pth"), ("--samples", "9", "--dpg", "i.pth")):
+    for more in (
+        (),
+        ("--paired",),
+        ("--captions", "i.pth"),
+        ("--clip", "x"),
+        ("--tower", "x"),
+        ("--geneval", "i.pth", "--dpg", "i.pth"),
+        ("--geneval", "i.pth"),
+        ("--dpg", "i.pth"),
+        ("--samples", "9", "--dpg", "i.pth"),
+    ):
         check(["score", "photos", *more], folder, code=2)
     for data in (b"", b"x", b"PK\x03\x04", b"\x93NUMPY"):
         (folder / "real.npz").write_bytes(data)
         check([*argv, "--statistics", "real.npz"], folder, code=2, naming="real.npz")
-    for arrays in ({"mu": [1.0]}, {"mu": [np.nan] * 3, "sigma": np.eye(3)}, {
-        "mu": np.zeros(3), "sigma": np.eye(4)}, {"mu": np.array([{}], object), "sigma": [1]}):
+    for arrays in (
+        {"mu": [1.0]},
+        {"mu": [np.nan] * 3, "sigma": np.eye(3)},
+        {"mu": np.zeros(3), "sigma": np.eye(4)},
+        {"mu": np.array([{}], object), "sigma": [1]},
+    ):
         np.savez(folder / "real.npz", **arrays)
         check([*argv, "--statistics", "real.npz"], folder, code=2)

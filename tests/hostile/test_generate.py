@@ -125,8 +125,12 @@ def test_numbers_of_every_option(folder, loads):
     refused = 0
     for option, value in itertools.product(NUMERIC, NUMBERS):
         for command in (words("--prompt", "x"), ["chat", "--workdir", "w"]):
-            if command[0] == "chat" and option in ("samples", "batch-size", "beams",
-                                                   "length-penalty"):
+            if command[0] == "chat" and option in (
+                "samples",
+                "batch-size",
+                "beams",
+                "length-penalty",
+            ):
                 continue
             before = len(loads)
             found = check([*command, f"--{option}={value}"], folder)

@@ -195,11 +195,21 @@ NUMBERS = ("", "nan", "inf", "-inf", "-1", "0", "1e400", "x", "9" * 30, "1.5", "
 
 
 def test_options(folder, client):
-    for option in ("limit", "temperature", "max-tokens", "seed", "concurrency", "tries", "timeout",
-                   "requests-per-minute", "batch-size"):
+    for option in (
+        "limit",
+        "temperature",
+        "max-tokens",
+        "seed",
+        "concurrency",
+        "tries",
+        "timeout",
+        "requests-per-minute",
+        "batch-size",
+    ):
         for number in NUMBERS:
-            found = check(words("--contexts", "c.jsonl", f"--{option}={number}", "--dry-run"),
-                          folder)
+            found = check(
+                words("--contexts", "c.jsonl", f"--{option}={number}", "--dry-run"), folder
+            )
             if number in ("nan", "inf", "-inf", "x", "") or (number == "-1" and option != "seed"):
                 assert found.code == 2 or option == "batch-size", (option, number)
     for more in (

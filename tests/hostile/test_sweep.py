@@ -16,9 +16,12 @@ from tests.train.test_loop import config
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-FILE = toy.CONFIG + """def sweep(add):
+FILE = (
+    toy.CONFIG
+    + """def sweep(add):
     SWEEP
 """
+)
 SWEEP = 'add.product({"optim.learning_rate": [0.01, 0.1]})'
 FIRST = "001_learning_rate=0.01"
 VALUES = '{"optim.learning_rate": 0.01}\n'

@@ -131,8 +131,8 @@ def test_text_and_images_come_back_as_lmms_eval_wants_them(
     assert not {*files} & {*json.loads(again)["images"]}  # nothing is overwritten
 
     seen = []
-    drawing.replies = lambda made, *rest: seen.extend(made) or type(drawing).replies(
-        drawing, made, *rest
+    drawing.replies = lambda made, *rest: (
+        seen.extend(made) or type(drawing).replies(drawing, made, *rest)
     )
     (thought,) = model.generate_visual_cot(asked(docs[3:], max_new_tokens=9))
     assert seen[0].think and seen[0].prompt == "Is it?"
@@ -180,7 +180,7 @@ metric_list:
 metadata:
   version: 1.0
 """
-UTILS = '''
+UTILS = """
 import json, os
 from PIL import Image
 
@@ -197,7 +197,7 @@ def results(doc, results):
         "answered": float(bool(reply) and not drawn),
         "drawn": float(bool(drawn) and all(Image.open(f).size == (8, 8) for f in drawn)),
     }
-'''
+"""
 
 
 @pytest.mark.skipif(not REAL, reason=SKIPPED)

@@ -108,10 +108,12 @@ def test_minimum_length_and_penalty_are_those_of_hugging_face():
     logits = rng.normal(size=(2, 12)).astype(np.float32)
     ids = np.array([[1, 5, 5, 2], [0, 3, 11, 4]])
     for count in (1, 3):
-        theirs = LogitsProcessorList([
-            RepetitionPenaltyLogitsProcessor(1.7),
-            MinNewTokensLengthLogitsProcessor(4 - count, 3, [2, 9], device="cpu"),
-        ])(torch.from_numpy(ids), torch.from_numpy(logits.copy())).numpy()
+        theirs = LogitsProcessorList(
+            [
+                RepetitionPenaltyLogitsProcessor(1.7),
+                MinNewTokensLengthLogitsProcessor(4 - count, 3, [2, 9], device="cpu"),
+            ]
+        )(torch.from_numpy(ids), torch.from_numpy(logits.copy())).numpy()
         policy = TextPolicy(Sampler(), (2, 9), min_new_tokens=3, repetition_penalty=1.7)
         seen = policy.init(2, jnp.asarray(ids), 12)
         ours = policy.scores(jnp.asarray(logits), seen, jnp.array([count, count]))

@@ -17,10 +17,13 @@ from tests.sweep import toy
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-FILE = toy.CONFIG + """def sweep(add):
+FILE = (
+    toy.CONFIG
+    + """def sweep(add):
     add.product({"optim.learning_rate": [0.01, 0.1]})
     add({"data.poison": 2})
 """
+)
 
 
 @pytest.fixture

@@ -18,9 +18,7 @@ from tests.train import toy  # noqa: E402
 def begin(stage="all", cfg=None, ema=False, accumulate=1, **changes):
     mesh = sharding.make_mesh()
     cfg = cfg or toy.Config()
-    parts, params, frozen = state.create(
-        lambda r: toy.Toy(cfg, r), toy.STAGES[stage](cfg), mesh, 0
-    )
+    parts, params, frozen = state.create(lambda r: toy.Toy(cfg, r), toy.STAGES[stage](cfg), mesh, 0)
     changes = {"schedule": "constant", "ema_decay": 0.9 if ema else None} | changes
     optimizer = optim.build(OptimConfig(1e-2, warmup=0, **changes), params, 8, 10)
     step = make_step(parts, optimizer, accumulate, mesh=mesh)

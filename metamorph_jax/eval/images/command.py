@@ -1,10 +1,10 @@
 """`metamorph score`: FID, CLIP score and the like of a folder of drawn images, whoever drew them.
 
-    metamorph score drawn --real val2014 --inception pt_inception-2015-12-05-6726825d.pth
-    metamorph score drawn --captions captions.json --clip hf:openai/clip-vit-large-patch14
-    metamorph score drawn --real photos --tower hf:google/siglip-base-patch16-224
-    metamorph score drawn --geneval evaluation_metadata.jsonl --judge runs/vpit
-    metamorph score drawn --dpg dpg_bench.csv --judge endpoint:gpt-4o
+metamorph score drawn --real val2014 --inception pt_inception-2015-12-05-6726825d.pth
+metamorph score drawn --captions captions.json --clip hf:openai/clip-vit-large-patch14
+metamorph score drawn --real photos --tower hf:google/siglip-base-patch16-224
+metamorph score drawn --geneval evaluation_metadata.jsonl --judge runs/vpit
+metamorph score drawn --dpg dpg_bench.csv --judge endpoint:gpt-4o
 """
 
 import pathlib

@@ -343,8 +343,15 @@ SIZES = {
 }
 FAMILY = Family(
     "llava",
-    ("llava", "llava_next", "llava_llama", "llava_mistral", "llava_qwen", OWN_KIND,
-     "llama+mm_vision_tower"),
+    (
+        "llava",
+        "llava_next",
+        "llava_llama",
+        "llava_mistral",
+        "llava_qwen",
+        OWN_KIND,
+        "llama+mm_vision_tower",
+    ),
     config_from_hf,
     config_to_hf,
     create,
@@ -356,7 +363,5 @@ FAMILY = Family(
     _save_published,
     read,
 )
-RUN = RunForm(
-    save, source, ("llm",), base, save_reference, save_connector, save_beside_adapters
-)
+RUN = RunForm(save, source, ("llm",), base, save_reference, save_connector, save_beside_adapters)
 FAMILIES = (RUN, FAMILY)

@@ -13,14 +13,17 @@ from metamorph_jax.eval.images.dpg import Judged
 
 HEAD = ("item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,"
         "question_natural_language\n")  # fmt: skip
-CSV = HEAD + '''cup,"A red cup…",,1,0,entity,whole,entity - whole (cup),Is there a cup?
+CSV = (
+    HEAD
+    + """cup,"A red cup…",,1,0,entity,whole,entity - whole (cup),Is there a cup?
 cup,"A red cup…",,2,1,attribute,color,"attribute - color (cup, red)",Is the cup red?
 cup,"A red cup…",,3,2,attribute,shade,"attribute - color (cup, dark red)",Is it dark red?
 cup,"A red cup…",,4,0,global,,global (photo),Is it a photo?
 sky,A sky,,1,0,entity,whole,entity - whole (sky),Is there a sky?
 sky,A sky,,2,"1, 3",relation,spatial,"relation - spatial (bird, sky)",Is the bird in the sky?
 sky,A sky,,3,0,entity,whole,entity - whole (bird),Is there a bird?
-'''  # noqa: E501
+"""
+)  # noqa: E501
 # Question -> yes, of each of two images.
 CUP = [{1: False, 2: True, 3: True, 4: True}, {1: True, 2: True, 3: False, 4: True}]
 SKY = [{1: True, 2: True, 3: True}, {1: True, 2: True, 3: False}]
@@ -71,7 +74,7 @@ def test_official_scores(csv):
 
 
 def test_dependencies_on_nothing_are_told(csv, tmp_path, capsys):
-    (tmp_path / "odd.csv").write_text(CSV.replace(',4,0,global', ',4,"9, 1",global'))
+    (tmp_path / "odd.csv").write_text(CSV.replace(",4,0,global", ',4,"9, 1",global'))
     items = dpg.read_items(str(tmp_path / "odd.csv"))
     assert items["cup"][4].parents == (1,) and "questions [4] of cup" in capsys.readouterr().err
     for old, new, message in (

@@ -83,8 +83,9 @@ def test_one_caption_of_each_image(root):
     task = tasks.make("coco30k", root=str(root))
     questions = list(task.questions())
     places = [question.more["real"] for question in questions]
-    assert len(places) == len(set(places)) == IMAGES and all(map(pathlib.Path.is_file,
-                                                                 map(pathlib.Path, places)))
+    assert len(places) == len(set(places)) == IMAGES and all(
+        map(pathlib.Path.is_file, map(pathlib.Path, places))
+    )
     assert questions[3].prompt == "Generate an image of the following: A two cats no 3."
     some = tasks.make("coco30k:count=4", root=str(root))
     chosen = [question.id for question in some.questions()]

@@ -56,9 +56,7 @@ def drawer(model, guidance):
     return lambda condition, null=None: np.asarray(compiled(state, condition, null))
 
 
-@pytest.mark.parametrize(
-    ("denoiser", "guidance"), [("unet", 3.0), ("dit", 1.0), ("dit grid", 1.0)]
-)
+@pytest.mark.parametrize(("denoiser", "guidance"), [("unet", 3.0), ("dit", 1.0), ("dit grid", 1.0)])
 def test_a_masked_token_does_not_change_the_image(denoiser, guidance):
     P = 4 if denoiser == "dit grid" else 5
     draw, context = drawer(make(denoiser), guidance), context_of(P)

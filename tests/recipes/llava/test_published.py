@@ -318,8 +318,10 @@ def test_a_mixed_file_is_read_key_by_key(loaded):
     cfg, first, tensors = loaded
     old, new = named(tensors, "hf"), named(tensors, "hf-2025")
     mixed = dict([*list(old.items())[::2], *list(new.items())[1::2]])
-    mixed |= {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(8, np.float32),
-              "vision_tower.vision_model.embeddings.position_ids": np.zeros((1, 17), np.int64)}
+    mixed |= {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(8, np.float32),
+        "vision_tower.vision_model.embeddings.position_ids": np.zeros((1, 17), np.int64),
+    }
     model = abstract(cfg)
     keys.load_llava(model, mixed)
     same_weights(first, model)

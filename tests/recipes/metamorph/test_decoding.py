@@ -159,7 +159,8 @@ def test_quirks_are_fixed_by_default(golden):
 @pytest.fixture(scope="module")
 def model():
     cfg = recipe.Config(
-        llm="tiny", llm_options={"qkv_bias": True},
+        llm="tiny",
+        llm_options={"qkv_bias": True},
         vision=VisionConfig("none", feature_width=12, tokens=4),
     )
     model = recipe.create(cfg, nnx.Rngs(1))

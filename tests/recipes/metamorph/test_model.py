@@ -73,6 +73,7 @@ def test_more_visual_targets_than_allowed_is_not_silent():
 def test_features_give_the_numbers_of_pixels():
     model, batch = make(), make_batch()
     features = model.visual_features(batch.images.pixels.reshape(4, 32, 32, 3))
+
     def with_features(x):
         return dataclasses.replace(
             batch, images=dataclasses.replace(batch.images, pixels=None, features=x)
