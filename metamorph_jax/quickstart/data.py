@@ -194,7 +194,7 @@ def prepare(root, source=None, train_images: int = 0, test_images: int = 0,
             if not target.exists():
                 _copy(source / split / "images" / f"{image}.png", target)
         samples = [_vqa_sample(split, image, turns[image]) for image in chosen]
-        _write_lines(data.root / f"vqa_{split}.jsonl", samples)
+        write_lines(data.root / f"vqa_{split}.jsonl", samples)
         counts[split] = {
             "images": len(chosen),
             "questions": sum(len(turns[image]) for image in chosen),
@@ -203,16 +203,16 @@ def prepare(root, source=None, train_images: int = 0, test_images: int = 0,
         if split == "train":
             drawn = [_draw_sample(image, *truth[image], seed)
                      for image in chosen if None not in truth[image]]  # fmt: skip
-            _write_lines(data.draw_train, drawn)
+            write_lines(data.draw_train, drawn)
         else:
-            _write_lines(data.questions_test, [
+            write_lines(data.questions_test, [
                 {"id": f"vqa-test-{image}-{i}", "image": f"test/{image}.png",
                  "question": question, "answer": answer, "type": question_type(question)}
                 for image in chosen for i, (question, answer) in enumerate(turns[image])
             ])  # fmt: skip
-    _write_lines(data.draw_test, draw_requests())
-    _write_text(data.labels, json.dumps(labels))
-    _write_text(data.manifest, json.dumps({"parameters": parameters, "counts": counts}, indent=1))
+    write_lines(data.draw_test, draw_requests())
+    write_text(data.labels, json.dumps(labels))
+    write_text(data.manifest, json.dumps({"parameters": parameters, "counts": counts}, indent=1))
     return data
 
 
@@ -286,14 +286,14 @@ def _done(data: QuickstartData, parameters: dict) -> bool:
         return False
 
 
-def _write_text(path: pathlib.Path, text: str) -> None:
+def write_text(path: pathlib.Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 
-def _write_lines(path: pathlib.Path, rows: list[dict]) -> None:
-    _write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def write_lines(path: pathlib.Path, rows: list[dict]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
