@@ -71,9 +71,10 @@ class Chat:
 
     Attributes:
         bos: the BOS that conversations begin with, if the template and the tokenizer have one.
+        eos: the EOS that they end with, or ().
         close: the special token that ends an answer, or None.
-        stop: ids that, one after another, end an answer; () where only the tokenizer's eos does.
-        stop: ids that end an answer when they come one after another; () where nothing does.
+        stop: ids that end an answer when they come one after another; () where nothing
+            but the tokenizer's EOS does.
         specials: special token of the template -> its id.
 
     Special tokens come from the template and the markers alone: where a message spells one out
@@ -106,6 +107,7 @@ class Chat:
         start = template.start[:1] if single_bos else template.start
         self._start = [self._special(token) for token in start]
         self.bos = _bos(tokenizer) if template.bos else ()
+        self.eos = _eos(tokenizer, template) if template.eos else ()
         self._start += [self._special(token) for token in self.bos]
         self.specials = {str(token): self._special(token) for token in template.start}
         self.specials |= {
@@ -115,11 +117,13 @@ class Chat:
             for piece, _ in (*form.row(role), *form.row(role, first=True))
             if isinstance(piece, Special)
         }
-        self.close = self.specials[template.close] if template.close else None
+        self.specials |= {token: self._special(token) for token in self.eos}
+        closing = (template.close,) if template.close else self.eos
+        self.close = self.specials[closing[0]] if closing else None
         around = {self._name([id_]) for id_ in (*markers.before, *markers.after)}
         names = {*self.specials, START_TOKEN, END_TOKEN, *around}
         self._texts = TextIds(tokenizer, names, template.in_context)
-        self.stop = (self.close,) if template.close else ()
+        self.stop = (self.close,) if closing else ()
         if template.stop:
             self.stop = tuple(self._texts.parts(["a", template.stop])[1])
         self._after_image = self._name(markers.after[-1:]) if template.in_context else ""
@@ -247,8 +251,9 @@ class Chat:
             if lead and rest and len(turns) > 2 and len(turns) % 2 == 0:
                 return self._independent(system, turns, lead, rest)
         ids = list(self._start)
-        supervised = self._write(ids, render(self._written, turns, system))
-        return _encoded(ids, supervised)
+        pieces = render(self._written, turns, system)
+        pieces += [(Special(token), True) for token in self.eos]
+        return _encoded(ids, self._write(ids, pieces))
 
     def _system_of(self, turns: Sequence[Turn]) -> tuple[str | None, Sequence[Turn]]:
         """(system message, the other turns): that of the conversation, else the chat's own."""
@@ -337,6 +342,16 @@ def _bos(tokenizer) -> tuple[str, ...]:
     bos = getattr(tokenizer, "bos_token_id", None)
     written = [] if bos is None else list(tokenizer.encode("", add_special_tokens=True))
     return (str(tokenizer.bos_token),) if written[:1] == [bos] else ()
+
+
+def _eos(tokenizer, template: ChatTemplate) -> tuple[str, ...]:
+    """The EOS of a tokenizer."""
+    token = getattr(tokenizer, "eos_token", None)
+    if token is None:
+        raise ValueError(
+            f"the tokenizer names no EOS (`eos_token`), which template {template.name} needs"
+        )
+    return (str(token),)
 
 
 def _encoded(ids: list[int], supervised: Iterable[slice]) -> Encoded:

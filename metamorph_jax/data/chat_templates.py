@@ -36,6 +36,7 @@ class ChatTemplate:
         name: as `config.data.row.template` has it.
         start: tokens before everything, twice where the reference writes two.
         bos: begin with the BOS of the tokenizer, if it is one that writes a BOS.
+        eos: a conversation to train on ends with the EOS of the tokenizer, supervised.
         system, user, assistant: pieces of a turn; () for a role that has no place in it.
         first_user: pieces of the first turn, where they differ ("{system}" may stand there).
         default_system: the system message if none is given; None writes no system turn.
@@ -58,6 +59,7 @@ class ChatTemplate:
     first_user: tuple[Piece, ...] | None = None
     start: tuple[Special, ...] = ()
     bos: bool = False
+    eos: bool = False
     default_system: str | None = None
     preset: tuple[Turn, ...] = ()
     in_context: bool = False
@@ -265,6 +267,12 @@ def _captions(name: str) -> ChatTemplate:
     )
 
 
+def _document(name: str) -> ChatTemplate:
+    """Text and images as they are: the user's part is given, the assistant's is learnt."""
+    user, assistant = (("{text}", False),), (("{text}", True),)
+    return ChatTemplate(name, user=user, assistant=assistant, bos=True, eos=True)
+
+
 _NEXT = ((Special("<s>"), False),)
 
 TEMPLATES = {
@@ -287,6 +295,7 @@ TEMPLATES = {
         _instruct("mistral_instruct", "", ()),
         _captions("plain"),
         _captions("v0_plain"),
+        _document("document"),
         _in_line("mpt", messages.MPT),
         _in_line("chatml_direct", messages.ANSWER),
         _in_line("mistral_direct", messages.ANSWER),

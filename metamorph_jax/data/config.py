@@ -15,6 +15,7 @@ from metamorph_jax.data.interleave import Rule, no_image
 from metamorph_jax.data.sources.base import ImageRef, Sample
 from metamorph_jax.data.views import Views
 
+_ROWS = 64  # rows that one sample may run through, where samples are cut
 MAX_FRAMES = 45  # of a video, where nothing else limits them
 
 
@@ -53,7 +54,13 @@ class RowConfig:
             cut, but never inside an image; with packing, this is the references' maximal length.
         images: views of images that a row holds; a sample of more is skipped. On a mixture like
             MetaMorph's, rows of 4096 are 99.7 % full with 24, but 81 % with 16.
-        packing: "first_fit", or "pad" (one sample in each row, as the references do).
+        packing: "first_fit"; "pad" (one sample in each row, as the references do); or "concat"
+            (one after another, and cut wherever a row ends, as MM-Interleaved was trained; see
+            `concat.py`). With "concat", a sample may be longer than a row, or have more images.
+        cut_at: with "concat", whether an "image" that a row has no room for moves to the next row,
+            or the whole "document".
+        crossing: the samples of a row are one segment, so that they see each other, and positions
+            run on through the row. Published weights of MM-Interleaved were trained so.
         open_rows: rows that first-fit packing keeps open.
         independent_turns: question and answer k sees the leading images and itself only.
         mask_dangling_start: do not supervise an image's start marker if the image was cut.
@@ -75,10 +82,17 @@ class RowConfig:
     sample_length: int = 0
     legacy_image_front: bool = False
     official_masks: bool = False
+    cut_at: str = "image"
+    crossing: bool = False
 
     def __post_init__(self):
-        if self.packing not in ("first_fit", "pad"):
-            raise ValueError(f"row.packing is {self.packing!r}: expected first_fit or pad")
+        if self.packing not in ("first_fit", "pad", "concat"):
+            raise ValueError(f"row.packing is {self.packing!r}: expected first_fit, pad or concat")
+        if self.cut_at not in ("image", "document"):
+            raise ValueError(f"row.cut_at is {self.cut_at!r}: expected image or document")
+        if self.independent_turns and (self.crossing or self.packing == "concat"):
+            given = "row.crossing" if self.crossing else 'row.packing="concat"'
+            raise ValueError(f"{given} has no independent_turns: switch one of them off")
         if not 0 <= self.sample_length <= self.length:
             raise ValueError(
                 f"row.sample_length is {self.sample_length}: expected at most row.length, "
@@ -90,7 +104,13 @@ class RowConfig:
     @property
     def longest(self) -> int:
         """Most positions of one sample."""
-        return self.sample_length or self.length
+        most = self.length * (_ROWS if self.packing == "concat" else 1)
+        return self.sample_length or most
+
+    @property
+    def most_images(self) -> int:
+        """Most views of one sample."""
+        return self.images * (_ROWS if self.packing == "concat" else 1)
 
 
 @dataclasses.dataclass(frozen=True)

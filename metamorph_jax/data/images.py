@@ -225,7 +225,9 @@ class Preprocess:
     Attributes:
         size: side of the result.
         mode: "square" stretches (SigLIP); "pad" first pads to a square with the mean colour;
-            "crop" resizes the short side to `resize` and cuts out the centre (CLIP, DINOv2).
+            "crop" resizes the short side to `resize` and cuts out the centre (CLIP, DINOv2);
+            "halve" does so, too, but first halves the image with a box filter while its short side
+            is at least twice as long as it is to be (ADM, MM-Interleaved).
         resize: short side before cropping, `size` if None.
         resample: "bicubic" or "bilinear".
         mean, std: of values in 0…1, per channel; applied on the device.
@@ -239,8 +241,8 @@ class Preprocess:
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
     def __post_init__(self):
-        if self.mode not in ("square", "pad", "crop"):
-            raise ValueError(f"mode {self.mode!r}: expected square, pad or crop")
+        if self.mode not in ("square", "pad", "crop", "halve"):
+            raise ValueError(f"mode {self.mode!r}: expected square, pad, crop or halve")
         if self.resample not in ("bicubic", "bilinear"):
             raise ValueError(f"resample {self.resample!r}: expected bicubic or bilinear")
 
@@ -250,11 +252,14 @@ class Preprocess:
         square = (self.size, self.size)
         if self.mode == "pad":
             image = pad_to_square(image, tuple(int(255 * m) for m in self.mean), self.size)
-        if self.mode == "crop":
-            w, h = image.size
+        if self.mode in ("crop", "halve"):
             short = self.resize or self.size
-            # The long side is cut to an integer, not rounded, as the published processors do.
-            new = (short, int(short * h / w)) if w <= h else (int(short * w / h), short)
+            halve, whole = self.mode == "halve", round if self.mode == "halve" else int
+            while halve and min(image.size) >= 2 * short:
+                image = image.resize([side // 2 for side in image.size], Image.Resampling.BOX)
+            w, h = image.size
+            # The published processors cut the long side to an integer, "halve" rounds it.
+            new = (short, whole(short * h / w)) if w <= h else (whole(short * w / h), short)
             left, top = (new[0] - self.size) // 2, (new[1] - self.size) // 2
             if new[0] * new[1] <= MAX_PIXELS or self.size > short:
                 image = image.resize(new, resample)
@@ -386,7 +391,13 @@ def preprocess_from_hf(fields: Mapping) -> Preprocess:
 
 
 def preprocess_to_hf(preprocess: Preprocess) -> dict:
-    """A preprocessor_config.json that `AutoImageProcessor` reads and that gives the same pixels."""
+    """A preprocessor_config.json that `AutoImageProcessor` reads and that gives the same pixels.
+
+    Raises:
+        ValueError: transformers has no processor that does.
+    """
+    if preprocess.mode == "halve":
+        raise ValueError('no processor of transformers gives the pixels of mode "halve"')
     kind = {"square": "Siglip", "pad": "Llava", "crop": "CLIP"}[preprocess.mode]
     if preprocess.mode == "crop" and preprocess.resize not in (None, preprocess.size):
         kind = "Bit"

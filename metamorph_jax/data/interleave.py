@@ -31,6 +31,25 @@ def no_image(labels: np.ndarray, sentinels: np.ndarray) -> np.ndarray:
     return np.zeros(len(sentinels), bool)
 
 
+@dataclasses.dataclass(frozen=True)
+class AfterSupervisedStart:
+    """The rule of models that decide on their own to draw: an image is to be predicted iff it
+    follows a supervised start token.
+
+    Otherwise, and when it comes first or directly after another image, it is context.
+
+    Attributes:
+        start: id of the start token.
+    """
+
+    start: int
+
+    def __call__(self, labels: np.ndarray, sentinels: np.ndarray) -> np.ndarray:
+        """See `Rule`."""
+        before = np.maximum(sentinels - 1, 0)
+        return (sentinels > 0) & (labels[before] == self.start)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Place:
     """What stands where an image is in the text.

@@ -3,7 +3,7 @@
 A sample is never split, so neither is an image. A few rows stay open; a sample goes into the first
 one that has room for its positions, views, visual targets and drawings. When none has, the fullest
 row is closed and a new one opened. `packing = "pad"` puts one sample into each row, as the
-references do.
+references do; "concat" is in `concat.py`.
 
 Grain's own first-fit packing bounds every feature by itself too, but closes all rows at once and
 would need the visual tokens as a feature to be cut; here an image must come whole, with its slots
@@ -18,9 +18,10 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
+from metamorph_jax.data.concat import Concat, part
 from metamorph_jax.data.config import DataConfig, DrawingSpec, InputSpec
 from metamorph_jax.data.images import NOTES
-from metamorph_jax.errors import DataError, TooManyBadSamples
+from metamorph_jax.errors import ConfigError, DataError, TooManyBadSamples
 from metamorph_jax.types import TEXT, Batch, Drawings, Images
 
 # What is counted of samples that are used; all other counts are of samples that are not.
@@ -91,6 +92,11 @@ class FirstFit:
         rows, self.rows, self.used = self.rows, [], []
         return rows
 
+    def restore(self, rows: list[list]) -> None:
+        """Sets the open rows, whose items are those of a `SampleStream`."""
+        self.rows = rows
+        self.used = [functools.reduce(Size.__add__, map(_size, row)) for row in rows]
+
 
 class _OneEach(FirstFit):
     """Parity with the references: a row is one sample."""
@@ -120,6 +126,7 @@ class _Assembly:
     def __init__(self, rows: int, config: DataConfig, spec: InputSpec, cache_rows):
         B, L, I = rows, config.row.length, config.row.images
         self.tokens_per_view, self.cache_rows = spec.views.tokens, cache_rows
+        self.crossing = config.row.crossing
         self.ints = {
             name: np.full((B, L), EMPTY[name], np.int32)
             for name in EMPTY
@@ -153,7 +160,9 @@ class _Assembly:
                 moved = item[name] + view * self.tokens_per_view
                 array[here] = np.where(item[name] >= 0, moved, item[name])
             elif name == "segments":
-                array[here] = segment
+                array[here] = 1 if self.crossing else segment
+            elif name == "positions" and self.crossing:
+                array[here] = np.arange(here[1].start, here[1].stop)
             else:
                 array[here] = item["source" if name == "sources" else name]
 
@@ -258,10 +267,31 @@ class PackedIterator(grain.DatasetIterator):
         self._items: Iterator[dict] | None = None
         self._next, self._bad_in_a_row = n, 0
         o = self._config.row
-        kind = FirstFit if o.packing == "first_fit" else _OneEach
-        self._packer = kind(row_limit(self._config, self._spec), o.open_rows)
+        if o.packing == "concat":
+            self._packer = self._concat()
+        else:
+            kind = FirstFit if o.packing == "first_fit" else _OneEach
+            self._packer = kind(row_limit(self._config, self._spec), o.open_rows)
         self._ready: list[list[dict]] = []
         self.counts: collections.Counter[str] = collections.Counter()
+
+    def _concat(self) -> Concat:
+        row, spec, around = self._config.row, self._spec, self.samples.chat.markers
+        ids = spec.drawings is not None and spec.drawings.ids
+        if spec.views.needs_size or spec.visual_targets or ids:
+            raise ConfigError(
+                'row.packing="concat" is for models that read every image as one view, and predict '
+                "no visual tokens"
+            )
+        if spec.drawings is not None and spec.drawings.places < row.images:
+            raise ConfigError(
+                f"row.images is {row.images}, but a row has places for {spec.drawings.places} "
+                'images to draw: row.packing="concat" needs one for each image'
+            )
+        before, after = len(around.before), len(spec.views.plan(None)[1]) + len(around.after)
+        if before + after > row.length:
+            raise ConfigError(f"row.length is {row.length}, but an image takes {before + after}")
+        return Concat(row.length, row.images, row.cut_at, before, after, spec.views.tokens)
 
     @property
     def sources(self) -> list[str]:
@@ -291,7 +321,7 @@ class PackedIterator(grain.DatasetIterator):
             try:
                 item = next(self._items)
             except StopIteration:
-                self._ready += self._packer.flush()
+                self._ready += self._kept(self._packer.flush())
                 if not self._ready and not self._config.order.padding_batches:
                     raise
                 break
@@ -319,11 +349,25 @@ class PackedIterator(grain.DatasetIterator):
         for note in USED:
             if item.get(note):
                 self.counts[f"{name}/{note}"] += int(item[note])
+        if self._config.row.packing == "concat":
+            return self._kept(self._packer.add(item))
         return self._packer.add(item, _size(item))
 
+    def _kept(self, rows: list[list[dict]]) -> list[list[dict]]:
+        """The rows without those of "concat" that have no image, which are counted."""
+        if self._config.row.packing != "concat":
+            return rows
+        kept = [row for row in rows if any(len(item["view_starts"]) for item in row)]
+        if len(kept) < len(rows):
+            self.counts["rows/without_images"] += len(rows) - len(kept)
+        return kept
+
     def get_state(self) -> dict:
+        def number(item):
+            return [int(item["index"]), *item["piece"]] if "piece" in item else int(item["index"])
+
         def numbers(rows):
-            return [[int(item["index"]) for item in row] for row in rows]
+            return [[number(item) for item in row] for row in rows]
 
         return {
             "next": self._next,
@@ -342,18 +386,17 @@ class PackedIterator(grain.DatasetIterator):
             )
         self._reset(int(state["next"]))
         self._ready = [[self._again(n) for n in row] for row in state["ready"]]
-        for numbers in state["open"]:
-            row = [self._again(n) for n in numbers]
-            self._packer.rows.append(row)
-            self._packer.used.append(functools.reduce(Size.__add__, map(_size, row)))
+        self._packer.restore([[self._again(n) for n in row] for row in state["open"]])
         self._bad_in_a_row = int(state["bad_in_a_row"])
         self.counts = collections.Counter(state["counts"])
 
-    def _again(self, n: int) -> dict:
+    def _again(self, number: int | list[int]) -> dict:
+        """The sample of this number, or [number, first and last column of] a part of one."""
+        n, *piece = number if isinstance(number, list) else [number]
         item = self.samples[n]
         if "bad" in item:
             raise DataError(f"sample {n} was good before the checkpoint, now: {item['detail']}")
-        return item
+        return part(item, *piece, self._spec.views.tokens) if piece else item
 
     def close(self) -> None:
         if self._closed:

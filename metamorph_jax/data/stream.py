@@ -213,8 +213,8 @@ class SampleStream:
         item["cut"] = int(row.cut)
         if self.config.row.independent_turns:
             item["turns"] = np.zeros(len(row), np.int32) if row.turns is None else row.turns
-        read = [(sample.images[k], place.views) for k, place in enumerate(places) if place.views]
-        return item | self._pixels(read) | self._drawings(sample, row, np.flatnonzero(drawn))
+        read = {k: place.views for k, place in enumerate(places) if place.views}
+        return item | self._pictured(sample, row, read, np.flatnonzero(drawn))
 
     def _drawn(self, encoded: Encoded, count: int) -> np.ndarray:
         """bool[count]: which images of a sample are to be drawn."""
@@ -236,7 +236,7 @@ class SampleStream:
 
     def _check(self, sample: Sample, row: Row, drawn: np.ndarray) -> None:
         """Raises BadSample where no row has room for the sample, or nothing is learnt from it."""
-        views, most = len(row.view_starts), self.config.row.images
+        views, most = len(row.view_starts), self.config.row.most_images
         if views > most:
             raise BadSample("too_many_images", f"{views} views of images, a row holds {most}")
         targets, most = int((row.visual_targets >= 0).sum()), self.spec.visual_targets
@@ -247,7 +247,7 @@ class SampleStream:
             )
         if drawn.any():
             places, first = self.spec.drawings.places, int(row.image_starts[drawn].min())
-            if drawn.sum() > places:
+            if drawn.sum() > places and self.config.row.packing != "concat":
                 raise BadSample("too_many_drawings", f"{drawn.sum()}, a row holds {places}")
             if first == 0:
                 raise BadSample("nothing_to_draw_from", "no text before an image to draw")
@@ -257,36 +257,35 @@ class SampleStream:
                 raise BadSample("too_long", f"no answer begins in the first {length} positions")
             raise BadSample("fully_masked", "no answer to learn")
 
-    def _pixels(self, read: Sequence[tuple[ImageRef, int]]) -> dict:
-        """`cache`, `pixels` and counts of `images.NOTES` of (image, number of views)."""
+    def _pictured(self, sample: Sample, row: Row, read: dict[int, int], drawn: np.ndarray) -> dict:
+        """What an item holds of the images: those that are read, with how many views each has, and
+        those that are drawn. Each image is decoded once."""
         where: list[int] = []
-        left: list[ImageRef] = []
-        for ref, views in read:
-            rows = None if self.cache is None else self.cache.lookup(ref)
-            if rows is None and self.config.cache.features:
-                raise BadSample("not_in_feature_cache", ref.key())
-            if rows is None:
-                left.append(ref)
-            elif len(rows) != views:
-                raise BadSample("stale_cache", f"{ref.key()}: {len(rows)} views, expected {views}")
-            where += [-1] * views if rows is None else rows
+        fresh: list[int] = []  # images that the cache lacks
+        for k, views in read.items():
+            rows = self._cached(sample.images[k], views)
+            fresh += [] if rows else [k]
+            where += rows or [-1] * views
         notes: collections.Counter = collections.Counter()
+        needed = sorted({*fresh, *drawn.tolist()})
+        loaded = self.config.images.load([sample.images[k] for k in needed], notes)
+        image = dict(zip(needed, loaded, strict=True))
         item = {"cache": np.array(where, np.int64)}
-        if left:
-            loaded = self.config.images.load(left, notes)
-            item["pixels"] = np.concatenate([self.views.pixels(image) for image in loaded])
+        if fresh:
+            item["pixels"] = np.concatenate([self.views.pixels(image[k]) for k in fresh])
+        if len(drawn):
+            spec = self.spec.drawings
+            item["drawing_starts"] = row.image_starts[drawn] - 1
+            item["drawings"] = np.stack([spec.preprocess(image[k]) for k in drawn.tolist()])
+            if spec.caption is not None:
+                item["captions"] = np.stack([spec.caption(sample, int(k)) for k in drawn])
         return item | {name: notes[name] for name in images.NOTES}
 
-    def _drawings(self, sample: Sample, row: Row, drawn: np.ndarray) -> dict:
-        """What `Batch.drawings` needs of the images of these numbers."""
-        if not len(drawn):
-            return {}
-        spec = self.spec.drawings
-        loaded = self.config.images.load([sample.images[k] for k in drawn])
-        item = {
-            "drawing_starts": row.image_starts[drawn] - 1,
-            "drawings": np.stack([spec.preprocess(image) for image in loaded]),
-        }
-        if spec.caption is not None:
-            item["captions"] = np.stack([spec.caption(sample, int(k)) for k in drawn])
-        return item
+    def _cached(self, ref: ImageRef, views: int) -> list[int]:
+        """Rows of an image in the cache; [] where it is not there."""
+        rows = None if self.cache is None else self.cache.lookup(ref)
+        if rows is None and self.config.cache.features:
+            raise BadSample("not_in_feature_cache", ref.key())
+        if rows is not None and len(rows) != views:
+            raise BadSample("stale_cache", f"{ref.key()}: {len(rows)} views, expected {views}")
+        return list(rows or ())

@@ -141,6 +141,34 @@ def test_chatml_layout():
     assert masked == "." * text.index("Yo") + "Yo <@>]" + "."
 
 
+class Ends(Letters):
+    """Letters with a BOS and an EOS."""
+
+    special = ("^", "$")
+    bos_token, bos_token_id, eos_token = "^", 900, "$"
+
+    def encode(self, text, add_special_tokens=False):
+        return [900] * add_special_tokens + super().encode(text)
+
+
+def test_document():
+    """As it stands, between BOS and EOS; what the assistant says is learnt, and so is the EOS."""
+    chat = Chat(Ends(), "document", markers=Markers((1000,)))
+    text = lambda ids: readable(ids).replace("[", "^").replace("]", "$")  # noqa: E731
+    for turns, ids, labels in (
+        ([("user", "a kite"), ("assistant", "<image>")], "^a kite<@$", "-------<@$"),
+        ([("user", "<image>"), ("assistant", "a kite")], "^<@a kite$", "---a kite$"),
+        ([("assistant", "a<image>b")], "^a<@b$", "-a<@b$"),
+        ([("user", "<image>"), ("assistant", "$<image>")], "^<@$<@$", "---$<@$"),
+    ):
+        got = chat.conversation(turns)
+        assert (text(got.ids), text(got.labels)) == (ids, labels)
+    assert text(chat.prompt([("user", "<image>Why?")])) == "^<@Why?"
+    assert got.ids[3] == ord("$") and chat.stop == (901,) and chat.is_closed(got.ids)
+    with pytest.raises(ValueError, match="no EOS .* template document"):
+        Chat(Letters(), "document")
+
+
 @pytest.mark.parametrize("name,start", [("smollm2", "[system\nYou are"), ("chatml", "[user")])
 def test_default_system_turn(name, start):
     assert readable(Chat(Letters(), name).question("Hi")).startswith(start)

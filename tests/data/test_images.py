@@ -297,8 +297,23 @@ def test_exif_rotation_is_not_applied(tmp_path):
     compare(KINDS["clip"], peer(KINDS["clip"]), Image.open(ref.path))
 
 
+def test_halved_before_it_is_resized():
+    """By hand: a box of 2 x 2, then bicubic to the short side, then the centre."""
+    image = make_image(3, 70, 33)
+    got = images.Preprocess(8, "halve")(image)
+    quarter = image.resize((35, 16), Image.Resampling.BOX).resize((17, 8), Image.Resampling.BOX)
+    np.testing.assert_array_equal(got, np.asarray(quarter)[:, 4:12])
+    even = make_image(4, 32, 16)  # halved once, and then of the right size
+    means = np.asarray(even, np.float64).reshape(8, 2, 16, 2, 3).mean((1, 3))
+    assert np.abs(images.Preprocess(8, "halve")(even) - means[:, 4:12]).max() <= 1  # rounded twice
+    small = images.Preprocess(24, "halve")(image)  # 33 is less than twice 24
+    np.testing.assert_array_equal(small, np.asarray(image.resize((51, 24), 3))[:, 13:37])
+    with pytest.raises(ValueError, match="halve"):
+        images.preprocess_to_hf(images.Preprocess(8, "halve"))
+
+
 @pytest.mark.parametrize("size", [(1, 30000), (30000, 1)])
-@pytest.mark.parametrize("mode", ["crop", "pad"])
+@pytest.mark.parametrize("mode", ["crop", "halve", "pad"])
 def test_very_long_lines_stay_small(size, mode):
     """The published steps would make a picture of 1.5 to 2.7 gigabytes of it."""
     tracemalloc.start()
@@ -307,7 +322,7 @@ def test_very_long_lines_stay_small(size, mode):
     tracemalloc.stop()
     assert out.shape == (224, 224, 3) and peak < 50e6
     assert out[111, 111].tolist() == [255, 0, 0]
-    assert (out == (255, 0, 0)).all() == (mode == "crop")
+    assert (out == (255, 0, 0)).all() == (mode != "pad")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,9 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metamorph_jax.data.chat import IGNORE, SENTINEL
-from metamorph_jax.data.interleave import build_row, read_place, text_place
+from metamorph_jax.data.interleave import AfterSupervisedStart, build_row, read_place, text_place
 from metamorph_jax.data.views import Single
-from metamorph_jax.recipes.metamorph.input import AfterSupervisedStart
 from metamorph_jax.types import NEWLINE
 
 START, END = 50, 51

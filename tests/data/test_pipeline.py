@@ -24,6 +24,7 @@ from metamorph_jax.data.config import (
     SourceConfig,
 )
 from metamorph_jax.data.images import Preprocess
+from metamorph_jax.data.interleave import AfterSupervisedStart
 from metamorph_jax.data.pipeline import (
     _Restarting,
     all_refs,
@@ -35,7 +36,6 @@ from metamorph_jax.data.stream import Mixture, permute
 from metamorph_jax.data.views import AnyRes, Single
 from metamorph_jax.errors import ConfigError
 from metamorph_jax.recipe import Shard
-from metamorph_jax.recipes.metamorph.input import AfterSupervisedStart
 from metamorph_jax.types import TEXT
 from tests.data.conftest import Letters, conversation, make_image, write_jsonl
 

@@ -3,12 +3,11 @@
 import dataclasses
 import functools
 
-import numpy as np
-
 from metamorph_jax.convert import vision
 from metamorph_jax.data import pipeline
 from metamorph_jax.data.chat import Chat
 from metamorph_jax.data.config import DataConfig, InputSpec
+from metamorph_jax.data.interleave import AfterSupervisedStart
 from metamorph_jax.data.packing import PackedIterator
 from metamorph_jax.errors import ConfigError
 from metamorph_jax.recipe import Shard
@@ -16,24 +15,6 @@ from metamorph_jax.recipes.metamorph.config import Config
 from metamorph_jax.recipes.metamorph.published import load_tokenizer, markers
 from metamorph_jax.recipes.metamorph.sources import KINDS
 from metamorph_jax.types import Batch
-
-
-@dataclasses.dataclass(frozen=True)
-class AfterSupervisedStart:
-    """The rule of VPiT: an image is to be predicted iff it follows a supervised start token.
-
-    Otherwise, and when it comes first or directly after another image, it is context.
-
-    Attributes:
-        start: id of the start token.
-    """
-
-    start: int
-
-    def __call__(self, labels: np.ndarray, sentinels: np.ndarray) -> np.ndarray:
-        """See `data.interleave.Rule`."""
-        before = np.maximum(sentinels - 1, 0)
-        return (sentinels > 0) & (labels[before] == self.start)
 
 
 def input_spec(cfg: Config, read: bool = True) -> InputSpec:

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 from metamorph_jax.convert.names import load_torch_dict
 from metamorph_jax.convert.vit import load_vit
 from metamorph_jax.data.images import Preprocess
-from metamorph_jax.data.interleave import build_row, read_place
+from metamorph_jax.data.interleave import AfterSupervisedStart, build_row, read_place
 from metamorph_jax.data.views import Single
 from metamorph_jax.models.connectors.mlp import Connector
 from metamorph_jax.models.llm.llama import Llama, init_added_tokens
@@ -30,7 +30,6 @@ from metamorph_jax.models.vision.encoder import VisionConfig
 from metamorph_jax.models.vision.reduce import ReduceConfig, TokenReducer, normalize_features
 from metamorph_jax.nn.rope import RopeScaling
 from metamorph_jax.recipes import metamorph as recipe
-from metamorph_jax.recipes.metamorph.input import AfterSupervisedStart
 from metamorph_jax.recipes.metamorph.published import export_metamorph, load_metamorph, sequential
 from metamorph_jax.train.state import trained_filter
 from metamorph_jax.types import Batch, Images
