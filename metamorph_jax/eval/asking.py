@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from metamorph_jax import distributed, files
 from metamorph_jax.data.images import sniff
-from metamorph_jax.errors import BadSample
+from metamorph_jax.errors import BadSample, ConfigError
 from metamorph_jax.eval.answers import Store, as_line, key_of, of_line
 from metamorph_jax.eval.tasks.base import Answer, Question, Task
 from metamorph_jax.sampling.generator import Options
@@ -56,6 +56,22 @@ class Answering(Protocol):
         ...
 
 
+def decoding(task: Task, options: Options) -> Options:
+    """The options with what the task says where they are at their defaults.
+
+    Raises:
+        ConfigError: together they make no sense.
+    """
+    default = Options()
+    fixed = {k: v for k, v in task.decoding.items() if getattr(options, k) == getattr(default, k)}
+    if options.max_new_tokens is None:
+        fixed.setdefault("max_new_tokens", task.max_new_tokens)
+    try:
+        return dataclasses.replace(options, **fixed)
+    except ValueError as error:
+        raise ConfigError(f"task {task.name}: {error}") from error
+
+
 class Asking:
     """The questions of one task, and a model.
 
@@ -77,8 +93,7 @@ class Asking:
         store: Store | None = None,
     ):  # fmt: skip
         self.task, self.model, self.folder, self.store = task, model, folder, store
-        tokens = options.max_new_tokens or task.max_new_tokens
-        self.options = dataclasses.replace(options, max_new_tokens=tokens)
+        self.options = decoding(task, options)
         self.answers: dict[str, Answer] = {}
         self.failures: dict[str, str] = {}
         self.shown: dict[str, tuple[str, ...]] = {}

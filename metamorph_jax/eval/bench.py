@@ -28,7 +28,7 @@ from metamorph_jax import files
 from metamorph_jax.errors import BadSample, FileError, UserError
 from metamorph_jax.eval import intervals, tasks
 from metamorph_jax.eval.answers import Store, chosen
-from metamorph_jax.eval.asking import Answering, Asking
+from metamorph_jax.eval.asking import Answering, Asking, decoding
 from metamorph_jax.eval.tasks.base import (
     FORMS,
     Answer,
@@ -186,9 +186,8 @@ def _scored(result: Result, folder: pathlib.Path, resamples: int | None) -> Resu
 
 def describe(task: Task, settings: Settings) -> dict[str, Any]:
     """What the answers to a task depend on, JSON-able."""
-    options = dataclasses.asdict(settings.options)
+    options = dataclasses.asdict(decoding(task, settings.options))
     del options["batch_size"]
-    options["max_new_tokens"] = options["max_new_tokens"] or task.max_new_tokens
     asked = {k: v for k, v in dataclasses.asdict(task).items() if k not in ("name", "root")}
     return {"model": dict(settings.model), "task": asked, "form": task.form, "decoding": options}
 

@@ -79,6 +79,44 @@ def _words(answer: str) -> str:
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
+# ---- the answer in a reply, as MM-Interleaved takes it out
+
+EXTRACTS = ("none", "words", "substrings")
+_BEFORE, _AFTER = ("is", "are", "a", "an", "the"), (" of", " or ", " and ")
+
+
+def short_answer(reply: str, extract: str) -> str:
+    """The answer in a reply that says more: "The answer is a red car." -> "red car".
+
+    The reply is cut at its first line's end, ".", "," or "!", and then to what follows "is", "are",
+    "a", "an", "the" and comes before "of", "or", "and", one after another, in lower case.
+
+    Args:
+        extract: "none" gives the reply as it is; "words" looks for whole words, and for marks that
+            are not inside a number; "substrings" is the published code, which looks for letters:
+            "sea of love" becomes "of love" (it has "a "), "3.5" becomes "3".
+    """
+    if extract == "none":
+        return reply
+    text = reply.replace('"', "").strip()
+    if extract == "words":
+        text = re.split(r"\n|!|[.,](?!\d)", text)[0].lower()
+        for word in _BEFORE:
+            text = re.split(rf"(?:^|\s){word}\s", text, maxsplit=1)[-1]
+        for word in _AFTER:
+            text = re.split(rf"\s{word.strip()}(?:\s|$)", text, maxsplit=1)[0]
+        return text.strip()
+    for mark in ("\n", ".", ",", "!"):
+        text = text.split(mark)[0]
+    text = text.lower()
+    for word in _BEFORE:
+        if f"{word} " in text:
+            text = text.split(f"{word} ")[1]
+    for word in _AFTER:
+        text = text.split(word)[0]
+    return text.strip()
+
+
 # ---- soft accuracy
 
 

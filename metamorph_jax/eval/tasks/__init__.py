@@ -78,6 +78,11 @@ def make(spec: str, bench_root: str | pathlib.Path = "", **given) -> Task:
             + ", ".join(sorted(known))
         )
     start = {"root": str(pathlib.Path(bench_root, name)), **given, "name": spec}
+    protocol = texts.get("protocol", given.get("protocol", ""))
+    if protocol and protocol not in cls.protocols:
+        raise ConfigError(f"task {shown(spec)}: protocol={shown(protocol)}, expected one of "
+                          + ", ".join(cls.protocols))  # fmt: skip
+    start = {**(cls.protocols[protocol].options if protocol else {}), **start}
     values = options.complete(cls, start, f"task {name}")
     return cls(**options.change(cls, values, texts, f"task {name}"))
 

@@ -112,6 +112,20 @@ class Answer:
     cut: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """How a publication asked, for tasks with an option `protocol` that names it.
+
+    Attributes:
+        options: of the task; those that are given win.
+        decoding: of the generator (`sampling.generator.Options`); those that are not at their
+            defaults win.
+    """
+
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    decoding: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
 Record = dict[str, Any]
 # Texts (each a whole prompt for a judge) -> replies, None where the judge failed.
 Judge = Callable[[Sequence[str]], Sequence[str | None]]
@@ -134,6 +148,7 @@ class Task:
         main: name of the score that counts.
         judged: `judge` needs one.
         resamples: most resamples of a bootstrap; 0 where `scores` takes minutes.
+        protocols: name -> what the option `protocol`, which such a task has, fixes.
     """
 
     root: str
@@ -147,6 +162,7 @@ class Task:
     main: ClassVar[str] = "accuracy"
     judged: ClassVar[bool] = False
     resamples: ClassVar[int] = 1000
+    protocols: ClassVar[Mapping[str, Protocol]] = {}
 
     # ---- to be written for each task
 
@@ -190,6 +206,11 @@ class Task:
         network sees in drawn images, which wants them in batches. Called once, before `scores`,
         which may see a part of them or some of them repeated."""
         return list(records)
+
+    @property
+    def decoding(self) -> Mapping[str, Any]:
+        """Options of the generator that the protocol fixes."""
+        return self.protocols.get(vars(self).get("protocol", ""), Protocol()).decoding
 
     # ---- for tasks to use
 

@@ -17,9 +17,9 @@ Prompts are in `PROMPTS`. Scores are CIDEr, BLEU, ROUGE-L and, with Java, METEOR
 `scorers/captions.py`, also for the choice of the tokeniser. CIDEr depends on which images are
 scored, so that a run with a limit can't be compared with one of all images.
 
-Image2Paragraph's published protocol forces 90 tokens with a repetition penalty of 1.2
-(`--min-new-tokens=90 --max-new-tokens=90 --repetition-penalty=1.2`), and begins the answer with
-"The image depicts"; its CIDEr depends much on the length of the paragraphs.
+`protocol=mm-interleaved` asks and decodes as that paper does: five beams, 7 to 20 new tokens, the
+first sentence counts; for Image2Paragraph 89 or 90 tokens after "The image depicts", with a
+repetition penalty of 1.2. The CIDEr of paragraphs depends much on their length.
 """
 
 import dataclasses
@@ -34,6 +34,7 @@ from metamorph_jax.eval.tasks import reading
 from metamorph_jax.eval.tasks.base import (
     Answer,
     File,
+    Protocol,
     Question,
     Record,
     Task,
@@ -47,7 +48,17 @@ PROMPTS = {
     # LMMs-eval for NoCaps and Flickr30k
     "sentence": "Provide a one-sentence caption for the provided image.",
     "photo": "<image>a photo of",  # MM-Interleaved, with first_sentence
-    "detail": "Please describe the image in detail.",  # MM-Interleaved for Image2Paragraph
+    "detail": "Please describe the image in detail.",
+    # MM-Interleaved for Image2Paragraph
+    "paragraph": "<image>Please describe the image in detail. The image depicts",
+}
+# How MM-Interleaved (arXiv 2401.10208) asks. Its least numbers of tokens count one that opens the
+# reply, so they are one less here.
+PROTOCOLS = {
+    "mm-interleaved": Protocol(
+        {"style": "photo", "first_sentence": True},
+        {"beams": 5, "max_new_tokens": 20, "min_new_tokens": 7},
+    )
 }
 _KARPATHY = "cs.stanford.edu/people/karpathy/deepimagesent (caption_datasets.zip)"
 _PARAGRAPHS = "cs.stanford.edu/people/ranjaykrishna/im2p"
@@ -63,6 +74,7 @@ class CocoCaption(Task):
         first_sentence: keep what comes before the first full stop.
         tokenizer: "ptb" (needs Java) or "python", see `scorers/captions.py`.
         images: folder of the images, if not the root.
+        protocol: "mm-interleaved" asks and decodes as its paper does, see `PROTOCOLS`.
     """
 
     split: str = "test"
@@ -70,10 +82,12 @@ class CocoCaption(Task):
     first_sentence: bool = False
     tokenizer: str = "ptb"
     images: str = ""
+    protocol: str = ""
 
     title: ClassVar = "COCO captions (Karpathy)"
     main: ClassVar = "CIDEr"
     max_new_tokens: ClassVar = 64
+    protocols: ClassVar = PROTOCOLS
     files: ClassVar = (
         File("dataset_coco.json", "captions and splits", _KARPATHY),
         File("val2014", "the images", "cocodataset.org"),
@@ -234,6 +248,12 @@ class Image2Paragraph(CocoCaption):
 
     title: ClassVar = "Image2Paragraph"
     max_new_tokens: ClassVar = 90
+    protocols: ClassVar = {
+        "mm-interleaved": Protocol(
+            {"style": "paragraph"},
+            {"beams": 5, "max_new_tokens": 90, "min_new_tokens": 89, "repetition_penalty": 1.2},
+        )
+    }
     files: ClassVar = (
         File("paragraphs_v1.json", "the paragraphs", _PARAGRAPHS),
         File("test_split.json", "the images of the split", _PARAGRAPHS),

@@ -12,8 +12,8 @@ The images are of COCO's *train* set: training data made of it has to leave them
 The `.p` files are pickles. They are read by an unpickler that makes dicts, lists, texts and numbers
 and refuses everything else, so that none can run code.
 
-Prompt: "Provide the bounding box coordinate of the region this sentence describes. EXPRESSION"; how
-the numbers of the reply are read is the option `boxes`, see `scorers/boxes.py`.
+The prompts are in `PROMPTS`; how the numbers of the reply are read is the option `boxes`, see
+`scorers/boxes.py`.
 """
 
 import dataclasses
@@ -29,6 +29,7 @@ from metamorph_jax.eval.tasks import reading
 from metamorph_jax.eval.tasks.base import (
     Answer,
     File,
+    Protocol,
     Question,
     Record,
     Task,
@@ -37,8 +38,11 @@ from metamorph_jax.eval.tasks.base import (
     write_json,
 )
 
-PROMPT = "Provide the bounding box coordinate of the region this sentence describes. {text}"
-RIGHT = 0.5  # least IoU of a right box
+_ASKED = "Provide the bounding box coordinate of the region this sentence describes. {text}"
+PROMPTS = {
+    "plain": _ASKED,  # LLaVA 1.5
+    "tag": f"<image>{_ASKED} <box>",  # MM-Interleaved: the reply goes on with (x1,y1)(x2,y2)</box>
+}
 _SOURCE = "github.com/lichengunc/refer"
 _MAX_BYTES = 2**30
 
@@ -52,15 +56,26 @@ class RefCOCO(Task):
         by: whose expressions and splits: unc, or google.
         boxes: how replies give boxes: square (LLaVA 1.5), unit, thousand (MM-Interleaved), pixels.
         images: folder of the images, if not train2014/ under the root.
+        style: of the prompt, one of `PROMPTS`.
+        protocol: "mm-interleaved" asks and decodes as its paper does (the lengths are the defaults
+            of its code; the paper has none).
     """
 
     split: str = "val"
     by: str = "unc"
     boxes: str = "square"
     images: str = ""
+    style: str = "plain"
+    protocol: str = ""
 
     title: ClassVar = "RefCOCO"
     max_new_tokens: ClassVar = 64
+    protocols: ClassVar = {
+        "mm-interleaved": Protocol(
+            {"style": "tag", "boxes": "thousand"},
+            {"beams": 5, "max_new_tokens": 30, "min_new_tokens": 7},
+        )
+    }
     files: ClassVar = (
         File("refs(unc).p", "the expressions", _SOURCE),
         File("instances.json", "boxes and sizes of the images", _SOURCE),
@@ -68,7 +83,7 @@ class RefCOCO(Task):
     )
 
     def __post_init__(self):
-        one_of(self, boxes=boxes.FORMS)
+        one_of(self, boxes=boxes.FORMS, style=PROMPTS)
 
     def questions(self):
         path = self.find(f"refs({self.by}).p")
@@ -95,7 +110,7 @@ class RefCOCO(Task):
                                  texts=("sent",))  # fmt: skip
                 yield Question(
                     str(sentence["sent_id"]),
-                    PROMPT.format(text=sentence["sent"]),
+                    PROMPTS[self.style].format(text=sentence["sent"]),
                     (folder / f"COCO_train2014_{ref['image_id']:012d}.jpg",),
                     gold=[x, y, x + width, y + height],
                     more={"size": sizes[ref["image_id"]], "ref_id": ref["ref_id"],
@@ -106,7 +121,7 @@ class RefCOCO(Task):
         box = boxes.box_in(answer.text, self.boxes, tuple(question.more["size"]))
         overlap = boxes.iou(box or boxes.NOTHING, question.gold)
         return {"box": list(box or boxes.NOTHING), "iou": overlap, "parsed": box is not None,
-                "score": float(overlap >= RIGHT)}  # fmt: skip
+                "score": float(overlap >= boxes.RIGHT)}  # fmt: skip
 
     def scores(self, records):
         """Share of expressions with IoU ≥ 0.5, and the mean IoU (× 100)."""

@@ -33,6 +33,7 @@ from metamorph_jax.eval.tasks.base import (
     SHORT,
     Answer,
     File,
+    Protocol,
     Question,
     Record,
     Task,
@@ -54,6 +55,9 @@ PROMPTS = {
     "one_word_unanswerable": "Based on the image, please answer the question. <image>{question} "
     + UNANSWERABLE + ". Please provide an accurate answer within one word. The answer is:",
 }  # fmt: skip
+_DECODING = {"beams": 3, "max_new_tokens": 10, "length_penalty": 0.0}
+# How MM-Interleaved (arXiv 2401.10208) asks; its published numbers are with extract=substrings.
+PROTOCOLS = {"mm-interleaved": Protocol({"style": "one_word", "extract": "words"}, _DECODING)}
 # How replies are compared: the public VQA tools; the EvalAI normaliser for all.
 PARSERS = ("official", "lmms_eval")
 _SOURCE = "visualqa.org/download.html"
@@ -64,6 +68,7 @@ class _Soft(Task):
     """What the four share: an answer has a soft accuracy, or none where answers are not public."""
 
     max_new_tokens: ClassVar = 128
+    protocols: ClassVar = PROTOCOLS
 
     def accuracy(self, answer: str, given: Sequence[str]) -> float:
         """In [0, 1]."""
@@ -71,7 +76,7 @@ class _Soft(Task):
 
     def answered(self, reply: str) -> str:
         """The reply as it is scored and written."""
-        return reply
+        return vqa.short_answer(reply, self.extract)
 
     def record(self, question: Question, answer: Answer) -> Record:
         text = self.answered(answer.text)
@@ -101,17 +106,20 @@ class VQAv2(_Soft):
         style: of the prompt, one of `PROMPTS`.
         images: folder of the images, if not SPLIT/ under the root.
         parser: "official"; "lmms_eval" normalises also where all annotators agree.
-        mmi_extract: cut replies to a word or two first, as MM-Interleaved does (it may cut too
-            much: "pizza crust" becomes "crust").
+        extract: the answer is looked for in replies that say more, see `vqa.short_answer`: "none",
+            "words" or, as MM-Interleaved's numbers were made, "substrings", which may cut too much
+            ("pizza crust" becomes "crust").
         question_types: scores of each of the 65 types of questions, too ("type what color").
+        protocol: "mm-interleaved" asks and decodes as its paper does, see `PROTOCOLS`.
     """
 
     split: str = "val2014"
     style: str = "short"
     images: str = ""
     parser: str = "official"
-    mmi_extract: bool = False
+    extract: str = "none"
     question_types: bool = False
+    protocol: str = ""
 
     title: ClassVar = "VQAv2"
     files: ClassVar = (
@@ -124,7 +132,7 @@ class VQAv2(_Soft):
     _answer_key: ClassVar = "answer"
 
     def __post_init__(self):
-        one_of(self, style=PROMPTS, parser=PARSERS)
+        one_of(self, style=PROMPTS, parser=PARSERS, extract=vqa.EXTRACTS)
 
     @property
     def public(self) -> bool:
@@ -170,9 +178,6 @@ class VQAv2(_Soft):
         rows = reading.required(reading.json_file(path, dict), path, key)[key]
         return [reading.required(row, f"{path}, {key}[{i}]", *columns, texts=texts)
                 for i, row in enumerate(rows)]  # fmt: skip
-
-    def answered(self, reply: str) -> str:
-        return first_words(reply) if self.mmi_extract else reply
 
     def accuracy(self, answer: str, given: Sequence[str]) -> float:
         rule = vqa.vqav2_accuracy if self.parser == "official" else vqa.textvqa_accuracy
@@ -240,20 +245,6 @@ def _texts(answers: Sequence[dict], where: str, key: str = "answer") -> list[str
     return found
 
 
-def first_words(reply: str) -> str:
-    """The answer that MM-Interleaved takes out of a reply, by plain cuts at substrings."""
-    text = reply.replace('"', "").strip()
-    for mark in ("\n", ".", ",", "!"):
-        text = text.split(mark)[0]
-    text = text.lower()
-    for before in ("is ", "are ", "a ", "an ", "the "):
-        if before in text:
-            text = text.split(before)[1]
-    for after in (" of", " or ", " and "):
-        text = text.split(after)[0]
-    return text.strip()
-
-
 # ---- VizWiz
 
 
@@ -265,19 +256,36 @@ class VizWiz(_Soft):
         split: val (scored here) or test (server).
         style: of the prompt, one of `PROMPTS`; a model that isn't told of "unanswerable" loses
             those questions.
+        extract: see `VQAv2`.
+        raw_truth: normalise the reply alone and leave the human answers as they are, as
+            MM-Interleaved does; an answer with an article can't be matched then.
+        protocol: "mm-interleaved" asks and decodes as its paper does.
     """
 
     split: str = "val"
     style: str = "unanswerable"
+    extract: str = "none"
+    raw_truth: bool = False
+    protocol: str = ""
 
     title: ClassVar = "VizWiz-VQA"
     files: ClassVar = (
         File("val.json", "questions and answers", "vizwiz.org (Annotations.zip)"),
         File("val", "the images", "vizwiz.org (val.zip)"),
     )
+    protocols: ClassVar = {
+        "mm-interleaved": Protocol(
+            {"style": "one_word_unanswerable", "extract": "words", "raw_truth": True}, _DECODING
+        )
+    }
 
     def __post_init__(self):
-        one_of(self, style=PROMPTS)
+        one_of(self, style=PROMPTS, extract=vqa.EXTRACTS)
+
+    def accuracy(self, answer: str, given: Sequence[str]) -> float:
+        if self.raw_truth:
+            return vqa.soft_accuracy(vqa.classic(answer), given)
+        return super().accuracy(answer, given)
 
     def _rows(self) -> list[dict]:
         path = self.find(f"{self.split}.json")
@@ -298,7 +306,7 @@ class VizWiz(_Soft):
             )
 
     def answered(self, reply: str) -> str:
-        return vqa.evalai(reply)
+        return vqa.evalai(super().answered(reply))
 
     def write(self, records, folder):
         """[{"image", "answer"}] of every question, normalised."""
@@ -319,10 +327,18 @@ class TextVQA(_Soft):
         ocr: "": no OCR tokens in the prompt; "token": the line "Reference OCR token: A, B" of
             LLaVA 1.5's question file; "tokens": Cambrian's "Reference OCR tokens: A, B". With
             tokens the score is higher by many points: LLaVA 1.5's 58.2 is with "token".
+        style: of the prompt without OCR tokens, one of `PROMPTS`; with them it is "short".
+        extract: see `VQAv2`.
+        vqa_tools: compare as the VQA tools do, not as TextVQA's own script; MM-Interleaved does.
+        protocol: "mm-interleaved" asks and decodes as its paper does.
     """
 
     split: str = "val"
     ocr: str = ""
+    style: str = "short"
+    extract: str = "none"
+    vqa_tools: bool = False
+    protocol: str = ""
 
     title: ClassVar = "TextVQA"
     files: ClassVar = (
@@ -334,7 +350,15 @@ class TextVQA(_Soft):
     )  # fmt: skip
 
     def __post_init__(self):
-        one_of(self, ocr=("", "token", "tokens"))
+        one_of(self, ocr=("", "token", "tokens"), style=PROMPTS, extract=vqa.EXTRACTS)
+        if self.ocr:
+            one_of(self, style=("short",))
+
+    protocols: ClassVar = {
+        "mm-interleaved": Protocol(
+            {"style": "one_word", "extract": "words", "vqa_tools": True}, _DECODING
+        )
+    }
 
     def _rows(self) -> list[dict]:
         path = self.find(f"TextVQA_0.5.1_{self.split}.json")
@@ -359,7 +383,7 @@ class TextVQA(_Soft):
     def _prompts(self):
         """A function from a row to its prompt."""
         if not self.ocr:
-            return lambda row: f"{row['question']}\n{SHORT}"
+            return lambda row: PROMPTS[self.style].format(question=row["question"])
         theirs = f"llava_textvqa_{self.split}_v051_ocr.jsonl"
         rosetta = f"TextVQA_Rosetta_OCR_v0.2_{self.split}.json"
         if self.ocr == "token" and pathlib.Path(self.path(theirs)).exists():
@@ -396,7 +420,8 @@ class TextVQA(_Soft):
         return prompt
 
     def accuracy(self, answer: str, given: Sequence[str]) -> float:
-        return vqa.textvqa_accuracy(answer, given)
+        rule = vqa.vqav2_accuracy if self.vqa_tools else vqa.textvqa_accuracy
+        return rule(answer, given)
 
     def write(self, records, folder):
         """[{"question_id", "answer"}] of every question; "" where there is no answer."""

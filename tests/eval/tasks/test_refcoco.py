@@ -7,6 +7,7 @@ import pytest
 from metamorph_jax.errors import FileError
 from metamorph_jax.eval import tasks
 from metamorph_jax.eval.scorers import boxes
+from metamorph_jax.eval.tasks.base import Answer
 from tests.eval.tasks.scripted import official, put, run
 
 
@@ -20,6 +21,8 @@ from tests.eval.tasks.scripted import official, put, run
         ("(100, 0), (200, 100)", "pixels", (100, 0, 200, 100)),
         ("the left one", "unit", None),
         ("[0.1, 0.2, 0.3]", "unit", None),
+        ("a (red) one (1,2)(3,4)", "thousand", None),  # the first two pairs count
+        ("(0,0)(nan,1)", "thousand", None),
     ],
 )
 def test_boxes_of_replies(reply, form, box):
@@ -59,6 +62,18 @@ def test_refcoco(tmp_path):
     assert result.scores == {"accuracy": pytest.approx(200 / 3), "IoU": pytest.approx(50)}
     assert result.unparsed == 1
     assert official(result)[0][1] == {"sent_id": 101, "ref_id": 1, "box": [0, 0, 50, 100]}
+
+
+def test_as_mm_interleaved_asks(tmp_path):
+    put(tmp_path / "refcoco", {"refs(unc).p": pickle.dumps(REFS), "instances.json": INSTANCES})
+    task = tasks.make("refcoco:protocol=mm-interleaved", tmp_path)
+    question = next(iter(task.questions()))
+    assert question.prompt == (
+        "<image>Provide the bounding box coordinate of the region this sentence describes. left "
+        "man <box>"
+    )
+    record = task.record(question, Answer("(000,000)(499,999)</box>"))
+    assert record["box"] == pytest.approx([0, 0, 499 / 999 * 200, 100]) and record["score"] == 1
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path):

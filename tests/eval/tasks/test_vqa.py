@@ -4,7 +4,7 @@ import pytest
 
 from metamorph_jax.errors import ConfigError, FileError, MissingFile
 from metamorph_jax.eval import tasks
-from metamorph_jax.eval.tasks import vqa
+from metamorph_jax.eval.scorers.vqa import EXTRACTS, short_answer
 from metamorph_jax.eval.tasks.base import SHORT
 from tests.eval.tasks.scripted import official, put, run
 
@@ -53,18 +53,40 @@ def test_vqav2_by_other_kits(vqav2, tmp_path):
     replies = {"420": "It is a red one", "421": "Yes"}
     result, _ = run("vqav2:parser=lmms_eval", vqav2, replies, tmp_path / "out")
     assert result.scores == {"accuracy": 50, "other": 0, "yes/no": 100}
-    result, model = run("vqav2:mmi_extract=true,style=one_word", vqav2, replies, tmp_path / "out")
+    result, model = run("vqav2:extract=substrings,style=one_word", vqav2, replies, tmp_path / "out")
     assert official(result)[0][0]["answer"] == "red one"
     assert "<image>What colour" in model.asked["420"].prompt
 
 
 @pytest.mark.parametrize(
-    "reply, answer",
-    [("It is red.", "red"), ("pizza crust", "crust"), ('"Dog" or cat', "dog"),
-     ("A piece of cake", "piece"), ("two\nthree", "two")],
+    "reply, word, substring",
+    [("It is red.", "red", "red"), ("pizza crust", "pizza crust", "crust"),
+     ('"Dog" or cat', "dog", "dog"), ("A piece of cake", "piece", "piece"),
+     ("two\nthree", "two", "two"), ("Sea of love", "sea", "of love"), ("3.5", "3.5", "3"),
+     ("tea or coffee", "tea", "or coffee"), ("The answer is a Red Car.", "red car", "red car"),
+     ("United States of America", "united states", "united states"), ("no! never", "no", "no")],
 )  # fmt: skip
-def test_first_words(reply, answer):
-    assert vqa.first_words(reply) == answer
+def test_short_answers(reply, word, substring):
+    found = [short_answer(reply, extract) for extract in EXTRACTS]
+    assert found == [reply, word, substring]
+
+
+def test_as_mm_interleaved_asks(vqav2, tmp_path):
+    replies = {"420": "3.5 or more", "421": "yes"}
+    result, model = run("vqav2:protocol=mm-interleaved", vqav2, replies, tmp_path / "out")
+    assert model.asked["420"].prompt == (
+        "Based on the image, please answer the question. <image>What colour is the cup? Please "
+        "provide an accurate answer within one word. The answer is:"
+    )
+    assert official(result)[0][0]["answer"] == "3.5"
+    decoding = result.settings["decoding"]
+    assert [decoding[name] for name in ("beams", "max_new_tokens", "min_new_tokens",
+                                        "length_penalty")] == [3, 10, 0, 0.0]  # fmt: skip
+    spec = "vqav2:protocol=mm-interleaved,extract=substrings,style=short"  # what is given wins
+    result, model = run(spec, vqav2, replies, tmp_path / "other")
+    assert official(result)[0][0]["answer"] == "3" and SHORT in model.asked["420"].prompt
+    with pytest.raises(ConfigError, match="protocol=x, expected one of mm-interleaved"):
+        tasks.make("okvqa:protocol=x", vqav2)
 
 
 def test_a_question_that_failed_is_an_empty_answer(vqav2, tmp_path):
