@@ -7,8 +7,6 @@ from metamorph_jax.convert import specs
 from metamorph_jax.models.connectors.perceiver import PerceiverConfig
 from metamorph_jax.models.diffusion.decoder import DiffusionConfig
 from metamorph_jax.models.diffusion.samplers import SamplingConfig
-from metamorph_jax.models.diffusion.schedule import Schedule
-from metamorph_jax.models.diffusion.unet import UNetConfig
 from metamorph_jax.models.diffusion.unet_mmfs import UNetMMFSConfig
 from metamorph_jax.models.heads.context import ContextConfig
 from metamorph_jax.models.llm import llama
@@ -152,9 +150,7 @@ class Config:
     vision: VisualConfig = VisualConfig()
     insert: InsertConfig = InsertConfig()
     context: ContextConfig = ContextConfig()
-    decoder: DiffusionConfig = DiffusionConfig(
-        UNetMMFSConfig(UNetConfig.sd21(sample_size=64)), schedule=Schedule()
-    )
+    decoder: DiffusionConfig = DiffusionConfig(UNetMMFSConfig())
     sampling: SamplingConfig = SamplingConfig("ddpm", 30, 7.5)
     weights: str = ""
     sd_weights: str = "random"
@@ -184,21 +180,43 @@ class Config:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0 <= self.drop_context <= 1:
             raise ValueError(f"drop_context {self.drop_context} is not between 0 and 1")
+        self._check_widths()
         if self.llm != "auto":
             insert_config(self)  # raises for wrong llm_options, and widths that don't divide
-        widths = {
-            "context.width": (self.context.width, self.llm_width),
-            "context.resampler.width": (self.context.resampler.width, self.decoder_width),
-        }
-        for name, (found, wanted) in widths.items():
-            if wanted and found != wanted:
-                raise ValueError(f"{name} is {found}: expected {wanted}, as its neighbour has")
+
+    def _check_widths(self) -> None:
+        """Raises ValueError where neighbouring parts don't fit together."""
+        if not isinstance(self.decoder.denoiser, UNetMMFSConfig):
+            raise ValueError("decoder.denoiser must be a UNetMMFSConfig")
+        if self.images_before >= self.decoder.denoiser.relative_rows:
+            raise ValueError(
+                f"images_before is {self.images_before}, but decoder.denoiser.relative_rows "
+                f"{self.decoder.denoiser.relative_rows} is enough for one image less than that"
+            )
+        fitting = [
+            ("context.resampler.width", self.context.resampler.width,
+             "decoder.denoiser.cross_attention_dim", self.decoder.denoiser.cross_attention_dim),
+            ("decoder.denoiser.value_width", self.decoder.denoiser.value_width,
+             "the width of vision.tower", self.vision.vit.width),
+            ("decoder.denoiser.levels", self.decoder.denoiser.levels,
+             "the number of its maps", vit_adapter.STAGES),
+        ]  # fmt: skip
+        if self.llm != "auto":
+            width = llm_config(self).width
+            fitting.append(("context.width", self.context.width, "the width of llm", width))
+        for name, found, other, wanted in fitting:
+            if found != wanted:
+                raise ValueError(f"{name} is {found}, {other} is {wanted}")
 
 
 def llm_config(cfg: Config) -> llama.LlamaConfig:
-    """The structure of the language model, with rows for `soi` and the placeholder of images."""
+    """The structure of the language model, with rows for `soi` and the placeholder of images.
+
+    An output table of its own gets biases: those of the added rows are trained.
+    """
     changes = {"added_tokens": 2, "dtype": cfg.dtype, "remat": cfg.remat, **cfg.llm_options}
-    return specs.llm_config(cfg.llm, cfg.llm_weights, changes)
+    found = specs.llm_config(cfg.llm, cfg.llm_weights, changes)
+    return found if found.tied else dataclasses.replace(found, head_bias=True)
 
 
 def insert_config(cfg: Config) -> MMFSConfig:

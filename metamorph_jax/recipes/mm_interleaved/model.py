@@ -1,6 +1,7 @@
 """The MM-Interleaved model: its parts put together, its losses, and what each stage trains."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -51,8 +52,8 @@ class MMInterleaved(nnx.Module):
         self.cfg = cfg
         llm = llm_config(cfg)
         self.vision = VisualTokenizer(cfg.vision, llm.width, rngs=rngs)
-        insert = llama.Insert(cfg.insert.every, lambda rngs: LLMBlock(insert_config(cfg), rngs=rngs))
-        self.llm = llama.Llama(llm, insert=insert, rngs=rngs)
+        insert = llama.Insert(cfg.insert.every, LLMBlock, insert_config(cfg))
+        self.llm = llama.Llama(llm, rngs=rngs, insert=insert)
         self.soi = nnx.Param(jnp.zeros(llm.width), logical=("embed",))
         self.context = ContextHead(cfg.context, rngs=rngs)
         self.decoder = DiffusionDecoder(cfg.decoder, rngs=rngs)
@@ -84,11 +85,6 @@ class MMInterleaved(nnx.Module):
     def for_llm(self, maps: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         """Those maps that the language model samples."""
         return maps[len(maps) - self.cfg.insert.levels :]
-
-    def null_condition(self, condition: Conditioning) -> Conditioning:
-        """What stands for no condition: the learned context, and the maps of `condition`."""
-        context = jnp.broadcast_to(self.context.null_condition().context, condition.context.shape)
-        return dataclasses.replace(condition, context=context)
 
     # ---- training
 
@@ -136,7 +132,7 @@ class MMInterleaved(nnx.Module):
         pixels = batch.drawings.pixels
         loss, error = self.decoder.losses(
             pixels.reshape(-1, *pixels.shape[2:]), condition, drawing,
-            null=self.null_condition(condition), drop=self.cfg.drop_context,
+            null=self.context.null_condition(), drop=self.cfg.drop_context,
         )  # fmt: skip
         loss = jnp.where(counted, loss.reshape(counted.shape), 0.0)
         error = jnp.where(counted, error.reshape(counted.shape), 0.0)
@@ -146,6 +142,60 @@ class MMInterleaved(nnx.Module):
         metrics |= losses.by_source(error, weight, sources, batch.source_names, "image_loss")
         sums = {"text": text, "image": loss.sum()}
         return sums, jax.tree.map(jax.lax.stop_gradient, metrics)
+
+    def work(self, batch: Batch) -> tuple[Work, ...]:
+        """The matrix products of a training step on a batch (shapes are enough)."""
+        rows, length = batch.tokens.shape
+        images, drawings = batch.images.valid.shape[1], batch.drawings.valid.shape[1]
+        of_text = llama.work(self.llm.cfg, rows, length, self.llm.insert, images)
+        seen = self._work_of_reading(rows * images, batch.images.pixels.shape[2:])
+        return (*of_text, *seen, *self._work_of_drawing(rows, length, drawings))
+
+    def _work_of_reading(self, count: int, image: tuple[int, ...]) -> list[Work]:
+        """Of the visual tokenizer on so many images."""
+        one, cfg = jax.ShapeDtypeStruct((1, *image), jnp.uint8), self.cfg.vision
+        run = lambda f: count * flops.of_function(self, f, one)  # noqa: E731
+        tower = run(lambda m, x: m.vision.adapter.tower.states(x))
+        adapter = run(lambda m, x: m.vision.adapter(x)) - tower
+        rest = run(lambda m, x: m.vision(x)) - adapter - tower
+        again = lambda forward, remat: forward if remat else 0.0  # noqa: E731
+        return [
+            Work("tower", tower, "vision.adapter.tower", 1, again(tower, cfg.remat)),
+            Work("adapter", adapter, "vision.adapter.interactions", 1,
+                 again(adapter, cfg.adapter.remat)),
+            Work("resampler", rest, "vision.resampler", 1, again(rest, cfg.resampler.remat)),
+        ]  # fmt: skip
+
+    def _work_of_drawing(self, rows: int, length: int, drawings: int) -> list[Work]:
+        """Of context head, autoencoder and denoiser, on so many drawings of each row."""
+        cfg, shape = self.cfg.decoder, jax.ShapeDtypeStruct
+        at = shape((1, drawings), jnp.int32)
+        states = shape((1, length, self.llm.cfg.width), jnp.float32)
+        read = lambda m, x, start, begin: m.context(x, start, begin)  # noqa: E731
+        context = rows * flops.of_function(self, read, states, at, at)
+        found = [Work("context", context, "context")]
+        condition = jax.eval_shape(lambda: self._example())
+        x, t = shape((1, *cfg.sample_shape), jnp.float32), shape((1,), jnp.int32)
+        denoise = lambda m, *args: m.decoder.denoise(*args)  # noqa: E731
+        forward = rows * drawings * flops.of_function(self, denoise, x, t, condition)
+        again = forward if cfg.denoiser.unet.remat else 0.0
+        found.append(Work("denoiser", forward, "decoder.denoiser", 1, again))
+        if cfg.vae:
+            encode = lambda m, x: m.decoder.vae.encode(x).mean  # noqa: E731
+            image = shape((1, cfg.image_side, cfg.image_side, 3), jnp.float32)
+            forward = rows * drawings * flops.of_function(self, encode, image)
+            found.append(Work("autoencoder", forward, "", 0))
+        return found
+
+    def _example(self) -> Conditioning:
+        """A condition of one drawing, all zeros."""
+        vision, context = self.cfg.vision, self.cfg.context.resampler
+        maps = tuple(
+            jnp.zeros((1, self.cfg.images_before, side, side, vision.vit.width))
+            for side in vision.sides
+        )
+        mask = jnp.ones((1, self.cfg.images_before), bool)
+        return Conditioning(jnp.zeros((1, context.queries, context.width)), None, maps, mask)
 
     def param_group(self, path: tuple[str, ...]) -> str:
         """Part of a parameter: tower, adapter, resampler, llm, mmfs, tokens (rows of added ones),
@@ -168,7 +218,33 @@ def _take(maps: jax.Array, index: jax.Array) -> jax.Array:
     return maps[rows, index.reshape(B, -1)].reshape(B * J, M, *maps.shape[2:])
 
 
+def added_rows(llm: llama.Llama) -> list[nnx.Variable]:
+    """The rows of the language model's tables that belong to added tokens."""
+    tables = [llm.embed_tokens] if llm.cfg.tied else [llm.embed_tokens, llm.lm_head]
+    return [table.added for table in tables]
+
+
+_START = -5.0  # logit of an added token at the start; in the reference it is 95 - 100
+
+
 def create(cfg: Config, rngs: nnx.Rngs) -> MMInterleaved:
     """A model with random weights; works under `nnx.eval_shape`."""
     model = MMInterleaved(cfg, rngs=rngs)
+    if not model.llm.cfg.tied:
+        head = model.llm.lm_head
+        head.added[...] = jnp.zeros_like(head.added[...])
+        head.added_bias[...] = jnp.full_like(head.added_bias[...], _START)
+    dtype = jnp.dtype(cfg.dtype if cfg.frozen_dtype == "auto" else cfg.frozen_dtype)
+    frozen = re.compile(_frozen(cfg))
+    for path, variable in nnx.iter_graph(model):
+        if isinstance(variable, nnx.Param) and frozen.fullmatch(".".join(map(str, path))):
+            variable.set_raw_value(variable.get_raw_value().astype(dtype))
     return model
+
+
+def _frozen(cfg: Config) -> str:
+    """Names of the large weights that no stage trains, as a pattern."""
+    parts = [r"llm\.(embed_tokens\.embedding|lm_head\.kernel)"]
+    parts += [] if cfg.train_llm else [r"llm\.layers\..*\.kernel"]
+    parts += [] if cfg.train_tower else [r"vision\.adapter\.tower\..*\.kernel"]
+    return "|".join(parts)

@@ -1,0 +1,3 @@
+"""Kinds of records of MM-Interleaved's own: none yet."""
+
+KINDS: dict = {}
