@@ -1,3 +1,5 @@
-"""Kinds of records of MM-Interleaved's own: none yet."""
+"""Kinds of records that MM-Interleaved is trained on: documents, and images with captions."""
 
-KINDS: dict = {}
+from metamorph_jax.data.sources import documents
+
+KINDS = documents.KINDS
