@@ -198,8 +198,8 @@ class Config:
              "decoder.denoiser.cross_attention_dim", self.decoder.denoiser.cross_attention_dim),
             ("decoder.denoiser.value_width", self.decoder.denoiser.value_width,
              "the width of vision.tower", self.vision.vit.width),
-            ("decoder.denoiser.levels", self.decoder.denoiser.levels,
-             "the number of its maps", vit_adapter.STAGES),
+            ("the number of decoder.denoiser.sides", len(self.decoder.denoiser.sides),
+             "that of its maps", vit_adapter.STAGES),
         ]  # fmt: skip
         if self.llm != "auto":
             width = llm_config(self).width

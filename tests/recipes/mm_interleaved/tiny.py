@@ -40,7 +40,7 @@ TINY = recipe.Config(
         UNetMMFSConfig(
             UNetConfig.tiny(in_channels=3, out_channels=3, block_out_channels=(8, 16),
                             num_heads=(2, 2), norm_num_groups=4),
-            value_width=32, inner_width=8, heads=2, points=2, relative_rows=4,
+            value_width=32, inner_width=8, heads=2, points=2, sides=(8, 4, 2, 1), relative_rows=4,
         ),
         vae=None,
     ),
@@ -61,11 +61,10 @@ def make(cfg=TINY, seed=0):
     rng = np.random.default_rng(seed)
 
     def fill(path, x):
-        if x.ndim > 1 and path[-1].key != "queries":
-            scale = np.prod(x.shape[-2:-1]) ** -0.5
-            return (rng.standard_normal(x.shape) * scale).astype(x.dtype)
-        one = "scale" in str(path[-2]) or "scale" in str(path[-1])
-        return (one + 0.1 * rng.standard_normal(x.shape)).astype(x.dtype)
+        name, z = jax.tree_util.keystr(path), rng.standard_normal(x.shape)
+        if "kernel" in name:
+            return (z * np.prod(x.shape[-2:-1]) ** -0.5).astype(x.dtype)
+        return (("scale" in name) + 0.1 * z).astype(x.dtype)
 
     return nnx.merge(graph, jax.tree_util.tree_map_with_path(fill, state))
 
