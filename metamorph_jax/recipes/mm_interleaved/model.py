@@ -127,8 +127,9 @@ class MMInterleaved(nnx.Module):
         """({"text", "image"}: sums over text targets and drawings, metrics)."""
         reading, drawing = jax.random.split(key)
         states, condition, counted = self.conditions(batch, reading)
-        text, metrics = losses.text_loss_of(states, *self.llm.head_tables(), batch,
-                                            self.cfg.text_chunk)  # fmt: skip
+        text, metrics = losses.text_loss_of(
+            states, *self.llm.head_tables(), batch, self.cfg.text_chunk, self.llm.head_bias()
+        )
         pixels = batch.drawings.pixels
         loss, error = self.decoder.losses(
             pixels.reshape(-1, *pixels.shape[2:]), condition, drawing,

@@ -30,7 +30,7 @@ TINY = recipe.Config(
         adapter=AdapterConfig(prior_width=8, points=2),
         resampler=PerceiverConfig(queries=P, width=16, key_width=32, **_RESAMPLER),
     ),
-    insert=InsertConfig(every=2, heads=2, points=2, ratio=0.25, relative_rows=5),
+    insert=InsertConfig(every=2, heads=2, points=2, ratio=0.25, relative_rows=5, method="dense"),
     context=ContextConfig(
         64, 12,
         PerceiverConfig(queries=5, width=32, key_width=64, qk_norm=False, cross_every=1,
@@ -40,7 +40,7 @@ TINY = recipe.Config(
         UNetMMFSConfig(
             UNetConfig.tiny(in_channels=3, out_channels=3, block_out_channels=(8, 16),
                             num_heads=(2, 2), norm_num_groups=4),
-            value_width=32, inner_width=8, heads=2, points=2, sides=(8, 4, 2, 1), relative_rows=4,
+            value_width=32, inner_width=8, heads=2, points=2, sides=(8, 4, 2, 1), relative_rows=4, method="dense",
         ),
         vae=None,
     ),
