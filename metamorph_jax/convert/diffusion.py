@@ -177,6 +177,13 @@ _SAMPLERS = {
          "dynamic_thresholding_ratio": (0.995, (0.995,)), "clip_sample_range": (1.0, (1.0,)),
          "sample_max_value": (1.0, (1.0,))},
     ),
+    "DDPMScheduler": (
+        samplers.DDPM,
+        {"timestep_spacing": "leading", "steps_offset": 0},
+        {"variance_type": ("fixed_small", ("fixed_small",)), "clip_sample": (True, (False,)),
+         "thresholding": (False, (False,)), "clip_sample_range": (1.0, (1.0,)),
+         "dynamic_thresholding_ratio": (0.995, (0.995,)), "sample_max_value": (1.0, (1.0,))},
+    ),
     "PNDMScheduler": (
         samplers.PNDM,
         {"timestep_spacing": "leading", "steps_offset": 0, "set_alpha_to_one": False},

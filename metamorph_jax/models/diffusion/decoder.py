@@ -6,7 +6,9 @@
 
 Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) needs a null condition. The caller
 gives it (zeros, a learned one, one computed from zeros), in training, where it takes the place of
-some conditions, and in sampling, as `null + guidance * (condition - null)`.
+some conditions, and in sampling, as `null + guidance * (condition - null)`. A null condition
+without feature maps leaves those of the condition in place: only the context is dropped, and both
+halves of guidance look at the same images (MM-Interleaved).
 """
 
 import dataclasses
@@ -22,6 +24,7 @@ from metamorph_jax.models.diffusion.dit import DiT, DiTConfig, depth_to_space, s
 from metamorph_jax.models.diffusion.samplers import Sampler
 from metamorph_jax.models.diffusion.schedule import Schedule
 from metamorph_jax.models.diffusion.unet import UNet, UNetConfig
+from metamorph_jax.models.diffusion.unet_mmfs import UNetMMFS, UNetMMFSConfig
 from metamorph_jax.models.diffusion.vae import AutoencoderKL, VAEConfig
 from metamorph_jax.types import Conditioning
 
@@ -41,7 +44,7 @@ class DiffusionConfig:
         ValueError: the denoiser's channels are not those of the autoencoder and patch.
     """
 
-    denoiser: UNetConfig | DiTConfig = UNetConfig()
+    denoiser: UNetConfig | DiTConfig | UNetMMFSConfig = UNetConfig()
     vae: VAEConfig | None = VAEConfig()
     schedule: Schedule = Schedule()
     patch: int = 1
@@ -82,6 +85,9 @@ class DiffusionConfig:
         return self.schedule.zero_snr or self.vae is None
 
 
+_DENOISERS = {UNetConfig: UNet, DiTConfig: DiT, UNetMMFSConfig: UNetMMFS}
+
+
 class Statistics(nnx.Variable):
     """Constants measured on the data: part of the state, but never trained."""
 
@@ -91,8 +97,7 @@ class DiffusionDecoder(nnx.Module):
 
     def __init__(self, cfg: DiffusionConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
-        kind = DiT if isinstance(cfg.denoiser, DiTConfig) else UNet
-        self.denoiser = kind(cfg.denoiser, rngs)
+        self.denoiser = _DENOISERS[type(cfg.denoiser)](cfg.denoiser, rngs)
         self.vae = AutoencoderKL(cfg.vae, rngs) if cfg.vae else None
         # Images may be nearly white, so pixels are standardised; at first, by the identity.
         self.pixel_mean = Statistics(jnp.zeros((3,)))
@@ -157,10 +162,10 @@ class DiffusionDecoder(nnx.Module):
         """(weighted loss float32[B], plain mean squared error float32[B]) of every image.
 
         Args:
-            images: uint8[B, h, w, 3].
+            images: uint8[B, h, w, 3]; or float32[B, h', w', c], what `encode` made of them.
             condition: of B rows.
             key: for timesteps, noise, latents and which conditions are dropped.
-            null: takes the place of dropped conditions; of B rows or one.
+            null: takes the place of dropped conditions; of B rows or one. See `choose`.
             drop: probability that an image is trained without its condition.
 
         Raises:
@@ -168,7 +173,8 @@ class DiffusionDecoder(nnx.Module):
         """
         cfg, B = self.cfg, len(images)
         keys = jax.random.split(key, 5)
-        x0 = self.encode(images, keys[0])
+        encoded = jnp.issubdtype(images.dtype, jnp.floating)
+        x0 = images if encoded else self.encode(images, keys[0])
         t = jax.random.randint(keys[1], (B,), 0, cfg.schedule.num_train_timesteps)
         noise = jax.random.normal(keys[2], x0.shape)
         if cfg.noise_offset:
@@ -179,9 +185,13 @@ class DiffusionDecoder(nnx.Module):
                 raise ValueError("conditions are dropped in training, so a null one must be given")
             kept = jax.random.uniform(keys[4], (B,)) >= drop
             condition = choose(kept, condition, null)
-        prediction = self.denoise(sch.add_noise(cfg.schedule, x0, noise, t), t, condition)
-        wanted = sch.target(cfg.schedule, x0, noise, t)
-        error = jnp.square(prediction - wanted).mean((1, 2, 3))
+        return self.losses_at(x0, noise, t, condition)
+
+    def losses_at(self, x0, noise, t, condition: Conditioning):
+        """`losses` of given x0 and noise: float32[B, h, w, c] and timesteps t: int[B]."""
+        s = self.cfg.schedule
+        prediction = self.denoise(sch.add_noise(s, x0, noise, t), t, condition)
+        error = jnp.square(prediction - sch.target(s, x0, noise, t)).mean((1, 2, 3))
         return error * self._weights(t), error
 
     def _weights(self, t):
@@ -212,7 +222,8 @@ class DiffusionDecoder(nnx.Module):
 
         Args:
             condition: of B rows.
-            null: of B rows or one; None only where guidance is 1.
+            null: of B rows or one; None only where guidance is 1. Without maps, it has those of the
+                condition.
             sampler, steps: how x0 is reached.
             guidance: scale of classifier-free guidance, a Python number; 1 is none.
             noise: float32[B, h', w', c] standard normal, see `noise`.
@@ -235,13 +246,23 @@ def zeros_like(condition: Conditioning) -> Conditioning:
 
 
 def choose(kept, condition: Conditioning, null: Conditioning) -> Conditioning:
-    """The condition where kept: bool[B], else the null one."""
+    """The condition where kept: bool[B], else the null one.
+
+    Where only the condition has maps, they stay, with their mask.
+    """
+    if condition.maps and not null.maps:
+        chosen = choose(kept, _without_maps(condition), null)
+        return dataclasses.replace(chosen, maps=condition.maps, maps_mask=condition.maps_mask)
     condition, null = alike(condition, null)
 
     def pick(a, b):
         return jnp.where(kept.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
 
     return jax.tree.map(pick, condition, null)
+
+
+def _without_maps(condition: Conditioning) -> Conditioning:
+    return dataclasses.replace(condition, maps=(), maps_mask=None)
 
 
 def alike(condition: Conditioning, null: Conditioning) -> tuple[Conditioning, Conditioning]:
@@ -280,7 +301,8 @@ def guided(
 
     Args:
         denoise: (x [B, h, w, c], t [B], condition) -> prediction.
-        condition, null: of B rows; the null one may have one row.
+        condition, null: of B rows; the null one may have one row. If only the condition has maps,
+            `prepare` receives them once, of B rows, beside 2 B rows of contexts.
         scale: 1 means no guidance and no doubled batch. A Python number.
         prepare: computes once for all steps, from a condition, what `denoise` takes in its place.
 
@@ -292,8 +314,13 @@ def guided(
         return lambda x, t: denoise(x, jnp.broadcast_to(t, x.shape[:1]), ready)
     if null is None:
         raise ValueError(f"guidance {scale} needs a null condition")
+    maps = {}
+    if condition.maps and not null.maps:
+        maps = dict(maps=condition.maps, maps_mask=condition.maps_mask)
+        condition = _without_maps(condition)
     condition, null = alike(condition, null)
-    both = prepare(jax.tree.map(lambda a, b: jnp.concatenate([a, b]), null, condition))
+    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), null, condition)
+    both = prepare(dataclasses.replace(both, **maps))
 
     def predict(x, t):
         x = jnp.concatenate([x, x])

@@ -1,18 +1,21 @@
-"""Samplers of the diffusion decoder: DDIM, DPM-Solver++ 2M, Euler and PNDM, in one `lax.scan`.
+"""Samplers of the diffusion decoder (DDIM, DDPM, DPM-Solver++ 2M, Euler, PNDM) in one `lax.scan`.
 
-All four are linear multistep rules, so each is a small frozen dataclass that writes one float32
+All are linear multistep rules, so each is a small frozen dataclass that writes one float32
 table, a row per network call, and one step function serves them all:
 
     y  = prediction(scale_in * x, t)
     y  = mix[0] * y + mix[1:] . (earlier predictions)              PNDM only
     x0 = p * base + q * y            base = x, or the x of the call before (PNDM's second call)
     x  = a * base + b * x0 + c * x0 of the step before             c: DPM-Solver++ only
+    x  = x + d * fresh noise                                       DDPM only
 
-DDIM: Song et al. 2020. DPM-Solver++: Lu et al. 2022. Euler and its sigmas: Karras et al. 2022.
+DDIM: Song et al. 2020. DDPM: Ho et al. 2020. DPM-Solver++: Lu et al. 2022. Euler and its sigmas:
+Karras et al. 2022.
 PNDM: Liu et al. 2022, without Runge-Kutta steps; it calls the network once more than it has steps.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -31,7 +34,7 @@ class Table:
 
     Attributes:
         t: [N] timesteps given to the network.
-        a, b, c, p, q: [N] see the module docstring.
+        a, b, c, d, p, q: [N] see the module docstring.
         scale_in: [N] factor of the network's input.
         mix: [N, 4] weights of this prediction and the three before it (newest first).
         repeat: bool[N] True where the call refines the last step instead of making one.
@@ -45,6 +48,7 @@ class Table:
     p: np.ndarray
     q: np.ndarray
     c: np.ndarray | None = None
+    d: np.ndarray | None = None
     scale_in: np.ndarray | None = None
     mix: np.ndarray | None = None
     repeat: np.ndarray | None = None
@@ -57,13 +61,16 @@ class Table:
         Where nothing looks at x0, it is folded away here, in float64: x = a * base + b * y. Going
         through x0 would divide by a small sqrt(alphas_cumprod) and lose digits at high noise.
         """
-        values = {k: getattr(self, k) for k in ("t", "a", "b", "p", "q", "c", "scale_in", "mix")}
+        names = ("t", "a", "b", "p", "q", "c", "d", "scale_in", "mix")
+        values = {k: getattr(self, k) for k in names}
         if self.c is None and not clip:
             p, q = values.pop("p"), values.pop("q")
             values |= {"a": self.a + self.b * p, "b": self.b * q}
         rows = {k: jnp.asarray(v, jnp.float32) for k, v in values.items() if v is not None}
         if self.repeat is not None:
             rows["repeat"] = jnp.asarray(self.repeat)
+        if self.d is not None:
+            rows["index"] = jnp.arange(len(self.t))
         return rows
 
     def fits(self, total: int) -> bool:
@@ -97,8 +104,28 @@ def _levels(s: Schedule, t: np.ndarray, last: float) -> np.ndarray:
     return np.where(t >= 0, s.alphas_cumprod[np.maximum(t, 0)], last)
 
 
-def step(row: dict, predict: Callable, carry: dict, clip=None):
-    """One row of a table. carry: x, and base, x0, outputs where the sampler needs them."""
+def step_noise(noise, index):
+    """The noise that step number `index` adds, as far as it was drawn from `noise`.
+
+    An image is a function of the noise that it starts from: the first two numbers of that are the
+    seed of all further noise of this image, whatever is drawn beside it.
+
+    noise, and what is returned: float32[B, h, w, c] standard normal.
+    """
+    first = jax.lax.bitcast_convert_type(noise.reshape(len(noise), -1)[:, :2], jnp.uint32)
+
+    def one(seeds):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), seeds[0]), seeds[1])
+        return jax.random.normal(jax.random.fold_in(key, index), noise.shape[1:])
+
+    return jax.vmap(one)(first)
+
+
+def step(row: dict, predict: Callable, carry: dict, clip=None, fresh: Callable | None = None):
+    """One row of a table. carry: x, and base, x0, outputs where the sampler needs them.
+
+    fresh: (index of the row) -> noise like x, for a table with `d`.
+    """
     x = carry["x"]
     y = prediction = predict(x * row["scale_in"] if "scale_in" in row else x, row["t"])
     new, base = {}, x
@@ -116,6 +143,8 @@ def step(row: dict, predict: Callable, carry: dict, clip=None):
     if "c" in row:
         new["x"] += row["c"] * carry["x0"]
         new["x0"] = y
+    if "d" in row:
+        new["x"] += row["d"] * fresh(row["index"])
     return new, prediction
 
 
@@ -158,6 +187,7 @@ class Sampler:
         steps: int,
         *,
         clip: tuple | None = None,
+        fresh: Callable | None = None,
         return_trajectory: bool = False,
     ):
         """From noise to x0, float32[B, h, w, c].
@@ -168,6 +198,8 @@ class Sampler:
             schedule: the training schedule; says what the prediction means.
             steps: number of steps.
             clip: (low, high) that every x0 estimate is clipped to, numbers or [c]; for pixels.
+            fresh: (index of a step, int32 scalar) -> the noise that it adds, float32[B, h, w, c]
+                standard normal; None: `step_noise`. Not called by samplers that add none.
             return_trajectory: also return the states [N + 1, ...] and predictions [N, ...].
 
         Raises:
@@ -175,7 +207,9 @@ class Sampler:
         """
         table = self.checked_table(schedule, steps)
         rows = table.rows(clip is not None)
-        x = noise.astype(jnp.float32) * table.init_sigma
+        noise = noise.astype(jnp.float32)
+        fresh = fresh or functools.partial(step_noise, noise)
+        x = noise * table.init_sigma
         carry = {"x": x}
         if "mix" in rows:
             carry |= {"base": x, "outputs": jnp.zeros((self.history, *x.shape))}
@@ -183,7 +217,7 @@ class Sampler:
             carry["x0"] = jnp.zeros_like(x)
 
         def body(carry, row):
-            carry, prediction = step(row, predict, carry, clip)
+            carry, prediction = step(row, predict, carry, clip, fresh)
             return carry, (carry["x"], prediction) if return_trajectory else None
 
         carry, seen = jax.lax.scan(body, carry, rows)
@@ -206,6 +240,27 @@ class DDIM(Sampler):
         last = 1.0 if self.to_one else s.alphas_cumprod[0]
         rows = _ddim_rows(s, _levels(s, t, last), _levels(s, t - total // steps, last))
         return Table(t=t, **rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class DDPM(Sampler):
+    """Ancestral sampling with the small fixed variance, as `schedule.ancestral_step`. The last step
+    goes to alpha 1, with the noise that the reference's smallest variance, 1e-20, leaves of it."""
+
+    spacing: str = "leading"
+    offset: int = 1
+
+    def table(self, s: Schedule, steps: int) -> Table:
+        total = s.num_train_timesteps
+        t = np.round(timesteps(self.spacing, total, steps, self.offset))
+        now, before = _levels(s, t, 1.0), _levels(s, t - total // steps, 1.0)
+        p, q = x0_weights(s, now)
+        alpha = now / before
+        rest = 1 - now
+        variance = np.maximum((1 - before) / rest * (1 - alpha), 1e-20)
+        return Table(t=t, p=p, q=q, a=np.sqrt(alpha) * (1 - before) / rest,
+                     b=np.sqrt(before) * (1 - alpha) / rest,
+                     d=np.where(t > 0, np.sqrt(variance), 0.0))  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,7 +377,7 @@ class Euler(Sampler):
                      scale_in=scale_in, init_sigma=float(init), sigmas=sigmas)  # fmt: skip
 
 
-SAMPLERS = {"ddim": DDIM, "pndm": PNDM, "dpm++": DPMSolverPP, "euler": Euler}
+SAMPLERS = {"ddim": DDIM, "ddpm": DDPM, "pndm": PNDM, "dpm++": DPMSolverPP, "euler": Euler}
 
 
 @dataclasses.dataclass(frozen=True)

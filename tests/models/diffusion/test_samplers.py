@@ -9,6 +9,7 @@ from metamorph_jax.models.diffusion import samplers
 from metamorph_jax.models.diffusion import schedule as sch
 from metamorph_jax.models.diffusion.samplers import (
     DDIM,
+    DDPM,
     PNDM,
     DPMSolverPP,
     Euler,
@@ -20,7 +21,7 @@ from metamorph_jax.models.diffusion.schedule import PREDICTIONS, Schedule
 RULES = [
     DDIM(to_one=True), DDIM(spacing="trailing", offset=0, to_one=True), DPMSolverPP(),
     DPMSolverPP(karras=True), DPMSolverPP(spacing="trailing"), Euler(), Euler(spacing="linspace"),
-    Euler(karras=True), PNDM(to_one=True),
+    Euler(karras=True), PNDM(to_one=True), DDPM(), DDPM(spacing="trailing"),
 ]  # fmt: skip
 
 
@@ -50,7 +51,8 @@ def test_a_perfect_denoiser_leads_to_x0(rule, prediction):
     np.testing.assert_allclose(found, x0, atol=0.05)
 
 
-@pytest.mark.parametrize("rule", [DDIM(spacing="trailing", offset=0), DPMSolverPP(), Euler()])
+@pytest.mark.parametrize("rule", [DDIM(spacing="trailing", offset=0), DPMSolverPP(), Euler(),
+                                  DDPM(spacing="trailing")])  # fmt: skip
 def test_zero_terminal_snr_is_finite(rule):
     s = Schedule(prediction_type="v_prediction", zero_snr=True)
     noise = jnp.ones((1, 2, 2, 1))
@@ -67,7 +69,7 @@ def test_pndm_calls_the_network_once_more():
 
 def test_one_step_works():
     s = Schedule()
-    for rule in (DDIM(), DPMSolverPP(), Euler()):
+    for rule in (DDIM(), DDPM(), DPMSolverPP(), Euler()):
         x = rule.integrate(lambda x, t: 0.1 * x, jnp.ones((1, 1, 1, 1)), s, 1)
         assert np.isfinite(x).all()
 
@@ -104,6 +106,32 @@ def test_spacing_is_checked():
         DDIM(spacing="even").table(Schedule(), 4)
 
 
+@pytest.mark.parametrize("clip", [None, (-9.0, 9.0)])
+def test_ddpm_takes_the_ancestral_steps(clip):
+    s = Schedule()
+    rng = np.random.default_rng(0)
+    start, *fresh = rng.standard_normal((6, 2, 2, 2, 1)).astype(np.float32)
+    predict = lambda x, t: jnp.tanh(x) + t / 1000  # noqa: E731
+    noise = jnp.asarray(fresh)
+    found = DDPM().integrate(predict, start, s, 5, clip=clip, fresh=lambda i: noise[i])
+    x = start
+    for i, t in enumerate((801, 601, 401, 201, 1)):
+        x = sch.ancestral_step(s, predict(x, t), x, t, t - 200, fresh[i])
+    np.testing.assert_allclose(found, x, atol=1e-4)
+
+
+def test_the_noise_of_a_step_belongs_to_one_image():
+    noise = jax.random.normal(jax.random.key(0), (64, 3, 3, 2))
+    first, second = (samplers.step_noise(noise, i) for i in range(2))
+    np.testing.assert_array_equal(samplers.step_noise(noise[5:7], 1), second[5:7])
+    for a, b in ((first, second), (first, noise), (first[1:], first[:-1])):
+        assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.12
+    assert abs(first.mean()) < 0.12 and abs(first.std() - 1) < 0.1
+    x = DDPM().integrate(lambda x, t: 0.1 * x, noise[:4], Schedule(), 3)
+    alone = DDPM().integrate(lambda x, t: 0.1 * x, noise[3:4], Schedule(), 3)
+    np.testing.assert_allclose(x[3:], alone, rtol=1e-6)
+
+
 def test_dpm_beats_euler_on_a_gaussian():
     """Data from N(0, 0.5^2): the exact flow is linear, so the solvers' errors can be compared."""
     s = Schedule()
@@ -135,8 +163,8 @@ def test_add_noise_then_one_perfect_ddim_step_reaches_the_next_level():
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1000, 1001, 2000])
-@pytest.mark.parametrize("rule", [DDIM(), DPMSolverPP(), DPMSolverPP("trailing"), Euler(), PNDM()],
-                         ids=repr)  # fmt: skip
+@pytest.mark.parametrize("rule", [DDIM(), DDPM(), DPMSolverPP(), DPMSolverPP("trailing"), Euler(),
+                                  PNDM()], ids=repr)  # fmt: skip
 def test_more_steps_than_a_schedule_has_are_an_error(rule, steps):
     """They used to draw noise or black, from timesteps that fall together or lie outside."""
     s = Schedule()
