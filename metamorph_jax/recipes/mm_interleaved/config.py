@@ -28,6 +28,7 @@ class VisualConfig:
         weights: of the tower: "random", "pkg:NAME", "hf:OWNER/NAME", or a folder.
         adapter: what is built around the tower.
         resampler: from the tower's tokens to visual tokens; its `key_width` is the tower's width.
+        table_side: of the grid that the sin-cos tables of tokens and maps are defined on.
         dtype: that tower and adapter compute in.
         remat: recompute layers of tower and adapter in the backward pass, which goes through the
             tower even where it is frozen.
@@ -38,12 +39,15 @@ class VisualConfig:
     weights: str = "random"
     adapter: AdapterConfig = AdapterConfig(star_offsets=True)
     resampler: PerceiverConfig = PerceiverConfig(dropout=0.1)
+    table_side: int = 16
     dtype: str = "float32"
     remat: bool = False
 
     def __post_init__(self):
         check_known("tower", self.tower, vit.SIZES)
         check_known("dtype", self.dtype, DTYPES)
+        if self.table_side < 1:
+            raise ValueError(f"vision.table_side must be at least 1, not {self.table_side}")
         if self.resampler.key_width != self.vit.width:
             raise ValueError(
                 f"resampler.key_width is {self.resampler.key_width}, but {self.tower} is "

@@ -3,11 +3,12 @@
     image ─ tower with adapter ─┬─ tokens ─ linear ─ norm ─ + table ─ norm ─ resampler ─ linear ─ P
                                 └─ maps + table     (what MMFS samples)
 
-The tables are 2-D sin-cos codes of the tower's grid, resized bicubically for the other maps.
+The tables are 2-D sin-cos codes of a grid of fixed size, resized bicubically for each map.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from metamorph_jax.models.connectors.perceiver import Perceiver
@@ -56,16 +57,19 @@ class VisualTokenizer(nnx.Module):
             key: for the resampler's dropout; None for none.
         """
         tokens, maps = self.adapter(pixels)
-        tower = self.cfg.vit
-        extra = tokens.shape[1] - tower.grid**2  # the class token
-        table = sincos.table_2d(tower.grid, tower.width, extra)
+        grid = self.cfg.vit.grid
         keys = self.key_norm(self.key_proj(tokens))
+        extra = tokens.shape[1] - grid**2  # the class token, which has no position
+        table = np.pad(self.table(grid), ((extra, 0), (0, 0)))
         keys = self.table_norm(keys + table.astype(keys.dtype))
         visual = self.proj(self.resampler(keys, key=key))
-        return visual, tuple(self._with_table(x, table[extra:]) for x in maps)
+        return visual, tuple(self._with_table(x) for x in maps)
 
-    def _with_table(self, x: jax.Array, table) -> jax.Array:
+    def table(self, side: int) -> np.ndarray:
+        """float32[side * side, C] positions of a map."""
+        table = sincos.table_2d(self.cfg.table_side, self.cfg.vit.width)
+        return sincos.resize_table(table, side)
+
+    def _with_table(self, x: jax.Array) -> jax.Array:
         """A map float[n, side, side, C] with its positions added."""
-        side = x.shape[1]
-        codes = sincos.resize_table(table, side).reshape(side, side, -1)
-        return x + codes.astype(x.dtype)
+        return x + self.table(x.shape[1]).reshape(1, *x.shape[1:]).astype(x.dtype)
