@@ -103,7 +103,7 @@ def _decoder(c, shapes, count) -> DiffusionConfig:
             ),
             value_width=c["img_dim"], inner_width=width, heads=mmfs["heads"],
             points=mmfs["points"],
-            sides=tuple(s // mmfs["downsample_factor"] for s in mmfs["spatial_shapes_for_scale"]),
+            sides=tuple(mmfs["spatial_shapes_for_scale"]),
             relative_rows=shapes[
                 "image_decoder.decoder.mmfs_module.mmfs_mid_block.mmfs.query_relpos.weight"][0],
             middle_base=mmfs["base_shapes_per_resolution"][-1], method=DENSE,
