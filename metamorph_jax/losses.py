@@ -24,6 +24,9 @@ from metamorph_jax.types import Batch
 VISUAL_LOSSES = ("cosine", "l1", "smooth_l1", "softmax_ce", "infonce")
 INFONCE_TEMPERATURE = 0.03
 
+# Of the rows of the output table, float[V], and of those of added tokens, float[n].
+Biases = tuple[jax.Array, jax.Array | None]
+
 
 def text_loss(
     hidden: jax.Array,
@@ -31,6 +34,7 @@ def text_loss(
     added: jax.Array | None,
     targets: jax.Array,
     chunk: int = 512,
+    bias: Biases | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Cross-entropy summed over the positions that have a target.
 
@@ -39,6 +43,7 @@ def text_loss(
         table, added: [D, V] and [n, D] or None, see `Llama.head_tables`.
         targets: int32[B, L] ids below V + n; -1 for none.
         chunk: positions per product with the table, on one device.
+        bias: what is added to the logits, see `Llama.head_bias`; None: nothing.
 
     Returns:
         (sum float32[], loss of each position float32[B, L], bool[B, L] whether the target has the
@@ -46,7 +51,10 @@ def text_loss(
     """
     if added is None:
         added = jnp.zeros((0, hidden.shape[-1]), hidden.dtype)
-    return _cross_entropy(chunk, *map(jnp.asarray, (hidden, table, added, targets)))
+    bias, added_bias = bias or (None, None)
+    nothing = jnp.zeros(0, jnp.float32)
+    biases = tuple(nothing if b is None else b for b in (bias, added_bias))
+    return _cross_entropy(chunk, *map(jnp.asarray, (hidden, table, added, *biases, targets)))
 
 
 def text_loss_of(
@@ -55,9 +63,10 @@ def text_loss_of(
     added: jax.Array | None,
     batch: Batch,
     chunk: int = 512,
+    bias: Biases | None = None,
 ) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
     """(`text_loss` of a batch, metrics: loss and accuracy, and the loss of each source)."""
-    total, each, right = text_loss(hidden, table, added, batch.text_targets, chunk)
+    total, each, right = text_loss(hidden, table, added, batch.text_targets, chunk, bias)
     counts = (batch.text_targets >= 0).astype(jnp.float32)
     metrics = {
         "text_loss": (total, counts.sum()),
@@ -67,22 +76,26 @@ def text_loss_of(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _cross_entropy(chunk, hidden, table, added, targets):
-    """(sum, float32[B, L], bool[B, L]) of hidden: float[B, L, D] and targets: int32[B, L]."""
-    out, _ = _with_gradients(chunk, hidden, table, added, targets, wants=(False, False, False))
+def _cross_entropy(chunk, hidden, table, added, bias, added_bias, targets):
+    """(sum, float32[B, L], bool[B, L]) of hidden: float[B, L, D] and targets: int32[B, L].
+
+    Biases that are not there are empty.
+    """
+    parts = hidden, table, added, bias, added_bias
+    out, _ = _with_gradients(chunk, parts, targets, wants=(False,) * len(parts))
     return out
 
 
-def _forward(chunk, hidden, table, added, targets):
-    wants = (hidden.perturbed, table.perturbed, added.perturbed)
-    values = (hidden.value, table.value, added.value, targets.value)
-    return _with_gradients(chunk, *values, wants)
+def _forward(chunk, *arguments):
+    *parts, targets = arguments
+    wants = tuple(x.perturbed and x.value.size > 0 for x in parts)
+    return _with_gradients(chunk, tuple(x.value for x in parts), targets.value, wants)
 
 
 def _backward(chunk, grads, cotangents):
     g = cotangents[0]
     if isinstance(g, jax.custom_derivatives.SymbolicZero):
-        return None, None, None, None
+        return (None,) * (len(grads) + 1)
     scaled = [None if d is None else (d * g).astype(d.dtype) for d in grads]
     return (*scaled, None)
 
@@ -90,22 +103,25 @@ def _backward(chunk, grads, cotangents):
 _cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _with_gradients(chunk, hidden, table, added, targets, wants):
-    """The loss and, as `wants` says, the gradients of its sum in (hidden, table, added)."""
+def _with_gradients(chunk, parts, targets, wants):
+    """The loss and, as `wants` says, the gradients of its sum in the parts: (hidden, table, added,
+    bias, bias of the added)."""
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.size > 1:
-        return cross_entropy(hidden, table, added, targets, wants)
+        return cross_entropy(*parts, targets, wants)
+    hidden, *tables = parts
     shape = hidden.shape
     flat = hidden.reshape(-1, shape[-1])
-    out, grads = _chunked(chunk, flat, table, added, targets.reshape(-1), wants)
+    out, grads = _chunked(chunk, flat, tables, targets.reshape(-1), wants)
     total, losses, right = out
     if wants[0]:
         grads = (grads[0].reshape(shape), *grads[1:])
     return (total, losses.reshape(shape[:-1]), right.reshape(shape[:-1])), grads
 
 
-def _chunked(chunk, hidden, table, added, targets, wants):
+def _chunked(chunk, hidden, tables, targets, wants):
     """The loss on one device, chunk by chunk. hidden: float[T, D]; targets: int32[T]."""
+    table, added, *biases = tables
     T, D = hidden.shape
     size = min(chunk, T)
     whole = -(-T // size) * size
@@ -120,7 +136,7 @@ def _chunked(chunk, hidden, table, added, targets, wants):
         index = jax.lax.dynamic_slice_in_dim(order, i * size, size)
         valid = (i * size + jnp.arange(size)) < count
         h, t = hidden[index], jnp.where(valid, targets[index], -1)
-        logits = _logits(h, head, extra)
+        logits = _logits(h, head, extra, biases)
         lse, top, mine = _softmax(logits, t)
         put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * size, axis=0)
         losses = put(losses, jnp.where(valid, lse - mine, 0.0))
@@ -131,8 +147,8 @@ def _chunked(chunk, hidden, table, added, targets, wants):
         return losses, right, grads
 
     zeros = (jnp.zeros(whole, jnp.float32), jnp.zeros(whole, bool))
-    sizes = ((whole, D), head.shape, extra.shape)
-    dtypes = (hidden.dtype, jnp.float32, jnp.float32)
+    sizes = ((whole, D), *(x.shape for x in tables))
+    dtypes = (hidden.dtype, *(jnp.float32 for _ in tables))
     zero_grads = tuple(
         jnp.zeros(shape, dtype) if want else None
         for shape, dtype, want in zip(sizes, dtypes, wants, strict=True)
@@ -141,15 +157,18 @@ def _chunked(chunk, hidden, table, added, targets, wants):
     losses, right, grads = jax.lax.fori_loop(0, used, step, (*zeros, zero_grads))
     back = jnp.argsort(order[:T])  # position order[j] was computed as number j
     d_hidden = grads[0][back] if wants[0] else None
-    d_table = grads[1].astype(table.dtype) if wants[1] else None
-    d_added = grads[2].astype(added.dtype) if wants[2] else None
-    return (jnp.sum(losses), losses[back], right[back]), (d_hidden, d_table, d_added)
+    d_tables = (
+        None if d is None else d.astype(x.dtype) for d, x in zip(grads[1:], tables, strict=True)
+    )
+    return (jnp.sum(losses), losses[back], right[back]), (d_hidden, *d_tables)
 
 
-def _logits(h, head, extra):
+def _logits(h, head, extra, biases):
     """(float32[t, V], float32[t, n] of the added ids, or None where there are none)."""
     new = product("tD,nD->tn", h, extra) if len(extra) else None
-    return product("tD,DV->tV", h, head), new
+    logits = product("tD,DV->tV", h, head)
+    bias, added_bias = biases
+    return logits + bias if len(bias) else logits, new + added_bias if len(added_bias) else new
 
 
 def _softmax(logits, targets):
@@ -186,8 +205,8 @@ def _logit_gradients(logits, lse, targets, valid, dtype):
 
 
 def _add_gradients(grads, d, h, head, extra, wants, put):
-    """The gradients in (hidden, table, added) with those of one chunk: `put` writes its rows."""
-    d_hidden, d_table, d_added = grads
+    """The gradients in all parts with those of one chunk: `put` writes its rows of the hidden."""
+    d_hidden, d_table, d_added, d_bias, d_added_bias = grads
     d, d_new = d
     if wants[0]:
         dh = product("tV,DV->tD", d, head)
@@ -198,7 +217,11 @@ def _add_gradients(grads, d, h, head, extra, wants, put):
         d_table = d_table + product("tD,tV->DV", h, d)
     if wants[2] and d_new is not None:
         d_added = d_added + product("tn,tD->nD", d_new, h)
-    return d_hidden, d_table, d_added
+    if wants[3]:
+        d_bias = d_bias + jnp.sum(d, axis=0, dtype=jnp.float32)
+    if wants[4]:
+        d_added_bias = d_added_bias + jnp.sum(d_new, axis=0, dtype=jnp.float32)
+    return d_hidden, d_table, d_added, d_bias, d_added_bias
 
 
 def take_targets(

@@ -27,11 +27,12 @@ def problem(n=2, density=0.4, seed=0, dtype=np.float32):
     return hidden, table, added, targets
 
 
-def plain(hidden, table, added, targets):
+def plain(hidden, table, added, targets, bias=0.0):
     """The loss with whole logits: (sum, float[B, L])."""
     logits = hidden @ table
     if added is not None:
         logits = jnp.concatenate([logits, hidden @ added.T], -1)
+    logits += bias
     log_p = jax.nn.log_softmax(logits)
     each = -jnp.take_along_axis(log_p, jnp.maximum(targets, 0)[..., None], -1)[..., 0]
     each = jnp.where(targets >= 0, each, 0.0)
@@ -64,6 +65,27 @@ def test_text_loss_and_gradients(n, chunk, density):
         np.testing.assert_allclose(x, y, atol=2e-5)
     alone = jax.jit(ours, compiler_options=FAST)(*args)[0]  # without gradients
     np.testing.assert_allclose(alone, b, rtol=1e-5)
+
+
+@pytest.mark.parametrize("n", [0, 2])
+def test_biases_of_the_table_and_of_the_added_rows(n):
+    hidden, table, added, targets = problem(n)
+    bias = np.random.default_rng(1).normal(size=V + n).astype(np.float32)
+    args = (hidden, table, bias) + ((added,) if n else ())
+
+    def ours(hidden, table, bias, added=None):
+        both = bias[:V], bias[V:] if n else None
+        return losses.text_loss(hidden, table, added, targets, 4, both)[0]
+
+    def theirs(hidden, table, bias, added=None):
+        return plain(hidden, table, added, targets, bias)[0]
+
+    which = tuple(range(len(args)))
+    a, grads_a = jax.jit(jax.value_and_grad(ours, which), compiler_options=FAST)(*args)
+    b, grads_b = jax.value_and_grad(theirs, which)(*args)
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+    for x, y in zip(grads_a, grads_b, strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-5)
 
 
 def test_the_gradient_scales_with_what_comes_after():
@@ -157,19 +179,22 @@ y[2, 5] = 301
 h = r.normal(size=(4, 10, 6)).astype(np.float32)
 t = r.normal(size=(6, 300)).astype(np.float32)
 a = r.normal(size=(2, 6)).astype(np.float32)
-f = jax.value_and_grad(lambda h, t, a: (lambda x: (2 * x[0], x[1:]))(losses.text_loss(h, t, a, y)),
-                       (0, 1, 2), has_aux=True)
+b = r.normal(size=300).astype(np.float32), r.normal(size=2).astype(np.float32)
+def loss(h, t, a, b):
+    total, *rest = losses.text_loss(h, t, a, y, bias=b)
+    return 2 * total, rest
+f = jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True)
 frozen = jax.grad(lambda h: losses.text_loss(h, t, None, y)[0])
-one, bare = jax.jit(f)(h, t, a), jax.jit(frozen)(h)
+one, bare = jax.jit(f)(h, t, a, b), jax.jit(frozen)(h)
 for shape in ({"fsdp": 2, "tensor": 4}, {"data": 2, "fsdp": 2, "context": 2}, {"fsdp": 8},
               {"slice": 2, "tensor": 2}):
     n = np.prod(list(shape.values()))
     with jax.set_mesh(make_mesh(shape, jax.devices()[:n])):
-        many, off = jax.jit(f)(h, t, a), jax.jit(frozen)(h)
+        many, off = jax.jit(f)(h, t, a, b), jax.jit(frozen)(h)
     for x, z in zip(jax.tree.leaves((one, bare)), jax.tree.leaves((many, off)), strict=True):
         np.testing.assert_allclose(x, z, atol=1e-4)
 with jax.set_mesh(make_mesh({"fsdp": 2, "tensor": 4}, jax.devices())):
-    program = jax.jit(f).lower(h, t, a).compile().as_text()
+    program = jax.jit(f).lower(h, t, a, b).compile().as_text()
 for kind, number in (("all-gather", 2), ("reduce-scatter", 2), ("all-to-all", 0)):
     found = re.findall(rf"= \\S+ {kind}(?:-start)?\\(", program)
     assert len(found) == number, (kind, found)

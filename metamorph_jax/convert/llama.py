@@ -11,6 +11,9 @@
 Where a published table has V rows, `added` keeps its values, or gets the mean of the rows if it has
 none yet. Our rows from V to R (`vocab_multiple`) are zeros, and are not written. Dropped on
 purpose: `rotary_emb.inv_freq`, and `lm_head.weight` where the model ties it and it is equal.
+
+The blocks of an `Insert` and the biases of the output table belong to the recipe that asked for
+them: they are neither filled nor written here.
 """
 
 import functools
@@ -213,6 +216,13 @@ def published(fields: Mapping) -> list[str]:
 STACKED = ("layers",)
 
 
+def _is_published(path, value) -> bool:
+    """nnx filter: the parameters that a published model of the family has."""
+    path = tuple(map(str, path))
+    biases = (("lm_head", "bias"), ("lm_head", "added_bias"))
+    return isinstance(value, nnx.Param) and path[0] != "inserts" and path not in biases
+
+
 def published_name(key: str) -> str:
     """The published name of one of our (torch-style) names."""
     return key if key.startswith("lm_head") else "model." + key
@@ -293,6 +303,7 @@ def load_llama(llm: Llama, tensors: Mapping[str, np.ndarray]) -> None:
         stacked=STACKED,
         rename=published_name,
         ignore=lambda key: key.endswith("rotary_emb.inv_freq") or (tied and key == HEAD),
+        only=_is_published,
     )
 
 
@@ -302,7 +313,7 @@ def export_llama(llm: Llama) -> names.Lazy:
     Added tokens are the last rows of the tables; rows that only pad them are cut off.
     """
     cfg = llm.cfg
-    out = names.lazy_torch_dict(llm, stacked=STACKED, rename=published_name)
+    out = names.lazy_torch_dict(llm, stacked=STACKED, rename=published_name, only=_is_published)
     for key in (EMBED, HEAD):
         added = key.replace("weight", "added")
         if key not in out or (added not in out and cfg.rows == cfg.vocab_size):

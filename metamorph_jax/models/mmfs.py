@@ -174,24 +174,31 @@ class MMFS(nnx.Module):
         array = self.value_proj(jnp.concatenate(flat, axis=2))
         return Values(array, tuple((x.shape[2], x.shape[3]) for x in maps))
 
-    def __call__(self, queries, values: Values, mask, reference=None) -> jax.Array:
+    def __call__(self, queries, values: Values | None, mask, reference=None) -> jax.Array:
         """float[B, Q, out] of queries float[B, Q, D_q].
 
         Args:
-            values: of M images a row, in their order; see `project`.
+            values: of M images a row, in their order; see `project`. None: there are no images.
             mask: bool[B, Q, M] or [B, M], which images a query sees: fewer than R.
             reference: float32[1 or B, 1 or Q, 1 or levels, 2] points (x, y) in [0, 1] that offsets
                 start from; None: the middle of the image.
         """
-        heads = self.cfg.heads
-        locations, weights, ignored = self.samples(queries, values, mask, reference)
-        array = values.array.reshape(len(queries), -1, heads, self.cfg.inner_width // heads)
-        array = constrain(array, "act_batch", None, "act_heads", None)
-        shapes = values.shapes * values.array.shape[1]
-        mixed = sample(array, shapes, locations, weights, method=self.cfg.method)
-        token = self.ignore_token[...].reshape(heads, -1)
-        mixed += (ignored[..., None] * token).reshape(mixed.shape).astype(mixed.dtype)
+        token = self.ignore_token[0, 0].astype(self.cfg.dtype)
+        if values is None or not values.array.shape[1]:
+            mixed = jnp.broadcast_to(token, (*queries.shape[:2], token.shape[-1]))
+        else:
+            locations, weights, ignored = self.samples(queries, values, mask, reference)
+            mixed = self._sample(values, locations, weights)
+            shares = jnp.repeat(ignored, token.shape[-1] // self.cfg.heads, axis=-1)
+            mixed += shares.astype(mixed.dtype) * token
         return self.output_proj(constrain(mixed, "act_batch", "act_len", "act_heads"))
+
+    def _sample(self, values: Values, locations, weights):
+        """float[B, Q, h * d] of what is sampled in all images."""
+        B, M, _, inner = values.array.shape
+        array = values.array.reshape(B, -1, self.cfg.heads, inner // self.cfg.heads)
+        array = constrain(array, "act_batch", None, "act_heads", None)
+        return sample(array, values.shapes * M, locations, weights, method=self.cfg.method)
 
     def samples(self, queries, values: Values, mask, reference=None):
         """Where each query samples, and with which weights; arguments as of a call.
@@ -214,14 +221,9 @@ class MMFS(nnx.Module):
         logits = logits.reshape(B, Q, M, cfg.heads, cfg.levels, cfg.points + 1)[..., :-1]
         weights, ignored = with_ignored(logits.reshape(B, Q, M, cfg.heads, -1), mask)
         locations = self._locations(offsets, values.shapes, reference)
-        by_head = (
-            lambda x: jnp.moveaxis(x, 3, 2).reshape(  # noqa: E731
-                B, Q, cfg.heads, M * cfg.levels, *x.shape[5:]
-            )
-        )
-        locations = by_head(locations)
+        locations = _by_head(locations)
         locations = constrain(locations, "act_batch", "act_len", "act_heads", None, None, None)
-        return locations, by_head(weights.reshape(logits.shape)), ignored
+        return locations, _by_head(weights.reshape(logits.shape)), ignored
 
     def _of_pairs(self, linear, a, relative):
         """float32[B, Q, M, out] of `linear(a + table[relative])`, a: float[B, Q, D_q]."""
@@ -260,22 +262,31 @@ class LLMBlock(nnx.Module):
         dtype = jnp.dtype(self.attn.cfg.dtype)
         return self.attn.project(tuple(self.norm2(x.astype(dtype)) for x in maps))
 
-    def __call__(self, x: jax.Array, values: Values, visible: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, values: Values | None, visible) -> jax.Array:
         """float[B, L, D] to be added to x: float[B, L, D]; visible: bool[B, L, M]."""
         return jnp.tanh(self.gate[...]).astype(x.dtype) * self.attn(self.norm1(x), values, visible)
 
+    @staticmethod
+    def products(cfg: MMFSConfig, positions: int, images: int) -> float:
+        """See `products`."""
+        return products(cfg, positions, images)
 
-def products(cfg: MMFSConfig, positions: int, images: int, shapes: Shapes) -> float:
-    """FLOPs of a module's forward products; sampling, which depends on the method, is not counted.
 
-    Args:
-        positions: queries of the batch.
-        images: of the batch; shapes: of their maps.
+def products(cfg: MMFSConfig, positions: int, images: int) -> float:
+    """FLOPs of a module's forward products on so many queries and images.
+
+    Sampling is not counted: its arithmetic depends on the method.
     """
     slots = cfg.heads * (2 * cfg.points + cfg.levels * (cfg.points + 1))
     query = cfg.width * (cfg.width + slots) + cfg.inner_width * cfg.out_width
-    value = cfg.value_width * cfg.inner_width * sum(h * w for h, w in shapes)
+    value = cfg.value_width * cfg.inner_width * sum(side * side for side in cfg.sides)
     return 2.0 * (positions * query + cfg.relative_rows * cfg.width * slots + images * value)
+
+
+def _by_head(x):
+    """[B, Q, h, M * levels, ...] of [B, Q, M, h, levels, ...]."""
+    B, Q, M, h, levels = x.shape[:5]
+    return jnp.moveaxis(x, 3, 2).reshape(B, Q, h, M * levels, *x.shape[5:])
 
 
 def _uniform(scale: float):

@@ -31,26 +31,28 @@ _NO_LOGIT = -1e30
 product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def cross_entropy(hidden, table, added, targets, wants):
+def cross_entropy(hidden, table, added, bias, added_bias, targets, wants):
     """Loss and gradients, on the mesh that is set.
 
     Args:
         hidden: float[B, L, D].
         table: float[D, V].
         added: float[n, D] rows of the ids V, V + 1, …
+        bias: float[V], and added_bias: float[n], added to the logits; or empty.
         targets: int32[B, L] ids, -1 for none.
-        wants: which of (hidden, table, added) need gradients.
+        wants: which of (hidden, table, added, bias, added_bias) need gradients.
 
     Returns:
         ((sum float32[], losses float32[B, L], bool[B, L] target has the highest logit),
-        gradients of the sum in (hidden, table, added), None where not wanted).
+        gradients of the sum in those five, None where not wanted).
     """
     mesh = jax.sharding.get_abstract_mesh()
     in_rows = fit(spec("act_batch", "act_len", None), hidden.shape, mesh)
     in_table = fit(spec("embed", "vocab"), table.shape, mesh)
     in_added = fit(spec("added", "embed"), added.shape, mesh)
     rows, everywhere = P(*in_rows[:2]), P()
-    grads = (in_rows, in_table, in_added)
+    in_bias = P(in_table[1]) if len(bias) else everywhere
+    grads = (in_rows, in_table, in_added, in_bias, everywhere)
     grads = tuple(where if want else everywhere for where, want in zip(grads, wants, strict=True))
     axes = _Axes(
         rows=_split(in_rows[0], mesh) + _split(in_rows[1], mesh),
@@ -60,11 +62,11 @@ def cross_entropy(hidden, table, added, targets, wants):
     )
     run = jax.shard_map(
         partial(_on_device, wants=wants, axes=axes),
-        in_specs=(in_rows, in_table, in_added, rows),
+        in_specs=(in_rows, in_table, in_added, in_bias, everywhere, rows),
         out_specs=((everywhere, rows, rows), grads),
         check_vma=False,
     )
-    return run(hidden, table, added, targets)
+    return run(hidden, table, added, bias, added_bias, targets)
 
 
 class _Axes(NamedTuple):
@@ -88,16 +90,17 @@ def _split(entry, mesh) -> tuple[str, ...]:
     return tuple(a for a in names if mesh.shape[a] > 1)
 
 
-def _on_device(hidden, table, added, targets, *, wants, axes: _Axes):
+def _on_device(hidden, table, added, bias, added_bias, targets, *, wants, axes: _Axes):
     """`cross_entropy` of one device's pieces."""
     dtype = hidden.dtype
     positions = _supervised_first(hidden, targets)
-    head = _gather_head(table, dtype, axes)
+    head = _gather_head(table, bias, dtype, axes)
     extra = _gather(added.astype(dtype), axes.added_width, 1)
 
     softmax = _add_up(_read(positions, head), axes.vocabulary)
     if len(extra):
         new = product("tD,nD->tn", positions.hidden, extra)
+        new = new + added_bias if len(added_bias) else new
         new_ids = head.vocabulary + jnp.arange(len(extra))
         softmax = softmax.include(new, new_ids, positions.targets)
     valid, lse = positions.valid, softmax.log_sum_exp(positions.valid)
@@ -105,26 +108,25 @@ def _on_device(hidden, table, added, targets, *, wants, axes: _Axes):
     right = valid & (softmax.target >= softmax.top)
     total = _sum(jnp.sum(losses), axes.rows)
     result = total, positions.restore(losses), positions.restore(right)
-    if not any(wants):
-        return result, (None, None, None)
-
-    d_hidden = d_table = d_added = None
-    if wants[0] or wants[1]:
-        d_hidden, d_table = _gradients(positions, head, lse, wants, axes)
-    if len(extra) and (wants[0] or wants[2]):
+    d_hidden = d_table = d_added = d_bias = d_added_bias = None
+    if wants[0] or wants[1] or wants[3]:
+        d_hidden, d_table, d_bias = _gradients(positions, head, lse, wants, axes)
+    if len(extra) and (wants[0] or wants[2] or wants[4]):
         d_new = softmax_minus_target(new, new_ids, lse, positions.targets, valid).astype(dtype)
         if wants[0]:
             d_hidden += product("tn,nD->tD", d_new, extra)
         if wants[2]:
             d_added = product("tn,tD->nD", d_new, positions.hidden).astype(dtype)
             d_added = _sum_and_keep(d_added, axes.rows, axes.added_width, 1)
+        if wants[4]:
+            d_added_bias = _sum(jnp.sum(d_new, axis=0, dtype=jnp.float32), axes.rows)
     if wants[0]:
-        d_hidden = positions.restore(d_hidden).astype(dtype)
-    if wants[1]:
-        d_table = d_table.astype(table.dtype)
-    if wants[2]:
-        d_added = d_added.astype(added.dtype) if len(extra) else jnp.zeros_like(added)
-    return result, (d_hidden, d_table, d_added)
+        d_hidden = positions.restore(d_hidden)
+    grads = (d_hidden, d_table, d_added, d_bias, d_added_bias)
+    parts = (hidden, table, added, bias, added_bias)
+    return result, tuple(
+        None if d is None else d.astype(x.dtype) for d, x in zip(grads, parts, strict=True)
+    )
 
 
 # ---- positions
@@ -193,12 +195,14 @@ class _Head:
 
     Attributes:
         padded: float[D, tiles * columns].
+        bias: float32[tiles * columns], or empty.
         size: columns that are not padding.
         first: id of the first column.
         vocabulary: columns of the table on all devices together.
     """
 
     padded: jax.Array
+    bias: jax.Array
     tiles: int
     columns: int
     size: int
@@ -212,12 +216,15 @@ class _Head:
     def logits(self, hidden, tile, j) -> tuple[jax.Array, jax.Array]:
         """(float32[t, columns], their ids int32[1, columns], -2 in the padding)."""
         column = j * self.columns + jax.lax.broadcasted_iota(jnp.int32, (1, self.columns), 1)
-        logits = jnp.where(column < self.size, product("tD,DV->tV", hidden, tile), _NO_LOGIT)
+        logits = product("tD,DV->tV", hidden, tile)
+        if len(self.bias):
+            logits += dynamic_slice_in_dim(self.bias, j * self.columns, self.columns)
+        logits = jnp.where(column < self.size, logits, _NO_LOGIT)
         return logits, jnp.where(column < self.size, self.first + column, -2)
 
 
-def _gather_head(table, dtype, axes: _Axes) -> _Head:
-    """Pads table: [D piece, V] to whole tiles and gathers its rows."""
+def _gather_head(table, bias, dtype, axes: _Axes) -> _Head:
+    """Pads table: [D piece, V] to whole tiles and gathers its rows; bias: [V] or empty."""
     V = table.shape[1]
     tiles = math.ceil(V / TILE)
     columns = math.ceil(V / tiles / 128) * 128 if tiles > 1 else V
@@ -225,7 +232,10 @@ def _gather_head(table, dtype, axes: _Axes) -> _Head:
     index, devices = 0, 1
     if axes.vocabulary:
         index, devices = jax.lax.axis_index(axes.vocabulary), jax.lax.axis_size(axes.vocabulary)
-    return _Head(_gather(padded, axes.width, 0), tiles, columns, V, index * V, V * devices)
+    if len(bias):
+        bias = jnp.pad(bias.astype(jnp.float32), (0, tiles * columns - V))
+    padded = _gather(padded, axes.width, 0)
+    return _Head(padded, bias, tiles, columns, V, index * V, V * devices)
 
 
 # ---- first reading: softmax
@@ -302,14 +312,15 @@ def softmax_minus_target(logits, ids, lse, targets, valid) -> jax.Array:
 
 
 def _gradients(positions: _Positions, head: _Head, lse, wants, axes: _Axes):
-    """(float32[T, D] in the states, float[D piece, V] in the table), None where not wanted."""
+    """(float32[T, D] in the states, float[D piece, V] in the table, float32[V] in the bias), None
+    where not wanted."""
     dtype = positions.hidden.dtype
 
     def tile_step(d_hidden, j):
         tile = head.tile(j)
 
         def chunk_step(i, carry):
-            d_hidden, d_tile = carry
+            d_hidden, d_tile, d_bias = carry
             hidden, targets, sums, valid = (
                 positions.part(x, i)
                 for x in (positions.hidden, positions.targets, lse, positions.valid)
@@ -321,22 +332,28 @@ def _gradients(positions: _Positions, head: _Head, lse, wants, axes: _Axes):
                 d_hidden = positions.put(d_hidden, new, i)
             if wants[1]:
                 d_tile = d_tile + product("tD,tV->DV", hidden, d)
-            return d_hidden, d_tile
+            if wants[3]:
+                d_bias = d_bias + jnp.sum(d, axis=0, dtype=jnp.float32)
+            return d_hidden, d_tile, d_bias
 
         d_tile = jnp.zeros(tile.shape, jnp.float32) if wants[1] else None
-        d_hidden, d_tile = jax.lax.fori_loop(0, positions.used, chunk_step, (d_hidden, d_tile))
+        d_bias = jnp.zeros(head.columns, jnp.float32) if wants[3] else None
+        carry = d_hidden, d_tile, d_bias
+        d_hidden, d_tile, d_bias = jax.lax.fori_loop(0, positions.used, chunk_step, carry)
         if wants[1]:
             d_tile = _sum_and_keep(d_tile.astype(dtype), axes.rows, axes.width, 0)
-        return d_hidden, d_tile
+        return d_hidden, (d_tile, d_bias)
 
     d_hidden = jnp.zeros(positions.hidden.shape, jnp.float32) if wants[0] else None
-    d_hidden, d_tiles = jax.lax.scan(tile_step, d_hidden, jnp.arange(head.tiles))
+    d_hidden, (d_tiles, d_biases) = jax.lax.scan(tile_step, d_hidden, jnp.arange(head.tiles))
     if wants[0]:
         d_hidden = _sum(d_hidden, axes.vocabulary)
     if wants[1]:
         d_tiles = d_tiles.swapaxes(0, 1)
         d_tiles = d_tiles.reshape(len(d_tiles), -1)[:, : head.size]
-    return d_hidden, d_tiles
+    if wants[3]:
+        d_biases = _sum(d_biases.reshape(-1)[: head.size], axes.rows)
+    return d_hidden, d_tiles, d_biases
 
 
 # ---- communication

@@ -3,16 +3,18 @@ Qwen3 by norms of queries and keys.
 
 Touvron et al. 2023 (arXiv 2307.09288), Grattafiori et al. 2024 (arXiv 2407.21783). Pre-norm
 decoder with grouped-query attention, SwiGLU and rotary positions. Names follow the published
-checkpoints. Two things are our own:
+checkpoints. Three things are our own:
 
 * Layers are stacked on a leading axis and scanned. This is the forward pass of training; decoding
   has its own, with a cache, in `sampling/cached_llm.py`.
 * Tokens that a recipe adds (start and end of an image) are leaves of their own, `added`, so that
   they can be trained while the tables they extend stay frozen. Id `vocab_size + j` is row j.
+* An `Insert` puts blocks between attention and MLP of some layers, as MM-Interleaved does.
 """
 
 import dataclasses
 from functools import partial
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +57,8 @@ class LlamaConfig:
         tied: the output table is the input table.
         qkv_bias, o_bias, mlp_bias: which linears have biases.
         qk_norm: RMSNorm over the channels of each query and key head.
+        head_bias: the output table has biases, zeros at first: `bias` and, for added tokens,
+            `added_bias`. Published models have none.
         vocab_multiple: tables have V rows, rounded up to a multiple of this, to shard evenly.
         max_positions: context length of the published model; only exports use it.
         dtype: of the computation; parameters are float32.
@@ -77,6 +81,7 @@ class LlamaConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    head_bias: bool = False
     vocab_multiple: int = 1
     max_positions: int = 2048
     init_std: float = 0.02
@@ -93,6 +98,8 @@ class LlamaConfig:
             raise ValueError(f"{self.heads} heads don't divide over {self.kv_heads} kv heads")
         if self.remat not in REMAT:
             raise ValueError(f"remat {self.remat!r} is none of {', '.join(REMAT)}")
+        if self.head_bias and self.tied:
+            raise ValueError("head_bias needs an output table of its own: tied must be false")
 
     @property
     def tokens(self) -> int:
@@ -103,6 +110,59 @@ class LlamaConfig:
     def rows(self) -> int:
         """Rows of the tables: V rounded up to `vocab_multiple`."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+
+class InsertBlock(Protocol):
+    """An `nnx.Module` that looks at images from within a layer (`models.mmfs.LLMBlock`)."""
+
+    def __init__(self, cfg, *, rngs: nnx.Rngs): ...
+
+    def project(self, maps):
+        """What the block reads of images, computed once per image.
+
+        Args:
+            maps: of M images a row, a tuple of float[B, M, h, w, C].
+
+        Returns:
+            A pytree of arrays [B, M, ...].
+        """
+
+    def __call__(self, x: jax.Array, values, visible: jax.Array | None) -> jax.Array:
+        """float[B, L, D] to be added to x: float[B, L, D].
+
+        Args:
+            values: from `project`; None: there are no images.
+            visible: bool[B, L, M] which images a position sees.
+        """
+
+    @staticmethod
+    def products(cfg, positions: int, images: int) -> float:
+        """FLOPs of a block's forward products on so many positions and images."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Insert:
+    """Blocks between attention and MLP of the layers 0, every, 2 * every, …
+
+    Training and decoding (`sampling/cached_llm.py`) run the same blocks.
+
+    Attributes:
+        every: layers from one block to the next.
+        block: the class of the blocks, an `InsertBlock`.
+        cfg: of each block.
+    """
+
+    every: int
+    block: type
+    cfg: Any
+
+    def __post_init__(self):
+        if self.every < 1:
+            raise ValueError(f"every must be at least 1, not {self.every}")
+
+    def count(self, layers: int) -> int:
+        """Blocks of a model with so many layers."""
+        return -(-layers // self.every)
 
 
 _PLAIN = rope.RopeScaling()
@@ -251,9 +311,12 @@ class Layer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(cfg.width, cfg.norm_eps, rngs=rngs)
         self.mlp = MLP(cfg, rngs=rngs)
 
-    def __call__(self, x, cos, sin, mask):
+    def __call__(self, x, cos, sin, mask, insert=None):
+        """float[B, L, D] of x: float[B, L, D]; `insert` maps such states to what is added."""
         x = checkpoint_name(x, "layer_input")
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
+        if insert is not None:
+            x = x + insert(x)
         x = x + self.mlp(self.post_attention_layernorm(x))
         return constrain(x, "act_batch", "act_len", "act_embed")
 
@@ -284,7 +347,7 @@ class Embed(nnx.Module):
 
 
 class Head(nnx.Module):
-    """The output table of an untied model: kernel [D, V] and `added` [n, D]."""
+    """The output table of an untied model: kernel [D, V] and `added` [n, D]; see `head_bias`."""
 
     def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
         init = nnx.initializers.normal(cfg.init_std)
@@ -295,24 +358,35 @@ class Head(nnx.Module):
             self.added = nnx.Param(
                 init(rngs.params(), (cfg.added_tokens, cfg.width)), logical=("added", "embed")
             )
+        if cfg.head_bias:
+            self.bias = nnx.Param(jnp.zeros(cfg.rows), logical=("vocab",))
+            if cfg.added_tokens:
+                self.added_bias = nnx.Param(jnp.zeros(cfg.added_tokens), logical=("added",))
 
 
 class Llama(nnx.Module):
-    def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
-        self.cfg = cfg
+    """The model; with an `insert`, its blocks are stacked in `inserts`."""
+
+    def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs, insert: Insert | None = None):
+        self.cfg, self.insert = cfg, insert
         self.embed_tokens = Embed(cfg, rngs=rngs)
         self.layers = nnx.vmap(lambda r: Layer(cfg, rngs=r))(rngs.split(cfg.layers))
         self.norm = RMSNorm(cfg.width, cfg.norm_eps, rngs=rngs)
         if not cfg.tied:
             self.lm_head = Head(cfg, rngs=rngs)
+        if insert is not None:
+            make = nnx.vmap(lambda r: insert.block(insert.cfg, rngs=r))
+            self.inserts = make(rngs.split(insert.count(cfg.layers)))
 
-    def __call__(self, embeds: jax.Array, positions: jax.Array, mask) -> jax.Array:
+    def __call__(self, embeds: jax.Array, positions: jax.Array, mask, extra=None) -> jax.Array:
         """Runs the layers and the final norm.
 
         Args:
             embeds: float[B, L, D] text embeddings with visual ones already in place.
             positions: int32[B, L].
             mask: bool[B, L, L], or from `nn.attention.row_mask`.
+            extra: what a model with an `insert` looks at: (maps of M images a row, a tuple of
+                float[B, M, h, w, C]; bool[B, L, M] which of them a position sees). None: no images.
 
         Returns:
             float[B, L, D] hidden states after the final RMSNorm.
@@ -322,13 +396,49 @@ class Llama(nnx.Module):
         x = constrain(embeds.astype(jnp.dtype(self.cfg.dtype)), "act_batch", "act_len", "act_embed")
         graph, weights = nnx.split(self.layers)
 
-        def body(x, layer):
-            return nnx.merge(graph, layer)(x, cos, sin, mask), None
+        def layer(x, weights, insert=None):
+            return nnx.merge(graph, weights)(x, cos, sin, mask, insert)
 
-        if self.cfg.remat != "none":
-            body = jax.checkpoint(body, policy=REMAT[self.cfg.remat], prevent_cse=False)
-        x, _ = jax.lax.scan(body, x, weights)
+        if self.insert is None:
+            x, _ = jax.lax.scan(self._saving(lambda x, w: (layer(x, w), None)), x, weights)
+        else:
+            x = self._with_inserts(x, layer, weights, extra)
         return self.norm(x)
+
+    def _saving(self, function, prevent_cse: bool = False):
+        """`function`, of which the backward pass finds what `cfg.remat` says."""
+        if self.cfg.remat == "none":
+            return function
+        return jax.checkpoint(function, policy=REMAT[self.cfg.remat], prevent_cse=prevent_cse)
+
+    def _with_inserts(self, x, layer, weights, extra):
+        """All layers, in groups that begin with a block; whole groups are scanned."""
+        graph, blocks = nnx.split(self.inserts)
+        maps, visible = (None, None) if extra is None else extra
+
+        def begin(x, weights, block):
+            block = nnx.merge(graph, block)
+            values = None if maps is None else block.project(maps)
+            return layer(x, weights, lambda x: block(x, values, visible))
+
+        def group(x, layers, block, **options):
+            for i, one in enumerate(layers):
+                run = self._saving(begin if i == 0 else layer, **options)
+                x = run(x, one, block) if i == 0 else run(x, one)
+            return x
+
+        every, count = self.insert.every, self.cfg.layers // self.insert.every
+        take = lambda tree, *at: jax.tree.map(lambda w: w[slice(*at)], tree)  # noqa: E731
+        whole = jax.tree.map(
+            lambda w: w.reshape(count, every, *w.shape[1:]), take(weights, count * every)
+        )
+        step = lambda x, each: (group(x, _unstack(each[0], every), each[1]), None)  # noqa: E731
+        x, _ = jax.lax.scan(step, x, (whole, take(blocks, count)))
+        rest = self.cfg.layers - count * every
+        if rest:  # outside of a loop, where XLA could undo the recomputation
+            last = _unstack(take(weights, count * every, None), rest)
+            x = group(x, last, jax.tree.map(lambda w: w[count], blocks), prevent_cse=True)
+        return x
 
     def head_tables(self) -> tuple[jax.Array, jax.Array | None]:
         """The output table as ([D, V], [n, D] or None for the added tokens)."""
@@ -339,6 +449,13 @@ class Llama(nnx.Module):
         table = table[:, : self.cfg.vocab_size]
         return table, holder.added[...] if self.cfg.added_tokens else None
 
+    def head_bias(self) -> tuple[jax.Array, jax.Array | None] | None:
+        """What is added to the logits: (float[V], float[n] of the added tokens or None), if any."""
+        if not self.cfg.head_bias:
+            return None
+        bias = self.lm_head.bias[: self.cfg.vocab_size]
+        return bias, self.lm_head.added_bias[...] if self.cfg.added_tokens else None
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32[..., V + n] next-token logits of float[..., D] (after the final norm)."""
         table, added = self.head_tables()
@@ -347,11 +464,30 @@ class Llama(nnx.Module):
         if added is not None:
             extra = product(hidden, added.T.astype(hidden.dtype))
             logits = jnp.concatenate([logits, extra], axis=-1)
+        if self.cfg.head_bias:
+            biases = [b for b in self.head_bias() if b is not None]
+            logits += jnp.concatenate(biases).astype(jnp.float32)
         return logits
 
 
-def work(cfg: LlamaConfig, rows: int, length: int) -> tuple[Work, ...]:
-    """Products of a training step on `rows` rows of `length` positions, text loss included."""
+def _unstack(tree, n: int) -> list:
+    """n trees of a tree whose leaves have a leading axis of this size.
+
+    By `lax.split`, whose gradient puts them together in one pass.
+    """
+    leaves, form = jax.tree.flatten(tree)
+    parts = [[part.squeeze(0) for part in jax.lax.split(x, (1,) * n)] for x in leaves]
+    return [jax.tree.unflatten(form, one) for one in zip(*parts, strict=True)]
+
+
+def work(
+    cfg: LlamaConfig, rows: int, length: int, insert: Insert | None = None, images: int = 0
+) -> tuple[Work, ...]:
+    """Products of a training step on `rows` rows of `length` positions, text loss included.
+
+    Args:
+        insert: of the model; `images`: how many of them a row has places for.
+    """
     positions = rows * length
     layer = cfg.width * (cfg.heads + 2 * cfg.kv_heads) * cfg.head_dim
     layer += cfg.heads * cfg.head_dim * cfg.width + 3 * cfg.width * cfg.mlp_width
@@ -362,6 +498,13 @@ def work(cfg: LlamaConfig, rows: int, length: int) -> tuple[Work, ...]:
     kept = kept.get(cfg.remat, ())
     mesh = jax.sharding.get_abstract_mesh()
     twice = not mesh.empty and mesh.size > 1  # see `losses.text_loss`
+    inserted = ()
+    if insert is not None:
+        forward = insert.count(cfg.layers) * insert.block.products(
+            insert.cfg, positions, rows * images
+        )
+        again = 0.0 if cfg.remat == "none" else forward
+        inserted = (Work("llm inserts", forward, "llm.inserts", 1, again),)
     return (
         Work("llm", products, "llm.layers", 1, 0.0 if "products" in kept else products),
         Work("llm", pairs, "", 2, 0.0 if "pairs" in kept else pairs),
@@ -370,6 +513,7 @@ def work(cfg: LlamaConfig, rows: int, length: int) -> tuple[Work, ...]:
             "llm.embed_tokens.embedding" if cfg.tied else "llm.lm_head.kernel",
             1, table if twice else 0.0,
         ),
+        *inserted,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import numpy as np
 READERS = {
     "msda_core_": "tests/nn/test_deformable.py",
     "mmfs_": "tests/models/test_mmfs.py",
-    "llama_mmfs": "tests/models/test_mmfs.py",
+    "llama_mmfs": "tests/models/llm/test_insert.py",
     "perceiver_": "tests/models/connectors/test_perceiver.py",
     "pos_embed": "tests/nn/test_sincos.py",
     "adapter_": "tests/models/vision/test_vit_adapter.py",
