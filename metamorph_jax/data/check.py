@@ -13,7 +13,6 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from metamorph_jax import files
 from metamorph_jax import recipe as recipes
 from metamorph_jax.config import build
 from metamorph_jax.data import images, option, tokenizers
@@ -230,16 +229,11 @@ def _one(stream: SampleStream, n: int) -> _Found:
     if not found.reason:
         found.notes = [(note, sample.where) for note in ("cut", "transparent") if notes[note]]
         found.notes += [
-            ("misnamed", f"{sample.where}: {ref.path}")
+            ("misnamed", f"{sample.where}: {ref.name}")
             for ref in sample.images
-            if ref.frame is None and _is_misnamed(ref.path)
+            if ref.frame is None and images.misnamed(ref.name, images.read_ref(ref)[:16])
         ]
     return found
-
-
-def _is_misnamed(path: str) -> bool:
-    with files.opened(path) as f:
-        return images.misnamed(path, f.read(16))
 
 
 def table(report: dict) -> str:
@@ -270,7 +264,9 @@ def table(report: dict) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `metamorph data check`."""
     parser.add_argument("action", choices=["check"], help="read everything, list what is wrong")
-    parser.add_argument("paths", nargs="*", help=".json, .jsonl, .arrayrecord or tfds:NAME/SPLIT")
+    parser.add_argument(
+        "paths", nargs="*", help=".json, .jsonl, .tar, .arrayrecord or tfds:NAME/SPLIT"
+    )
     parser.add_argument("--config", default="", help="check the sources of a training config")
     option.add_arguments(parser)
     parser.add_argument("--root", default="", help="folder of the images; default: the file's")

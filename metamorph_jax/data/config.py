@@ -13,6 +13,7 @@ import numpy as np
 from metamorph_jax.data import images
 from metamorph_jax.data.interleave import Rule, no_image
 from metamorph_jax.data.sources.base import ImageRef, Sample
+from metamorph_jax.data.sources.kinds import Documents
 from metamorph_jax.data.views import Views
 
 _ROWS = 64  # rows that one sample may run through, where samples are cut
@@ -24,13 +25,15 @@ class SourceConfig:
     """One file of samples.
 
     Attributes:
-        path: .json, .jsonl, .arrayrecord or tfds:NAME/SPLIT.
+        path: .json, .jsonl, .txt (JSON lines), .tar (WebDataset), .arrayrecord or tfds:NAME/SPLIT.
+            It may stand for several files: a.tar,b.tar or {0000..0012}.tar or data/*.jsonl.
         name: name in metrics; the file's name if empty.
         root: folder of the images, which no path may leave; the file's folder if empty.
         weight: share in the mixture (with all 0: every record once an epoch).
         kind: "auto", or the kind of all its records (`sources/kinds.py`, and the recipe's own).
         ignore: keys of its records, separated by commas, that are passed over though they look like
             content (`sources/schema.py`).
+        documents: how documents and images with captions are laid out.
     """
 
     path: str
@@ -39,6 +42,7 @@ class SourceConfig:
     weight: float = 0.0
     kind: str = "auto"
     ignore: str = ""
+    documents: Documents = Documents()
 
 
 @dataclasses.dataclass(frozen=True)

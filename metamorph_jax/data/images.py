@@ -95,6 +95,29 @@ def read_bytes(path: str) -> bytes:
     return data
 
 
+def read_ref(ref: ImageRef) -> bytes:
+    """The bytes of an image's file, of a member of a tar, or of a record; as `read_bytes`."""
+    size = None if ref.inside is None else ref.inside.size
+    size = size if ref.data is None else len(ref.data)
+    if size is None:
+        return read_bytes(ref.path)
+    if size > MAX_BYTES:
+        raise BadSample("oversized", f"{shown(ref.name)}: {size:,} bytes, at most {MAX_BYTES:,}")
+    if not size:
+        raise BadSample("zero_byte", shown(ref.name))
+    if ref.data is not None:
+        return ref.data
+    try:
+        with files.opened(ref.path) as file:
+            file.seek(ref.inside.offset)
+            data = file.read(size)
+    except FileError as e:
+        raise BadSample("unreadable", str(e)) from e
+    if len(data) < size:
+        raise BadSample("truncated", f"{shown(ref.name)}: the tar ends in it")
+    return data
+
+
 @contextlib.contextmanager
 def _opened(data: bytes, name: str, max_pixels: int) -> Iterator[Image.Image]:
     """The image with its header read and checked; BadSample for whatever is wrong with it."""
@@ -449,19 +472,20 @@ def load(
         if ref.frame is not None:
             frames[ref.path].append(ref.frame)
     videos = {path: decode_frames(path, wanted, max_pixels) for path, wanted in frames.items()}
-    decoded: dict[str, Image.Image] = {}
+    decoded: dict[ImageRef, Image.Image] = {}
     out = []
     for ref in refs:
         if ref.frame is not None:
             image = Image.fromarray(videos[ref.path][ref.frame])
         else:
-            if ref.path not in decoded:
-                data = read_bytes(ref.path)
-                counts["misnamed"] += misnamed(ref.path, data[:16])
-                decoded[ref.path] = decode(data, ref.path, max_pixels, background, counts)
-            image = decoded[ref.path]
+            file = ref.file()
+            if file not in decoded:
+                data = read_ref(ref)
+                counts["misnamed"] += misnamed(ref.name, data[:16])
+                decoded[file] = decode(data, ref.name, max_pixels, background, counts)
+            image = decoded[file]
         if ref.box is not None:
-            image = image.crop(crop_box(image.size, ref.box, ref.path))
+            image = image.crop(crop_box(image.size, ref.box, ref.name))
         if ref.marks:
             image = draw_marks(image, ref.marks)
         out.append(image)
@@ -470,17 +494,18 @@ def load(
 
 def sizes(refs: Sequence[ImageRef], max_pixels: int = MAX_PIXELS) -> list[tuple[int, int]]:
     """(width, height) of the images of one sample, from the headers of their files."""
-    known: dict[str, tuple[int, int]] = {}
+    known: dict[ImageRef, tuple[int, int]] = {}
     out = []
     for ref in refs:
-        if ref.path not in known and ref.frame is not None:
-            known[ref.path] = probe(ref.path).size
-        elif ref.path not in known:
-            with _opened(read_bytes(ref.path), ref.path, max_pixels) as image:
-                known[ref.path] = image.size
-        size = known[ref.path]
+        file = ref.file()
+        if file not in known and ref.frame is not None:
+            known[file] = probe(ref.path).size
+        elif file not in known:
+            with _opened(read_ref(ref), ref.name, max_pixels) as image:
+                known[file] = image.size
+        size = known[file]
         if ref.box is not None:
-            x1, y1, x2, y2 = crop_box(size, ref.box, ref.path)
+            x1, y1, x2, y2 = crop_box(size, ref.box, ref.name)
             size = x2 - x1, y2 - y1
         out.append(size)
     return out

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from ml_collections import ConfigDict
 
 from metamorph_jax.config import load_config
+from metamorph_jax.data.sources import shards
 from metamorph_jax.errors import ConfigError
 
 TFDS = "tfds:"
@@ -23,8 +24,8 @@ TFDS = "tfds:"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", action="append", metavar="FILE[,FILE]",
-        help="your own data in place of the config's sources: .json, .jsonl, .arrayrecord or "
-        "tfds:NAME/SPLIT; may be given several times",
+        help="your own data in place of the config's sources: .json, .jsonl, .tar, .arrayrecord "
+        "or tfds:NAME/SPLIT; may be given several times",
     )  # fmt: skip
     parser.add_argument(
         "--data-root", default="", metavar="DIR",
@@ -45,7 +46,7 @@ def files(args: argparse.Namespace) -> list[str]:
     if given and not names:
         raise ConfigError("--data names no file")
     for name in names:
-        if not name.startswith(TFDS) and not os.path.isfile(name):
+        if not (name.startswith(TFDS) or shards.is_pattern(name) or os.path.isfile(name)):
             what = "is a folder, not a file" if os.path.isdir(name) else "does not exist"
             raise ConfigError(f"--data: {name!r} {what}")
     twice = sorted({name for name in names if names.count(name) > 1})

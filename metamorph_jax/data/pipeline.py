@@ -74,7 +74,8 @@ def open_sources(
         key = f"config.data.sources.{name}"
         parts = [paths.local(f"{key}.path", part, slash=True) for part in s.path.split(",")]
         root = paths.local(f"{key}.root", s.root, slash=True) if s.root else ""
-        files = Files(root or os.path.dirname(os.path.abspath(parts[0])), config.frames)
+        root = root or os.path.dirname(os.path.abspath(parts[0]))
+        files = Files(root, config.frames, s.documents)
         records = open_records(",".join(parts), config.reading.index_dir or None)
         ignore = tuple(key.strip() for key in s.ignore.split(","))
         most = config.images.max_images
@@ -325,7 +326,7 @@ def _layout(stream: SampleStream, shard: Shard) -> str:
         "images": dataclasses.asdict(config.images),
         "views": dataclasses.asdict(stream.spec.views),
         "sources": [
-            (s.name, len(s), c.weight, c.kind)
+            (s.name, len(s), c.weight, c.kind, dataclasses.asdict(c.documents))
             for s, c in zip(stream.sources, config.sources, strict=True)
         ],
         "rows": shard.rows,

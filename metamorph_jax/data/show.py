@@ -50,7 +50,7 @@ def _name(sample, view: int, item: dict) -> str:
     ref = sample.images[view]
     frame = f" frame {ref.frame}" if ref.frame is not None else ""
     box = f" box {ref.box}" if ref.box else " with boxes" if ref.marks else ""
-    return shown(os.path.basename(ref.path) + frame + box)
+    return shown(os.path.basename(ref.name) + frame + box)
 
 
 def _text(chat, ids: list[int]) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 
 from metamorph_jax.data import images, pipeline
 from metamorph_jax.data.config import InputConfig
-from metamorph_jax.data.sources.base import Sample
+from metamorph_jax.data.sources.base import ImageRef, Sample
 from metamorph_jax.data.sources.kinds import Kind
 from metamorph_jax.data.stream import choices
 from metamorph_jax.errors import BadSample
@@ -69,7 +69,7 @@ def _usable(source, number: int, k: int, data: InputConfig) -> Sample | None:
 
 
 def _whole(ref) -> bool:
-    return ref.frame is None and ref.box is None and not ref.marks
+    return ref == ImageRef(ref.path)
 
 
 def _turns(sample: Sample) -> tuple[str, str]:

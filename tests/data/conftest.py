@@ -1,4 +1,6 @@
+import io
 import json
+import tarfile
 
 import numpy as np
 import pytest
@@ -21,6 +23,16 @@ class Letters:
         return 1000
 
 
+class Ends(Letters):
+    """Letters with a BOS and an EOS."""
+
+    special = ("^", "$")
+    bos_token, bos_token_id, eos_token = "^", 900, "$"
+
+    def encode(self, text, add_special_tokens=False):
+        return [900] * add_special_tokens + super().encode(text)
+
+
 @pytest.fixture
 def letters():
     return Letters()
@@ -28,6 +40,26 @@ def letters():
 
 def make_image(seed, w=24, h=16):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (h, w, 3), np.uint8))
+
+
+def png(seed, w=24, h=16):
+    out = io.BytesIO()
+    make_image(seed, w, h).save(out, "PNG")
+    return out.getvalue()
+
+
+def write_tar(path, members, kind=tarfile.USTAR_FORMAT):
+    """Members are (name, bytes, text or dict)."""
+    with tarfile.open(path, "w", format=kind) as tar:
+        for name, data in members:
+            if isinstance(data, tarfile.TarInfo):
+                tar.addfile(data)
+                continue
+            data = json.dumps(data) if isinstance(data, dict) else data
+            data = data.encode() if isinstance(data, str) else data
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
 
 
 def write_jsonl(path, records):

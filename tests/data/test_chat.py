@@ -11,6 +11,7 @@ from metamorph_jax.data.interleave import build_row
 from metamorph_jax.data.sources.kinds import turns_of
 from metamorph_jax.data.text_ids import TextIds
 from metamorph_jax.errors import BadSample, ConfigError
+from tests.data.conftest import Ends
 
 GOLDEN = "metamorph/conversations.json"
 
@@ -139,16 +140,6 @@ def test_chatml_layout():
     assert readable(got.ids) == text
     masked = "".join("." if v == IGNORE else c for v, c in zip(got.labels, text, strict=True))
     assert masked == "." * text.index("Yo") + "Yo <@>]" + "."
-
-
-class Ends(Letters):
-    """Letters with a BOS and an EOS."""
-
-    special = ("^", "$")
-    bos_token, bos_token_id, eos_token = "^", 900, "$"
-
-    def encode(self, text, add_special_tokens=False):
-        return [900] * add_special_tokens + super().encode(text)
 
 
 def test_document():

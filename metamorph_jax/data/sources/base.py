@@ -1,6 +1,7 @@
 """`Sample`: one conversation with its images, whatever file it came from."""
 
 import dataclasses
+import hashlib
 import os
 import re
 
@@ -13,11 +14,22 @@ Turn = tuple[str, str]  # (role, text); role: system, user, assistant; text may 
 
 
 @dataclasses.dataclass(frozen=True)
+class Inside:
+    """Where an image is in a tar: the member's name, and `size` bytes from `offset`."""
+
+    name: str
+    offset: int
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
 class ImageRef:
     """One image: a file, or something cut out of a file.
 
     Attributes:
         path: path under the data root.
+        inside: which member of the tar `path`, or None.
+        data: bytes of the image where a record of the file `path` holds them itself.
         frame: index of a video frame, or None.
         box: (x1, y1, x2, y2) pixels to crop, or None.
         marks: ((name, (x, y, w, h)), ...) boxes to draw into the image, with their names.
@@ -27,10 +39,27 @@ class ImageRef:
     frame: int | None = None
     box: tuple[float, float, float, float] | None = None
     marks: tuple[tuple[str, tuple[float, float, float, float]], ...] = ()
+    inside: Inside | None = None
+    data: bytes | None = None
+
+    @property
+    def name(self) -> str:
+        """What messages call its file."""
+        if self.inside is not None:
+            return f"{self.path}: {self.inside.name}"
+        return self.path if self.data is None else f"{self.path}: an image in the record"
+
+    def file(self) -> "ImageRef":
+        """All of the image, or video, that it is cut out of."""
+        return dataclasses.replace(self, frame=None, box=None, marks=())
 
     def key(self) -> str:
         """A name that differs between any two different images; caches use it."""
         key = self.path
+        if self.inside is not None:
+            key += f"#member={self.inside.name}@{self.inside.offset}"
+        if self.data is not None:
+            key += f"#sha256={hashlib.sha256(self.data).hexdigest()}"
         if self.frame is not None:
             key += f"#frame={self.frame}"
         if self.box is not None:

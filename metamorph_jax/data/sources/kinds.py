@@ -29,19 +29,58 @@ _MARKER = re.compile(r"<\|?(?:image|img|video|picture|audio|frame)s?[ _-]?\d*\|?
 
 
 @dataclasses.dataclass(frozen=True)
+class Documents:
+    """How documents of text and images, and images with captions, are laid out (`documents.py`).
+    The defaults are MM-Interleaved's.
+
+    Attributes:
+        min_similarity: of an image of MMC4 to its sentence; others are left out.
+        max_images: of a document; of more, so many are drawn by chance. 0 keeps all.
+        drop_single: with this probability a document of only one image is left out.
+        image_first: probability that an image comes before its sentence, or its caption.
+        lower: write captions of images in lower case.
+        caption: key of the caption; "" is the first of `caption`, `txt`, `text`.
+        learn_before: learn the text before the first image as well; otherwise it is only read.
+    """
+
+    min_similarity: float = 0.24
+    max_images: int = 6
+    drop_single: float = 0.5
+    image_first: float = 0.5
+    lower: bool = True
+    caption: str = ""
+    learn_before: bool = True
+
+    def __post_init__(self):
+        for name in ("drop_single", "image_first"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected 0 to 1")
+        if self.max_images < 0:
+            raise ValueError(f"max_images is {self.max_images}: expected 0 (all) or more")
+
+
+@dataclasses.dataclass(frozen=True)
 class Files:
-    """Where the images of a source are, and how much of a video is taken.
+    """Where the images of a source are, and what else its config says about its records.
 
     Attributes:
         root: folder that their paths are relative to and must stay in.
         max_frames: most frames of a video.
+        documents: options of documents.
+        members: images that come in the same tar as the record, by name.
+        record_file: the file of the record.
     """
 
     root: str
     max_frames: int = 45
+    documents: Documents = Documents()
+    members: Mapping[str, ImageRef] = dataclasses.field(default_factory=dict)
+    record_file: str = ""
 
     def image(self, path: str, **part) -> ImageRef:
         """The image, or the part of it that `ImageRef` can name, at a path of a record."""
+        if isinstance(path, str) and path in self.members:
+            return dataclasses.replace(self.members[path], **part)
         return ImageRef(confined(self.root, path), **part)
 
 
@@ -52,11 +91,14 @@ class Kind:
     Attributes:
         matches: whether a record is of this kind.
         build: (record, files, random generator) -> (turns, images). Files are touched only to
-            learn the length of a video.
+            learn the length of a video, or which images of a document are there.
+        raw: the record is taken as its file has it, and not as `schema.canonical` gives it. Those
+            of such a kind are recognised before all others.
     """
 
     matches: Callable[[dict], bool]
     build: Callable[[dict, Files, np.random.Generator], tuple[tuple[Turn, ...], tuple]]
+    raw: bool = False
 
 
 def paths_of(record: dict) -> list[str]:
@@ -173,6 +215,14 @@ def recognise(record: dict, kinds: Mapping[str, Kind] = KINDS) -> str:
     return next(name for name, kind in kinds.items() if kind.matches(record))
 
 
+def _raw_kind(record: dict, kind: str, kinds: Mapping[str, Kind]) -> str:
+    """The kind of a record, if that is one of those which take it as it is; else ""."""
+    named = record.get("kind") or kind
+    if named != "auto":
+        return named if isinstance(named, str) and named in kinds and kinds[named].raw else ""
+    return next((name for name, k in kinds.items() if k.raw and k.matches(record)), "")
+
+
 def build(
     record: dict,
     source: str,
@@ -199,8 +249,9 @@ def build(
     """
     if kind != "auto" and kind not in kinds:
         raise ValueError(f"unknown kind {kind!r}: expected one of auto, {', '.join(kinds)}")
-    read = canonical(record, ignore)
-    own = read.get("kind") or kind
+    raw = _raw_kind(record, kind, kinds)
+    read = record if raw else canonical(record, ignore)
+    own = raw or read.get("kind") or kind
     if not isinstance(own, str) or own not in ("auto", *kinds):
         raise BadSample(
             "unknown_kind",
@@ -212,6 +263,6 @@ def build(
     except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as e:
         what = f"{type(e).__name__} {shown(e)}"
         raise BadSample("bad_record", f"not a record of kind {kind}: {what}") from e
-    if "system" in read and turns[0][0] != "system":
+    if "system" in read and not raw and turns[0][0] != "system":
         turns = (("system", read["system"]), *turns)
     return Sample(str(record.get("id", "")), source, turns, images, kind)

@@ -1,19 +1,20 @@
-"""Files of records with random access: JSON, JSONL (indexed by byte offset), ArrayRecord, TFDS.
+"""Files of records with random access: JSON, JSON lines (indexed by byte offset), tar, ArrayRecord,
+TFDS.
 
 A record is one decoded JSON object, see `schema.py`. `RecordSource` turns record k into a `Sample`.
 """
 
 import dataclasses
-import hashlib
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from metamorph_jax import files
+from metamorph_jax.data.sources import index_files, shards
 from metamorph_jax.data.sources.base import Sample, images_in_front
 from metamorph_jax.data.sources.kinds import KINDS, Files, Kind, build
+from metamorph_jax.data.sources.tars import TarRecords
 from metamorph_jax.errors import BadSample, DataError, FileError
 
 INDEX_VERSION = 2
@@ -57,13 +58,15 @@ class JsonlRecords:
         self.path = path
         stat = os.stat(files.regular(path))
         stamp = [INDEX_VERSION, stat.st_size, stat.st_mtime_ns]
-        for index_path in _index_places(path, index_dir):
+        places = index_files.places(path, index_dir)
+        for index_path in places:
             index = _load_index(index_path, stamp)
             if index is not None:
                 break
         else:
             index = _scan_lines(path)
-            _save_index(_index_places(path, index_dir), stamp, index)
+            names = ("offsets", "lengths", "lines")
+            index_files.save(places, stamp, dict(zip(names, index, strict=True)))
         self.offsets, self.lengths, self.lines = index
         self._fd: int | None = None
 
@@ -104,7 +107,9 @@ def _record(data: bytes, where: str) -> dict:
     try:
         return files.parse(data, where, dict)
     except FileError as e:
-        raise BadSample("bad_json", str(e)) from e
+        python = data.lstrip().startswith(b"{'")
+        hint = "; it is written with Python's quotes, JSON has double ones" if python else ""
+        raise BadSample("bad_json", f"{e}{hint}") from e
 
 
 def _scan_lines(path: str):
@@ -113,44 +118,19 @@ def _scan_lines(path: str):
     return np.array(offsets, np.int64), np.array(lengths, np.int32), np.array(lines, np.int32)
 
 
-def _index_places(path: str, index_dir: str | None) -> list[str]:
-    """Where the index may be: the given folder, or next to the file, or the user's cache."""
-    name = os.path.basename(path) + ".offsets.npz"
-    tag = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:12]
-    if index_dir:
-        return [os.path.join(os.path.expanduser(index_dir), f"{tag}-{name}")]
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    own = os.path.join(os.path.dirname(os.path.abspath(path)), "." + name)
-    return [own, os.path.join(cache, "metamorph_jax", f"{tag}-{name}")]
-
-
 def _load_index(path: str, stamp: list[int]):
-    try:
-        with files.opened(path) as f, np.load(f, allow_pickle=False) as z:
-            if z["stamp"].tolist() == stamp:
-                offsets, lengths, lines = z["offsets"], z["lengths"], z["lines"]
-                ends = offsets + lengths
-                if offsets.shape == lengths.shape == lines.shape == (len(ends),) and (
-                    not len(ends) or (offsets.min() >= 0 and ends.max() <= stamp[1])
-                ):
-                    return offsets, lengths, lines
-    except Exception:  # absent, or broken in any way: it is only a cache, so it is made again
+    arrays = index_files.load(path, stamp, ("offsets", "lengths", "lines"))
+    if arrays is None:
         return None
-    return None
-
-
-def _save_index(places: list[str], stamp: list[int], index) -> None:
-    for path in places:
-        try:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            fd, temp = tempfile.mkstemp(dir=os.path.dirname(path), suffix=".tmp")
-            with os.fdopen(fd, "wb") as f:
-                offsets, lengths, lines = index
-                np.savez(f, stamp=np.array(stamp), offsets=offsets, lengths=lengths, lines=lines)
-            os.replace(temp, path)
-            return
-        except OSError:  # a read-only data folder: try the next place, or do without
-            continue
+    offsets, lengths, lines = arrays
+    try:
+        ends = offsets + lengths
+        sound = offsets.shape == lengths.shape == lines.shape == (len(ends),) and (
+            not len(ends) or (offsets.min() >= 0 and ends.max() <= stamp[1])
+        )
+    except (TypeError, ValueError):  # arrays of letters, or of other shapes
+        return None
+    return (offsets, lengths, lines) if sound else None
 
 
 class ArrayRecords:
@@ -239,7 +219,9 @@ class TfdsRecords:
 
 
 def open_records(path: str, index_dir: str | None = None):
-    """The reader for a path, chosen by its name: tfds:…, .json, .jsonl, .arrayrecord.
+    """The reader for a path, chosen by its name: tfds:…, .json, .jsonl, .txt, .tar, .arrayrecord.
+
+    A path may stand for several files, see `shards`.
 
     Raises:
         FileError: a file is missing, or is not what its name says.
@@ -248,19 +230,29 @@ def open_records(path: str, index_dir: str | None = None):
     if path.startswith("tfds:"):
         found = TfdsRecords(path)
     elif path.split(",")[0].endswith((".arrayrecord", ".array_record")):
-        found = ArrayRecords(path)
-    elif path.endswith(".json"):
-        found = JsonRecords(path)
-    elif path.endswith((".jsonl", ".ndjson")):
-        found = JsonlRecords(path, index_dir)
+        found = ArrayRecords(",".join(shards.expand(path)))
+    elif shards.is_pattern(path):
+        found = shards.open_all(path, lambda file: _open_file(file, index_dir))
     else:
-        raise FileError(
-            f"data file {files.shown(repr(path))}: expected .json, .jsonl, .arrayrecord or "
-            "tfds:NAME/SPLIT"
-        )
+        found = _open_file(path, index_dir)
     if not len(found):
         raise DataError(f"{files.shown(path)} holds no records")
     return found
+
+
+def _open_file(path: str, index_dir: str | None):
+    """The reader for one file."""
+    if path.endswith(".json"):
+        return JsonRecords(path)
+    if path.endswith((".jsonl", ".ndjson", ".txt")):
+        return JsonlRecords(path, index_dir)
+    if path.endswith(".tar"):
+        return TarRecords(path, index_dir)
+    unpack = "; unpack it first" if path.endswith((".zip", ".gz", ".tgz", ".zst")) else ""
+    raise FileError(
+        f"data file {files.shown(repr(path))}: expected .json, .jsonl, .txt (JSON lines), .tar, "
+        f".arrayrecord or tfds:NAME/SPLIT{unpack}"
+    )
 
 
 @dataclasses.dataclass
@@ -303,10 +295,18 @@ class RecordSource:
                 raise BadSample("bad_record", "not an object")
             if "id" in record:
                 where += f", id {files.shown(repr(record['id']), 80)}"
-            sample = build(record, self.name, self.files, rng, self.kind, self.kinds, self.ignore)
+            of = self._files(k)
+            sample = build(record, self.name, of, rng, self.kind, self.kinds, self.ignore)
             sample = images_in_front(sample) if self.in_front and sample.images else sample
             sample = sample.checked(self.max_images)
         except BadSample as e:
             named = e.detail.startswith(where)
             raise BadSample(e.reason, e.detail if named else f"{where}: {e.detail}") from e
         return dataclasses.replace(sample, where=where)
+
+    def _files(self, k: int) -> Files:
+        """Where the images of record k are: in the record's own file, too, if that is a tar."""
+        records = self.records
+        own = records.file(k) if hasattr(records, "file") else getattr(records, "path", "")
+        members = records.members(k) if hasattr(records, "members") else {}
+        return dataclasses.replace(self.files, members=members, record_file=own)
