@@ -28,9 +28,9 @@ from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 from metamorph_jax import files
+from metamorph_jax.data import reading
 from metamorph_jax.errors import FileError
 from metamorph_jax.eval.scorers import captions
-from metamorph_jax.eval.tasks import reading
 from metamorph_jax.eval.tasks.base import (
     Answer,
     File,

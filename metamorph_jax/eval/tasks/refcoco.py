@@ -9,23 +9,22 @@
 Splits: val, testA (people), testB (other) of RefCOCO and RefCOCO+; val, test of RefCOCOg (umd).
 The images are of COCO's *train* set: training data made of it has to leave them out.
 
-The `.p` files are pickles. They are read by an unpickler that makes dicts, lists, texts and numbers
-and refuses everything else, so that none can run code.
+The `.p` files are pickles, which are read without running what is in them
+(`data/sets/pickles.py`).
 
 The prompts are in `PROMPTS`; how the numbers of the reply are read is the option `boxes`, see
 `scorers/boxes.py`.
 """
 
 import dataclasses
-import io
 import pathlib
-import pickle
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from metamorph_jax import files
+from metamorph_jax.data import reading
+from metamorph_jax.data.sets.pickles import plain_pickle
 from metamorph_jax.errors import FileError
 from metamorph_jax.eval.scorers import boxes
-from metamorph_jax.eval.tasks import reading
 from metamorph_jax.eval.tasks.base import (
     Answer,
     File,
@@ -44,7 +43,6 @@ PROMPTS = {
     "tag": f"<image>{_ASKED} <box>",  # MM-Interleaved: the reply goes on with (x1,y1)(x2,y2)</box>
 }
 _SOURCE = "github.com/lichengunc/refer"
-_MAX_BYTES = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,23 +153,3 @@ class RefCOCOg(RefCOCO):
 
     title: ClassVar = "RefCOCOg"
     files: ClassVar = (File("refs(umd).p", "the expressions", _SOURCE), *RefCOCO.files[1:])
-
-
-class _Plain(pickle.Unpickler):
-    """An unpickler for containers, texts and numbers."""
-
-    def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"it wants to make a {module}.{name}")
-
-
-def plain_pickle(path: str) -> Any:
-    """The value of a pickle that holds nothing but containers, texts and numbers.
-
-    Raises:
-        FileError: it can't be read, or holds anything else.
-    """
-    data = files.read_bytes(path, _MAX_BYTES)
-    try:
-        return _Plain(io.BytesIO(data), encoding="latin1").load()
-    except Exception as error:  # damaged pickles raise all kinds of errors
-        raise FileError(f"{files.shown(path)} is not a plain pickle: {error}") from error
