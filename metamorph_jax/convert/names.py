@@ -185,6 +185,15 @@ class Lazy(MutableMapping):
         return len(self._makers)
 
 
+def joined(*parts: Lazy) -> Lazy:
+    """The arrays of all parts, still made on request."""
+    out = Lazy()
+    for part in parts:
+        for key in part:
+            out.set(key, part.maker(key), part.shape_of(key), part.dtype_of(key))
+    return out
+
+
 # ---- names and layouts
 
 
@@ -266,6 +275,22 @@ def load_torch_dict(
         keys = [prefix + key for key, _ in leaf.tensors]
         spread |= not _fill(module, leaf.path, tensors, keys, leaf.many, faults)
     refuse(faults, spread)
+
+
+def load_parts(*loads: Callable[[], None]) -> None:
+    """Calls all of these functions, each of which loads a part of a checkpoint.
+
+    Raises:
+        WeightError: with what all of them reported as ValueError, not only the first one.
+    """
+    problems = []
+    for load in loads:
+        try:
+            load()
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise WeightError("\n".join(problems))
 
 
 @dataclasses.dataclass(frozen=True)

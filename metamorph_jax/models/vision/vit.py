@@ -358,20 +358,26 @@ class ViT(nnx.Module):
             x = jnp.concatenate([x[:, :1], own, x[:, 1:]], axis=1)
         return self.pre_layernorm(x) if cfg.pre_norm else x
 
+    def run(self, x: jax.Array, first: int, last: int) -> jax.Array:
+        """Like x: float[B, front + P, D], after the layers first .. last - 1."""
+        x = constrain(x, "act_batch", None, "act_embed")
+        if first == last:
+            return x
+        graph, weights = nnx.split(self.layers)
+        if last - first < self.cfg.held:
+            weights = jax.tree.map(lambda w: w[first:last], weights)
+
+        def body(x, weights):
+            return nnx.merge(graph, weights)(x), None
+
+        if self.cfg.remat:
+            body = jax.checkpoint(body, prevent_cse=False)
+        x, _ = jax.lax.scan(body, x, weights)
+        return x
+
     def states(self, pixels: jax.Array) -> jax.Array:
         """float[B, front + P, D] of uint8[B, h, w, 3] (or normalised float) images: all tokens."""
-        x = constrain(self.embed(pixels), "act_batch", None, "act_embed")
-        if self.cfg.depth:
-            graph, weights = nnx.split(self.layers)
-            if self.cfg.held > self.cfg.depth:
-                weights = jax.tree.map(lambda w: w[: self.cfg.depth], weights)
-
-            def body(x, weights):
-                return nnx.merge(graph, weights)(x), None
-
-            if self.cfg.remat:
-                body = jax.checkpoint(body, prevent_cse=False)
-            x, _ = jax.lax.scan(body, x, weights)
+        x = self.run(self.embed(pixels), 0, self.cfg.depth)
         return self.post_layernorm(x) if self.cfg.final_norm else x
 
     def __call__(self, pixels: jax.Array) -> jax.Array:

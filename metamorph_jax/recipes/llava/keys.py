@@ -191,16 +191,7 @@ def load_newline(model: Llava, found: Mapping) -> None:
 def export_llava(model: Llava, naming: str = "hf") -> names.Lazy:
     """Published name -> array, in one of `NAMINGS`."""
     parts = (export_llm, export_connector, export_newline, export_tower)
-    return joined(*(part(model, naming) for part in parts))
-
-
-def joined(*parts: names.Lazy) -> names.Lazy:
-    """The tensors of all parts."""
-    out = names.Lazy()
-    for part in parts:
-        for key in part:
-            out.set(key, part.maker(key), part.shape_of(key), part.dtype_of(key))
-    return out
+    return names.joined(*(part(model, naming) for part in parts))
 
 
 def export_llm(model: Llava, naming: str) -> names.Lazy:

@@ -161,7 +161,7 @@ def save_beside_adapters(folder: pathlib.Path, model: Llava, source: Source) -> 
     if model.cfg.start_end:
         llm = keys.export_llm(lora.merged(model), "original")
         parts.append(llm.only(_TABLES))
-    found, tensors = keys.joined(*parts), names.Lazy()
+    found, tensors = names.joined(*parts), names.Lazy()
     for key in found:
         tensors.set(_BASE + key, found.maker(key), found.shape_of(key), found.dtype_of(key))
     export.write_json(folder / "config.json", fields.config_to_original(model.cfg))
@@ -170,4 +170,4 @@ def save_beside_adapters(folder: pathlib.Path, model: Llava, source: Source) -> 
 
 def _small(model: Llava) -> names.Lazy:
     parts = keys.export_connector(model, "original"), keys.export_newline(model, "original")
-    return keys.joined(*parts)
+    return names.joined(*parts)
