@@ -25,7 +25,7 @@ from flax import nnx
 
 from metamorph_jax.config import check_numbers
 from metamorph_jax.models.vision.vit import ViT, ViTConfig, normalize_pixels
-from metamorph_jax.nn import deformable
+from metamorph_jax.nn import deformable, recompute
 from metamorph_jax.nn.linear import flat_dot_general
 from metamorph_jax.sharding import constrain
 
@@ -335,14 +335,6 @@ def split_maps(tokens: jax.Array, sides: tuple[int, ...]) -> list[jax.Array]:
     return [x.reshape(B, side, side, C) for x, side in zip(parts, sides, strict=True)]
 
 
-def _run(module: nnx.Module, remat: bool, *arrays):
-    """module(*arrays), recomputed in the backward pass with `remat`."""
-    if not remat:
-        return module(*arrays)
-    graph, weights = nnx.split(module)
-    return jax.checkpoint(lambda weights, *x: nnx.merge(graph, weights)(*x))(weights, *arrays)
-
-
 # ---- the model
 
 
@@ -381,7 +373,7 @@ class ViTAdapter(nnx.Module):
         tower = self.tower.cfg
         shown = tower.grid * tower.patch  # the tower cuts off a border narrower than a patch
         x = resize(pixels[:, :shown, :shown].astype(jnp.float32), 16 * tower.grid)
-        finest, *rest = _run(self.prior, self.cfg.remat, x.astype(tower.dtype))
+        finest, *rest = recompute.call(self.prior, self.cfg.remat, x.astype(tower.dtype))
         levels = self.level_embed[...].astype(finest.dtype)
         tokens = [_flat(x) + level for x, level in zip(rest, levels, strict=True)]
         return finest, jnp.concatenate(tokens, axis=1)
@@ -403,11 +395,11 @@ class ViTAdapter(nnx.Module):
         front, x = x[:, : tower.front], x[:, tower.front :]
         seen = []
         for part, (first, last) in zip(self.interactions, self.stages, strict=True):
-            x = _run(part.injector, remat, x, c)
+            x = recompute.call(part.injector, remat, x, c)
             both = self.tower.run(jnp.concatenate([front, x], axis=1), first, last)
             front, x = both[:, : tower.front], both[:, tower.front :]
             for extractor in (part.extractor, *part.extra_extractors):
-                c = _run(extractor, remat, x, c)
+                c = recompute.call(extractor, remat, x, c)
             seen += split_maps(x, (tower.grid,))
         maps = split_maps(c, self.sides[1:])
         maps = [self.up(maps[0]) + finest, *maps]

@@ -197,9 +197,9 @@ def filled(make):
 
 
 def test_gradients_pass_through_the_frozen_tower():
-    """To every weight of the adapter, the first injector's too, with layers recomputed; along one
-    direction they are as the loss changes."""
-    cfg, tower = (dataclasses.replace(x, remat=True) for x in (SMALL, CLIP))
+    """To every weight of the adapter, the first injector's too; along one direction they are as the
+    loss changes."""
+    cfg, tower = SMALL, CLIP
     rng = np.random.default_rng(1)
     pixels = rng.integers(0, 256, (1, tower.size, tower.size, 3), np.uint8)
     trained = nnx.All(nnx.Param, lambda path, _: path[0] != "tower")
@@ -224,6 +224,22 @@ def test_gradients_pass_through_the_frozen_tower():
         for part in (step / 2, -step / 2)
     )
     np.testing.assert_allclose((above - below) / step, length**2, rtol=0.02)
+
+
+def test_recomputation():
+    """The prior, four injectors and six extractors are recomputed, each by itself; with the
+    tower's option, its four stages, too."""
+    pixels = np.zeros((1, CLIP.size, CLIP.size, 3), np.uint8)
+
+    def count(cfg, tower):
+        made = nnx.eval_shape(lambda: ViTAdapter(cfg, tower, rngs=nnx.Rngs(0)))
+        graph, weights = nnx.split(made)
+        traced = jax.make_jaxpr(lambda w: nnx.merge(graph, w)(pixels))(weights)
+        return str(traced).count("policy=None")
+
+    inside = count(SMALL, CLIP)  # sampling recomputes by itself
+    assert count(dataclasses.replace(SMALL, remat=True), CLIP) == inside + 11
+    assert count(SMALL, dataclasses.replace(CLIP, remat=True)) == inside + 4
 
 
 def test_star():
