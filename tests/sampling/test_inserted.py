@@ -4,11 +4,14 @@ import os
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from metamorph_jax.sampling import beam, likelihood
+from metamorph_jax.sampling.beam import Beams
 from metamorph_jax.sampling.cached_llm import PlacedImages, take_over
 from metamorph_jax.sampling.loop import Loop, RowImages
 from metamorph_jax.sampling.policy import TextPolicy
@@ -32,11 +35,10 @@ print("same")
 """
 
 
-@pytest.mark.parametrize("weights", ["auto", "nf4"])
-def test_states_are_those_of_whole_rows(weights):
+def test_states_are_those_of_whole_rows():
     llm = inserted.make_model()
-    whole = llm if weights == "auto" else inserted.rounded(llm, weights)
-    inserted.check_states(inserted.whole_rows(whole), llm, weights)
+    expected = inserted.whole_rows(inserted.rounded(llm, "nf4"))
+    inserted.check_states(expected, llm, "nf4")
 
 
 def test_states_on_eight_devices():
@@ -76,45 +78,76 @@ def replies(loop: Loop, rows, places: int = 4) -> list[list[int]]:
 
 
 class Whole:
-    """The ids of `replies`, of one row alone, from the logits of the forward pass of training."""
+    """What the forward pass of training says after a row and ids, each row alone."""
 
     def __init__(self, llm, length: int = 20):
         graph, self.state = nnx.split(inserted.copy(llm))
-        self.length = length
+        self.length, holder = length, llm.embed_tokens
+        self.table = np.concatenate([holder.embedding[...], holder.added[...]])
 
         @inserted.fast
-        def step(state, read, maps, shown):
+        def log_p(state, read, maps, shown):
             llm = nnx.merge(graph, state)
             positions, mask = np.arange(length)[None], np.tri(length, dtype=bool)[None]
-            tops = jnp.argmax(llm.logits(llm(read, positions, mask, (maps, shown))), -1)[0]
-            return tops, llm.embed_tokens(tops)
+            logits = llm.logits(llm(read, positions, mask, (maps, shown)))
+            return jax.nn.log_softmax(logits, -1)[0]
 
-        self.step = step
+        self.log_p = log_p
 
-    def ids(self, row: int) -> list[int]:
-        x, ids, n = inserted.embeds(), [], 5
-        starts, documents = ROWS[row]
-        documents = [d for d in documents if not 5 <= d < 8]  # the columns of the first three ids
+    def after(self, row: int, columns: list, documents=None) -> np.ndarray:
+        """float32[n, V] log probabilities after columns: embeddings, or ids."""
+        starts, begins = ROWS[row]
         maps = tuple(level[None] for level in inserted.padded_maps(inserted.maps_of(row), 3))
-        shown = inserted.visible(starts, documents, self.length, 3)[None]
+        begins = begins if documents is None else documents
+        shown = inserted.visible(starts, begins, self.length, 3)[None]
         read = np.zeros((1, self.length, 64), np.float32)
-        read[0, :n] = x[row, :n]
+        for i, column in enumerate(columns):
+            read[0, i] = self.table[column] if np.ndim(column) == 0 else column
+        return np.asarray(self.log_p(self.state, read, maps, shown))[: len(columns)]
+
+    def replies(self, row: int) -> list[int]:
+        """As `replies`."""
+        x, ids = inserted.embeds(), []
+        columns, documents = [*x[row, :5]], [d for d in ROWS[row][1] if not 5 <= d < 8]
         while len(ids) < 7:
             if len(ids) == 3 and row != 2:
-                read[0, 8:14], n = x[row, 8:14], 14
-            tops, embeds = self.step(self.state, read, maps, shown)
-            ids.append(int(tops[n - 1]))
-            read[0, n], n = embeds[n - 1], n + 1
+                columns += [*x[row, 8:14]]
+            ids.append(int(np.argmax(self.after(row, columns, documents)[-1])))
+            columns.append(ids[-1])
         return ids
 
+    def beams(self, row: int, length: int, count: int) -> list[int]:
+        """The likeliest two ids after so many columns, of the `count` likeliest first ones."""
+        columns = [*inserted.embeds()[row, :length]]
+        first, found = self.after(row, columns)[-1], []
+        for id in np.argsort(-first)[:count]:
+            second = self.after(row, [*columns, int(id)])[-1]
+            found.append((first[id] + second.max(), [int(id), int(np.argmax(second))]))
+        return max(found)[1]
 
-def test_greedy_replies():
-    """Rows of a batch are as the forward pass of training has each of them alone."""
-    llm = inserted.make_model()
-    whole, loop, rows = Whole(llm), Loop(*take_over(llm)), list(range(len(ROWS)))
+
+def test_replies():
+    """Greedy replies, beams and likelihoods of a batch, as the forward pass of training has them
+    for each row alone."""
+    llm, x, rows = inserted.make_model(), inserted.embeds(), list(range(len(ROWS)))
+    whole, loop = Whole(llm), Loop(*take_over(llm))
     found = replies(loop, rows)
-    assert found == [whole.ids(row) for row in rows]
+    assert found == [whole.replies(row) for row in rows]
     assert len({tuple(ids) for ids in found}) == len(rows)
+
+    lengths = (12, 11, 7, 10)
+    prompts = [x[row, :n] for row, n in enumerate(lengths)]
+    images = [part(row, 0, n) for row, n in enumerate(lengths)]
+    found = beam.search(loop, prompts, 2, TextPolicy(), Beams(2), images=images)
+    expected = [whole.beams(row, n, 2) for row, n in enumerate(lengths)]
+    assert [result.record.tolist() for result in found] == expected
+
+    block = likelihood.Block(np.array([7, 300, 21]), np.array([True, False, True]))
+    found = likelihood.of_batch(loop, prompts, [[block]] * len(rows), images)
+    for row, n in enumerate(lengths):
+        log_p = whole.after(row, [*x[row, :n], 7, 300])
+        expected = log_p[n - 1, 7] + log_p[n + 1, 21]
+        np.testing.assert_allclose(found[row][0].total, expected, atol=1e-3)
 
 
 def test_the_oldest_images_make_room():
