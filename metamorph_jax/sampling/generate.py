@@ -41,7 +41,11 @@ def add_arguments(parser) -> None:
     add_model_arguments(parser)
     group = parser.add_argument_group("prompts")
     group.add_argument("--prompt", help="one prompt")
-    group.add_argument("--prompts", metavar="FILE.jsonl", help="one prompt a line")
+    group.add_argument(
+        "--prompts",
+        metavar="FILE.jsonl",
+        help="one prompt a line; or .json, see docs/mm_interleaved.md",
+    )
     group.add_argument("--image", action="append", default=[], metavar="FILE", help="repeatable")
     group.add_argument("--video", metavar="FILE", help="one frame a second of it")
     group.add_argument(
