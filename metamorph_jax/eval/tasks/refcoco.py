@@ -20,10 +20,7 @@ import dataclasses
 import pathlib
 from typing import ClassVar
 
-from metamorph_jax import files
-from metamorph_jax.data import reading
-from metamorph_jax.data.sets.pickles import plain_pickle
-from metamorph_jax.errors import FileError
+from metamorph_jax.data.sets import refcoco
 from metamorph_jax.eval.scorers import boxes
 from metamorph_jax.eval.tasks.base import (
     Answer,
@@ -84,36 +81,16 @@ class RefCOCO(Task):
         one_of(self, boxes=boxes.FORMS, style=PROMPTS)
 
     def questions(self):
-        path = self.find(f"refs({self.by}).p")
-        keys = ("split", "ann_id", "image_id", "ref_id", "sentences")
-        refs = [reading.required(ref, f"{files.shown(path)}, expression {number}", *keys)
-                for number, ref in enumerate(plain_pickle(path))]  # fmt: skip
-        refs = [ref for ref in refs if ref["split"] == self.split]
-        if not refs:
-            raise FileError(f"{files.shown(path)} has no expressions of split {self.split}")
-        places = self.find("instances.json")
-        instances = reading.json_file(places, dict)
-        reading.required(instances, files.shown(places), "images", "annotations")
-        sizes = {row["id"]: [float(row["width"]), float(row["height"])]
-                 for row in instances["images"]}  # fmt: skip
-        found = {row["id"]: row["bbox"] for row in instances["annotations"]}
+        refs, instances = self.find(f"refs({self.by}).p"), self.find("instances.json")
         folder = pathlib.Path(self.images or self.path("train2014"))
-        for ref in refs:
-            if ref["ann_id"] not in found or ref["image_id"] not in sizes:
-                raise FileError(f"{files.shown(places)} has no annotation {ref['ann_id']} of image "
-                                f"{ref['image_id']}")  # fmt: skip
-            x, y, width, height = found[ref["ann_id"]]
-            for sentence in ref["sentences"]:
-                reading.required(sentence, f"{files.shown(path)}, a sentence", "sent_id",
-                                 texts=("sent",))  # fmt: skip
-                yield Question(
-                    str(sentence["sent_id"]),
-                    PROMPTS[self.style].format(text=sentence["sent"]),
-                    (folder / f"COCO_train2014_{ref['image_id']:012d}.jpg",),
-                    gold=[x, y, x + width, y + height],
-                    more={"size": sizes[ref["image_id"]], "ref_id": ref["ref_id"],
-                          "sent_id": sentence["sent_id"]},
-                )  # fmt: skip
+        for one in refcoco.expressions(refs, instances, self.split):
+            yield Question(
+                str(one.id),
+                PROMPTS[self.style].format(text=one.text),
+                (folder / one.image,),
+                gold=list(one.box),
+                more={"size": list(one.size), "ref_id": one.ref_id, "sent_id": one.id},
+            )
 
     def record(self, question: Question, answer: Answer) -> Record:
         box = boxes.box_in(answer.text, self.boxes, tuple(question.more["size"]))
