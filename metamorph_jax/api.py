@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 
 from PIL import Image
 
-from metamorph_jax.errors import UserError
 from metamorph_jax.sampling.conversation import Conversation
 from metamorph_jax.sampling.generator import Generator, Options
 from metamorph_jax.sampling.image_decoder import load_image_decoder
 from metamorph_jax.sampling.requests import Request, checked
 from metamorph_jax.sampling.results import Reply, Stream
-from metamorph_jax.sampling.trained import load_generator
+from metamorph_jax.sampling.trained import is_published, load_generator
 
 
 class Model:
@@ -91,10 +90,9 @@ def load(
     """A trained model, ready to generate.
 
     Args:
-        model: workdir of a finished stage; or published weights ("hf:OWNER/NAME" or a folder) of
-            the model that `config` describes.
+        model: workdir of a finished stage; or published weights ("hf:OWNER/NAME" or a folder).
         decoder: workdir of a decoder stage, which draws the images; None: nothing is drawn.
-        config: FILE[:SIZE] of published weights.
+        config: FILE[:SIZE] that says what published weights are; None: their config.json does.
         mesh: axis -> size, e.g. {"tensor": 4}; default: as many devices on "tensor" as the run
             had, all others share the rows.
         weights: how the language model's are kept: "auto" (as it computes), "float32", "bfloat16",
@@ -106,9 +104,7 @@ def load(
         UserError: there is no such model, or it does not generate.
     """
     where = str(model)
-    if config is None:
-        if where.startswith("hf:"):
-            raise UserError(f"{where} are published weights: say what the model is with config=")
+    if config is None and not is_published(where):
         generator = load_generator(where, weights=weights, mesh=mesh, **options)
     else:
         generator = load_generator(

@@ -5,11 +5,12 @@
 Templates with a form of their own for training are written as their prompts are.
 """
 
+import ast
 import re
 from collections.abc import Iterator, Sequence
 
 from metamorph_jax.data.chat import Chat
-from metamorph_jax.data.chat_templates import ChatTemplate, Piece, Special, needs_system
+from metamorph_jax.data.chat_templates import TEMPLATES, ChatTemplate, Piece, Special, needs_system
 from metamorph_jax.data.sources.base import IMAGE, Turn
 
 _ROLES = "the roles of this template are system (first), user and assistant"
@@ -44,6 +45,32 @@ def to_jinja(chat: Chat, single_bos: bool = False) -> str:
         _if("add_generation_prompt") + "".join(_header(template.assistant)) + _END,
     ]
     return "\n".join(lines)
+
+
+_SYSTEM = re.compile(r'\{%- set system = ("(?:[^"\\]|\\.)*") -%\}\n')
+
+
+def recognised(tokenizer) -> dict | None:
+    """The fields of a `RowConfig` that `to_jinja` wrote into this tokenizer; None if none did.
+
+    Returns:
+        template, system and single_bos, so that the model is asked as it was trained.
+    """
+    written = getattr(tokenizer, "chat_template", None)
+    found = _SYSTEM.match(written) if isinstance(written, str) else None
+    if found is None:
+        return None
+    system = ast.literal_eval(found[1])
+    for name, single_bos in ((name, single) for name in TEMPLATES for single in (False, True)):
+        try:
+            chat = Chat(tokenizer, name, system, single_bos)
+        except ValueError:  # the tokenizer lacks one of the template's tokens
+            continue
+        if to_jinja(chat, single_bos) == written:
+            usual = system == (TEMPLATES[name].default_system or "")
+            return {"template": name, "system": "default" if usual else system,
+                    "single_bos": single_bos}  # fmt: skip
+    return None
 
 
 _ELSE, _END = "{%- else -%}", "{%- endif -%}"

@@ -26,6 +26,7 @@ from metamorph_jax.data import tokenizers
 from metamorph_jax.errors import WeightError
 from metamorph_jax.files import shown
 
+LONGEST = 4096  # positions, of a checkpoint whose config.json has more or says nothing
 DTYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16"}
 
 
@@ -204,6 +205,20 @@ def trained_source(chat, single_bos: bool, fields: Mapping, generation: Mapping)
         fields = {**fields, "eos_token_id": ends[0]}
         generation = {**generation, "eos_token_id": ends[0] if len(ends) == 1 else ends}
     return Source(fields, tokenizer, generation=generation)
+
+
+def computing_dtype(fields: Mapping) -> str:
+    """What a checkpoint computes in: bfloat16, unless its config.json says float32."""
+    text = fields.get("text_config") or {}
+    saved = [t.get(key) for t in (fields, text) for key in ("dtype", "torch_dtype")]
+    return "float32" if next(filter(None, saved), "") == "float32" else "bfloat16"
+
+
+def context_length(fields: Mapping) -> int:
+    """Positions that a checkpoint is used with: those of its config.json, 4096 at most."""
+    text = fields.get("text_config") or fields
+    given = text.get("max_position_embeddings")
+    return min(given, LONGEST) if type(given) is int and given > 1 else LONGEST
 
 
 def eos_ids(*ids: int | None) -> list[int]:

@@ -17,6 +17,7 @@ from metamorph_jax import recipe
 from metamorph_jax.convert import export, hf
 from metamorph_jax.convert.export import Source, Writer
 from metamorph_jax.errors import UserError
+from metamorph_jax.files import shown
 
 # Modules of this folder with a table `FAMILIES` of parts.
 PARTS = ("llama", "vit", "clip_text", "diffusion")
@@ -103,6 +104,8 @@ class RunForm:
         beside: folder for an image decoder that is written beside another system; "" for all else.
         published_config: folder with files of the system's public implementation -> the recipe's
             `Config` that loads them, or None if it holds no such files.
+        of_checkpoint: (spec of published weights, fields of their config.json) -> the recipe's
+            (`Config`, `Data`) with which they generate, or None if they are no whole model of it.
     """
 
     save: Callable[[pathlib.Path, Any, Source, Writer], int]
@@ -114,6 +117,7 @@ class RunForm:
     beside_adapters: Callable[[pathlib.Path, Any, Source], int] | None = None
     beside: str = ""
     published_config: Callable[[pathlib.Path], Any] = lambda folder: None
+    of_checkpoint: Callable[[str, Mapping], tuple[Any, Any] | None] = lambda spec, fields: None
 
 
 def published_run(folder: pathlib.Path):
@@ -125,6 +129,26 @@ def published_run(folder: pathlib.Path):
             if isinstance(form, RunForm) and (cfg := form.published_config(folder)) is not None:
                 return found, cfg
     return None
+
+
+def whole_checkpoint(spec: str) -> tuple[str, Any, Any]:
+    """(name of a recipe, its Config, its Data) with which a published checkpoint generates, as its
+    config.json says.
+
+    Raises:
+        UserError: it has no config.json, or is no whole model of an installed recipe.
+    """
+    folder = hf.find(spec)
+    advice = "give --config FILE[:SIZE], which says what the model is"
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{spec} has no config.json: {advice}")
+    fields = hf.read_config(folder)
+    for name in recipe.installed():
+        for form in recipe.find(name).FAMILIES:
+            if isinstance(form, RunForm) and (found := form.of_checkpoint(spec, fields)):
+                return name, *found
+    raise UserError(f"{spec} (model type {shown(repr(kind_of(fields)), 60)}) is no whole model of "
+                    f"{', '.join(recipe.installed())}: {advice}")  # fmt: skip
 
 
 def kind_of(fields: Mapping) -> str | None:

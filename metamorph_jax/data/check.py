@@ -206,7 +206,9 @@ def _once(config: DataConfig) -> DataConfig:
     return dataclasses.replace(
         config,
         sources=tuple(dataclasses.replace(s, weight=0.0) for s in config.sources),
-        order=dataclasses.replace(config.order, epochs=1, shuffle=False, grouping="none"),
+        order=dataclasses.replace(
+            config.order, epochs=1, shuffle=False, grouping="none", shares="weights"
+        ),  # fmt: skip
         reading=dataclasses.replace(config.reading, workers=0),
         cache=CacheConfig(),
     )

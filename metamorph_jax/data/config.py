@@ -130,6 +130,9 @@ class OrderConfig:
         padding_batches: continue with empty batches after the last epoch.
         grouping: "none", or "modality": batches of one modality and of similar lengths (see
             `grouping.py`); it needs `shuffle`, and sources without weights.
+        shares: of the sources in the mixture: "weights", as they say, or "sqrt_size", in proportion
+            to the square root of their number of records (InstructBLIP, MM-Interleaved's
+            instruction tuning); it needs sources without weights.
     """
 
     seed: int = 42
@@ -138,12 +141,17 @@ class OrderConfig:
     fixed_choices: bool = False
     padding_batches: bool = False
     grouping: str = "none"
+    shares: str = "weights"
 
     def __post_init__(self):
         if self.grouping not in ("none", "modality"):
             raise ValueError(f"order.grouping is {self.grouping!r}: expected none or modality")
         if self.grouping != "none" and not self.shuffle:
             raise ValueError(f"order.grouping={self.grouping!r} needs order.shuffle")
+        if self.shares not in ("weights", "sqrt_size"):
+            raise ValueError(f"order.shares is {self.shares!r}: expected weights or sqrt_size")
+        if self.shares != "weights" and self.grouping != "none":
+            raise ValueError("order.grouping takes every record once: it has no order.shares")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,6 +242,9 @@ class InputConfig:
         weights = [s.weight for s in self.sources] or [0.0]
         if min(weights) < 0 or (max(weights) > 0 and min(weights) == 0):
             raise ValueError(f"source weights must be all positive or all 0, got {weights}")
+        if self.order.shares != "weights" and max(weights) > 0:
+            raise ValueError(f"order.shares is {self.order.shares!r}: leave the sources' weights "
+                             "out")  # fmt: skip
         if self.order.grouping != "none" and max(weights) > 0:
             raise ValueError(
                 "order.grouping takes every record of every source: leave their weights out"

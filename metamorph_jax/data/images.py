@@ -8,6 +8,7 @@ import collections
 import contextlib
 import dataclasses
 import io
+import math
 import os
 import pathlib
 import re
@@ -488,6 +489,10 @@ def load(
             image = image.crop(crop_box(image.size, ref.box, ref.name))
         if ref.marks:
             image = draw_marks(image, ref.marks)
+        if ref.mirror:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if ref.square:
+            image = image.resize(_square(image.size, max_pixels), Image.Resampling.BICUBIC)
         out.append(image)
     return out
 
@@ -507,5 +512,11 @@ def sizes(refs: Sequence[ImageRef], max_pixels: int = MAX_PIXELS) -> list[tuple[
         if ref.box is not None:
             x1, y1, x2, y2 = crop_box(size, ref.box, ref.name)
             size = x2 - x1, y2 - y1
-        out.append(size)
+        out.append(_square(size, max_pixels) if ref.square else size)
     return out
+
+
+def _square(size: tuple[int, int], max_pixels: int) -> tuple[int, int]:
+    """The square of the longer side, but of no more pixels than that."""
+    side = min(max(size), math.isqrt(max_pixels))
+    return side, side

@@ -10,6 +10,7 @@ Every data shard of a run (`train/shards.py`) reads its own share and packs its 
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
@@ -124,6 +125,8 @@ def _mixture(config: InputConfig, sources: Sequence, rows: int, shards: int) -> 
     sizes, weights = [len(s) for s in sources], [s.weight for s in config.sources]
     if config.order.grouping == "modality":
         return Grouped(word_counts(sources), sizes, config.order.seed, rows, shards)
+    if config.order.shares == "sqrt_size":
+        weights = [math.sqrt(size) for size in sizes]
     given = weights if any(weights) else None
     return Mixture(sizes, given, config.order.seed, config.order.shuffle)
 

@@ -32,6 +32,9 @@ def lines(stream: SampleStream, n: int) -> Iterator[str]:
     starts[:1] = inside[:1]
     starts[item["view_starts"][item["view_starts"] < len(learnt)]] = True
     of_image[inside] = np.cumsum(starts & inside)[inside] - 1
+    for at in item.get("drawing_starts", np.zeros(0, int)) + 1:
+        if at < len(learnt) and of_image[at] >= 0:  # it is read as well
+            learnt[of_image == of_image[at]] = True
     keys = zip(of_image.tolist(), learnt.tolist(), strict=True)
     for (view, taught), group in itertools.groupby(enumerate(keys), key=lambda pair: pair[1]):
         at = [position for position, _ in group]

@@ -15,7 +15,7 @@ from typing import Any
 
 from metamorph_jax import files
 from metamorph_jax.errors import FileError, UserError
-from metamorph_jax.eval.tasks.base import Answer, Question
+from metamorph_jax.eval.tasks.base import Answer, AnswerImage, Question
 
 
 def key_of(question: Question, root: str = "") -> str:
@@ -28,6 +28,8 @@ def key_of(question: Question, root: str = "") -> str:
     def named(picture) -> str:
         if isinstance(picture, bytes):
             return hashlib.sha256(picture).hexdigest()
+        if isinstance(picture, AnswerImage):
+            return f"drawn for {picture.id}"
         return "made" if callable(picture) else str(picture).removeprefix(root)
 
     asked = [question.prompt, [named(p) for p in question.images], named(question.video)]
@@ -39,7 +41,10 @@ def is_answer(line: Mapping[str, Any]) -> bool:
     """Whether a line has what `of_line` needs."""
     numbers, choice = line.get("likelihoods", ()), line.get("choice")
     return (
-        all(isinstance(text, str) for text in (line["text"], *line.get("images", ())))
+        all(
+            isinstance(text, str)
+            for text in (line["text"], *line.get("images", ()), line.get("document", ""))
+        )
         and all(isinstance(number, float) for number in numbers)
         and (choice is None or type(choice) is int and 0 <= choice)
         and (not numbers or choice is not None and choice < len(numbers))
@@ -147,7 +152,7 @@ def of_line(line: Mapping[str, Any]) -> Answer:
     """The answer of a line."""
     return Answer(
         line["text"], line.get("choice"), tuple(line.get("likelihoods", ())),
-        tuple(line.get("images", ())), line.get("cut", False),
+        tuple(line.get("images", ())), line.get("document", ""), line.get("cut", False),
     )  # fmt: skip
 
 

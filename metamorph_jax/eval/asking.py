@@ -6,6 +6,7 @@ question is always about files: what the model read is what the page shows.
 
 import dataclasses
 import hashlib
+import io
 import math
 import pathlib
 import sys
@@ -18,9 +19,10 @@ from tqdm import tqdm
 
 from metamorph_jax import distributed, files
 from metamorph_jax.data.images import sniff
+from metamorph_jax.data.sources.base import IMAGE
 from metamorph_jax.errors import BadSample, ConfigError
 from metamorph_jax.eval.answers import Store, as_line, key_of, of_line
-from metamorph_jax.eval.tasks.base import Answer, Question, Task
+from metamorph_jax.eval.tasks.base import Answer, AnswerImage, Question, Task
 from metamorph_jax.sampling.generator import Options
 from metamorph_jax.sampling.requests import FAULTS, Request, checked
 from metamorph_jax.sampling.results import Reply, TextPart, stem
@@ -106,19 +108,23 @@ class Asking:
             lines = {id: self.store.get(id, key) for id, key in keys.items()}
             known = {id: line for id, line in lines.items() if line and _whole(line)}
         known = distributed.gather(known)[0]  # those of the first host
-        self.answers = {id: of_line(line) for id, line in known.items()}
         for question in questions:
-            if question.id in known:
+            if question.id in known and needed(question) <= self.answers.keys():
+                self.answers[question.id] = of_line(known[question.id])
                 self.shown[question.id] = self._places(question)
+        known = self.answers.copy()
         before = f", {len(known):,} answered before" if known else ""
         self._say(f"{len(questions):,} questions{before}")
         todo = [question for question in questions if question.id not in known]
-        size = _CHUNK * self.options.batch_size
+        size, done = _CHUNK * self.options.batch_size, 0
         with self._progress(len(questions), len(known)) as bar:
-            for start in range(0, len(todo), size):
-                self._ask(todo[start : start + size], keys, bar)
-                if not sys.stderr.isatty() and len(todo) > size:
-                    self._say(f"{min(start + size, len(todo)):,} of {len(todo):,} asked")
+            for wave in waves(todo):
+                for start in range(0, len(wave), size):
+                    part = wave[start : start + size]
+                    self._ask(part, keys, bar)
+                    done += len(part)
+                    if not sys.stderr.isatty() and len(todo) > size:
+                        self._say(f"{done:,} of {len(todo):,} asked")
         if len(self.failures) > _NAMED:
             self._say(f"{len(self.failures):,} questions could not be asked; scores.json names all")
 
@@ -148,7 +154,8 @@ class Asking:
         for request, reply in self.model.replies(requests, self.options, failed, draw=drawing):
             text = "".join(p.text for p in reply.segments if isinstance(p, TextPart)).strip()
             images = self._drawn(request.id, reply) if drawing else ()
-            yield request.id, Answer(text, images=images, cut=not reply.ended)
+            whole = document(reply) if images else ""
+            yield request.id, Answer(text, images=images, document=whole, cut=not reply.ended)
 
     def _compared(self, questions, requests, failed):
         choices = {request.id: questions[request.id].choices for request in requests}
@@ -166,6 +173,8 @@ class Asking:
     def _file(self, question: Question, number: int) -> str:
         """The path of an image; one that is not a file yet is written."""
         picture = question.images[number]
+        if isinstance(picture, AnswerImage):
+            return self._of_answer(picture)
         if not (isinstance(picture, bytes) or callable(picture)):
             return str(picture)
         data = picture if isinstance(picture, bytes) else picture()
@@ -177,6 +186,13 @@ class Asking:
                 file.write(data)
             pathlib.Path(file.name).replace(path)
         return str(path)
+
+    def _of_answer(self, picture: AnswerImage) -> str:
+        """The file of an image that was drawn for an earlier question."""
+        answer = self.answers.get(picture.id)
+        if answer is None or not answer.images:
+            raise BadSample("not_drawn", f"no image was drawn for question {picture.id}")
+        return answer.images[0]
 
     def _place(self, question: Question, number: int) -> pathlib.Path:
         """Where an image that a benchmark's file holds is kept, without its extension."""
@@ -190,6 +206,8 @@ class Asking:
         """The paths of the images of a question that was asked in an earlier start."""
 
         def found(number: int, picture) -> str:
+            if isinstance(picture, AnswerImage):
+                return self._of_answer(picture)
             if not (isinstance(picture, bytes) or callable(picture)):
                 return str(picture)
             place = self._place(question, number)
@@ -202,9 +220,10 @@ class Asking:
         paths = []
         for number, image in enumerate(reply.images):
             path = self.folder / "images" / f"{stem(id)}_drawn{number}.png"
-            if jax.process_index() == 0:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                image.save(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            data = io.BytesIO()
+            image.save(data, "PNG")
+            files.write_whole(path, data.getvalue())  # by every host: a later question may read it
             paths.append(str(path))
         return tuple(paths)
 
@@ -224,6 +243,28 @@ class Asking:
         """A bar, where standard error is a terminal."""
         off = True if jax.process_index() else None
         return tqdm(total=total, initial=done, desc=self.task.name, unit="q", disable=off)
+
+
+def needed(question: Question) -> set[str]:
+    """The questions of whose answers it has images."""
+    return {picture.id for picture in question.images if isinstance(picture, AnswerImage)}
+
+
+def waves(questions: Sequence[Question]) -> Iterator[list[Question]]:
+    """The questions in groups, each after those of which they need drawn images."""
+    depth: dict[str, int] = {}
+    for question in questions:
+        before = [depth[id] for id in needed(question) if id in depth]
+        depth[question.id] = 1 + max(before, default=-1)
+    for level in range(max(depth.values(), default=-1) + 1):
+        yield [question for question in questions if depth[question.id] == level]
+
+
+def document(reply: Reply) -> str:
+    """The text of a reply, with `<image>` where each drawn image stands."""
+    parts = [part.text if isinstance(part, TextPart) else IMAGE * bool(part.drawn)
+             for part in reply.segments]  # fmt: skip
+    return "".join(parts).strip()
 
 
 def _whole(line: Mapping) -> bool:

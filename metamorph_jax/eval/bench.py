@@ -28,7 +28,7 @@ from metamorph_jax import files
 from metamorph_jax.errors import BadSample, FileError, UserError
 from metamorph_jax.eval import intervals, tasks
 from metamorph_jax.eval.answers import Store, chosen
-from metamorph_jax.eval.asking import Answering, Asking, decoding
+from metamorph_jax.eval.asking import Answering, Asking, decoding, needed
 from metamorph_jax.eval.tasks.base import (
     FORMS,
     Answer,
@@ -147,7 +147,8 @@ def _run(task: Task, model: Answering, folder: pathlib.Path, settings: Settings,
     if task.form not in FORMS:
         raise UserError(f"task {task.name}: form {task.form!r} is none of {', '.join(FORMS)}")
     questions, depends = chosen(questions_of(task), settings.limit), describe(task, settings)
-    store = Store(folder, depends) if jax.process_index() == 0 else None
+    asked = {k: v for k, v in depends["task"].items() if k not in task.scored_by}
+    store = Store(folder, depends | {"task": asked}) if jax.process_index() == 0 else None
     began = time.monotonic()
     asking = Asking(task, model, folder, settings.options, store)
     asking.all(questions)
@@ -185,7 +186,7 @@ def _scored(result: Result, folder: pathlib.Path, resamples: int | None) -> Resu
 
 
 def describe(task: Task, settings: Settings) -> dict[str, Any]:
-    """What the answers to a task depend on, JSON-able."""
+    """What the answers to a task, and their scores, depend on, JSON-able."""
     options = dataclasses.asdict(decoding(task, settings.options))
     del options["batch_size"]
     asked = {k: v for k, v in dataclasses.asdict(task).items() if k not in ("name", "root")}
@@ -212,7 +213,8 @@ def questions_of(task: Task) -> Iterator[Question]:
     """The questions of a task, checked before any of them is asked.
 
     Raises:
-        UserError: two have the same id, as answers are found by it.
+        UserError: two have the same id, as answers are found by it; or one needs an image of a
+            question that doesn't come before it.
         FileError: the files hold something unexpected, or name an image that is not in the task's
             folders.
     """
@@ -223,6 +225,10 @@ def questions_of(task: Task) -> Iterator[Question]:
             if question.id in seen:
                 raise UserError(f"task {task.name}: two questions have the id "
                                 f"{files.shown(question.id)!r}")  # fmt: skip
+            if later := needed(question) - seen:
+                raise UserError(f"task {task.name}: question {files.shown(question.id)!r} needs an "
+                                f"image of {files.shown(min(later))!r}, which doesn't come before "
+                                "it")  # fmt: skip
             seen.add(question.id)
             yield question
 

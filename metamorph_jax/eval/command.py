@@ -1,7 +1,7 @@
 """`metamorph eval`: scores a model on benchmarks.
 
     metamorph eval --workdir RUN --tasks pope,mme --bench-root BENCHES
-    metamorph eval --checkpoint hf:OWNER/NAME --config configs/…/FILE.py --tasks seed:form=choose
+    metamorph eval --checkpoint hf:OWNER/NAME --tasks seed:form=choose --out RESULTS
     metamorph eval --endpoint MODEL --tasks pope --out RESULTS          # at $OPENAI_BASE_URL
     metamorph eval --list
 

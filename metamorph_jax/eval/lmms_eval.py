@@ -206,9 +206,7 @@ def _load(workdir, checkpoint, config, decoder, weights, steps):
     from metamorph_jax import api
 
     if bool(workdir) == bool(checkpoint):
-        raise ConfigError("--model_args: give either workdir=… or checkpoint=…,config=…")
-    if checkpoint and not config:
-        raise ConfigError("--model_args: checkpoint=… needs config=FILE[:SIZE]")
+        raise ConfigError("--model_args: give either workdir=… or checkpoint=…")
     model = api.load(workdir or checkpoint, decoder, config=config, weights=weights, steps=steps)
     return model.generator
 

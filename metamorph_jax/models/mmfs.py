@@ -264,7 +264,8 @@ class LLMBlock(nnx.Module):
 
     def __call__(self, x: jax.Array, values: Values | None, visible) -> jax.Array:
         """float[B, L, D] to be added to x: float[B, L, D]; visible: bool[B, L, M]."""
-        return jnp.tanh(self.gate[...]).astype(x.dtype) * self.attn(self.norm1(x), values, visible)
+        added = jnp.tanh(self.gate[...]) * self.attn(self.norm1(x), values, visible)
+        return added.astype(x.dtype)
 
     @staticmethod
     def products(cfg: MMFSConfig, positions: int, images: int) -> float:

@@ -13,6 +13,9 @@ the map, and neighbours outside of it count as zero. Two methods give the same n
 A NaN or infinite location reads nothing and has no gradient.
 """
 
+import dataclasses
+import functools
+import itertools
 import math
 
 import jax
@@ -21,9 +24,24 @@ import jax.numpy as jnp
 from metamorph_jax import sharding
 
 METHODS = ("auto", "gather", "dense")
-_CHUNK_BYTES = 2**25  # of intermediate values that one chunk of queries may need
+_CHUNK_BYTES = {"cpu": 2**22, "gpu": 2**26, "tpu": 2**26}  # a CPU's caches want small chunks
 
 Shapes = tuple[tuple[int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """Levels of one shape, which are processed together, and how."""
+
+    height: int
+    width: int
+    levels: tuple[int, ...]
+    method: str
+
+    @property
+    def pixels(self) -> int:
+        """Of all its levels."""
+        return len(self.levels) * self.height * self.width
 
 
 def sample(
@@ -56,44 +74,50 @@ def sample(
         ValueError: shapes or method that don't fit.
         TypeError: locations that are not float32 (bfloat16 has steps of a quarter of a pixel).
     """
-    B, Q, h, d = _check(value, shapes, locations, weights, method)
-    method = choose(shapes) if method == "auto" else method
-    n = -(-Q // chunk_size(value.shape, Q, shapes, locations.shape[4], method))
-    run = jax.checkpoint(lambda v, x: _METHODS[method](v, shapes, *x))
-    if n == 1:
-        return run(value, (locations, weights)).astype(value.dtype)
+    B, Q, h, d, P = _check(value, shapes, locations, weights, method)
+    groups = _groups(shapes, P, d, method)
+    c = chunk_size(value.shape, Q, shapes, P, method)
+    n = -(-Q // c)
     c = -(-Q // n)
 
     def split(x):
         # A chunk takes every nth query, so that queries that are sharded stay where they are.
         x = jnp.pad(x, [(0, n * c - Q if a == 1 else 0) for a in range(x.ndim)])
-        return jnp.moveaxis(x.reshape(B, c, n, *x.shape[2:]), 2, 0)
+        return x.reshape(B, c, n, h, *x.shape[3:]).transpose(2, 0, 3, 1, 4, 5)
 
-    # The gradient of `value` is summed over chunks in float32.
-    wide = value.astype(jnp.float32)
-    step = lambda _, x: (None, run(wide.astype(value.dtype), x).astype(value.dtype))  # noqa: E731
-    _, out = jax.lax.scan(step, None, (split(locations), split(weights)))
-    return jnp.moveaxis(out, 0, 2).reshape(B, n * c, h * d)[:, :Q]
+    x, y = split(locations[..., 0]), split(locations[..., 1])
+    w = split(weights.astype(jnp.float32))
+    points = []
+    for group in groups:
+        own = [a[:, :, :, :, group.levels] for a in (x, y, w)]
+        points.append((own[0] * group.width - 0.5, own[1] * group.height - 0.5, own[2]))
+    out = _chunks(groups, _maps(value, shapes, groups), tuple(points))
+    return out.transpose(1, 3, 0, 2, 4).reshape(B, n * c, h * d)[:, :Q]
 
 
-def choose(shapes: Shapes) -> str:
-    """The method that "auto" takes."""
+def choose(shape: tuple[int, int], points: int, width: int) -> str:
+    """The method that "auto" takes for maps of this shape."""
     return "dense" if sharding.platform() == "tpu" else "gather"
 
 
 def chunk_size(value_shape, queries: int, shapes: Shapes, points: int, method: str) -> int:
-    """How many queries are processed at a time: as many as 32 MiB of intermediate values allow.
+    """How many queries are processed at a time: as many as `_CHUNK_BYTES` allow.
 
-    Those are, in float32, four neighbours of each point for "gather", and for "dense" the
-    coefficients of all pixels and of each point's row and column. Rows and heads that are sharded
-    over devices count once per device.
+    That is the memory, in float32, of four neighbours of each point for "gather", and for "dense"
+    of the coefficients of all pixels and of each point's row and column. Rows and heads that are
+    sharded over devices count once per device.
     """
-    B, S, h, d = value_shape
-    sides = sum(H + W for H, W in shapes)
-    per_head = {"gather": 4 * points * len(shapes) * d, "dense": S + points * sides}[method]
+    B, _, h, d = value_shape
+    per_head = 0
+    for g in _groups(shapes, points, d, method):
+        sides = points * len(g.levels) * (g.height + g.width)
+        per_head += {
+            "gather": 4 * points * len(g.levels) * d,
+            "dense": g.pixels + sides,
+        }[g.method]
     rows, heads = _shards(B, h)
     per_query = 4 * (B // rows) * (h // heads) * per_head
-    return max(1, min(queries, _CHUNK_BYTES // per_query))
+    return max(1, min(queries, _CHUNK_BYTES[sharding.platform()] // per_query))
 
 
 def _shards(B: int, h: int) -> tuple[int, int]:
@@ -121,65 +145,123 @@ def _check(value, shapes, locations, weights, method):
                          f"{expected} and {expected[:-1]}")  # fmt: skip
     if locations.dtype != jnp.float32:
         raise TypeError(f"locations are {locations.dtype}, expected float32")
-    return B, Q, h, d
+    return B, Q, h, d, P
 
 
-def _groups(value, shapes, locations, weights):
-    """Levels of one shape together, since they are processed alike.
+def _groups(shapes: Shapes, points: int, width: int, method: str) -> tuple[_Group, ...]:
+    found = []
+    for shape in dict.fromkeys(shapes):
+        levels = tuple(i for i, other in enumerate(shapes) if other == shape)
+        own = choose(shape, points, width) if method == "auto" else method
+        found.append(_Group(*shape, levels, own))
+    return tuple(found)
 
-    Yields:
-        (value [B, h, G, H * W, d], (H, W), x, y, weights), the last three [B, h, q, G, P], x and y
-        in pixels: 0 is the centre of the first one.
+
+def _maps(value, shapes, groups):
+    """The maps of each group, [B, h, G * H * W, d]."""
+    ends = [0, *itertools.accumulate(H * W for H, W in shapes)]
+    values = value.swapaxes(1, 2)
+    take = lambda i: values[:, :, ends[i] : ends[i + 1]]  # noqa: E731
+    return tuple(jnp.concatenate([take(i) for i in g.levels], 2) for g in groups)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunks(groups, maps, points):
+    """Samples of one chunk of queries after the other.
+
+    Args:
+        groups: levels of one shape each.
+        maps: for each group, [B, h, G * H * W, d].
+        points: for each group x, y and weights, float32[n, B, h, q, G, P], x and y in pixels: 0 is
+            the centre of the first one.
+
+    Returns:
+        [n, B, h, q, d] in the maps' dtype.
     """
-    starts = [0]
-    for H, W in shapes:
-        starts.append(starts[-1] + H * W)
-    for H, W in dict.fromkeys(shapes):
-        levels = [i for i, shape in enumerate(shapes) if shape == (H, W)]
-        maps = jnp.stack([value[:, starts[i] : starts[i + 1]] for i in levels], 1)
-        take = lambda x: x.swapaxes(1, 2)[:, :, :, tuple(levels)]  # noqa: E731, B023
-        xy = take(locations)
-        x, y = xy[..., 0] * W - 0.5, xy[..., 1] * H - 0.5
-        yield maps.transpose(0, 3, 1, 2, 4), (H, W), x, y, take(weights)
+
+    def step(_, points):
+        sums = [_STEPS[g.method][0](g, m, *p) for g, m, p in zip(groups, maps, points, strict=True)]
+        return None, sum(sums).astype(maps[0].dtype)
+
+    return jax.lax.scan(step, None, points)[1]
 
 
-def _gather(value, shapes, locations, weights):
-    """float32[B, q, h * d] by reading four neighbours of each point."""
-    B, q, h = weights.shape[:3]
-    out = 0.0
-    for maps, (H, W), x, y, w in _groups(value, shapes, locations, weights):
-        G, d = maps.shape[2], maps.shape[-1]
-        table = maps.reshape(B, h, G * H * W, d)
-        inside = (x >= -1) & (x < W) & (y >= -1) & (y < H)
-        x, y, w = (jnp.where(inside, a, 0) for a in (x, y, w))
-        left, top = jnp.floor(x), jnp.floor(y)
-        right, bottom = x - left, y - top
-        level = jnp.arange(G)[:, None] * (H * W)
-        for dy, ky in ((0, 1 - bottom), (1, bottom)):
-            for dx, kx in ((0, 1 - right), (1, right)):
-                i, j = top.astype(jnp.int32) + dy, left.astype(jnp.int32) + dx
-                k = jnp.where((i >= 0) & (i < H) & (j >= 0) & (j < W), w * ky * kx, 0)
-                at = level + jnp.clip(i, 0, H - 1) * W + jnp.clip(j, 0, W - 1)
-                rows = jnp.take_along_axis(
-                    table, at.reshape(B, h, -1, 1), axis=2, mode="promise_in_bounds"
-                )
-                rows = rows.reshape(B, h, q, -1, d)
-                k = k.reshape(B, h, q, -1).astype(value.dtype)
-                out += jnp.einsum("bhqp,bhqpd->bqhd", k, rows, preferred_element_type=jnp.float32)
-    return out.reshape(B, q, -1)
+def _chunks_forward(groups, maps, points):
+    return _chunks(groups, maps, points), (maps, points)
 
 
-def _dense(value, shapes, locations, weights):
-    """float32[B, q, h * d] by products with the whole maps."""
-    B, q, h = weights.shape[:3]
-    out = 0.0
-    for maps, (H, W), x, y, w in _groups(value, shapes, locations, weights):
-        columns = (_tent(y, H) * w[..., None]).astype(value.dtype)
-        rows = _tent(x, W).astype(value.dtype)
-        pixels = jnp.einsum("bhqgpi,bhqgpj->bhqgij", columns, rows).reshape(B, h, q, -1)
-        flat = maps.reshape(B, h, pixels.shape[-1], -1)
-        out += jnp.einsum("bhqs,bhsd->bqhd", pixels, flat, preferred_element_type=jnp.float32)
-    return out.reshape(B, q, -1)
+def _chunks_backward(groups, saved, gradient):
+    """Adds each chunk's part to the gradient of the maps, in float32 and in place."""
+    maps, points = saved
+
+    def step(sums, chunk):
+        points, gradient = chunk
+        both = [
+            _STEPS[g.method][1](g, m, total, gradient, *p)
+            for g, m, total, p in zip(groups, maps, sums, points, strict=True)
+        ]
+        return tuple(b[0] for b in both), tuple(b[1] for b in both)
+
+    zeros = tuple(jnp.zeros(m.shape, jnp.float32) for m in maps)
+    sums, by_points = jax.lax.scan(step, zeros, (points, gradient))
+    return tuple(s.astype(m.dtype) for s, m in zip(sums, maps, strict=True)), by_points
+
+
+_chunks.defvjp(_chunks_forward, _chunks_backward)
+
+
+def _neighbours(group, x, y, w):
+    """Places in the maps and coefficients of each point's neighbours, both [B, h, q, G * P * 4]."""
+    H, W = group.height, group.width
+    inside = (x >= -1) & (x < W) & (y >= -1) & (y < H)
+    x, y, w = (jnp.where(inside, a, 0) for a in (x, y, w))
+    left, top = jnp.floor(x), jnp.floor(y)
+    right, bottom = x - left, y - top
+    j = jnp.stack([left, left + 1, left, left + 1], -1).astype(jnp.int32)
+    i = jnp.stack([top, top, top + 1, top + 1], -1).astype(jnp.int32)
+    k = jnp.stack([1 - right, right, 1 - right, right], -1)
+    k *= jnp.stack([1 - bottom, 1 - bottom, bottom, bottom], -1) * w[..., None]
+    k = jnp.where((i >= 0) & (i < H) & (j >= 0) & (j < W), k, 0)
+    level = jnp.arange(len(group.levels))[:, None, None] * (H * W)
+    place = level + jnp.clip(i, 0, H - 1) * W + jnp.clip(j, 0, W - 1)
+    flat = (*x.shape[:3], -1)
+    return place.reshape(flat), k.reshape(flat)
+
+
+def _read(maps, place):
+    """The pixels at these places: [B, h, q, n, d]."""
+    B, h, q, n = place.shape
+    rows = jnp.take_along_axis(
+        maps, place.reshape(B, h, q * n, 1), axis=2, mode="promise_in_bounds"
+    )
+    return rows.reshape(B, h, q, n, -1)
+
+
+def _gather(group, maps, x, y, w):
+    """float32[B, h, q, d] by reading four neighbours of each point."""
+    place, k = _neighbours(group, x, y, w)
+    rows, k = _read(maps, place), k.astype(maps.dtype)
+    return jnp.einsum("bhqn,bhqnd->bhqd", k, rows, preferred_element_type=jnp.float32)
+
+
+def _gather_backward(group, maps, sums, gradient, x, y, w):
+    """(sums plus the gradient of the maps, gradients of x, y and w)."""
+    k, back, place = jax.vjp(lambda *p: _neighbours(group, *p)[::-1], x, y, w, has_aux=True)
+    rows = _read(maps, place)
+    by_k = jnp.einsum("bhqnd,bhqd->bhqn", rows, gradient, preferred_element_type=jnp.float32)
+    B, h, q, n = k.shape
+    parts = (k[..., None] * gradient[..., None, :]).reshape(B, h, q * n, -1)
+    add = lambda s, at, part: s.at[at].add(part, mode="promise_in_bounds")  # noqa: E731
+    sums = jax.vmap(jax.vmap(add))(sums, place.reshape(B, h, -1), parts)
+    return sums, back(by_k)
+
+
+def _coefficients(group, dtype, x, y, w):
+    """Each pixel's coefficient: [B, h, q, G * H * W]."""
+    columns = (_tent(y, group.height) * w[..., None]).astype(dtype)
+    rows = _tent(x, group.width).astype(dtype)
+    pixels = jnp.einsum("bhqgpi,bhqgpj->bhqgij", columns, rows)
+    return pixels.reshape(*x.shape[:3], group.pixels)
 
 
 def _tent(x: jax.Array, size: int) -> jax.Array:
@@ -191,4 +273,18 @@ def _tent(x: jax.Array, size: int) -> jax.Array:
     return jnp.where((t >= -1) & (t < 1), jnp.where(t >= 0, 1 - t, 1 + t), 0)
 
 
-_METHODS = {"gather": _gather, "dense": _dense}
+def _dense(group, maps, x, y, w):
+    """float32[B, h, q, d] by a product with the whole maps."""
+    pixels = _coefficients(group, maps.dtype, x, y, w)
+    return jnp.einsum("bhqs,bhsd->bhqd", pixels, maps, preferred_element_type=jnp.float32)
+
+
+def _dense_backward(group, maps, sums, gradient, x, y, w):
+    """(sums plus the gradient of the maps, gradients of x, y and w)."""
+    pixels, back = jax.vjp(functools.partial(_coefficients, group, maps.dtype), x, y, w)
+    sums += jnp.einsum("bhqs,bhqd->bhsd", pixels, gradient, preferred_element_type=jnp.float32)
+    by_pixels = jnp.einsum("bhqd,bhsd->bhqs", gradient, maps, preferred_element_type=jnp.float32)
+    return sums, back(by_pixels.astype(maps.dtype))
+
+
+_STEPS = {"gather": (_gather, _gather_backward), "dense": (_dense, _dense_backward)}

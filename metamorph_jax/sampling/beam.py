@@ -26,7 +26,7 @@ from jax import lax
 
 from metamorph_jax import sharding
 from metamorph_jax.sampling.cached_llm import CachedLLM
-from metamorph_jax.sampling.loop import Loop, layout, padded
+from metamorph_jax.sampling.loop import Loop, RowImages, layout, padded
 from metamorph_jax.sampling.policy import Policy, TextPolicy, sound
 from metamorph_jax.sampling.segments import BROKEN, NOTHING, Result
 
@@ -99,12 +99,13 @@ def search(
     policy: Policy,
     beams: Beams,
     prompt_ids: Sequence[np.ndarray] | None = None,
+    images: Sequence[RowImages | None] | None = None,
 ) -> list[Result]:
     """The best reply to each prompt.
 
     Args:
         loop: whose model decodes.
-        prompts, max_new_tokens, prompt_ids: see `Loop.prefill`.
+        prompts, max_new_tokens, prompt_ids, images: see `Loop.prefill`.
         policy: for text, and greedy.
 
     Raises:
@@ -116,8 +117,8 @@ def search(
         state = _search(
             loop.weights["llm"], padded(prompts, L, np.float32, 0), lengths, budget,
             padded(prompt_ids or [()] * len(prompts), L, np.int32, -1),
-            np.float32(beams.length_penalty), llm=loop.llm, policy=policy, count=beams.count,
-            early=beams.early_stopping, capacity=capacity,
+            np.float32(beams.length_penalty), loop.joined(images), llm=loop.llm, policy=policy,
+            count=beams.count, early=beams.early_stopping, capacity=capacity,
         )  # fmt: skip
     best, length = loop.read(*state)
     none = np.zeros((capacity, 0), np.float32)
@@ -139,13 +140,16 @@ def check(policy: Policy) -> None:
 
 
 def _run(
-    weights, embeds, lengths, budget, prompt_ids, power, *, llm, policy, count, early, capacity
-):
+    weights, embeds, lengths, budget, prompt_ids, power, images=None,
+    *, llm, policy, count, early, capacity,
+):  # fmt: skip
     """(int32[B, M] best replies, int32[B] their lengths); `BROKEN` alone where logits were."""
     B, K, L = len(lengths), count, embeds.shape[1]
     embeds = sharding.constrain(embeds.astype(weights["table"].dtype), "act_batch", None, None)
-    keys, values, hidden = llm.read_prompts(weights, embeds, lengths, L + capacity)
+    placed = None if images is None else llm.place(weights, *images[:3])
+    keys, values, hidden = llm.read_prompts(weights, embeds, lengths, L + capacity, placed)
     rows = np.repeat(np.arange(B), K)
+    placed = None if placed is None else placed.of_rows(rows)  # those of all beams of a request
     # At first all beams of a request are alike: only the first one may be continued.
     apart = jnp.where(jnp.arange(K) == 0, 0.0, _NEVER)
     state = State(
@@ -170,7 +174,7 @@ def _run(
         keys = [llm.take_rows(x, order, B) for x in s.keys]
         values = [llm.take_rows(x, order, B) for x in s.values]
         keys, values, hidden = llm.read_token(
-            weights, keys, values, lengths[rows] + s.step - 1, llm.embed(weights, last)
+            weights, keys, values, lengths[rows] + s.step - 1, llm.embed(weights, last), placed
         )
         s = dataclasses.replace(s, keys=keys, values=values)
         return choose(weights, s, hidden, budget)

@@ -13,11 +13,15 @@ bits with a scale per block of inputs (NF4), which a step unpacks in each produc
 On a mesh, heads, hidden units and vocabulary are sharded over "tensor", rows over all other axes.
 Fused kernels are then ordered by shard ([q0 k0 v0 q1 k1 v1] on two), so that splitting their
 product moves nothing, and the cache has rows and heads as two axes, [B, K, H, S].
+
+Where the model has an `Insert`, its blocks run as in training, on rows. What they read of an image
+is projected once, when the image is placed, and kept beside the cache (`PlacedImages`).
 """
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +33,7 @@ from jax.sharding import PartitionSpec as P
 
 from metamorph_jax import sharding
 from metamorph_jax.models import lora
-from metamorph_jax.models.llm.llama import LlamaConfig
+from metamorph_jax.models.llm.llama import Insert, LlamaConfig
 from metamorph_jax.nn import quantized, rope
 from metamorph_jax.nn.attention import attend
 from metamorph_jax.nn.linear import in_bfloat16
@@ -38,9 +42,57 @@ from metamorph_jax.sampling import WEIGHTS
 from metamorph_jax.sharding import BATCH_AXES, constrain
 
 _MASKED = -1e30
+NOWHERE = 2**31 - 1  # a position that no row reaches
 # XLA would fold small producers into the big loops over weights and cache and compute them again
 # for every element; after a barrier they are computed once.
 once = lax.optimization_barrier
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PlacedImages:
+    """The images of rows as the blocks of an `Insert` see them, oldest first; M places a row.
+
+    Attributes:
+        values: of each block, what it projected, with leaves [B, M, ...].
+        start: int32[B, M] position of the image's first visual token, from which on it is seen;
+            `NOWHERE` where the place is free.
+        end: int32[B, M] position from which on it is not: the begin of the next document.
+    """
+
+    values: tuple[Any, ...]
+    start: jax.Array
+    end: jax.Array
+
+    def visible(self, positions: jax.Array) -> jax.Array:
+        """bool[B, L, M] of positions int32[B, L]."""
+        at = positions[:, :, None]
+        return (self.start[:, None] <= at) & (at < self.end[:, None])
+
+    def before(self, position: jax.Array) -> "PlacedImages":
+        """The same images, hidden from position int32[B] on."""
+        return dataclasses.replace(self, end=jnp.minimum(self.end, position[:, None]))
+
+    def and_then(self, new: "PlacedImages") -> "PlacedImages":
+        """With newer images, left-aligned in `new`; those that no longer fit are the oldest."""
+        M = self.start.shape[1]
+        count, more = (jnp.sum(x.start < NOWHERE, axis=1, keepdims=True) for x in (self, new))
+        at = jnp.arange(M) + jnp.maximum(count + more - M, 0)
+        source = jnp.where(at < count, at, at - count + M)
+        source = jnp.where(at < count + more, source, 0)
+
+        def take(a, b):
+            both = jnp.concatenate([a, b.astype(a.dtype)], axis=1)
+            index = source.reshape(*source.shape, *(1,) * (a.ndim - 2))
+            return jnp.take_along_axis(both, index, axis=1)
+
+        kept = jax.tree.map(take, self, new)
+        start = jnp.where(at < count + more, kept.start, NOWHERE)
+        return dataclasses.replace(kept, start=start)
+
+    def of_rows(self, rows: jax.Array) -> "PlacedImages":
+        """The images of the rows int32[R]."""
+        return jax.tree.map(lambda x: x[rows], self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +102,12 @@ class CachedLLM:
     Attributes:
         cfg: of the `Llama` whose weights they are.
         tensor: size of the mesh's axis "tensor".
+        insert: of the `Llama`.
     """
 
     cfg: LlamaConfig
     tensor: int = 1
+    insert: Insert | None = None
 
     @property
     def head_shards(self) -> int:
@@ -83,12 +137,32 @@ class CachedLLM:
         real = jnp.arange(self.table_rows)[:, None] < self.cfg.tokens
         return jnp.where(real, logits, -jnp.inf)
 
-    def read_prompts(self, weights: dict, embeds, lengths, slots: int):
+    def place(self, weights: dict, maps, start, end, places: int = 0) -> PlacedImages:
+        """Images of rows, projected for every block of the insert.
+
+        Args:
+            maps: a tuple of float[B, m, h, w, C]; a row's images are left-aligned.
+            start, end: int32[B, m], see `PlacedImages`.
+            places: M, if there shall be more than m.
+        """
+        run = lambda block: block.project(maps)  # noqa: E731
+        values = tuple(run(self._block(state)) for state in weights["inserts"])
+        more = max(places - start.shape[1], 0)
+        pad = lambda x, fill: jnp.pad(  # noqa: E731
+            x, [(0, more if axis == 1 else 0) for axis in range(x.ndim)], constant_values=fill
+        )
+        values = jax.tree.map(lambda x: pad(x, 0), values)
+        return PlacedImages(values, pad(start, NOWHERE), pad(end, NOWHERE))
+
+    def read_prompts(
+        self, weights: dict, embeds, lengths, slots: int, images: PlacedImages | None = None
+    ):
         """Reads rows into a new cache.
 
         Args:
             embeds: float[B, L, D], padded on the right; lengths: int32[B] of them are real.
             slots: S of the cache, at least L.
+            images: of the rows, for a model with an insert.
 
         Returns:
             (keys, values, float[D, B] hidden states at each row's last position).
@@ -106,33 +180,34 @@ class CachedLLM:
             return attend(q, k.transpose(0, 3, 1, 2), v.transpose(0, 2, 1, 3), mask)
 
         positions = jnp.broadcast_to(order, embeds.shape[:2])
-        x = self._run(weights, embeds, positions, mix)
+        x = self._run(weights, embeds, positions, mix, images)
         return keys, values, self._last(weights, x, lengths)
 
-    def read_block(self, weights: dict, keys, values, length, embeds, lengths):
+    def read_block(self, weights: dict, keys, values, length, embeds, lengths, images=None):
         """Appends a block to rows of a cache.
 
         Args:
             length: int32[B] slots of each row that are filled.
             embeds: float[B, n, D]; lengths: int32[B] of them are appended, 0 leaves a row as it is.
+            images: see `read_prompts`, those of the block among them.
 
         Returns:
             As `read_prompts`; hidden states of rows that got nothing mean nothing.
         """
-        *kept, x = self._append(weights, keys, values, length, embeds, lengths)
+        *kept, x = self._append(weights, keys, values, length, embeds, lengths, images)
         return *kept, self._last(weights, x, jnp.maximum(lengths, 1))
 
-    def read_whole_block(self, weights: dict, keys, values, length, embeds, lengths):
+    def read_whole_block(self, weights: dict, keys, values, length, embeds, lengths, images=None):
         """float[n, D, B] hidden states at all positions of a block; arguments as `read_block`.
 
         The cache stays as it is.
         """
         B, n = embeds.shape[:2]
-        *_, x = self._append(weights, keys, values, length, embeds, lengths)
+        *_, x = self._append(weights, keys, values, length, embeds, lengths, images)
         x = norm(x, weights["norm"], self.cfg.norm_eps)
         return x.reshape(self.cfg.width, B, n).transpose(2, 0, 1)
 
-    def _append(self, weights: dict, keys, values, length, embeds, lengths):
+    def _append(self, weights: dict, keys, values, length, embeds, lengths, images):
         """(keys, values, what the layers make of a block, float[D, B * n]); see `read_block`."""
         n, S = embeds.shape[1], values[0].shape[-2]
         new = jnp.arange(n)
@@ -148,10 +223,10 @@ class CachedLLM:
             k, v = (x.reshape(*q.shape[:1], -1, *x.shape[-2:]) for x in (kept[0][i], kept[1][i]))
             return attend(q, k.transpose(0, 3, 1, 2), v.transpose(0, 2, 1, 3), mask)
 
-        x = self._run(weights, embeds, positions, mix)
+        x = self._run(weights, embeds, positions, mix, images)
         return *kept, x
 
-    def read_token(self, weights: dict, keys, values, length, embed):
+    def read_token(self, weights: dict, keys, values, length, embed, images=None):
         """Reads one more position of every row, float[B, D], into slot `length` of the row.
 
         Returns:
@@ -165,10 +240,10 @@ class CachedLLM:
             kept[1].append(self._local(_write_values, values[i], v, length))
             return attend_cached(q, kept[0][i], kept[1][i], mask)
 
-        x = self._run(weights, embed[:, None], length[:, None], mix)
+        x = self._run(weights, embed[:, None], length[:, None], mix, images)
         return *kept, norm(x, weights["norm"], self.cfg.norm_eps)
 
-    def _run(self, weights: dict, embeds, positions, mix: Callable):
+    def _run(self, weights: dict, embeds, positions, mix: Callable, images):
         """All layers on embeds: float[B, L, D], as columns float[D, B * L].
 
         `mix(layer, q, k, v)` attends with q: [B, L, N, H], k and v: [B, L, K, H] and keeps what it
@@ -179,10 +254,27 @@ class CachedLLM:
         cos, sin = rope.angles(positions, freq)
         x = embeds.astype(weights["table"].dtype).reshape(-1, cfg.width).T
         for i, w in enumerate(weights["layers"]):
-            x = self._layer(w, constrain(x, None, "act_batch"), cos, sin, partial(mix, i))
+            insert = None
+            if self.insert is not None and i % self.insert.every == 0:
+                insert = partial(self._look, weights, i // self.insert.every, positions, images)
+            x = constrain(x, None, "act_batch")
+            x = self._layer(w, x, cos, sin, partial(mix, i), insert)
         return x
 
-    def _layer(self, w: dict, x, cos, sin, mix: Callable):
+    def _look(self, weights: dict, number: int, positions, images: PlacedImages | None, x):
+        """What a block of the insert adds to columns float[D, B * L]."""
+        rows = x.T.reshape(*positions.shape, -1)
+        values, visible = None, None
+        if images is not None:
+            values, visible = images.values[number], images.visible(positions)
+        out = self._block(weights["inserts"][number])(rows, values, visible)
+        return once(out.reshape(x.shape[1], -1).T)
+
+    def _block(self, state: nnx.State):
+        """A block of the insert with its weights."""
+        return nnx.merge(_structure(self.insert), state)
+
+    def _layer(self, w: dict, x, cos, sin, mix: Callable, insert: Callable | None):
         cfg = self.cfg
         B, L = cos.shape[:2]
         H, T = cfg.head_dim, self.head_shards
@@ -194,6 +286,8 @@ class CachedLLM:
             q, k = rms_norm(q, w["q_norm"], cfg.norm_eps), rms_norm(k, w["k_norm"], cfg.norm_eps)
         mixed = mix(rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v)
         x = x + linear(w["o"], once(mixed.reshape(B * L, -1).T))
+        if insert is not None:
+            x = x + insert(x)
         hidden = linear(w["gate_up"], norm(x, w["norm2"], cfg.norm_eps))
         hidden = hidden.reshape(self.mlp_shards, 2, -1, B * L)
         gate, up = (hidden[:, part].reshape(-1, B * L) for part in range(2))
@@ -265,9 +359,27 @@ class CachedLLM:
             {leaf: self.spec(name, leaf) for leaf in kept}
             if isinstance(kept, dict) else self.spec(name)
         )  # fmt: skip
-        outer = {name: each(name, kept) for name, kept in weights.items() if name != "layers"}
+        apart = ("layers", "inserts")
+        outer = {name: each(name, kept) for name, kept in weights.items() if name not in apart}
         inner = [{name: each(name, kept) for name, kept in w.items()} for w in weights["layers"]]
+        if self.insert is not None:
+            outer["inserts"] = [self.block_specs(state) for state in weights["inserts"]]
         return outer | {"layers": inner}
+
+    def block_specs(self, state: nnx.State) -> nnx.State:
+        """Where the leaves of a block of the insert lie: over "tensor" where their names say so."""
+
+        def one(variable):
+            names = variable.get_metadata().get("logical", ())
+            names = (None,) * (len(variable.shape) - len(names)) + tuple(names)
+            rules = (None if name is None else sharding.RULES[name] for name in names)
+            cut = (
+                "tensor" if rule == "tensor" and size % self.tensor == 0 else None
+                for rule, size in zip(rules, variable.shape, strict=True)
+            )  # fmt: skip
+            return variable.replace(P(*cut))
+
+        return jax.tree.map(one, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
     def spec(self, name: str, leaf: str = "w") -> P:
         """Where a leaf of the weights lies."""
@@ -282,6 +394,12 @@ class CachedLLM:
             whole = leaf == "w" or inputs % (quantized.BLOCK * self.tensor) == 0  # no block is cut
             return P(None, (heads if name == "o" else mlp) if whole else None)
         return P(None)
+
+
+@cache
+def _structure(insert: Insert):
+    """The structure of the insert's blocks."""
+    return nnx.graphdef(nnx.eval_shape(lambda: insert.block(insert.cfg, rngs=nnx.Rngs(0))))
 
 
 def _flat(cache):
@@ -420,14 +538,15 @@ def take_over(llm, weights: str = "auto", mesh: Mesh | None = None) -> tuple[Cac
         array when tied and kept alike}; norm; layers: a dict each, with {w: [out, in]} for a
         kernel, beside it b: [out] where there is a bias and scale: float32[out] where w is int8.
         With "nf4", codes: uint8[out, n], two a byte, and blocks: float32[out, in / 64] stand in
-        place of w, and the output table is int8.
+        place of w, and the output table is int8. Where the model has an insert, inserts: a state
+        for each of its blocks, kernels as the model computes.
 
     Raises:
         ValueError: on an unknown kind of weights.
     """
     if weights not in WEIGHTS:
         raise ValueError(f"weights {weights!r} is none of {', '.join(WEIGHTS)}")
-    model = CachedLLM(llm.cfg, 1 if mesh is None else mesh.shape["tensor"])
+    model = CachedLLM(llm.cfg, 1 if mesh is None else mesh.shape["tensor"], llm.insert)
     return model, _Taking(model, weights, mesh).all_of(llm)
 
 
@@ -471,7 +590,10 @@ class _Taking:
                 layer[name] = scale
         table, head = self._tables(llm)
         (norm_scale,) = self._rows(llm.norm.scale, stacked=False)
-        return {"table": table, "head": head, "norm": norm_scale, "layers": layers}
+        weights = {"table": table, "head": head, "norm": norm_scale, "layers": layers}
+        if self.model.insert is not None:
+            weights["inserts"] = self._blocks(llm.inserts)
+        return weights
 
     def _run(self, key, function, arguments, specs):
         """`function` compiled once for `key`, its results where `specs` says."""
@@ -541,6 +663,26 @@ class _Taking:
         split = lambda x: [x[i] for i in range(len(x))] if stacked else [x]  # noqa: E731
         return self._run(object(), split, (value,), P(None))
 
+    def _blocks(self, inserts) -> list[nnx.State]:
+        """The blocks of the insert, one by one."""
+        count = self.model.insert.count(self.cfg.layers)
+        state = jax.tree.map(lambda leaf: leaf, nnx.state(inserts))  # variables of its own
+        specs = jax.tree.leaves(self.model.block_specs(state), is_leaf=lambda x: isinstance(x, P))
+        leaves, form = jax.tree_util.tree_flatten_with_path(state)
+        del state
+        _give_up(inserts)
+        blocks = [[] for _ in range(count)]
+        for spec in specs:
+            path, stack = leaves.pop(0)
+            kernel = any(getattr(key, "key", None) == "kernel" for key in path)
+            dtype = self.compute if kernel else stack.dtype
+            split = lambda x, dtype=dtype: [x[i].astype(dtype) for i in range(count)]  # noqa: E731
+            for block, leaf in zip(
+                blocks, self._run(object(), split, (stack,), [P(*spec[1:])] * count), strict=True
+            ):
+                block.append(leaf)
+        return [jax.tree.unflatten(form, block) for block in blocks]
+
     def _tables(self, llm) -> tuple[jax.Array, dict]:
         """(table of embeddings, output table as it is kept)."""
         pad = self.model.table_rows - self.cfg.tokens
@@ -559,12 +701,18 @@ class _Taking:
             return self._run(object(), made, (added, value), self.model.spec("table"))
 
         table = take(llm.embed_tokens, llm.embed_tokens.embedding, False)
+        bias = llm.head_bias()
         head = table if self.cfg.tied else take(llm.lm_head, llm.lm_head.kernel, True)
-        if not self.method and head.dtype == self.dtype:
-            return table, {"w": head}
-        method = "int8" if self.method else ""  # every id depends on it, so never fewer bits
-        specs = self._specs("head", dict.fromkeys(_LEAVES[method]))
-        return table, self._run(object(), lambda head: self._keep(head, method), (head,), specs)
+        kept = {"w": head}
+        if self.method or head.dtype != self.dtype:
+            method = "int8" if self.method else ""  # every id depends on it, so never fewer bits
+            specs = self._specs("head", dict.fromkeys(_LEAVES[method]))
+            kept = self._run(object(), lambda head: self._keep(head, method), (head,), specs)
+        if bias is not None:
+            join = lambda *parts: jnp.pad(jnp.concatenate(parts), (0, pad))  # noqa: E731
+            parts = tuple(x for x in bias if x is not None)
+            kept["b"] = self._run(object(), join, parts, self.model.spec("head", "b"))
+        return table, kept
 
 
 _LEAVES = {"": ("w",), "int8": ("w", "scale"), "nf4": ("codes", "blocks")}

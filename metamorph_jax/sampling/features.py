@@ -45,11 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="where features go")
     group = parser.add_argument_group("model")
     group.add_argument("--workdir", help="of a finished training stage")
-    group.add_argument("--checkpoint", metavar="SPEC", help="published weights, with --config")
+    group.add_argument("--checkpoint", metavar="SPEC", help="published weights")
     group.add_argument(
         "--config",
         metavar="FILE[:SIZE]",
-        help="the config of --checkpoint; alone, its config.model.vision is used",
+        help="what --checkpoint is (default: what its config.json says); alone, its "
+        "config.model.vision is used",
     )
     group.add_argument("--recipe", metavar="MODULE", help="your own recipe of --workdir")
     group.add_argument(
@@ -128,10 +129,8 @@ def _is_text(name: str) -> bool:
 
 
 def _check(args) -> None:
-    if bool(args.workdir) == bool(args.config):
-        raise UserError("give either --workdir, or --config (with --checkpoint or without)")
-    if args.checkpoint and not args.config:
-        raise UserError("--checkpoint needs --config FILE[:SIZE], which says what the model is")
+    if bool(args.workdir) == bool(args.config or args.checkpoint):
+        raise UserError("give either --workdir, or --checkpoint, or --config, or the latter two")
     if args.layer == "connector" and not (args.workdir or args.checkpoint):
         raise UserError("--layer connector needs a trained one: --workdir or --checkpoint")
     if args.workdir and args.overrides:

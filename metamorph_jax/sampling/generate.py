@@ -3,6 +3,7 @@
     metamorph generate --workdir RUN --prompt "What is this?" --image cat.jpg
     metamorph generate --workdir RUN --decoder RUN2 --prompt "Draw a red circle." --out drawings
     metamorph generate --workdir RUN --prompts questions.jsonl --out answers
+    metamorph generate --checkpoint hf:llava-hf/llava-1.5-7b-hf --prompt "What is this?" --image …
 
 Images stand where the prompt has `<image>`, else before it on a line of their own. A line of a
 JSONL file is {"id": …, "prompt": …, "images": […] or "image": …, "video": …}, paths relative to the
@@ -40,7 +41,11 @@ def add_arguments(parser) -> None:
     add_model_arguments(parser)
     group = parser.add_argument_group("prompts")
     group.add_argument("--prompt", help="one prompt")
-    group.add_argument("--prompts", metavar="FILE.jsonl", help="one prompt a line")
+    group.add_argument(
+        "--prompts",
+        metavar="FILE.jsonl",
+        help="one prompt a line; or .json, see docs/mm_interleaved.md",
+    )
     group.add_argument("--image", action="append", default=[], metavar="FILE", help="repeatable")
     group.add_argument("--video", metavar="FILE", help="one frame a second of it")
     group.add_argument(
@@ -62,7 +67,11 @@ def add_model_arguments(parser) -> None:
     group.add_argument(
         "--checkpoint", metavar="SPEC", help="published weights (hf:OWNER/NAME or a folder)"
     )
-    group.add_argument("--config", metavar="FILE[:SIZE]", help="the config of --checkpoint")
+    group.add_argument(
+        "--config", metavar="FILE[:SIZE]",
+        help="what --checkpoint is (default: what its config.json says; one that says something "
+        "else is refused, with the differences)",
+    )  # fmt: skip
     group.add_argument(
         "--recipe", metavar="MODULE",
         help="your own recipe, where --workdir was trained with one; its code is imported",
@@ -184,8 +193,6 @@ def check_model(args) -> None:
     """Raises UserError where options of the model contradict each other."""
     if bool(args.workdir) == bool(args.checkpoint):
         raise UserError("give either --workdir or --checkpoint")
-    if args.checkpoint and not args.config:
-        raise UserError("--checkpoint needs --config FILE[:SIZE], which says what the model is")
     if args.workdir and (args.config or args.overrides):
         raise UserError("--config goes with --checkpoint; a --workdir has its own")
     if args.steps is not None and args.steps < 1:

@@ -217,7 +217,10 @@ class Generator:
         policy: see above.
         image_decoder: draws visual tokens (`load_image_decoder`), or None: nothing is drawn.
         prompts: may be replaced, for another length.
+        modes: values of `Request.mode` that can be asked for.
     """
+
+    modes: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -374,6 +377,11 @@ class Generator:
         Raises:
             ValueError, BadSample: with a message for the user.
         """
+        if request.mode and request.mode not in self.modes:
+            raise ValueError(
+                f"mode {request.mode!r} can't be asked for: this model decides on its own whether "
+                "it writes or draws"
+            )
         return self.embedded(*self.prompts.row(request, max_new_tokens))
 
     def embedded(self, row, pixels: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:

@@ -23,7 +23,7 @@ from jax import lax
 from metamorph_jax.data.chat import SENTINEL, Chat
 from metamorph_jax.data.sources.base import Turn
 from metamorph_jax.sampling.cached_llm import CachedLLM
-from metamorph_jax.sampling.loop import BUCKETS, Loop, bucket
+from metamorph_jax.sampling.loop import BUCKETS, Loop, RowImages, bucket
 from metamorph_jax.sharding import constrain
 
 _BLOCKS = (2, 4, 8, 16, *BUCKETS)  # lengths that blocks are padded to
@@ -94,13 +94,17 @@ def split(
 
 
 def of_batch(
-    loop: Loop, prompts: Sequence[np.ndarray], blocks: Sequence[Sequence[Block]]
+    loop: Loop,
+    prompts: Sequence[np.ndarray],
+    blocks: Sequence[Sequence[Block]],
+    images: Sequence[RowImages | None] | None = None,
 ) -> list[list[Likelihood]]:
     """Likelihoods of each row's answers.
 
     Args:
         prompts: per row float[L, D], the embeddings that the language model reads first.
         blocks: per row its answers; rows may have different numbers.
+        images: see `Loop.prefill`.
     """
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     L = bucket(int(lengths.max()))
@@ -111,11 +115,12 @@ def of_batch(
     found: list[list[Likelihood]] = [[] for _ in blocks]
     with loop.on_mesh():
         weights = loop.weights["llm"]
-        cache = _read_prompts(weights, embeds, lengths, llm=loop.llm, slots=L + n)
+        joined = loop.joined(images)
+        *cache, placed = _read_prompts(weights, embeds, lengths, joined, llm=loop.llm, slots=L + n)
     for k in range(max(map(len, blocks))):
         ids, scored, count = _stacked([row[k] if k < len(row) else None for row in blocks], n)
         with loop.on_mesh():
-            totals = _score(weights, *cache, lengths, ids, scored, count, llm=loop.llm)
+            totals = _score(weights, *cache, lengths, ids, scored, count, placed, llm=loop.llm)
         (totals,) = loop.read(totals)
         for row, total, of_it in zip(found, totals, scored, strict=True):
             if len(row) == k and of_it.any():
@@ -134,18 +139,22 @@ def _stacked(blocks: Sequence[Block | None], n: int):
 
 
 @partial(jax.jit, static_argnames=("llm", "slots"))
-def _read_prompts(weights, embeds, lengths, *, llm: CachedLLM, slots: int):
+def _read_prompts(weights, embeds, lengths, images, *, llm: CachedLLM, slots: int):
+    """What `CachedLLM.read_prompts` gives, and the images of the rows or None."""
     embeds = constrain(embeds.astype(weights["table"].dtype), "act_batch", None, None)
-    return llm.read_prompts(weights, embeds, lengths, slots)
+    placed = None if images is None else llm.place(weights, *images[:3])
+    return *llm.read_prompts(weights, embeds, lengths, slots, placed), placed
 
 
 @partial(jax.jit, static_argnames=("llm",))
-def _score(weights, keys, values, hidden, length, ids, scored, count, *, llm: CachedLLM):
+def _score(weights, keys, values, hidden, length, ids, scored, count, images, *, llm: CachedLLM):
     """float32[B] log-probabilities of blocks, after rows of a cache and their last hidden states.
 
     The logits of one position of all rows exist at a time.
     """
-    after = llm.read_whole_block(weights, keys, values, length, llm.embed(weights, ids), count)
+    after = llm.read_whole_block(
+        weights, keys, values, length, llm.embed(weights, ids), count, images
+    )
     before = jnp.concatenate([hidden[None], after[:-1]])  # [n, D, B]: what predicts each token
 
     def one(inputs):

@@ -9,7 +9,8 @@ budget, and it can pause while others continue. What is emitted is a recipe's po
     row 1           p  p  A  B  C  .  .  .  .      . not yet filled: no one may look there
 
 `prefill` reads prompts, `advance` repeats steps until all rows are done or pause, `extend` appends
-a block of embeddings to some rows: an image that was drawn, or the next turn of a chat.
+a block of embeddings to some rows: an image that was drawn, or the next turn of a chat. A model
+whose layers look at images (`models.llm.llama.Insert`) gets their maps with both (`RowImages`).
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from metamorph_jax import sharding
-from metamorph_jax.sampling.cached_llm import CachedLLM
+from metamorph_jax.sampling.cached_llm import NOWHERE, CachedLLM, PlacedImages
 from metamorph_jax.sampling.policy import Model, Policy, Step
 from metamorph_jax.sampling.segments import NOTHING, Result
 from metamorph_jax.sampling.text import row_keys, step_keys
@@ -45,6 +46,7 @@ class State:
         memory: the policy's.
         rng: keys[B].
         record: int32[B, M]; recorded: float32[B, M, C]; forced: int32[B, M].
+        images: what the layers look at, of a model with an insert; else None.
     """
 
     keys: list[jax.Array]
@@ -62,6 +64,23 @@ class State:
     record: jax.Array
     recorded: jax.Array
     forced: jax.Array
+    images: PlacedImages | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RowImages:
+    """Images that the layers of a row look at, with the prompt or block in which they stand.
+
+    Attributes:
+        maps: a tuple of float[m, h, w, C], as the blocks of the insert take them; also of m = 0
+            images, where later ones are to have places.
+        start: m positions in the prompt or block, ascending: of each image's first visual token.
+        documents: positions at which a document begins, which sees no image before.
+    """
+
+    maps: tuple
+    start: Sequence[int]
+    documents: Sequence[int] = ()
 
 
 def bucket(length: int, buckets: Sequence[int] = BUCKETS) -> int:
@@ -101,7 +120,7 @@ class Loop:
     def __init__(self, llm: CachedLLM, weights: dict, parts: Any = None, mesh: Mesh | None = None):
         self.llm, self.mesh = llm, mesh
         self.weights = {"llm": weights, "parts": parts}
-        static = ("policy", "capacity", "slots")
+        static = ("policy", "capacity", "slots", "places")
         self._prefill = jax.jit(self._run_prefill, static_argnames=static)
         self._extend = jax.jit(
             self._run_extend, static_argnames=("policy", "turn"), donate_argnames=("state",)
@@ -160,6 +179,8 @@ class Loop:
         forced_ids: np.ndarray | None = None,
         buckets: Sequence[int] = BUCKETS,
         slots: int | None = None,
+        images: Sequence[RowImages | None] | None = None,
+        places: int = 0,
     ) -> State:
         """The state after the prompts are read and the first token of each row is emitted.
 
@@ -173,9 +194,12 @@ class Loop:
                 let the model choose.
             buckets: lengths that prompts are padded to.
             slots: of the cache; default: as many as these prompts and budgets take.
+            images: per row, for a model with an insert.
+            places: for images of a row, at least; where more come, the oldest are forgotten.
 
         Raises:
-            ValueError: a prompt or budget is empty, or the slots don't suffice.
+            ValueError: a prompt or budget is empty, the slots don't suffice, or there are images
+                that the model has no use for.
         """
         B = len(prompts)
         lengths, budget, L, capacity = layout(prompts, max_new_tokens, policy, buckets)
@@ -190,8 +214,37 @@ class Loop:
             return self._prefill(
                 self.weights, padded(prompts, L, np.float32, 0), lengths, budget,
                 seeds.astype(np.uint32), padded(prompt_ids or [()] * B, L, np.int32, -1), forced,
-                policy=policy, capacity=capacity, slots=max(L + capacity, slots or 0),
+                self.joined(images), policy=policy, capacity=capacity,
+                slots=max(L + capacity, slots or 0), places=places,
             )  # fmt: skip
+
+    def joined(self, rows: Sequence[RowImages | None] | None):
+        """The images of rows as compiled functions take them; None: there are none.
+
+        Returns:
+            (maps: a tuple of float32[B, m, h, w, C]; their start and end int32[B, m], the place of
+            the first document int32[B]), `NOWHERE` where there is none. m is a power of two.
+        """
+        given = [row for row in rows or () if row is not None]
+        if not given:
+            return None
+        if self.llm.insert is None:
+            raise ValueError("images were given, but the layers of this model look at none")
+        most = max(1, *(len(row.start) for row in given))
+        m, B = 1 << (most - 1).bit_length(), len(rows)
+        maps = tuple(np.zeros((B, m, *x.shape[1:]), np.float32) for x in given[0].maps)
+        start, end = np.full((2, B, m), NOWHERE, np.int32)
+        first = np.full(B, NOWHERE, np.int32)
+        for b, row in enumerate(rows):
+            if row is None:
+                continue
+            n, begins = len(row.start), sorted(row.documents)
+            for to, x in zip(maps, row.maps, strict=True):
+                to[b, :n] = x
+            start[b, :n] = row.start
+            end[b, :n] = [min((d for d in begins if d >= s), default=NOWHERE) for s in row.start]
+            first[b] = min(begins, default=NOWHERE)
+        return maps, start, end, first
 
     def advance(self, state: State, policy: Policy, steps: int | None = None) -> State:
         """Repeats steps until all rows are done or pause, or so many were made.
@@ -210,6 +263,7 @@ class Loop:
         policy: Policy,
         max_new_tokens: int | None = None,
         buckets: Sequence[int] = BUCKETS,
+        images: Sequence[RowImages | None] | None = None,
     ) -> State:
         """Appends embeddings to rows; each of them then emits its next token.
 
@@ -220,9 +274,10 @@ class Loop:
             rows: which rows; the others stay as they are.
             max_new_tokens: a new budget, for the next turn of a chat: the rows' records begin
                 anew. None: the rows continue under the budget they have.
+            images: of each of `rows`, for a model with an insert.
 
         Raises:
-            ValueError: it does not fit into the cache, or the record.
+            ValueError: it does not fit into the cache, or the record, or an image has no place.
         """
         lengths, width = np.zeros(len(state.length), np.int32), self.llm.cfg.width
         block = [np.zeros((0, width), np.float32)] * len(lengths)
@@ -242,10 +297,17 @@ class Loop:
             raise ValueError(f"{need} positions don't fit the cache, which has {slots} slots")
         n = bucket(int(lengths.max()), buckets)
         budget = np.int32(left if turn else 0)
+        looks: list[RowImages | None] = [None] * len(lengths)
+        for row, of_it in zip(rows, images or (), strict=images is not None):
+            looks[row] = of_it
+        most = max((len(x.start) for x in looks if x is not None), default=0)
+        places = 0 if state.images is None else state.images.start.shape[1]
+        if most > places:
+            raise ValueError(f"{most} images don't fit the {places} places of a row")
         with self.on_mesh():
             return self._extend(
                 self.weights, state, padded(block, n, np.float32, 0), lengths, budget,
-                policy=policy, turn=turn,
+                self.joined(looks), policy=policy, turn=turn,
             )  # fmt: skip
 
     def results(self, state: State, policy: Policy) -> list[Result]:
@@ -280,12 +342,15 @@ class Loop:
         return jax.tree.map(lambda x: sharding.constrain(x, *(None,) * x.ndim), arrays)
 
     def _run_prefill(
-        self, weights, embeds, lengths, budget, seeds, prompt_ids, forced,
-        *, policy, capacity, slots,
+        self, weights, embeds, lengths, budget, seeds, prompt_ids, forced, images=None,
+        *, policy, capacity, slots, places=0,
     ):  # fmt: skip
         B, dtype = len(lengths), weights["llm"]["table"].dtype
         embeds = sharding.constrain(embeds.astype(dtype), "act_batch", None, None)
-        keys, values, hidden = self.llm.read_prompts(weights["llm"], embeds, lengths, slots)
+        placed = None
+        if images is not None:
+            placed = self.llm.place(weights["llm"], *images[:3], places)
+        keys, values, hidden = self.llm.read_prompts(weights["llm"], embeds, lengths, slots, placed)
         no, zero = jnp.zeros(B, bool), jnp.zeros(B, jnp.int32)
         state = State(
             keys=keys,
@@ -303,10 +368,13 @@ class Loop:
             record=jnp.full((B, capacity), NOTHING, jnp.int32),
             recorded=jnp.zeros((B, capacity, policy.width), jnp.float32),
             forced=forced,
+            images=placed,
         )
         return self._emit(weights, state, hidden, ~no, policy)
 
-    def _run_extend(self, weights, state: State, block, lengths, budget, *, policy, turn: bool):
+    def _run_extend(
+        self, weights, state: State, block, lengths, budget, images=None, *, policy, turn: bool
+    ):
         s, rows = state, lengths > 0
         if turn:
             s = dataclasses.replace(
@@ -323,8 +391,9 @@ class Loop:
         order = jnp.minimum(jnp.arange(block.shape[1]) + first[:, None], block.shape[1] - 1)
         block = jnp.take_along_axis(block, order[:, :, None], axis=1)
         lengths = jnp.where(rows, lengths + s.unread, 0)
+        placed = self._with_more(weights, s, images)
         keys, values, hidden = self.llm.read_block(
-            weights["llm"], s.keys, s.values, s.length, block, lengths
+            weights["llm"], s.keys, s.values, s.length, block, lengths, placed
         )
         s = dataclasses.replace(
             s,
@@ -333,8 +402,21 @@ class Loop:
             length=s.length + lengths,
             paused=s.paused & ~rows,
             done=jnp.where(rows, s.count >= s.budget, s.done),
+            images=placed,
         )
         return self._emit(weights, s, hidden, rows & ~s.done, policy)
+
+    def _with_more(self, weights, s: State, images) -> PlacedImages | None:
+        """The images of the rows and those of a block that is appended to them."""
+        if images is None or s.images is None:
+            return s.images
+        maps, start, end, first = images
+        at = s.length + s.unread  # where the block begins
+        shift = lambda x: jnp.where(  # noqa: E731
+            x < NOWHERE, x + at.reshape(-1, *(1,) * (x.ndim - 1)), NOWHERE
+        )
+        new = self.llm.place(weights["llm"], maps, shift(start), shift(end))
+        return s.images.before(shift(first)).and_then(new)
 
     def _run_loop(self, weights, state: State, steps, *, policy):
         def more(carry):
@@ -352,7 +434,7 @@ class Loop:
         active = ~(s.done | s.paused)
         # Rows that wait write into their next slot, too, but no one may look there.
         keys, values, hidden = self.llm.read_token(
-            weights["llm"], s.keys, s.values, s.length, s.embed
+            weights["llm"], s.keys, s.values, s.length, s.embed, s.images
         )
         s = dataclasses.replace(s, keys=keys, values=values, length=s.length + active)
         return self._emit(weights, s, hidden, active, policy)

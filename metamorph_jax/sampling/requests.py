@@ -1,8 +1,10 @@
 """Requests to a generator: prompts, and the images that go with them."""
 
 import dataclasses
+import functools
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 
@@ -16,8 +18,10 @@ from metamorph_jax.data.sources import kinds, video
 from metamorph_jax.data.sources.base import IMAGE, VIDEO, Sample, Turn
 from metamorph_jax.errors import BadSample
 
-KEYS = ("id", "prompt", "image", "images", "video", "think")
+KEYS = ("id", "prompt", "image", "images", "video", "think", "mode", "rounds")
+MODES = ("text", "image", "both")
 LONGEST_ID = 1000
+MOST_ROUNDS = 1000
 # What is wrong with one request; the others can be answered.
 FAULTS = (BadSample, ValueError, OSError, ImportError)
 
@@ -34,6 +38,9 @@ class Request:
         think: ask the model to draw the relevant detail before it answers.
         sample: number of this reply among those to the same prompt, each drawn by chance.
         before: turns that come first, without images: a system message, questions with answers.
+        mode: what is asked for, of `MODES`, where the model doesn't decide it on its own; "" leaves
+            it to the model.
+        rounds: with mode "both", how many times text or an image is added; 0 for no limit.
     """
 
     id: str
@@ -43,6 +50,8 @@ class Request:
     think: bool = False
     sample: int = 0
     before: tuple[Turn, ...] = ()
+    mode: str = ""
+    rounds: int = 0
 
     @property
     def name(self) -> str:
@@ -81,28 +90,42 @@ def checked(request: Request) -> Request:
 
 
 def read_requests(path: str, think: bool = False) -> tuple[list[Request], int]:
-    """(requests of a JSONL file, how many lines were bad and reported).
+    """(requests of a JSONL file, or of a .json file as `annotation` has it; how many were bad and
+    reported).
 
     Raises:
-        FileError: it can't be read, or is not UTF-8.
+        FileError: it can't be read, or is not UTF-8; or a .json file is not a list of objects.
     """
-    folder, where = pathlib.Path(path).parent, files.shown(path)
+    where = files.shown(path)
     found, bad, ids = [], 0, set()
-    for number, line in files.lines(path):
-        if not line.strip():
-            continue
+    for place, read in _each(path, think):
         try:
-            value = files.parse(line, "the line", dict, unique=True)
-            request = checked(_request(value, number, folder, think))
+            request = checked(read())
             if request.id in ids:
                 raise ValueError(f"id {files.shown(request.id)!r} appears twice")
         except ValueError as error:  # FileError is one
-            print(f"{where}, line {number}: {error}; skipped", file=sys.stderr)
+            print(f"{where}, {place}: {error}; skipped", file=sys.stderr)
             bad += 1
             continue
         ids.add(request.id)
         found.append(request)
     return found, bad
+
+
+def _each(path: str, think: bool) -> Iterator[tuple[str, Callable[[], Request]]]:
+    """(where it stands, a function that reads it) of every request of a file."""
+    folder = pathlib.Path(path).parent
+    if path.endswith(".json"):
+        for k, value in enumerate(files.read_json(path, list, what="a list of records")):
+            yield f"record {k}", functools.partial(annotation, value, k, folder)
+        return
+    for number, line in files.lines(path):
+        if line.strip():
+            yield f"line {number}", functools.partial(_of_line, line, number, folder, think)
+
+
+def _of_line(line: str, number: int, folder: pathlib.Path, think: bool) -> Request:
+    return _request(files.parse(line, "the line", dict, unique=True), number, folder, think)
 
 
 def _request(value: dict, number: int, folder: pathlib.Path, think: bool) -> Request:
@@ -129,7 +152,109 @@ def _request(value: dict, number: int, folder: pathlib.Path, think: bool) -> Req
         tuple(str(folder / path) for path in paths),
         str(folder / clip) if clip else "",
         thinks,
+        mode=_mode(value.get("mode", "")),
+        rounds=_rounds(value.get("rounds", 0)),
     )
+
+
+def _mode(value) -> str:
+    if value not in ("", *MODES):
+        raise ValueError(f"mode is {files.shown(repr(value), 40)}, expected {', '.join(MODES)}")
+    return value
+
+
+def _rounds(value) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MOST_ROUNDS:
+        raise ValueError(f"rounds must be a whole number of 0 to {MOST_ROUNDS}")
+    return value
+
+
+# ---- MM-Interleaved's file of prompts: sentences and images apart from each other
+
+_ANNOTATION = (
+    "id", "sentences", "images", "sentence_ixs", "image_first", "generate_mode", "num_iter",
+)  # fmt: skip
+_GENERATE = {
+    **dict.fromkeys(("text", "texts", "generate_text", "generate_texts"), "text"),
+    **dict.fromkeys(("image", "images", "generate_image", "generate_images"), "image"),
+    **dict.fromkeys(("both", "generate_both", "interleaved"), "both"),
+}
+
+
+def annotation(value, number: int, folder: pathlib.Path) -> Request:
+    """The request of one record of an `annt.json`.
+
+    {"sentences": ["A kite.", "It falls."], "images": ["kite.png"], "sentence_ixs": [0],
+     "image_first": true, "generate_mode": "generate_both", "num_iter": 4}
+
+    Sentence k has the images whose `sentence_ixs` is k before it (`image_first`, of all images or
+    of each) or after it. Blanks join sentences, but none stand beside an image.
+
+    Args:
+        value: of the record.
+        number: of the record from 0, its id if it has none.
+        folder: that its paths are relative to.
+
+    Raises:
+        ValueError: naming the field, and what was expected.
+    """
+    if not isinstance(value, dict):
+        raise ValueError("expected an object")
+    unknown = value.keys() - {*_ANNOTATION}
+    if unknown:
+        raise ValueError(f"unknown key {files.shown(', '.join(sorted(unknown)))}")
+    sentences = _texts(value, "sentences")
+    paths = _texts(value, "images")
+    if any(IMAGE in sentence or VIDEO in sentence for sentence in sentences):
+        raise ValueError(f"sentences must not have {IMAGE}: images are placed by sentence_ixs")
+    places, first = value.get("sentence_ixs", []), value.get("image_first", False)
+    whole = all(isinstance(k, int) and not isinstance(k, bool) for k in _list(places))
+    if not isinstance(places, list) or not whole or len(places) != len(paths):
+        raise ValueError(f"sentence_ixs must be a list of {len(paths)} numbers, one for each image")
+    if not all(0 <= k < len(sentences) for k in places):
+        raise ValueError(f"sentence_ixs must be 0 to {len(sentences) - 1}, of the sentences")
+    first = first if isinstance(first, list) else [first] * len(paths)
+    if len(first) != len(paths) or not all(isinstance(one, bool) for one in first):
+        raise ValueError("image_first must be true or false, or a list of it for each image")
+    mode = value.get("generate_mode", "")
+    if mode != "" and (not isinstance(mode, str) or mode not in _GENERATE):
+        raise ValueError(
+            f"generate_mode is {files.shown(repr(mode), 40)}, expected generate_texts, "
+            "generate_images or generate_both"
+        )
+    rounds = value.get("num_iter", 0)
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or not 0 <= rounds <= MOST_ROUNDS:
+        raise ValueError(f"num_iter must be a whole number of 0 to {MOST_ROUNDS}")
+    prompt, order = _placed(sentences, places, first)
+    return Request(
+        _id(value.get("id", number)),
+        prompt,
+        tuple(str(folder / paths[k]) for k in order),
+        mode=_GENERATE.get(mode, ""),
+        rounds=rounds,
+    )
+
+
+def _placed(sentences, places, first) -> tuple[str, list[int]]:
+    """(the prompt with its markers, which image stands at each)."""
+    pieces, order = [], []
+    for k, sentence in enumerate(sentences):
+        here = [i for i, place in enumerate(places) if place == k]
+        before, after = ([i for i in here if first[i] is way] for way in (True, False))
+        pieces += [IMAGE] * len(before) + [sentence] + [IMAGE] * len(after)
+        order += before + after
+    return re.sub(rf" *{IMAGE} *", IMAGE, " ".join(pieces)).strip(), order
+
+
+def _list(value) -> list:
+    return value if isinstance(value, list) else []
+
+
+def _texts(value: dict, key: str) -> list[str]:
+    texts = value.get(key, [])
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{key} must be a list of texts")
+    return texts
 
 
 def _id(value) -> str:

@@ -282,8 +282,9 @@ class Output:
 
 def _asked(request: Request) -> dict:
     asked = dataclasses.asdict(request) | {"images": list(request.images)}
-    before = [list(turn) for turn in asked.pop("before")]
-    return asked | ({"before": before} if before else {})
+    asked["before"] = [list(turn) for turn in asked["before"]]
+    # Left out where they say nothing, so that records of before there were such fields still count.
+    return {k: v for k, v in asked.items() if v or k not in ("before", "mode", "rounds")}
 
 
 def _named(record: Mapping) -> list[str]:

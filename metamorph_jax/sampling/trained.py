@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import pathlib
 import re
+import sys
 from collections.abc import Mapping
 
 import jax
@@ -11,10 +12,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from metamorph_jax import config as configs
+from metamorph_jax import options as options_of
 from metamorph_jax import recipe as recipes
 from metamorph_jax import sharding
 from metamorph_jax.convert import families, hf, load
 from metamorph_jax.errors import CheckpointError, UserError
+from metamorph_jax.files import shown
 from metamorph_jax.models.llm.llama import Llama
 from metamorph_jax.nn.quantized import METHODS
 from metamorph_jax.sampling.cached_llm import kernel_dtype
@@ -57,7 +60,7 @@ def load_generator(
     Args:
         workdir: of a finished stage; or
         weights_of, config, overrides: published weights ("hf:OWNER/NAME" or a folder), the config
-            file that says what the model is, and changes to it.
+            file that says what the model is (None: their config.json says it), and changes to it.
         weights: how those of the language model are kept, one of `sampling.WEIGHTS`.
         mesh: axis -> size; default: as many devices on "tensor" as `config.mesh` says, all others
             share the rows.
@@ -69,7 +72,7 @@ def load_generator(
     if workdir:
         recipe, cfg, values = load.open_run(workdir)
     else:
-        values = configs.load_config(config, overrides).to_dict()
+        values = published_values(weights_of, config, overrides or {})
         recipe = recipes.find(values["recipe"])
         cfg = configs.build(recipe.Config, values["model"], "config.model")
         cfg = dataclasses.replace(cfg, weights=weights_of, tokenizer=cfg.tokenizer or weights_of)
@@ -82,13 +85,45 @@ def load_generator(
         model = load.load_model(
             recipe, cfg, devices, dtype=dtype, workdir=workdir or None, pack=pack
         )
-    except CheckpointError as error:
+    except (CheckpointError, ValueError) as error:  # the latter lists what does not fit
         raise UserError(error) from error
     data = configs.build(recipe.Data, values["data"], "config.data")
     made = recipe.generator(model, cfg, data, weights=weights, **options)
     if made is None:
         raise UserError(f"the recipe {values['recipe']!r} does not generate text and images")
     return made
+
+
+def is_published(spec: str) -> bool:
+    """Whether a spec names published weights, by their config.json, and no workdir."""
+    if spec.startswith(hf.PREFIX):
+        return True
+    file = pathlib.Path(spec) / "config.json"
+    return file.is_file() and families.kind_of(hf.read_config(file.parent)) is not None
+
+
+def published_values(spec: str, config: str | None, overrides: Mapping[str, str]) -> dict:
+    """The resolved config of published weights: of a config file, or as their config.json says.
+
+    Raises:
+        UserError: there is no config file, and the weights don't say what they are.
+    """
+    if config is not None:
+        return configs.load_config(config, overrides).to_dict()
+    name, model, data = families.whole_checkpoint(spec)
+    cls = configs.narrowed(_Published, model=type(model), data=type(data))
+    parts = {"model": dataclasses.asdict(model), "data": dataclasses.asdict(data)}
+    values = {"recipe": name, **parts}
+    values = options_of.change(cls, options_of.complete(cls, values), overrides)
+    print(f"{shown(spec)}: recipe {name}, as its config.json says", file=sys.stderr, flush=True)
+    return values
+
+
+@dataclasses.dataclass(frozen=True)
+class _Published:
+    """The options of published weights: `config.recipe`, and the recipe's `model` and `data`."""
+
+    recipe: str = ""
 
 
 def generation_mesh(shape: Mapping[str, int] | None, trained: Mapping[str, int]) -> Mesh:

@@ -32,6 +32,9 @@ class Ends(Letters):
     def encode(self, text, add_special_tokens=False):
         return [900] * add_special_tokens + super().encode(text)
 
+    def decode(self, ids):
+        return "".join("^" if i == 900 else chr(i) for i in ids)
+
 
 @pytest.fixture
 def letters():

@@ -21,6 +21,7 @@ from metamorph_jax.data.config import (
 from metamorph_jax.data.images import Preprocess
 from metamorph_jax.data.interleave import AfterSupervisedStart
 from metamorph_jax.data.pipeline import make_stream, open_sources
+from metamorph_jax.data.show import lines
 from metamorph_jax.data.sources import documents, kinds
 from metamorph_jax.data.sources.kinds import Documents, Files
 from metamorph_jax.data.views import Single
@@ -236,6 +237,11 @@ def test_training_rows_of_documents(root, tmp_path):
     assert item["drawing_starts"].tolist() == [10] and item["view_starts"].tolist() == [2, 11]
     np.testing.assert_array_equal(item["drawings"][0], Preprocess(6, "halve")(make_image(2)))
     np.testing.assert_array_equal(item["pixels"][0], Preprocess(8, "halve")(make_image(1)))
+    shown = [" ".join(line.split()) for line in lines(streams[0], 1)]
+    assert shown[1:] == [
+        "reads '^<image_start>'", "sees d.tar: 1.0.png (2 visual tokens)",
+        "learns 'A kite<image_start>'", "draws d.tar: 1.1.png (2 visual tokens)", "learns '$'",
+    ]  # fmt: skip
     kinds_of = set()
     for n in range(3, 7):
         one, other = (stream[n] for stream in streams)

@@ -105,6 +105,23 @@ def test_mixture_by_size_and_by_weight():
     assert [Mixture([4], None, 0, False).locate(i)[2] for i in range(6)] == [0, 1, 2, 3, 0, 1]
 
 
+def test_shares_by_the_root_of_the_size(tmp_path, letters):
+    sources = []
+    for name, count in (("few", 4), ("many", 36)):
+        rows = [{"id": f"{name}{k}", "conversations": conversation("a", "b")} for k in range(count)]
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+        sources.append(SourceConfig(str(tmp_path / f"{name}.jsonl")))
+    row = RowConfig("chatml", length=160)
+    by_root = DataConfig(tuple(sources), order=OrderConfig(shares="sqrt_size"), row=row)
+    mixture = stream_of(by_root, letters).mixture
+    got = collections.Counter(mixture.locate(i)[0] for i in range(4096))
+    assert got == {0: 1024, 1: 3072}  # 2 to 6
+    with pytest.raises(ValueError, match="leave the sources' weights out"):
+        DataConfig((SourceConfig("a", weight=1.0),), order=OrderConfig(shares="sqrt_size"))
+    with pytest.raises(ValueError, match="order.shares is 'log'"):
+        OrderConfig(shares="log")
+
+
 def test_one_epoch(dataset, letters):
     path, _ = dataset
     it = pipeline_of(config(path, order={"epochs": 1}), letters)

@@ -7,10 +7,9 @@ from typing import ClassVar
 
 from PIL import Image
 
-from metamorph_jax.data import images
+from metamorph_jax.data import images, reading
 from metamorph_jax.data.sources.base import ImageRef
 from metamorph_jax.errors import BadSample
-from metamorph_jax.eval.tasks import reading
 from metamorph_jax.eval.tasks.base import (
     File,
     Question,

@@ -108,7 +108,7 @@ def whole_files() -> dict[str, tuple[bytes, tuple[int, ...]]]:
             # As lines, an object or a list may be one bad record.
             codes = (1, 2) if extension == "jsonl" else (2,)
             made[f"{name}.{extension}"] = data, codes
-    for extension in ("txt", "csv", "parquet", "tar", "JSONL", "", "json.gz"):
+    for extension in ("csv", "parquet", "tar", "JSONL", "", "json.gz"):
         made[f"named.{extension}" if extension else "named"] = good, (2,)
     return made
 

@@ -156,7 +156,6 @@ def test_options_that_contradict_each_other(folder, loads):
         found = check(words(*more), folder)
         assert found.code == 2 and not loads, (more, found.err)
     check(["generate", "--prompt", "x"], folder, code=2)
-    check(["generate", "--prompt", "x", "--checkpoint", "c"], folder, code=2, naming="--config")
 
 
 # ---- results of an earlier start

@@ -5,11 +5,17 @@ import sys
 
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 import metamorph_jax
-from metamorph_jax import api
+from metamorph_jax import api, cli
+from metamorph_jax.convert import families, load
+from metamorph_jax.data.config import RowConfig
 from metamorph_jax.errors import UserError
+from metamorph_jax.models.build import is_open
+from metamorph_jax.recipes import metamorph
+from metamorph_jax.sampling import trained
 from metamorph_jax.sampling.generator import Options
 
 
@@ -26,8 +32,6 @@ def test_load_and_generate(workdir, image_files, capsys):
     assert capsys.readouterr().out.strip("\n") == reply.text.strip("\n")
     with pytest.raises(TypeError, match="surprise"):
         model.generate("x", surprise=1)
-    with pytest.raises(UserError, match="config="):
-        metamorph_jax.load("hf:owner/name")
 
 
 def test_a_chat_has_the_options_of_generate(generator):
@@ -47,3 +51,24 @@ def test_importing_the_package_starts_nothing():
     assert "load" in metamorph_jax.__all__
     with pytest.raises(AttributeError, match="no attribute 'unload'"):
         metamorph_jax.unload  # noqa: B018
+
+
+def test_published_weights_need_no_config(workdir, tmp_path, capsys):
+    """A run that was written as a folder, in either layout, says itself what it is."""
+    for form in ("hf", "reference"):
+        words = ("--from", f"workdir:{workdir}", "--to", form, "--out", str(tmp_path / form))
+        assert cli.main(["convert", *words]) == 0
+        name, cfg, data = families.whole_checkpoint(str(tmp_path / form))
+        written = load.open_run(workdir)[1]
+        assert name == "metamorph" and data.row == RowConfig(length=2048)
+        assert cfg.vision.feature_shape == written.vision.feature_shape
+        assert (cfg.connector, cfg.head) == (written.connector, written.head)
+        tower, wanted = cfg.vision.vit, written.vision.vit
+        assert (tower.depth, tower.mean, tower.std) == (wanted.depth, wanted.mean, wanted.std)
+        model = nnx.eval_shape(lambda cfg=cfg: metamorph.create(cfg, nnx.Rngs(0)))
+        metamorph.load_pretrained(model, cfg)
+        assert not any(is_open(leaf) for leaf in load.named_leaves(model).values())
+    assert trained.is_published(str(tmp_path / "hf")) and not trained.is_published(str(workdir))
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(UserError, match="'gpt2'.* is no whole model of .*: give --config"):
+        metamorph_jax.load(tmp_path)

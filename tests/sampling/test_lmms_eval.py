@@ -144,8 +144,8 @@ def test_what_it_can_t_do_is_said(adapter, generator, tmp_path):
         adapter.MetamorphJax(worrkdir="x")
     with pytest.raises(ConfigError, match="either workdir=… or checkpoint="):
         adapter.MetamorphJax()
-    with pytest.raises(ConfigError, match="needs config="):
-        adapter.MetamorphJax(checkpoint="x")
+    with pytest.raises(ConfigError, match="config.json"):
+        adapter.MetamorphJax(checkpoint=str(tmp_path))
     untaught = copy.copy(generator)
     untaught.prompts = dataclasses.replace(generator.prompts, think=None)
     model = make(adapter, untaught, [], tmp_path)

@@ -1,10 +1,11 @@
 """Prompts from a file, and where their images stand."""
 
 import json
+import os
 
 import pytest
 
-from metamorph_jax.errors import BadSample
+from metamorph_jax.errors import BadSample, FileError
 from metamorph_jax.sampling.requests import Request, as_sample, place, read_requests
 
 
@@ -52,3 +53,55 @@ def test_read_requests(tmp_path, capsys):
         strict=True,
     ):  # fmt: skip
         assert f"{file}, line {text}" in line
+
+
+def test_mode_and_rounds(tmp_path):
+    file = tmp_path / "p.jsonl"
+    lines = [{"prompt": "a", "mode": "both", "rounds": 3}, {"prompt": "b", "mode": "film"},
+             {"prompt": "c", "rounds": True}, {"prompt": "d", "mode": ["text"]}]  # fmt: skip
+    file.write_text("\n".join(map(json.dumps, lines)))
+    assert read_requests(str(file)) == ([Request("1", "a", mode="both", rounds=3)], 3)
+
+
+def test_annotations(tmp_path, capsys):
+    """MM-Interleaved's annt.json: images at their sentences, before or after them."""
+    good = {
+        "sentences": ["A kite.", " It flies. ", "Down."], "images": ["k.png", "f.png", "g.png"],
+        "sentence_ixs": [1, 0, 1], "image_first": [False, True, True],
+        "generate_mode": "generate_both", "num_iter": 4,
+    }  # fmt: skip
+    plain = {"sentences": ["A", "B"], "images": ["k.png"], "sentence_ixs": [0], "id": "x"}
+    wrong = {
+        "expected an object": [],
+        "unknown key picture": {"picture": "a"},
+        "sentences must be a list of texts": {"sentences": "A"},
+        "images must be a list of texts": {"images": [1]},
+        "sentences must not have <image>": {"sentences": ["<image>", "B"]},
+        "sentence_ixs must be a list of 1 numbers, one for each": {"sentence_ixs": [0, 1]},
+        "sentence_ixs must be a list of 1 numbers": {"sentence_ixs": [True]},
+        "sentence_ixs must be 0 to 1, of the sentences": {"sentence_ixs": [2]},
+        "image_first must be true or false, or a list": {"image_first": "yes"},
+        "generate_mode is 'film', expected generate_texts,": {"generate_mode": "film"},
+        "generate_mode is \\[\\], expected": {"generate_mode": []},
+        "num_iter must be a whole number of 0 to 1000": {"num_iter": -1},
+        "id 'x' appears twice": {},
+        "the prompt is empty": {"id": "y", "sentences": [], "images": [], "sentence_ixs": []},
+    }
+    records = [good, plain, *(plain | w if isinstance(w, dict) else w for w in wrong.values())]
+    file = tmp_path / "annt.json"
+    file.write_text(json.dumps(records))
+    found, bad = read_requests(str(file))
+    prompt = "<image>A kite.<image>It flies.<image>Down."
+    paths = tuple(str(tmp_path / name) for name in ("f.png", "g.png", "k.png"))
+    assert found == [
+        Request("0", prompt, paths, mode="both", rounds=4),
+        Request("x", "A<image>B", (str(tmp_path / "k.png"),)),
+    ]
+    assert as_sample(found[0]).turns == (("user", prompt),)
+    said = capsys.readouterr().err.splitlines()
+    assert bad == len(said) == len(wrong)
+    for k, (line, why) in enumerate(zip(said, wrong, strict=True), 2):
+        assert f"{file}, record {k}: {why.replace(chr(92), '')}" in line
+    file.write_text("{}")
+    with pytest.raises(FileError, match=f"{os.path.basename(file)} holds an object, not a list"):
+        read_requests(str(file))

@@ -33,6 +33,8 @@ class ImageRef:
         frame: index of a video frame, or None.
         box: (x1, y1, x2, y2) pixels to crop, or None.
         marks: ((name, (x, y, w, h)), ...) boxes to draw into the image, with their names.
+        mirror: then, whether left and right change places.
+        square: then, whether the image is stretched to a square of its longer side.
     """
 
     path: str
@@ -41,6 +43,8 @@ class ImageRef:
     marks: tuple[tuple[str, tuple[float, float, float, float]], ...] = ()
     inside: Inside | None = None
     data: bytes | None = None
+    mirror: bool = False
+    square: bool = False
 
     @property
     def name(self) -> str:
@@ -51,7 +55,7 @@ class ImageRef:
 
     def file(self) -> "ImageRef":
         """All of the image, or video, that it is cut out of."""
-        return dataclasses.replace(self, frame=None, box=None, marks=())
+        return dataclasses.replace(self, frame=None, box=None, marks=(), mirror=False, square=False)
 
     def key(self) -> str:
         """A name that differs between any two different images; caches use it."""
@@ -66,6 +70,7 @@ class ImageRef:
             key += "#box=" + ",".join(f"{v:g}" for v in self.box)
         for name, box in self.marks:
             key += f"#mark={name}:" + ",".join(f"{v:g}" for v in box)
+        key += "#mirror" * self.mirror + "#square" * self.square
         return key
 
 

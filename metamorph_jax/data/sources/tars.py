@@ -146,18 +146,19 @@ def _longer(kind: bytes, data: bytes, name, size, path, found: int) -> tuple:
     """(name, size) of the member that follows, as GNU's and POSIX's long headers give them."""
     if kind == b"L":
         return data.split(b"\0")[0].decode("utf-8", "replace"), size
+    at = 0
     try:
-        while data:
-            digits = data[:20].split(b" ")[0]
-            n = int(digits)
-            key, equals, value = data[len(digits) + 1 : n - 1].partition(b"=")
-            if not equals or n > len(data):
+        while at < len(data):
+            digits = data[at : at + 20].split(b" ")[0]
+            end = at + int(digits)
+            key, equals, value = data[at + len(digits) + 1 : end - 1].partition(b"=")
+            if not equals or not at < end <= len(data):
                 raise ValueError("an attribute that is none")
             if key == b"path":
                 name = value.decode("utf-8", "replace")
             if key == b"size":
                 size = int(value[:20])
-            data = data[n:]
+            at = end
     except ValueError as error:
         _damaged(f"a broken header of attributes ({shown(error, 60)})", path, found)
     return name, size

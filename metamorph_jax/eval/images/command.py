@@ -5,6 +5,7 @@ metamorph score drawn --captions captions.json --clip hf:openai/clip-vit-large-p
 metamorph score drawn --real photos --tower hf:google/siglip-base-patch16-224
 metamorph score drawn --geneval evaluation_metadata.jsonl --judge runs/vpit
 metamorph score drawn --dpg dpg_bench.csv --judge endpoint:gpt-4o
+metamorph score labels --segmentation annotations/validation
 """
 
 import pathlib
@@ -13,7 +14,7 @@ from collections.abc import Mapping
 
 from metamorph_jax import files
 from metamorph_jax.errors import UserError
-from metamorph_jax.eval.images import dpg, geneval, judged_folders, judging, measures
+from metamorph_jax.eval.images import dpg, geneval, judged_folders, judging, measures, segments
 from metamorph_jax.eval.images.features import ImageSet
 from metamorph_jax.eval.tasks.base import write_json
 from metamorph_jax.files import shown
@@ -35,6 +36,8 @@ def add_arguments(parser) -> None:
     add("--fid-size", default="256", metavar="N|none",
         help="side that images are brought to before Inception, in papers 64 or 256; none: as they "
         "are (default: 256)")  # fmt: skip
+    add("--fid-64", action="store_true",
+        help="FID at 64 px, too, as MM-Interleaved measures it")  # fmt: skip
     add("--clip", default="", metavar="SPEC", help="CLIP weights: hf:OWNER/NAME or a folder")
     add("--prefix", default="", help="before each caption: 'A photo depicts'")
     add("--tower", default="", metavar="SPEC",
@@ -44,6 +47,11 @@ def add_arguments(parser) -> None:
     add("--dpg", default="", metavar="FILE",
         help="dpg_bench.csv of DPG-Bench, whose layout DRAWN has")  # fmt: skip
     add("--dpg-mode", default="strict", choices=dpg.MODES, help="official: with its faults")
+    add("--segmentation", default="", metavar="FOLDER",
+        help="label maps of the true images (0 unlabelled, 1 the first class): DRAWN holds those "
+        "that a segmenter found in drawn images, for mIoU")  # fmt: skip
+    add("--first-label", type=int, default=0, choices=(0, 1), metavar="0|1",
+        help="of the first class in DRAWN's label maps (default: 0)")  # fmt: skip
     add("--samples", type=int, default=4, choices=range(1, 5), metavar="1…4",
         help="images in each file of DPG-Bench, a grid if several (default: 4)")  # fmt: skip
     add("--judge", default="", metavar="SPEC",
@@ -55,9 +63,12 @@ def add_arguments(parser) -> None:
 def run(args) -> int:
     if args.geneval or args.dpg:
         return _run_judged(args)
+    if args.segmentation:
+        return _run_segmented(args)
     asked = measures.Measures(
-        args.inception, args.tower, args.clip, _size(args.fid_size), args.prefix, args.statistics
-    )
+        args.inception, args.tower, args.clip, _size(args.fid_size), args.fid_64, args.prefix,
+        args.statistics,
+    )  # fmt: skip
     _check(args)
     found = measures.score(gather(args.drawn, args.real, args.captions, args.paired), asked)
     print(table(found.values, found.intervals))
@@ -72,14 +83,26 @@ def _check(args) -> None:
     if not (args.inception or args.tower or args.clip):
         raise UserError(
             "nothing to score with: give --inception FILE (FID, inception score), --clip SPEC "
-            "(with --captions or --real and --paired), --tower SPEC (feature distance), or "
-            "--geneval or --dpg FILE (a judge)"
+            "(with --captions or --real and --paired), --tower SPEC (feature distance), "
+            "--geneval or --dpg FILE (a judge), or --segmentation FOLDER (mIoU)"
         )
     if args.tower and not args.real:
         raise UserError("--tower gives the distance to real images: give --real FOLDER")
     if args.clip and not (args.captions or (args.real and args.paired)):
         raise UserError("--clip compares with captions or real images: give --captions FILE, or "
                         "--real FOLDER and --paired")  # fmt: skip
+
+
+def _run_segmented(args) -> int:
+    miou, count, lost = segments.score_folders(args.drawn, args.segmentation, args.first_label)
+    scores = {"mIoU": 100 * miou}
+    print(table(scores, {}))
+    if lost:
+        print(f"note: {len(lost)} images have no label map, such as {shown(lost[0])}; they are "
+              "left out", file=sys.stderr)  # fmt: skip
+    settings = {"truth": args.segmentation, "first_label": args.first_label, "images": count}
+    _write(args.json, {"scores": scores, "settings": settings, "left_out": len(lost)})
+    return 0
 
 
 def _run_judged(args) -> int:

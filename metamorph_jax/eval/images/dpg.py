@@ -25,9 +25,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from PIL import Image
 
-from metamorph_jax.data import images
+from metamorph_jax.data import images, reading
 from metamorph_jax.errors import ConfigError, DataError, FileError
-from metamorph_jax.eval.tasks import reading
 from metamorph_jax.files import shown
 
 MODES = ("strict", "official")

@@ -20,9 +20,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from metamorph_jax.data import reading
 from metamorph_jax.errors import DataError, FileError
 from metamorph_jax.eval.images.judging import ImageJudge
-from metamorph_jax.eval.tasks import reading
 from metamorph_jax.files import shown
 
 RELATIONS = ("left of", "right of", "above", "below")

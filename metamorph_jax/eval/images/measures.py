@@ -34,6 +34,7 @@ class Measures:
         clip: weights of CLIP with both towers; "": none.
         fid_size: short side to which both sets are brought before Inception sees them, centre cut
             out; None: as they are. See `features.ImageSet`.
+        fid_64: FID at 64 px, too, under a name of its own: MM-Interleaved's numbers are such.
         prefix: words before each caption, for CLIP.
         statistics: .npz of the real images' Inception features, in place of the images themselves
             (`statistics.read_gaussian`), at the same `fid_size`. If it isn't there yet, it is
@@ -44,6 +45,7 @@ class Measures:
     tower: str = ""
     clip: str = ""
     fid_size: int | None = 256
+    fid_64: bool = False
     prefix: str = ""
     statistics: str = ""
 
@@ -56,6 +58,11 @@ class Measures:
     def fid(self) -> str:
         """The name of FID at this size."""
         return "FID (images as they are)" if self.fid_size is None else f"FID ({self.fid_size} px)"
+
+    @property
+    def reference_fid(self) -> str:
+        """The name of FID as MM-Interleaved measures it."""
+        return "FID (64 px, as MM-Interleaved)"
 
     @property
     def distance(self) -> str:
@@ -126,6 +133,9 @@ def _inception(drawn: Drawn, measures: Measures, found: Scores) -> None:
     real = _real(network, drawn, measures, found)
     if real is not None:
         _distance(measures.fid, statistics.Gaussian.of(mine.values), real, found)
+    if measures.fid_64 and drawn.real:
+        pair = [network.gaussian(ImageSet(paths, 64))[0] for paths in (drawn.paths, drawn.real)]
+        _distance(measures.reference_fid, *pair, found)
     try:
         mean, deviation = statistics.inception_score(network.logits(mine.values))
         found.values.update({INCEPTION: mean, DEVIATION: deviation})

@@ -21,6 +21,7 @@ from metamorph_jax.files import shown
 _HERE = "metamorph_jax.eval.tasks"
 # Name -> module:Class; names in lower case. The folder under the bench root has the same name.
 TASKS = {
+    "ade20k": f"{_HERE}.segmentation_drawing:Ade20k",
     "chartqa": f"{_HERE}.chartqa:ChartQA",
     "coco30k": f"{_HERE}.coco_drawing:Coco30k",
     "coco30k_rows": f"{_HERE}.coco_drawing:Coco30kRows",
@@ -28,9 +29,11 @@ TASKS = {
     "dpg": f"{_HERE}.judged_drawing:Dpg",
     "easy_vqa": f"{_HERE}.easy_vqa:EasyVQA",
     "flickr30k": f"{_HERE}.captions:Flickr30k",
+    "flintstones": f"{_HERE}.stories:Flintstones",
     "geneval": f"{_HERE}.judged_drawing:GenEval",
     "gqa": f"{_HERE}.gqa:GQA",
     "image2paragraph": f"{_HERE}.captions:Image2Paragraph",
+    "interleaved": f"{_HERE}.interleaved:Interleaved",
     "llava_bench_coco": f"{_HERE}.llava_bench:LLaVABenchCOCO",
     "llava_bench_wild": f"{_HERE}.llava_bench:LLaVABenchWild",
     "lncoco": f"{_HERE}.coco_drawing:LnCoco",
@@ -44,6 +47,7 @@ TASKS = {
     "nocaps": f"{_HERE}.captions:NoCaps",
     "okvqa": f"{_HERE}.vqa:OKVQA",
     "pope": f"{_HERE}.pope:Pope",
+    "pororo": f"{_HERE}.stories:Pororo",
     "realworldqa": f"{_HERE}.realworldqa:RealWorldQA",
     "refcoco": f"{_HERE}.refcoco:RefCOCO",
     "refcoco+": f"{_HERE}.refcoco:RefCOCOPlus",
@@ -52,6 +56,7 @@ TASKS = {
     "seed": f"{_HERE}.seed:Seed",
     "textvqa": f"{_HERE}.vqa:TextVQA",
     "visdial": f"{_HERE}.visdial:VisDial",
+    "vist": f"{_HERE}.stories:Vist",
     "vizwiz": f"{_HERE}.vqa:VizWiz",
     "vqav2": f"{_HERE}.vqa:VQAv2",
     "vstar": f"{_HERE}.vstar:VStar",

@@ -60,9 +60,21 @@ class File:
     source: str
 
 
-# An image of a question: the path of a file, the bytes of one, or a function that gives the bytes
-# (called when the question's turn comes, so that a data set need not be in memory).
-Picture = str | pathlib.Path | bytes | Callable[[], bytes]
+@dataclasses.dataclass(frozen=True)
+class AnswerImage:
+    """An image that a question gets from the answer to an earlier one, of which it is the first.
+
+    Attributes:
+        id: of the earlier question.
+    """
+
+    id: str
+
+
+# An image of a question: the path of a file, the bytes of one, a function that gives the bytes
+# (called when the question's turn comes, so that a data set need not be in memory), or one that was
+# drawn in answer to an earlier question.
+Picture = str | pathlib.Path | bytes | Callable[[], bytes] | AnswerImage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +114,7 @@ class Answer:
         choice: index of the chosen text; None for other forms.
         likelihoods: log-likelihood of each choice.
         images: files of the drawn images.
+        document: of the form "draw", text with `<image>` where each of these stands.
         cut: whether the number of new tokens ended it, not the model.
     """
 
@@ -109,6 +122,7 @@ class Answer:
     choice: int | None = None
     likelihoods: tuple[float, ...] = ()
     images: tuple[str, ...] = ()
+    document: str = ""
     cut: bool = False
 
 
@@ -148,6 +162,8 @@ class Task:
         main: name of the score that counts.
         judged: `judge` needs one.
         resamples: most resamples of a bootstrap; 0 where `scores` takes minutes.
+        scored_by: options that scores depend on, but not what is asked: with other values of them
+            the answers that are there are scored again.
         protocols: name -> what the option `protocol`, which such a task has, fixes.
     """
 
@@ -162,6 +178,7 @@ class Task:
     main: ClassVar[str] = "accuracy"
     judged: ClassVar[bool] = False
     resamples: ClassVar[int] = 1000
+    scored_by: ClassVar[tuple[str, ...]] = ()
     protocols: ClassVar[Mapping[str, Protocol]] = {}
 
     # ---- to be written for each task

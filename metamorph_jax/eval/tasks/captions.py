@@ -27,10 +27,9 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
-from metamorph_jax import files
-from metamorph_jax.errors import FileError
+from metamorph_jax.data.sets import captions as sets
+from metamorph_jax.data.sets.captions import Captioned
 from metamorph_jax.eval.scorers import captions
-from metamorph_jax.eval.tasks import reading
 from metamorph_jax.eval.tasks.base import (
     Answer,
     File,
@@ -101,22 +100,9 @@ class CocoCaption(Task):
         """Whether the captions of this split are public."""
         return True
 
-    def rows(self) -> Iterable[tuple[int | str, str, list[str], dict[str, str]]]:
-        """(id of the image in official files, its path, captions, groups) of each image."""
-        yield from self.karpathy("dataset_coco.json", "cocoid", "")
-
-    def karpathy(self, name: str, key: str, folder: str):
-        """Rows of one of Karpathy's files, whose images of a split come in its order."""
-        path = self.find(name)
-        images = reading.required(reading.json_file(path, dict), path, "images")["images"]
-        for number, row in enumerate(images):
-            where = f"{path}, images[{number}]"
-            reading.required(row, where, "filename", "split", "sentences", key)
-            if row["split"] == self.split:
-                place = pathlib.Path(row.get("filepath", folder), row["filename"])
-                given = [reading.required(sentence, where, texts=("raw",))["raw"]
-                         for sentence in row["sentences"]]  # fmt: skip
-                yield row[key], self.picture(str(place)), given, {}
+    def rows(self) -> Iterable[Captioned]:
+        """The images of the split."""
+        return sets.karpathy(self.find("dataset_coco.json"), (self.split,), "cocoid")
 
     def picture(self, place: str) -> str:
         """The path of an image by its place among the images."""
@@ -126,10 +112,11 @@ class CocoCaption(Task):
         rows = list(self.rows())
         if self.public:
             captions.check_tools(self.tokenizer)  # now, not after the last answer
-        for key, picture, given, groups in rows:
+        for row in rows:
+            groups = {"domain": row.domain} if row.domain else {}
             yield Question(
-                str(key), PROMPTS[self.style], (picture,), gold=given or None, groups=groups,
-                more={"image_id": key},
+                str(row.id), PROMPTS[self.style], (self.picture(row.image),),
+                gold=row.captions or None, groups=groups, more={"image_id": row.id},
             )  # fmt: skip
 
     def record(self, question: Question, answer: Answer) -> Record:
@@ -177,7 +164,8 @@ class Flickr30k(CocoCaption):
     )
 
     def rows(self):
-        yield from self.karpathy("dataset_flickr30k.json", "imgid", "flickr30k-images")
+        path = self.find("dataset_flickr30k.json")
+        return sets.karpathy(path, (self.split,), "imgid", "flickr30k-images")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,17 +192,7 @@ class NoCaps(CocoCaption):
 
     def rows(self):
         name = "nocaps_val_4500_captions.json" if self.public else "nocaps_test_image_info.json"
-        path = self.find(name)
-        value = reading.required(reading.json_file(path, dict), path, "images")
-        given: dict[int, list[str]] = {}
-        for row in value.get("annotations", ()):
-            reading.required(row, f"{path}, an annotation", "image_id", texts=("caption",))
-            given.setdefault(row["image_id"], []).append(row["caption"])
-        for number, row in enumerate(value["images"]):
-            reading.required(row, f"{path}, images[{number}]", "id", "file_name")
-            groups = {"domain": row["domain"]} if "domain" in row else {}
-            picture = self.picture(f"{self.split}/{row['file_name']}")
-            yield row["id"], picture, given.get(row["id"], []), groups
+        return sets.nocaps(self.find(name), self.split)
 
     def regrouped(self, records, candidates, references, rows):
         """Adds CIDEr with the document frequencies of the image's domain alone."""
@@ -261,17 +239,8 @@ class Image2Paragraph(CocoCaption):
     )
 
     def rows(self):
-        path = self.find("paragraphs_v1.json")
-        known = {}
-        for number, row in enumerate(reading.json_file(path, list)):
-            reading.required(row, f"{path}[{number}]", "image_id", texts=("url", "paragraph"))
-            known[row["image_id"]] = row  # of an image that occurs twice, the last
-        for key in dict.fromkeys(reading.json_file(self.find(f"{self.split}_split.json"), list)):
-            row = known.get(key)
-            if row is None:
-                raise FileError(f"{files.shown(path)} has no paragraph of image {key}")
-            place = "/".join(row["url"].split("/")[-2:])
-            yield key, self.picture(place), [row["paragraph"]], {}
+        split = self.find(f"{self.split}_split.json")
+        return sets.paragraphs(self.find("paragraphs_v1.json"), split)
 
 
 def _finished(record: Record, row: dict | None) -> Record:

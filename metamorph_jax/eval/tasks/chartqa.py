@@ -12,8 +12,8 @@ Prompts: see `PROMPTS`.
 import dataclasses
 from typing import ClassVar
 
+from metamorph_jax.data import reading
 from metamorph_jax.eval.scorers.charts import relaxed_match
-from metamorph_jax.eval.tasks import reading
 from metamorph_jax.eval.tasks.base import (
     Answer,
     File,

@@ -17,21 +17,19 @@ Guidance, steps and sampler move FID by several points; the result's settings na
 """
 
 import dataclasses
-import pathlib
-import sys
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
 
+from metamorph_jax.data import reading
 from metamorph_jax.errors import ConfigError, FileError
 from metamorph_jax.eval.images import features, measures
 from metamorph_jax.eval.images.features import ImageSet
-from metamorph_jax.eval.tasks import reading
-from metamorph_jax.eval.tasks.base import Answer, File, Question, Record, Task, by_unit, write_json
-from metamorph_jax.files import shown
+from metamorph_jax.eval.tasks.base import File, Protocol, Question, Record, by_unit
+from metamorph_jax.eval.tasks.measured_drawing import MeasuredDrawing
 
+PROTOCOLS = {"mm-interleaved": Protocol({"prompt": "{caption}"}, {"guidance": (3.5,)})}
 _SOURCE = "cocodataset.org/#download"
 _LOCALIZED = "google.github.io/localized-narratives"
 
@@ -50,7 +48,7 @@ class Caption:
 
 
 @dataclasses.dataclass(frozen=True)
-class CaptionDrawing(Task):
+class CaptionDrawing(MeasuredDrawing):
     """Captions are drawn, and the images compared with real ones.
 
     Attributes:
@@ -58,25 +56,18 @@ class CaptionDrawing(Task):
         prompt: what the model is asked; `{caption}` stands for the caption.
         candidates: images of each caption, of which the one that CLIP finds most like the caption
             counts.
-        inception, tower, clip, fid_size, prefix, statistics: see `measures.Measures`.
+        protocol: "mm-interleaved" (rows and narratives) asks with the caption alone, at its
+            guidance of 3.5; it takes 250 steps, which is an option of the image decoder.
     """
 
     count: int = 30_000
     seed: int = 0
     prompt: str = "Generate an image of the following: {caption}"
     candidates: int = 1
-    inception: str = ""
-    tower: str = ""
-    clip: str = ""
-    fid_size: int | None = 256
-    prefix: str = ""
-    statistics: str = ""
-
-    form: ClassVar[str] = "draw"
-    max_new_tokens: ClassVar[int] = 256
-    resamples: ClassVar[int] = 0
+    protocol: str = ""
 
     def __post_init__(self):
+        super().__post_init__()
         if "{caption}" not in self.prompt:
             raise ConfigError(f"task {self.name}: prompt must have {{caption}}: {self.prompt!r}")
         if not (1 <= self.candidates <= 1000 and 1 <= self.count <= 10**6):
@@ -85,29 +76,12 @@ class CaptionDrawing(Task):
         if self.candidates > 1 and not self.clip:
             raise ConfigError(f"task {self.name}: CLIP chooses among candidates: give clip=SPEC, "
                               "or candidates=1")  # fmt: skip
-        self.asked  # noqa: B018  checks fid_size
-
-    @property
-    def asked(self) -> measures.Measures:
-        names = [field.name for field in dataclasses.fields(measures.Measures)]
-        return measures.Measures(**{name: getattr(self, name) for name in names})
-
-    @property
-    def main(self) -> str:
-        return self.asked.fid
 
     # ---- to be written for each protocol
 
     def captions(self) -> list[Caption]:
         """At most `count` captions."""
         raise NotImplementedError
-
-    def real(self, used: Sequence[str]) -> tuple[str, ...]:
-        """The real images that distances are to.
-
-        used: the image of each caption that was drawn from, in order.
-        """
-        return tuple(used)
 
     # ---- the contract of tasks
 
@@ -118,9 +92,6 @@ class CaptionDrawing(Task):
                 id = f"{caption.id}-{k}" if self.candidates > 1 else caption.id
                 more = {"caption": caption.text, "real": caption.image}
                 yield Question(id, text, gold=caption.text, unit=caption.id, more=more)
-
-    def record(self, question: Question, answer: Answer) -> Record:
-        return {"score": None, "parsed": bool(answer.images)}
 
     def finish(self, records: Sequence[Record]) -> list[Record]:
         """With "score" the cosine of caption and image, where there is a CLIP."""
@@ -141,44 +112,6 @@ class CaptionDrawing(Task):
         for group in by_unit([record for record in records if record.get("drawn")]).values():
             best.append(max(group, key=lambda r: -np.inf if r["score"] is None else r["score"]))
         return best
-
-    def scores(self, records: Sequence[Record]) -> dict[str, float]:
-        found = self._found(records)
-        if found is None:
-            return {}
-        names = {measures.TEXT: f"100 x {measures.TEXT}", measures.IMAGE: f"100 x {measures.IMAGE}",
-                 measures.CLIPSCORE: f"100 x {measures.CLIPSCORE}"}  # fmt: skip
-        values = {names.get(k, k): v * (100 if k in names else 1) for k, v in found.values.items()}
-        return dict(sorted(values.items(), key=lambda item: item[0] != self.main))
-
-    def write(self, records: Sequence[Record], folder) -> list:
-        """captions.json ({name of an image: caption}, what `metamorph score` and CLIPScore's own
-        script read) and scores.json."""
-        kept = self.chosen(records)
-        pairs = {pathlib.Path(r["drawn"][0]).stem: r["more"]["caption"] for r in kept}
-        written = [write_json(folder / "captions.json", pairs)]
-        if found := self._found(records):
-            written.append(write_json(folder / "scores.json", measures.as_json(found)))
-        return written
-
-    def _found(self, records: Sequence[Record]) -> measures.Scores | None:
-        """The scores of these records; they take minutes, so they are kept."""
-        kept = self.chosen(records)
-        paths = tuple(record["drawn"][0] for record in kept)
-        if not paths:
-            return None
-        if paths not in self._known:
-            used = [record["more"]["real"] for record in kept]
-            captions = tuple(record["more"]["caption"] for record in kept)
-            drawn = measures.Drawn(paths, captions, tuple(used), self.real(used))
-            found = self._known[paths] = measures.score(drawn, self.asked)
-            for note in found.notes:
-                print(f"{self.name}: {shown(note, 500)}", file=sys.stderr)
-        return self._known[paths]
-
-    @cached_property
-    def _known(self) -> dict:
-        return {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +155,7 @@ class Coco30kRows(Coco30k):
     candidates: int = 8
     fid_size: int | None = 64
 
+    protocols: ClassVar = PROTOCOLS
     title: ClassVar[str] = "COCO-30K, the first rows"
 
     def captions(self) -> list[Caption]:
@@ -242,6 +176,7 @@ class LnCoco(CaptionDrawing):
     fid_size: int | None = 64
     oversample: bool = True
 
+    protocols: ClassVar = PROTOCOLS
     title: ClassVar[str] = "LN-COCO (Localized Narratives)"
     files: ClassVar[tuple[File, ...]] = (
         File("coco_val_captions.jsonl", "narratives", _LOCALIZED),

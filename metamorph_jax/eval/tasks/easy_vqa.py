@@ -7,8 +7,8 @@ import dataclasses
 import pathlib
 from typing import ClassVar
 
+from metamorph_jax.data import reading
 from metamorph_jax.eval.scorers.short_answers import is_right
-from metamorph_jax.eval.tasks import reading
 from metamorph_jax.eval.tasks.base import File, Question, Task, by_group, mean, write_json
 from metamorph_jax.quickstart.data import question_type
 

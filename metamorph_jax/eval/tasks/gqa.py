@@ -14,8 +14,8 @@ import dataclasses
 import re
 from typing import ClassVar
 
+from metamorph_jax.data import reading
 from metamorph_jax.eval.scorers import gqa
-from metamorph_jax.eval.tasks import reading
 from metamorph_jax.eval.tasks.base import (
     SHORT,
     Answer,

@@ -23,9 +23,9 @@ Published numbers are of gpt-4-0314 at temperature 0.2; say which judge yours ar
 import dataclasses
 from typing import ClassVar
 
+from metamorph_jax.data import reading
 from metamorph_jax.errors import FileError
 from metamorph_jax.eval.scorers import judged
-from metamorph_jax.eval.tasks import reading
 from metamorph_jax.eval.tasks.base import (
     Answer,
     File,

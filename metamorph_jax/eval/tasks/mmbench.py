@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 from metamorph_jax import files
+from metamorph_jax.data import reading
 from metamorph_jax.errors import FileError, MissingFile
-from metamorph_jax.eval.tasks import reading
 from metamorph_jax.eval.tasks.base import LETTER, LETTERS, File, by_group, by_unit, mean, one_of
 from metamorph_jax.eval.tasks.choice import MultipleChoice, known
 

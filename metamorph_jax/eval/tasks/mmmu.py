@@ -12,8 +12,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
+from metamorph_jax.data import reading
 from metamorph_jax.errors import FileError, MissingFile
-from metamorph_jax.eval.tasks import reading
 from metamorph_jax.eval.tasks.base import (
     LETTER,
     LETTERS,

@@ -19,8 +19,8 @@ import dataclasses
 from typing import ClassVar
 
 from metamorph_jax import files
+from metamorph_jax.data import reading
 from metamorph_jax.eval.scorers import judged
-from metamorph_jax.eval.tasks import reading
 from metamorph_jax.eval.tasks.base import Answer, File, Question, Record, Task, write_json
 
 THINK = (

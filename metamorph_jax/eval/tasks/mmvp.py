@@ -9,8 +9,8 @@ import re
 from typing import ClassVar
 
 from metamorph_jax import files
+from metamorph_jax.data import reading
 from metamorph_jax.errors import FileError
-from metamorph_jax.eval.tasks import reading
 from metamorph_jax.eval.tasks.base import File, by_unit, lettered, mean, one_of, write_json_lines
 from metamorph_jax.eval.tasks.choice import MultipleChoice
 

@@ -21,10 +21,10 @@ from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 from metamorph_jax import files
+from metamorph_jax.data import reading
 from metamorph_jax.data.images import MAX_PIXELS
 from metamorph_jax.data.sources import video
 from metamorph_jax.errors import BadSample, ConfigError, FileError
-from metamorph_jax.eval.tasks import reading
 from metamorph_jax.eval.tasks.base import (
     LETTERS,
     Answer,

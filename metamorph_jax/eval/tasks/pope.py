@@ -9,8 +9,8 @@ import re
 from collections.abc import Sequence
 from typing import ClassVar
 
+from metamorph_jax.data import reading
 from metamorph_jax.eval.scorers.yes_no import pope_answer, pope_scores
-from metamorph_jax.eval.tasks import reading
 from metamorph_jax.eval.tasks.base import (
     SHORT,
     File,

@@ -5,8 +5,8 @@ import pathlib
 import re
 from typing import ClassVar
 
+from metamorph_jax.data import reading
 from metamorph_jax.eval.scorers.choices import mmbench_letter
-from metamorph_jax.eval.tasks import reading
 from metamorph_jax.eval.tasks.base import File, Question, Task, by_group, mean, one_of, write_json
 
 _SOURCE = "huggingface.co/datasets/xai-org/RealworldQA"

@@ -9,23 +9,19 @@
 Splits: val, testA (people), testB (other) of RefCOCO and RefCOCO+; val, test of RefCOCOg (umd).
 The images are of COCO's *train* set: training data made of it has to leave them out.
 
-The `.p` files are pickles. They are read by an unpickler that makes dicts, lists, texts and numbers
-and refuses everything else, so that none can run code.
+The `.p` files are pickles, which are read without running what is in them
+(`data/sets/pickles.py`).
 
 The prompts are in `PROMPTS`; how the numbers of the reply are read is the option `boxes`, see
 `scorers/boxes.py`.
 """
 
 import dataclasses
-import io
 import pathlib
-import pickle
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from metamorph_jax import files
-from metamorph_jax.errors import FileError
+from metamorph_jax.data.sets import refcoco
 from metamorph_jax.eval.scorers import boxes
-from metamorph_jax.eval.tasks import reading
 from metamorph_jax.eval.tasks.base import (
     Answer,
     File,
@@ -44,7 +40,6 @@ PROMPTS = {
     "tag": f"<image>{_ASKED} <box>",  # MM-Interleaved: the reply goes on with (x1,y1)(x2,y2)</box>
 }
 _SOURCE = "github.com/lichengunc/refer"
-_MAX_BYTES = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,36 +81,16 @@ class RefCOCO(Task):
         one_of(self, boxes=boxes.FORMS, style=PROMPTS)
 
     def questions(self):
-        path = self.find(f"refs({self.by}).p")
-        keys = ("split", "ann_id", "image_id", "ref_id", "sentences")
-        refs = [reading.required(ref, f"{files.shown(path)}, expression {number}", *keys)
-                for number, ref in enumerate(plain_pickle(path))]  # fmt: skip
-        refs = [ref for ref in refs if ref["split"] == self.split]
-        if not refs:
-            raise FileError(f"{files.shown(path)} has no expressions of split {self.split}")
-        places = self.find("instances.json")
-        instances = reading.json_file(places, dict)
-        reading.required(instances, files.shown(places), "images", "annotations")
-        sizes = {row["id"]: [float(row["width"]), float(row["height"])]
-                 for row in instances["images"]}  # fmt: skip
-        found = {row["id"]: row["bbox"] for row in instances["annotations"]}
+        refs, instances = self.find(f"refs({self.by}).p"), self.find("instances.json")
         folder = pathlib.Path(self.images or self.path("train2014"))
-        for ref in refs:
-            if ref["ann_id"] not in found or ref["image_id"] not in sizes:
-                raise FileError(f"{files.shown(places)} has no annotation {ref['ann_id']} of image "
-                                f"{ref['image_id']}")  # fmt: skip
-            x, y, width, height = found[ref["ann_id"]]
-            for sentence in ref["sentences"]:
-                reading.required(sentence, f"{files.shown(path)}, a sentence", "sent_id",
-                                 texts=("sent",))  # fmt: skip
-                yield Question(
-                    str(sentence["sent_id"]),
-                    PROMPTS[self.style].format(text=sentence["sent"]),
-                    (folder / f"COCO_train2014_{ref['image_id']:012d}.jpg",),
-                    gold=[x, y, x + width, y + height],
-                    more={"size": sizes[ref["image_id"]], "ref_id": ref["ref_id"],
-                          "sent_id": sentence["sent_id"]},
-                )  # fmt: skip
+        for one in refcoco.expressions(refs, instances, self.split):
+            yield Question(
+                str(one.id),
+                PROMPTS[self.style].format(text=one.text),
+                (folder / one.image,),
+                gold=list(one.box),
+                more={"size": list(one.size), "ref_id": one.ref_id, "sent_id": one.id},
+            )
 
     def record(self, question: Question, answer: Answer) -> Record:
         box = boxes.box_in(answer.text, self.boxes, tuple(question.more["size"]))
@@ -155,23 +130,3 @@ class RefCOCOg(RefCOCO):
 
     title: ClassVar = "RefCOCOg"
     files: ClassVar = (File("refs(umd).p", "the expressions", _SOURCE), *RefCOCO.files[1:])
-
-
-class _Plain(pickle.Unpickler):
-    """An unpickler for containers, texts and numbers."""
-
-    def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"it wants to make a {module}.{name}")
-
-
-def plain_pickle(path: str) -> Any:
-    """The value of a pickle that holds nothing but containers, texts and numbers.
-
-    Raises:
-        FileError: it can't be read, or holds anything else.
-    """
-    data = files.read_bytes(path, _MAX_BYTES)
-    try:
-        return _Plain(io.BytesIO(data), encoding="latin1").load()
-    except Exception as error:  # damaged pickles raise all kinds of errors
-        raise FileError(f"{files.shown(path)} is not a plain pickle: {error}") from error

@@ -16,6 +16,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import ClassVar
 
+from metamorph_jax.data import reading
 from metamorph_jax.errors import FileError
 from metamorph_jax.eval.scorers.choices import (
     FAILED,
@@ -24,7 +25,6 @@ from metamorph_jax.eval.scorers.choices import (
     ensemble_scores,
     scienceqa_letter,
 )
-from metamorph_jax.eval.tasks import reading
 from metamorph_jax.eval.tasks.base import (
     LETTER,
     File,

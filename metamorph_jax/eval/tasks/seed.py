@@ -10,8 +10,8 @@ import pathlib
 from functools import partial
 from typing import ClassVar
 
+from metamorph_jax.data import reading
 from metamorph_jax.errors import BadSample
-from metamorph_jax.eval.tasks import reading
 from metamorph_jax.eval.tasks.base import File, by_group, mean, one_of, write_json_lines
 from metamorph_jax.eval.tasks.choice import MultipleChoice
 

@@ -14,9 +14,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar
 
+from metamorph_jax.data import reading
 from metamorph_jax.errors import FileError
 from metamorph_jax.eval.scorers import dialog
-from metamorph_jax.eval.tasks import reading
 from metamorph_jax.eval.tasks.base import (
     Answer,
     File,

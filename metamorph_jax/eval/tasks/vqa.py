@@ -26,9 +26,9 @@ import pathlib
 from collections.abc import Sequence
 from typing import ClassVar
 
+from metamorph_jax.data import reading
 from metamorph_jax.errors import FileError
 from metamorph_jax.eval.scorers import vqa
-from metamorph_jax.eval.tasks import reading
 from metamorph_jax.eval.tasks.base import (
     SHORT,
     Answer,

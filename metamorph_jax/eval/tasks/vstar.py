@@ -11,7 +11,7 @@ import pathlib
 import re
 from typing import ClassVar
 
-from metamorph_jax.eval.tasks import reading
+from metamorph_jax.data import reading
 from metamorph_jax.eval.tasks.base import File, by_group, mean, write_json_lines
 from metamorph_jax.eval.tasks.choice import MultipleChoice
 

@@ -21,12 +21,13 @@ from flax import nnx
 
 from metamorph_jax.convert import agree, compare, export, hf, specs, vision, vit
 from metamorph_jax.convert import llama as llama_names
+from metamorph_jax.convert.chat_template import recognised
 from metamorph_jax.convert.export import Source, Writer, listed_eos, trained_source
 from metamorph_jax.convert.families import Family, Reference, RunForm
 from metamorph_jax.convert.load import WORKDIR
 from metamorph_jax.convert.peft import CONFIG as ADAPTERS
 from metamorph_jax.data import tokenizers
-from metamorph_jax.data.config import DataConfig
+from metamorph_jax.data.config import DataConfig, ImageConfig, RowConfig
 from metamorph_jax.data.images import Preprocess
 from metamorph_jax.data.views import AnyRes
 from metamorph_jax.errors import ConfigError, WeightError
@@ -153,6 +154,29 @@ def published(fields: Mapping) -> list[str]:
     count = len(linear_widths(cfg.connector, 1, 1)) - 1
     keys += connector_names(count, naming) + [n.newline] * cfg.newline
     return keys + [n.tower + key for key in vit.published(vit.config_to_hf(tower))]
+
+
+def of_checkpoint(spec: str, fields: Mapping) -> tuple[Config, DataConfig] | None:
+    """How a published checkpoint is used without a config file; None if it is no LLaVA.
+
+    It computes in bfloat16 unless it was saved in float32. Questions are written as the tokenizer's
+    chat template says if we wrote it, else as the checkpoint's kind was trained ("auto").
+
+    Args:
+        spec: "hf:OWNER/NAME" or a folder.
+        fields: of its config.json.
+    """
+    if not FAMILY.matches(fields):
+        return None
+    process, dtype = specs.processor_fields(spec), export.computing_dtype(fields)
+    cfg = config_from_hf(fields, dtype, process)
+    if process is not None and cfg.image_mode == "anyres" and (grids := grids_of(process)):
+        cfg = dataclasses.replace(cfg, grids=grids)
+    cfg = dataclasses.replace(cfg, weights=spec, tokenizer=spec)
+    written = recognised(specs.tokenizer(spec)) or {"template": "auto"}
+    images = ImageConfig(max_frames=int(cfg.image_mode == "anyres"))  # else one fills the context
+    row = RowConfig(length=export.context_length(fields), **written)
+    return cfg, DataConfig(row=row, images=images)
 
 
 # ---- out
@@ -363,5 +387,8 @@ FAMILY = Family(
     _save_published,
     read,
 )
-RUN = RunForm(save, source, ("llm",), base, save_reference, save_connector, save_beside_adapters)
+RUN = RunForm(
+    save, source, ("llm",), base, save_reference, save_connector, save_beside_adapters,
+    of_checkpoint=of_checkpoint,
+)  # fmt: skip
 FAMILIES = (RUN, FAMILY)

@@ -24,9 +24,12 @@ from flax import nnx
 
 from metamorph_jax.convert import agree, compare, families, hf, names, specs, vision, vit
 from metamorph_jax.convert import llama as llama_names
+from metamorph_jax.convert.chat_template import recognised
 from metamorph_jax.convert.export import (
     Source,
     Writer,
+    computing_dtype,
+    context_length,
     listed_eos,
     save_part,
     trained_source,
@@ -39,8 +42,9 @@ from metamorph_jax.convert.load import WORKDIR
 from metamorph_jax.convert.vit import export_complete, export_vit, load_vit
 from metamorph_jax.data import tokenizers
 from metamorph_jax.data.chat import END_TOKEN, START_TOKEN, Chat, Markers
-from metamorph_jax.data.config import DataConfig
-from metamorph_jax.errors import WeightError
+from metamorph_jax.data.config import DataConfig, RowConfig
+from metamorph_jax.data.images import preprocess_from_hf
+from metamorph_jax.errors import ConfigError, WeightError
 from metamorph_jax.models.vision.encoder import VisionConfig
 from metamorph_jax.models.vision.vit import SIZES as TOWER_SIZES
 from metamorph_jax.models.vision.vit import ViT, ViTConfig
@@ -234,6 +238,7 @@ def _sequential_keys(prefix: str, count: int) -> list[str]:
 
 _VISUAL = {"tokens": "image_tokens", "reduction": "reduction", "normalize": "normalize_vision",
            "softmax": "apply_softmax"}  # fmt: skip
+_LAYER = {"select_layer": "tower_layer", "final_norm": "tower_final_norm"}
 
 
 def check_config(cfg: Config, folder: pathlib.Path) -> None:
@@ -283,6 +288,59 @@ def _part_differences(cfg: Config, folder: pathlib.Path) -> list[str]:
             ours = dataclasses.replace(ours, mean=tuple(tower.mean), std=tuple(tower.std))
             found += vision.pixel_differences(ours, process)
     return found
+
+
+def of_checkpoint(spec: str, fields: Mapping) -> tuple[Config, DataConfig] | None:
+    """How a published checkpoint, or a run that we wrote for transformers, is used without a config
+    file; None if it is no MetaMorph.
+
+    It computes in bfloat16 unless it was saved in float32. Questions are written as the tokenizer's
+    chat template says if we wrote it, else as in the paper (llama3).
+
+    Args:
+        spec: "hf:OWNER/NAME" or a folder.
+        fields: of its config.json.
+
+    Raises:
+        ConfigError: the run was written by a version that did not say which layer of the tower it
+            reads.
+    """
+    folder, dtype = hf.find(spec), computing_dtype(fields)
+    if FAMILY.matches(fields):
+        cfg = config_from_hf(fields, dtype)
+    elif (folder / "connector" / "config.json").is_file():
+        cfg = _of_parts(folder, fields, dtype)
+    else:
+        return None
+    written = recognised(specs.tokenizer(spec)) or {}
+    row = RowConfig(length=context_length(fields), **written)
+    return dataclasses.replace(cfg, weights=spec, tokenizer=spec), DataConfig(row=row)
+
+
+def _of_parts(folder: pathlib.Path, fields: Mapping, dtype: str) -> Config:
+    """The config of what `save` wrote."""
+    stated = hf.read_config(folder / "connector")
+    seen = (folder / "tower" / "config.json").is_file()
+    needed = {"kind", "in", *_VISUAL.values(), *(_LAYER.values() if seen else ())}
+    if absent := needed - stated.keys():
+        raise ConfigError(f"{folder}/connector/config.json lacks {', '.join(sorted(absent))}: give "
+                          "--config FILE[:SIZE], which says what the model is")  # fmt: skip
+    llm = llama_names.config_from_hf(fields)
+    llm = dataclasses.replace(llm, vocab_size=llm.vocab_size - _ADDED, added_tokens=_ADDED)
+    made_by = {"tower": "none", "feature_width": stated["in"]}
+    if seen:
+        layer = {ours: stated[key] for ours, key in _LAYER.items()}
+        tower = vit.config_from_hf(hf.read_config(folder / "tower"), **layer)
+        if (process := specs.processor_fields(str(folder / "tower"))) is not None:
+            pixels = preprocess_from_hf(process)
+            tower = dataclasses.replace(tower, mean=pixels.mean, std=pixels.std)
+        made_by = {"tower": f"{tower.layout}-tiny", "tower_options": options(tower)}
+    visual = {ours: stated[key] for ours, key in _VISUAL.items()}
+    head = folder / "head" / "config.json"
+    kind = hf.read_config(folder / "head").get("kind", "mlp") if head.is_file() else "none"
+    vision = VisionConfig(**made_by, **visual, dtype=dtype)
+    return Config(llm="tiny", llm_options=options(llm), vision=vision, connector=stated["kind"],
+                  head=kind, dtype=dtype)  # fmt: skip
 
 
 # ---- family
@@ -405,6 +463,9 @@ def save(folder: pathlib.Path, model: MetaMorph, source: Source, writer: Writer)
         "image_start_id": model.image_start,
         "image_end_id": model.image_end,
     }
+    if (tower := cfg.vision.vit) is not None:
+        layer = tower.select_layer if tower.whole else -1
+        visual |= {"tower_layer": layer, "tower_final_norm": tower.final_norm}
     parts = [("connector", CONNECTOR, model.connector, {"kind": cfg.connector, "in": C, "out": D})]
     if model.head is not None:
         parts.append(("head", HEAD, model.head, {"kind": cfg.head, "in": D, "out": C}))
@@ -503,4 +564,4 @@ FAMILY = Family(
     Reference(hf.Tensors, _compare, library="torch, part by part"),
     _save_published,
 )
-RUN = RunForm(save, source, ("llm",), base, save_reference)
+RUN = RunForm(save, source, ("llm",), base, save_reference, of_checkpoint=of_checkpoint)

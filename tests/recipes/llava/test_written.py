@@ -13,7 +13,7 @@ from flax import nnx
 from PIL import Image
 
 from metamorph_jax import cli
-from metamorph_jax.convert import changes, export, hf, peft, vision
+from metamorph_jax.convert import changes, export, families, hf, peft, vision
 from metamorph_jax.convert.llama import EMBED, export_llama
 from metamorph_jax.errors import ConfigError, WeightError
 from metamorph_jax.models import lora
@@ -287,3 +287,39 @@ def test_projectors_that_do_not_fit_are_named(model, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ConfigError, match="config.model.lora.weights"):
         published.load_whole(model, TINY, tmp_path)
+
+
+def test_a_checkpoint_needs_no_config_file(run, tmp_path, capsys):
+    """Its config.json says all, in both layouts, and the tokenizer has the run's template; the
+    same text comes as from the run."""
+    workdir, _ = run
+    for out in ("reference", "hf"):
+        convert("--from", f"workdir:{workdir}", "--to", out, "--out", tmp_path / out)
+        name, cfg, data = families.whole_checkpoint(str(tmp_path / out))
+        assert (name, data.row.template, data.row.length) == ("llava", "chatml", 2048)
+        assert (cfg.image_mode, cfg.grids, cfg.merge) == ("anyres", RUN.grids, "spatial_unpad")
+        assert cfg.dtype == "float32" and data.images.max_frames == 1
+    Image.radial_gradient("L").resize((70, 40)).convert("RGB").save(tmp_path / "image.png")
+    words = ["generate", "--prompt", "What is it?", "--image", str(tmp_path / "image.png"),
+             "--max-new-tokens", "6", "--context", "256"]  # fmt: skip
+    capsys.readouterr()
+    found = []
+    for model in (["--workdir", str(workdir)], ["--checkpoint", str(tmp_path / "hf")]):
+        assert cli.main([*words, *model]) == 0
+        found.append(capsys.readouterr())
+    assert found[0].out.strip() and found[0].out == found[1].out
+    assert "recipe llava, as its config.json says" in found[1].err
+
+
+def test_a_config_that_says_something_else_is_refused(run, tmp_path, capsys):
+    workdir, _ = run
+    convert("--from", f"workdir:{workdir}", "--out", tmp_path / "out")
+    capsys.readouterr()
+    words = ["generate", "--prompt", "x", "--checkpoint", str(tmp_path / "out")]
+    assert cli.main([*words, "--config", "configs/llava/anyres.py:smoke"]) == 2
+    assert "wrong shape (1): model.embed_tokens.weight: (49216, 64)" in capsys.readouterr().err
+    assert cli.main([*words, "--config.model.llm_options.norm_eps=0.5"]) == 2
+    assert "llm.norm_eps is 0.5, in the checkpoint 1e-" in capsys.readouterr().err
+    (tmp_path / "out" / "config.json").write_text('{"model_type": "llama"}')
+    assert cli.main(words) == 2
+    assert "(model type 'llama') is no whole model of" in capsys.readouterr().err

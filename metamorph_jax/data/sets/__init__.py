@@ -1,0 +1,1 @@
+"""Data sets that are trained on and evaluated with, as they are published."""

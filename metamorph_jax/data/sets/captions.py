@@ -1,0 +1,98 @@
+"""Images with captions: COCO and Flickr30k in Karpathy's splits, NoCaps, Image2Paragraph,
+Localized Narratives.
+
+    dataset_coco.json, dataset_flickr30k.json    A. Karpathy's caption_datasets.zip
+    coco_karpathy_train.json                     the same split as BLIP lists it, a row a caption
+    nocaps_val_4500_captions.json                nocaps.org
+    paragraphs_v1.json, train_split.json         cs.stanford.edu/people/ranjaykrishna/im2p
+    coco_train_localized_narratives-*.jsonl      google.github.io/localized-narratives
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Collection, Iterator
+
+from metamorph_jax import files
+from metamorph_jax.data import reading
+from metamorph_jax.errors import FileError
+
+
+@dataclasses.dataclass(frozen=True)
+class Captioned:
+    """Attributes:
+    id: of the image, as the official files have it.
+    image: its place among the images, such as "val2014/COCO_val2014_000000000042.jpg".
+    domain: NoCaps only.
+    """
+
+    id: int | str
+    image: str
+    captions: list[str]
+    domain: str = ""
+
+
+def karpathy(path: str, splits: Collection[str], key: str, folder: str = "") -> Iterator[Captioned]:
+    """The images of these splits, in the order of the file.
+
+    Args:
+        key: of the image's id, "cocoid" or "imgid".
+        folder: of images whose row names none.
+
+    Raises:
+        FileError: the file can't be read, or a row lacks something.
+    """
+    images = reading.required(reading.json_file(path, dict), path, "images")["images"]
+    for number, row in enumerate(images):
+        where = f"{path}, images[{number}]"
+        reading.required(row, where, "filename", "split", "sentences", key)
+        if row["split"] in splits:
+            place = pathlib.Path(row.get("filepath", folder), row["filename"])
+            given = [reading.required(sentence, where, texts=("raw",))["raw"]
+                     for sentence in row["sentences"]]  # fmt: skip
+            yield Captioned(row[key], str(place), given)
+
+
+def listed(path: str) -> Iterator[Captioned]:
+    """The rows of BLIP's list: {"image", "caption"}, one caption or several; raises as above."""
+    for number, row in enumerate(reading.json_file(path, list)):
+        where = f"{path}[{number}]"
+        reading.required(row, where, "caption", texts=("image",))
+        given = row["caption"] if isinstance(row["caption"], list) else [row["caption"]]
+        yield Captioned(number, row["image"], reading.text_list(given, f"{where}, caption"))
+
+
+def nocaps(path: str, split: str) -> Iterator[Captioned]:
+    """The images of NoCaps, or of another file in COCO's form; raises as above."""
+    value = reading.required(reading.json_file(path, dict), path, "images")
+    given: dict[int, list[str]] = {}
+    for row in value.get("annotations", ()):
+        reading.required(row, f"{path}, an annotation", "image_id", texts=("caption",))
+        given.setdefault(row["image_id"], []).append(row["caption"])
+    for number, row in enumerate(value["images"]):
+        reading.required(row, f"{path}, images[{number}]", "id", "file_name")
+        place = f"{split}/{row['file_name']}"
+        yield Captioned(row["id"], place, given.get(row["id"], []), row.get("domain", ""))
+
+
+def paragraphs(path: str, split: str) -> Iterator[Captioned]:
+    """Image2Paragraph: the images that the file `split` lists; raises as above."""
+    known = {}
+    for number, row in enumerate(reading.json_file(path, list)):
+        reading.required(row, f"{path}[{number}]", "image_id", texts=("url", "paragraph"))
+        known[row["image_id"]] = row  # of an image that occurs twice, the last
+    for key in dict.fromkeys(reading.json_file(split, list)):
+        row = known.get(key)
+        if row is None:
+            raise FileError(f"{files.shown(path)} has no paragraph of image {key}")
+        yield Captioned(key, "/".join(row["url"].split("/")[-2:]), [row["paragraph"]])
+
+
+def narratives(path: str, folder: str) -> Iterator[Captioned]:
+    """Localized Narratives of COCO, one each; raises as above.
+
+    Args:
+        folder: of the images, train2017 or val2017.
+    """
+    for number, row in enumerate(reading.json_lines(path, "image_id", texts=("caption",)), 1):
+        name = f"{str(row['image_id']).zfill(12)}.jpg"
+        yield Captioned(f"{row['image_id']}-{number}", f"{folder}/{name}", [row["caption"]])

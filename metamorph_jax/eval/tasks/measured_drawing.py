@@ -1,0 +1,105 @@
+"""What tasks share whose drawn images are measured by networks: FID, CLIP, inception score.
+
+Of each record, `more` holds the "caption" that was drawn from and the "real" image that belongs to
+it. The measures and their settings are those of `metamorph score` (`eval/images/measures.py`).
+"""
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Sequence
+from functools import cached_property
+from typing import ClassVar
+
+from metamorph_jax.eval.images import measures
+from metamorph_jax.eval.tasks.base import Answer, Question, Record, Task, write_json
+from metamorph_jax.files import shown
+
+MEASURES = tuple(field.name for field in dataclasses.fields(measures.Measures))
+
+
+@dataclasses.dataclass(frozen=True)
+class MeasuredDrawing(Task):
+    """Attributes:
+    inception, tower, clip, fid_size, fid_64, prefix, statistics: see `measures.Measures`.
+    """
+
+    inception: str = ""
+    tower: str = ""
+    clip: str = ""
+    fid_size: int | None = 256
+    fid_64: bool = False
+    prefix: str = ""
+    statistics: str = ""
+
+    form: ClassVar[str] = "draw"
+    max_new_tokens: ClassVar[int] = 256
+    resamples: ClassVar[int] = 0
+    scored_by: ClassVar[tuple[str, ...]] = MEASURES
+
+    def __post_init__(self):
+        self.asked  # noqa: B018  checks fid_size
+
+    @property
+    def asked(self) -> measures.Measures:
+        return measures.Measures(**{name: getattr(self, name) for name in MEASURES})
+
+    @property
+    def main(self) -> str:
+        return self.asked.fid
+
+    # ---- for tasks to change
+
+    def real(self, used: Sequence[str]) -> tuple[str, ...]:
+        """The real images that distances are to.
+
+        used: that of each image that was drawn, in order.
+        """
+        return tuple(used)
+
+    def chosen(self, records: Sequence[Record]) -> list[Record]:
+        """The records whose images are scored."""
+        return [record for record in records if record.get("drawn")]
+
+    # ---- the contract of tasks
+
+    def record(self, question: Question, answer: Answer) -> Record:
+        return {"score": None, "parsed": bool(answer.images)}
+
+    def scores(self, records: Sequence[Record]) -> dict[str, float]:
+        found = self._found(records)
+        if found is None:
+            return {}
+        names = {measures.TEXT: f"100 x {measures.TEXT}", measures.IMAGE: f"100 x {measures.IMAGE}",
+                 measures.CLIPSCORE: f"100 x {measures.CLIPSCORE}"}  # fmt: skip
+        values = {names.get(k, k): v * (100 if k in names else 1) for k, v in found.values.items()}
+        return dict(sorted(values.items(), key=lambda item: item[0] != self.main))
+
+    def write(self, records: Sequence[Record], folder) -> list:
+        """captions.json ({name of an image: caption}, what `metamorph score` and CLIPScore's own
+        script read) and scores.json."""
+        kept = self.chosen(records)
+        pairs = {pathlib.Path(r["drawn"][0]).stem: r["more"]["caption"] for r in kept}
+        written = [write_json(folder / "captions.json", pairs)]
+        if found := self._found(records):
+            written.append(write_json(folder / "scores.json", measures.as_json(found)))
+        return written
+
+    def _found(self, records: Sequence[Record]) -> measures.Scores | None:
+        """The scores of these records; they take minutes, so they are kept."""
+        kept = self.chosen(records)
+        paths = tuple(record["drawn"][0] for record in kept)
+        if not paths:
+            return None
+        if paths not in self._known:
+            used = [record["more"]["real"] for record in kept]
+            captions = tuple(record["more"]["caption"] for record in kept)
+            drawn = measures.Drawn(paths, captions, tuple(used), self.real(used))
+            found = self._known[paths] = measures.score(drawn, self.asked)
+            for note in found.notes:
+                print(f"{self.name}: {shown(note, 500)}", file=sys.stderr)
+        return self._known[paths]
+
+    @cached_property
+    def _known(self) -> dict:
+        return {}
