@@ -1,7 +1,7 @@
 """The first samples of a data set, put to a model: what it answers, beside what the data answer."""
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -21,8 +21,9 @@ SIDE = 256  # pixels of an image that is shown
 
 
 def ask(
-    generator: Generator, data: InputConfig, kinds: Mapping[str, Kind], count: int
-) -> list[Shown]:
+    generator: Generator, data: InputConfig, kinds: Mapping[str, Kind], count: int,
+    draw: bool = False,
+) -> list[Shown]:  # fmt: skip
     """The model's answers to the first user turns of the first usable samples.
 
     Args:
@@ -30,19 +31,24 @@ def ask(
         data: where the samples come from.
         kinds: of the recipe's own records.
         count: number of samples; they are taken from the sources in turn.
+        draw: have images drawn in the answers, which are then shown, too.
     """
     samples = {str(k): sample for k, sample in enumerate(first(data, kinds, count))}
     requests = {name: _request(name, sample) for name, sample in samples.items()}
     budget = min(TOKENS + generator.feature_shape[0], generator.prompts.length // 2)
     answers: dict[str, str] = {}
+    drawn: dict[str, list] = {}
 
     def failed(request: Request, error: Exception) -> None:
         answers[request.id] = f"(no answer: {error})"
 
     options = Options(budget, batch_size=count)
-    for request, reply in generator.replies(requests.values(), options, failed, draw=False):
-        answers[request.id] = reply.text
-    return [_shown(samples[name], requests[name], answers[name]) for name in samples]
+    for request, reply in generator.replies(requests.values(), options, failed, draw=draw):
+        answers[request.id], drawn[request.id] = reply.text, reply.images
+    return [
+        _shown(samples[name], requests[name], answers[name], drawn.get(name, ()))
+        for name in samples
+    ]
 
 
 def first(data: InputConfig, kinds: Mapping[str, Kind], count: int) -> Iterator[Sample]:
@@ -84,15 +90,18 @@ def _request(name: str, sample: Sample) -> Request:
     return Request(name, question, tuple(ref.path for ref in refs))
 
 
-def _shown(sample: Sample, request: Request, reply: str) -> Shown:
+def _shown(sample: Sample, request: Request, reply: str, drawn: Sequence) -> Shown:
     question, answer = _turns(sample)
     loaded = images.load(sample.images[: (question + answer).count(IMAGE)])
     asked = len(request.images)
     labels = [
         f"given {k + 1}" if k < asked else f"wanted {k - asked + 1}" for k in range(len(loaded))
     ]
+    labels += [f"drawn {k + 1}" for k in range(len(drawn))]
     text = {"question": question, "wanted": answer, "answer": reply}
-    shown = {label: thumbnail(image) for label, image in zip(labels, loaded, strict=True)}
+    shown = {
+        label: thumbnail(image) for label, image in zip(labels, [*loaded, *drawn], strict=True)
+    }
     return Shown(f"{sample.source} {sample.id}", text, shown)
 
 
