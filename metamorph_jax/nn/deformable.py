@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from metamorph_jax import sharding
+from metamorph_jax.flops import Work
 
 METHODS = ("auto", "gather", "dense")
 _CHUNK_BYTES = {"cpu": 2**22, "gpu": 2**26, "tpu": 2**28}  # a CPU's caches want small chunks
@@ -105,6 +106,21 @@ def sample(
 def choose() -> str:
     """The method that "auto" takes."""
     return "dense" if sharding.platform() == "tpu" else "gather"
+
+
+def work(
+    part: str, value_shape, queries: int, shapes: Shapes, points: int, method: str = "auto"
+) -> Work:
+    """The arithmetic of one call, for plans and MFU.
+
+    Model FLOPs are those of reading four neighbours of each point, whatever the method; what the
+    products with whole maps compute on top of that, in both passes, counts as recomputed.
+    """
+    B, S, h, d = value_shape
+    needed = 2.0 * 4 * points * len(shapes) * d * B * queries * h
+    method = choose() if method == "auto" else method
+    computed = 2.0 * S * d * B * queries * h if method == "dense" else needed
+    return Work(part, needed, input_gradients=2, recomputed=3 * max(0.0, computed - needed))
 
 
 def chunk_size(value_shape, queries: int, shapes: Shapes, points: int, method: str) -> int:
