@@ -91,6 +91,10 @@ def test_a_tar_that_is_cut_off(tmp_path):
         ) as e:
             records[2]
         assert "sample '" in str(e.value) and records.where(2) == str(path)
+    for cut in (last[1].offset + last[1].size, last[1].offset - 300):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(BadSample, match=f"broken_tar: it is cut off at byte {cut}; sample '2'"):
+            open_records(str(path))[2]
     broken = bytearray(whole)
     broken[last[0].offset - 500 : last[0].offset - 400] = b"x" * 100
     path.write_bytes(broken)
@@ -101,7 +105,7 @@ def test_a_tar_that_is_cut_off(tmp_path):
 
 @pytest.mark.parametrize("data, why", [
     (b"\x1f\x8b" + b"a" * 999, "compressed .gzip.; decompress it"), (b"a" * 999, "no header"),
-    (b"short", "shorter than a header"),
+    (b"short", "cut off at byte 5"),
 ])  # fmt: skip
 def test_what_is_not_a_tar(data, why, tmp_path):
     (tmp_path / "x.tar").write_bytes(data)
