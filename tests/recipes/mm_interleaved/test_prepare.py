@@ -284,6 +284,8 @@ def test_faults_are_named(tmp_path, capsys):
     assert "train.json[0]: no answers" in fails("vizwiz")
     put(tmp_path, **{"train.json": [{"image": "a.jpg", "question": "?", "answers": answers("x")}]})
     assert "no rows; an image is missing" in fails("vizwiz")
+    put(tmp_path, **{"dataset_coco.json": {"images": 3}})
+    assert "something unexpected after 0 rows (TypeError: " in fails("coco_caption")
     put(tmp_path, ["train/a.jpg"])
     assert "is not below" in fails("vizwiz", "--root", str(tmp_path / "elsewhere"))
 
