@@ -16,7 +16,7 @@ from metamorph_jax.data.sources.kinds import Files
 from metamorph_jax.data.sources.records import RecordSource, open_records
 from metamorph_jax.eval import tasks
 from metamorph_jax.recipes.mm_interleaved import tuning_sources
-from metamorph_jax.recipes.mm_interleaved.prepare.__main__ import SETS, main
+from metamorph_jax.recipes.mm_interleaved.prepare.__main__ import SETS, listing, main
 
 from ...data.sets import made
 
@@ -284,6 +284,8 @@ def test_faults_are_named(tmp_path, capsys):
     assert "train.json[0]: no answers" in fails("vizwiz")
     put(tmp_path, **{"train.json": [{"image": "a.jpg", "question": "?", "answers": answers("x")}]})
     assert "no rows; an image is missing" in fails("vizwiz")
+    put(tmp_path, **{"dataset_coco.json": {"images": 3}})
+    assert "something unexpected after 0 rows (TypeError: " in fails("coco_caption")
     put(tmp_path, ["train/a.jpg"])
     assert "is not below" in fails("vizwiz", "--root", str(tmp_path / "elsewhere"))
 
@@ -303,6 +305,11 @@ def test_the_bench_asks_in_the_same_words(tmp_path):
     assert prompt("image2paragraph", captions.PROMPTS) == wordings.PARAGRAPH
     assert prompt("refcoco", refcoco.PROMPTS) == wordings.BOX
     assert tasks.make("ade20k", tmp_path).prompt == wordings.SEGMENTATION
+
+
+def test_the_command_says_which_files_a_set_has():
+    found = listing()
+    assert all(f"\n  {name}: " in found for name in SETS) and "refs(unc).p" in found
 
 
 def test_the_page_has_every_set():
