@@ -8,16 +8,31 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from metamorph_jax.data.chat import Chat, Markers
 from metamorph_jax.data.chat_templates import TEMPLATES, render
+from metamorph_jax.data.config import (
+    DataConfig,
+    DrawingSpec,
+    InputSpec,
+    OrderConfig,
+    RowConfig,
+    SourceConfig,
+)
+from metamorph_jax.data.images import Preprocess
+from metamorph_jax.data.interleave import AfterSupervisedStart
+from metamorph_jax.data.pipeline import make_stream, open_sources
 from metamorph_jax.data.sets import ade20k
 from metamorph_jax.data.sources import kinds
 from metamorph_jax.data.sources.base import IMAGE
 from metamorph_jax.data.sources.kinds import Files
 from metamorph_jax.data.sources.records import RecordSource, open_records
+from metamorph_jax.data.views import Single
 from metamorph_jax.eval import tasks
 from metamorph_jax.recipes.mm_interleaved import tuning_sources
 from metamorph_jax.recipes.mm_interleaved.prepare.__main__ import SETS, listing, main
+from metamorph_jax.recipes.mm_interleaved.sources import KINDS
 
+from ...data.conftest import Ends
 from ...data.sets import made
 
 
@@ -267,6 +282,30 @@ def test_clips(tmp_path, name, tiles):
     assert first["tiles"] == tiles and first["image"][0].endswith(".png")
     (sample, *_) = samples(root)
     assert len(sample.images) == 5 and all(ref.box for ref in sample.images)
+
+
+def test_rows_in_training(tmp_path):
+    """Images of the assistant are drawn, those of the user are read; captions are given."""
+    start = 902
+    for name, make in (("ade20k", lambda root: made.ade20k(root, "training")),
+                       ("pororo", made.pororo)):  # fmt: skip
+        root = make(tmp_path / name)
+        assert main([name, "--from", str(root), "--to", str(tmp_path / f"{name}.jsonl")]) == 0
+    paths = [tmp_path / name for name in ("ade20k", "pororo")]
+    cfg = DataConfig(
+        tuple(SourceConfig(f"{path}.jsonl", root=str(path)) for path in paths),
+        row=RowConfig("document", length=300, images=5), order=OrderConfig(shuffle=False),
+    )  # fmt: skip
+    drawn = DrawingSpec(5, AfterSupervisedStart(start), Preprocess(16))
+    spec = InputSpec(Single(4, Preprocess(8)), drawings=drawn)
+    chat = Chat.of(Ends(), cfg.row, Markers(before=(start,)))
+    stream = make_stream(cfg, spec, chat, open_sources(cfg, KINDS))
+    scene, story = stream[0], stream[2]
+    assert (scene["pixels"].shape, scene["drawings"].shape) == ((2, 8, 8, 3), (1, 16, 16, 3))
+    assert len(story["pixels"]) == len(story["drawings"]) == 5
+    for item, images in ((scene, 1), (story, 5)):
+        learnt = item["text_targets"][item["text_targets"] >= 0].tolist()
+        assert learnt == [start] * images + [901]  # an image each, then the end
 
 
 # ---- the command
