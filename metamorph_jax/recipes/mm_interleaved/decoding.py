@@ -149,10 +149,14 @@ class Painter:
 
     Args:
         parts: the model without its language model.
+
+    Attributes:
+        sampling: how it draws where nothing else is asked for.
     """
 
     def __init__(self, parts: MMInterleaved):
         self.cfg = cfg = parts.cfg
+        self.sampling = cfg.sampling
         self._graph, self._weights = nnx.split(parts)
         sampling, decoder = cfg.sampling, cfg.decoder
         sampler = checked_sampler(sampling, decoder, sampling.steps)
@@ -241,7 +245,8 @@ class DrawingGenerator(Generator):
 
     def __init__(self, loop: Loop, prompts: Prompts, painter: Painter, soi: int):
         super().__init__(loop, lambda text: DrawingPolicy(text, soi), prompts)
-        self.painter, self.soi = painter, soi
+        self.painter = self.image_decoder = painter
+        self.soi = soi
 
     # ---- prompts
 
@@ -325,7 +330,7 @@ class DrawingGenerator(Generator):
         states = state.states[np.array(rows)]
         seeds = [drawn[row].seed + len(drawn[row].images) for row in rows]
         made: list[dict] = [{} for _ in rows]
-        for scale in options.guidance or (painter.cfg.sampling.guidance,):
+        for scale in options.guidance or (painter.sampling.guidance,):
             images = painter.draw(
                 states, length[rows] - 1, [drawn[row].maps for row in rows], seeds, scale
             )
@@ -345,7 +350,7 @@ class DrawingGenerator(Generator):
                 count -= 1
             segments.append(segment)
         result = dataclasses.replace(result, segments=tuple(segments))
-        return super().reply(result, options, seed, draw, own)
+        return super().reply(result, options, seed, False, own)
 
 
 @dataclasses.dataclass(frozen=True)
