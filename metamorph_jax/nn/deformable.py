@@ -11,6 +11,14 @@ the map, and neighbours outside of it count as zero. Two methods give the same n
              Far more arithmetic, but matrix products only, in both passes.
 
 A NaN or infinite location reads nothing and has no gradient.
+
+"auto" is dense on TPUs and gather elsewhere. On a CPU gather is the faster one at every size of
+MM-Interleaved (`benchmarks/deformable.py`); no GPU was measured. For a v5e the compiler expects
+gather to take ten times as long as dense (benchmarks/plans/deformable.json). Most of dense went
+into the coefficients, so a Pallas kernel makes them: 2048 queries x 8 images of 3 levels x 16 heads
+were estimated at 10.5 ms forward without it, 15.8 million cycles, where eight multiply-adds per
+pixel need 1.4 million of the vector units and the products 0.7 million of the matrix units. The
+other products of such a module need 1 ms, so it matters; what it really gains is not measured.
 """
 
 import dataclasses
@@ -104,7 +112,7 @@ def sample(
 
 
 def choose() -> str:
-    """The method that "auto" takes."""
+    """The method that "auto" takes here; the module's docstring says why."""
     return "dense" if sharding.platform() == "tpu" else "gather"
 
 
@@ -287,16 +295,18 @@ def _gather_backward(group, maps, sums, gradient, x, y, w):
 
 
 def _coefficients(group, dtype, x, y, w):
-    """Each pixel's coefficient: [B, h, G * H * W, q], from [B, h, G, P, q].
+    """Each pixel's coefficient: [B, h, G * H * W, q], from [B, h, G, P, q]."""
+    B, h, _, _, q = x.shape
+    H, W = group.height, group.width
+    if sharding.platform() == "tpu":
+        from metamorph_jax.nn import deformable_kernel
 
-    Queries are last, in a TPU's lanes, so that the outer products are a sum of P broadcast products
-    on its vector units. As batched matrix products, of so small ones, they take six times as long.
-    """
-    B, h, _, P, q = x.shape
-    columns = _tent(y * group.height - 0.5, group.height) * w[..., None, :]
-    rows = _tent(x * group.width - 0.5, group.width)
-    pixels = sum(columns[:, :, :, p, :, None] * rows[:, :, :, p, None] for p in range(P))
-    return pixels.astype(dtype).reshape(B, h, group.pixels, q)
+        pixels = deformable_kernel.coefficients(x, y, w, (H, W), dtype)
+    else:
+        columns = (_tent(y * H - 0.5, H) * w[..., None, :]).astype(dtype)
+        rows = _tent(x * W - 0.5, W).astype(dtype)
+        pixels = jnp.einsum("bhgpiq,bhgpjq->bhgijq", columns, rows)
+    return pixels.reshape(B, h, group.pixels, q)
 
 
 def _tent(x: jax.Array, size: int) -> jax.Array:
