@@ -12,13 +12,16 @@ the map, and neighbours outside of it count as zero. Two methods give the same n
 
 A NaN or infinite location reads nothing and has no gradient.
 
-"auto" is dense on TPUs and gather elsewhere. On a CPU gather is the faster one at every size of
-MM-Interleaved (`benchmarks/deformable.py`); no GPU was measured. For a v5e the compiler expects
-gather to take ten times as long as dense (benchmarks/plans/deformable.json). Most of dense went
-into the coefficients, so a Pallas kernel makes them: 2048 queries x 8 images of 3 levels x 16 heads
-were estimated at 10.5 ms forward without it, 15.8 million cycles, where eight multiply-adds per
-pixel need 1.4 million of the vector units and the products 0.7 million of the matrix units. The
-other products of such a module need 1 ms, so it matters; what it really gains is not measured.
+"auto" is dense on TPUs and gather elsewhere. On a CPU gather took 0.05 to 0.4 of torch's time at
+MM-Interleaved's sizes (`benchmarks/deformable.py`), dense up to a quarter less than gather and up
+to four times as long; no GPU was measured. For a v5e the compiler expects gather, not counting the
+gathers themselves, to take ten times as long as dense (benchmarks/plans/deformable.json).
+
+On TPUs a Pallas kernel makes dense's coefficients. Without it, 2048 queries x 8 images of 3 levels x
+16 heads were estimated at 10.5 ms forward and 42 ms with gradients, against some 1 ms for all other
+products of such an attention module in the forward pass; nine tenths of that were coefficients, for
+which the vector units need 0.9 ms. With it the rest is estimated at 2.9 and 6.0 ms, to which the
+kernel adds at least 0.9 and 3.7. Neither was timed.
 """
 
 import dataclasses
