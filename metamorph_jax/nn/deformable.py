@@ -17,11 +17,11 @@ MM-Interleaved's sizes (`benchmarks/deformable.py`), dense up to a quarter less 
 to four times as long; no GPU was measured. For a v5e the compiler expects gather, not counting the
 gathers themselves, to take ten times as long as dense (benchmarks/plans/deformable.json).
 
-On TPUs a Pallas kernel makes dense's coefficients. Without it, 2048 queries x 8 images of 3 levels x
-16 heads were estimated at 10.5 ms forward and 42 ms with gradients, against some 1 ms for all other
-products of such an attention module in the forward pass; nine tenths of that were coefficients, for
-which the vector units need 0.9 ms. With it the rest is estimated at 2.9 and 6.0 ms, to which the
-kernel adds at least 0.9 and 3.7. Neither was timed.
+On TPUs a Pallas kernel makes dense's coefficients. Without it, 2048 queries x 8 images of 3 levels
+x 16 heads were estimated at 10.5 ms forward and 42 ms with gradients, against some 1 ms for all
+other products of such an attention module in the forward pass; nine tenths of that were
+coefficients, for which the vector units need 0.9 ms. With it the rest is estimated at 2.9 and
+6.0 ms, to which the kernel adds at least 0.9 and 3.7. Neither was timed.
 """
 
 import dataclasses
