@@ -14,7 +14,6 @@ numbers, so a run that was interrupted and resumed finds the same ones. They go 
 TensorBoard and the log as "evals.NAME.METRIC".
 """
 
-import importlib
 import json
 import math
 import os
@@ -253,26 +252,10 @@ def find_task(name: str):
     Raises:
         ConfigError: there is none.
     """
-    module = name.partition(":")[0]
-    return find_class(name) if "." in module else find_class(BENCH)(name)
-
-
-def find_class(name: str):
-    """The class "package.module:Class".
-
-    Raises:
-        ConfigError: there is none.
-    """
-    module, _, attribute = name.partition(":")
-    try:
-        found = vars(importlib.import_module(module)).get(attribute)
-    except ModuleNotFoundError as error:
-        if error.name and not f"{module}.".startswith(f"{error.name}."):
-            raise  # the module is there, but something that it needs is not
-        raise ConfigError(f"config.evals: no module {module} (task {name!r})") from error
-    if found is None:
-        raise ConfigError(f"config.evals: task {name!r} must be package.module:Class")
-    return found
+    where = "config.evals: task"
+    if "." in name.partition(":")[0]:
+        return configs.find_class(name, where)
+    return configs.find_class(BENCH, where)(name)
 
 
 class Best:
