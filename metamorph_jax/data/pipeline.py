@@ -124,7 +124,8 @@ def _mixture(config: InputConfig, sources: Sequence, rows: int, shards: int) -> 
     """Which sample comes when."""
     sizes, weights = [len(s) for s in sources], [s.weight for s in config.sources]
     if config.order.grouping == "modality":
-        return Grouped(word_counts(sources), sizes, config.order.seed, rows, shards)
+        words = word_counts(sources, config.reading.index_dir)
+        return Grouped(words, sizes, config.order.seed, rows, shards)
     if config.order.shares == "sqrt_size":
         weights = [math.sqrt(size) for size in sizes]
     given = weights if any(weights) else None
