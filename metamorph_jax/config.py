@@ -214,8 +214,9 @@ def find_class(address: str, where: str):
     except ModuleNotFoundError as error:
         if error.name and not f"{module}.".startswith(f"{error.name}."):
             raise  # the module is there, but something that it needs is not
-        raise ConfigError(f"{where}: no module {files.shown(module)} ({files.shown(address)!r})") \
-            from error
+        raise ConfigError(
+            f"{where}: no module {files.shown(module)} ({files.shown(address)!r})"
+        ) from error
     if found is None:
         raise ConfigError(f"{where}: {files.shown(address)!r} must be package.module:Class")
     return found

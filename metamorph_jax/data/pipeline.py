@@ -132,15 +132,20 @@ def _mixture(config: InputConfig, sources: Sequence, rows: int, shards: int) -> 
     return Mixture(sizes, given, config.order.seed, config.order.shuffle)
 
 
+_OF_TOWER = {"size": "image_size"}  # field of `Preprocess` -> of the tower's config
+
+
 def _check_images(config: InputConfig, spec: InputSpec) -> None:
     """Raises ConfigError where the config contradicts the tower, which scales pixels by its own."""
     given, own = config.images.change(spec.views).preprocess, spec.views.preprocess
     for name in ("size", "mean", "std") if spec.tower else ():
         ours, theirs = getattr(given, name), getattr(own, name)
         if np.any(np.asarray(ours) != np.asarray(theirs)):
+            usual, option = "0" if name == "size" else "None", _OF_TOWER.get(name, name)
             raise ConfigError(
-                f"config.data.images.{name} is {ours}, but the model's tower takes {theirs}: "
-                "change it in the options of the tower"
+                f"config.data.images.{name} is {ours}, but the model's tower takes {theirs}: leave "
+                f"it out (--config.data.images.{name}={usual}), or give the tower the same (its "
+                f"tower_options.{option})"
             )
 
 

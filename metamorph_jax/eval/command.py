@@ -57,8 +57,12 @@ def add_arguments(parser) -> None:
         "--judge", default="", metavar="SPEC",
         help="endpoint:MODEL, the workdir of a run, or published weights",
     )  # fmt: skip
-    group.add_argument("--judge-config", default="", metavar="FILE[:SIZE]",
-                       help="what published weights are (default: what their config.json says)")
+    group.add_argument(
+        "--judge-config",
+        default="",
+        metavar="FILE[:SIZE]",
+        help="what published weights are (default: what their config.json says)",
+    )
     group.add_argument("--judge-workdir", help=argparse.SUPPRESS)  # of earlier versions
     group.add_argument("--judge-temperature", type=float, default=0.0, help="default: 0")
     endpoint.add_arguments(parser)

@@ -20,7 +20,7 @@ import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -47,6 +47,22 @@ class Task(Protocol):
 
         Every process calls it; the scores of the first one count.
         """
+        ...
+
+
+@runtime_checkable
+class Renewable(Protocol):
+    """A generator that several evaluations share, so that they compile once.
+
+    Between them it holds no weights.
+    """
+
+    def renew(self, other) -> None:
+        """Takes the weights of a generator that was made anew."""
+        ...
+
+    def release(self) -> None:
+        """Gives up the weights."""
         ...
 
 
@@ -188,6 +204,7 @@ class TaskScores:
             self._task: Task = find_task(cfg.task)(**cfg.options)
         except TypeError as error:
             raise ConfigError(f"config.evals.{cfg.name}.options: {error}") from error
+        self._kept: Renewable | None = None
 
     def __call__(self, state: TrainState, frozen: Params) -> dict[str, float]:
         run = self._run
@@ -198,7 +215,13 @@ class TaskScores:
                 f"config.evals.{self._cfg.name}: the recipe {run.cfg.recipe} doesn't generate, so "
                 "it can't be given tasks"
             )
+        if self._kept is not None:
+            self._kept.renew(generator)
+            generator = self._kept
         scores = {name: float(score) for name, score in self._task.run(generator).items()}
+        if isinstance(generator, Renewable):
+            self._kept = generator
+            generator.release()
         return gather(scores)[0]
 
     def close(self) -> None:

@@ -30,9 +30,7 @@ def load(path: str, stamp: list[int] | str, names: Sequence[str]) -> list[np.nda
         return None
 
 
-def save(
-    places: Sequence[str], stamp: list[int] | str, arrays: Mapping[str, np.ndarray]
-) -> None:
+def save(places: Sequence[str], stamp: list[int] | str, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes an index into the first of the places that can be written."""
     for path in places:
         try:
