@@ -144,9 +144,13 @@ def whole_checkpoint(spec: str) -> tuple[str, Any, Any]:
         raise UserError(f"{spec} has no config.json: {advice}")
     fields = hf.read_config(folder)
     for name in recipe.installed():
-        for form in recipe.find(name).FAMILIES:
-            if isinstance(form, RunForm) and (found := form.of_checkpoint(spec, fields)):
-                return name, *found
+        form = run_form(recipe.find(name))
+        try:
+            found = form.of_checkpoint(spec, fields)
+        except ValueError as error:
+            raise UserError(f"{folder / 'config.json'}: {shown(error, 1000)}") from error
+        if found is not None:
+            return name, *found
     raise UserError(f"{spec} (model type {shown(repr(kind_of(fields)), 60)}) is no whole model of "
                     f"{', '.join(recipe.installed())}: {advice}")  # fmt: skip
 
