@@ -195,8 +195,9 @@ def decoder(case):
     visual, maps = read(weights, images)
     special = case.base.config["special_tokens"]
     soi = np.asarray(model.soi[...])
-    copy = nnx.merge(*nnx.split(model))
-    loop = Loop(*take_over(copy.llm), parts={"soi": soi})
+    # With variables of its own, as their values are taken away.
+    copy = nnx.merge(graph, jax.tree.map(lambda x: x, weights))
+    loop = Loop(*take_over(copy.llm))
     maps = tuple(np.asarray(x) for x in maps[len(maps) - cfg.insert.levels :])
 
     def prompt(ids, numbers):
