@@ -18,60 +18,16 @@ import jax
 import numpy as np
 
 from metamorph_jax import files
-from metamorph_jax.convert import agree, diffusion, families, hf, names, specs
+from metamorph_jax.convert import diffusion, families, hf, names, specs
 from metamorph_jax.convert.export import Source, Writer, write_json
 from metamorph_jax.convert.families import RunForm
 from metamorph_jax.errors import ConfigError
 from metamorph_jax.models.diffusion.decoder import DiffusionConfig
 from metamorph_jax.models.diffusion.projector import ProjectorConfig
-from metamorph_jax.models.diffusion.schedule import Schedule
 from metamorph_jax.models.diffusion.unet import UNet
 from metamorph_jax.models.vision.encoder import VisionConfig
 from metamorph_jax.recipes.decoder.config import Config
 from metamorph_jax.recipes.decoder.model import Decoder
-
-# ---- Stable Diffusion
-
-
-def load_stable_diffusion(model: Decoder, cfg: Config) -> None:
-    """Fills UNet (unless it is trained from scratch) and autoencoder from `cfg.sd_weights`.
-
-    Raises:
-        ConfigError: the folder holds a model of another structure, or one that was trained with
-            another schedule or to predict something else; names all differences.
-    """
-    folder, decoder = hf.find(cfg.sd_weights), cfg.decoder
-    checks = []
-    if not cfg.unet_from_scratch:
-        checks.append(lambda: _changes(decoder.denoiser, folder / "unet", diffusion.unet_from_hf,
-                                       "denoiser."))  # fmt: skip
-        checks.append(lambda: _schedule_changes(decoder.schedule, folder))
-    if decoder.vae:
-        checks.append(lambda: _changes(decoder.vae, folder / "vae", diffusion.vae_from_hf, "vae."))
-    advice = "config.model.decoder must say the same, or sd_weights name another model"
-    agree.require(cfg.sd_weights, *checks, advice=advice)
-    if not cfg.unet_from_scratch:
-        diffusion.load_unet(model.decoder.denoiser, hf.Tensors(folder / "unet"))
-    if decoder.vae:
-        diffusion.load_vae(model.decoder.vae, hf.Tensors(folder / "vae"))
-
-
-def _changes(ours, folder: pathlib.Path, read, where: str) -> list[str]:
-    """Where structures differ: another number of heads or groups would fit, and draw nonsense."""
-    theirs = read(hf.read_config(folder))
-    free = ("dtype", "sample_size", "upcast_attention")
-    if type(ours) is not type(theirs):
-        raise ConfigError(f"{where[:-1]} is not a {type(theirs).__name__}, as in {folder}")
-    return agree.differences(ours, theirs, [n for n in vars(ours) if n not in free], where)
-
-
-def _schedule_changes(ours: Schedule, folder: pathlib.Path) -> list[str]:
-    file = folder / "scheduler" / "scheduler_config.json"
-    if not file.is_file():
-        return []
-    theirs = diffusion.schedule_from_hf(hf.read_json(file))
-    return agree.differences(ours, theirs, agree.SCHEDULE, "schedule.")
-
 
 # ---- the reference's files
 

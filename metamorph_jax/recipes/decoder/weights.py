@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from metamorph_jax.convert import hf, load, specs
+from metamorph_jax.convert import hf, load, specs, stable_diffusion
 from metamorph_jax.convert.peft import load_peft
 from metamorph_jax.convert.vision import load_vision
 from metamorph_jax.models.build import is_open
 from metamorph_jax.recipes.decoder.config import Config
 from metamorph_jax.recipes.decoder.model import Decoder
-from metamorph_jax.recipes.decoder.published import load_reference, load_stable_diffusion
+from metamorph_jax.recipes.decoder.published import load_reference
 from metamorph_jax.types import DecoderBatch
 
 
@@ -31,7 +31,9 @@ def _load_published(model: Decoder, cfg: Config) -> None:
     if model.vision is not None:
         load_vision(model.vision, cfg.vision)
     if cfg.sd_weights != specs.RANDOM:
-        load_stable_diffusion(model, cfg)
+        decoder = model.decoder
+        unet = None if cfg.unet_from_scratch else decoder.denoiser
+        stable_diffusion.load_parts(cfg.sd_weights, decoder.cfg.schedule, unet, decoder.vae)
     if cfg.weights:
         load_reference(model, hf.find(cfg.weights))
 

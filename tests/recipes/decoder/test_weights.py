@@ -11,7 +11,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from metamorph_jax import config as configs
-from metamorph_jax.convert import diffusion, export, hf, names, peft
+from metamorph_jax.convert import diffusion, export, hf, names, peft, stable_diffusion
 from metamorph_jax.errors import ConfigError
 from metamorph_jax.models import lora
 from metamorph_jax.models.diffusion import samplers
@@ -130,8 +130,8 @@ def test_a_model_that_predicts_something_else(sd_folder, tmp_path):
     message = "schedule.prediction_type is 'epsilon', in the checkpoint 'v_prediction'"
     with pytest.raises(ConfigError, match=message):
         decoder.load_pretrained(model, cfg)
-    parts = dataclasses.replace(cfg.decoder, schedule=schedule)
-    files.load_stable_diffusion(model, dataclasses.replace(cfg, decoder=parts))
+    parts = model.decoder.denoiser, model.decoder.vae
+    stable_diffusion.load_parts(cfg.sd_weights, schedule, *parts)
 
 
 def test_the_reference_s_files_are_an_image_decoder(sd_folder, tmp_path):
