@@ -78,8 +78,8 @@ def run(args) -> int:
     if args.limit < 0 or not 0 <= (args.resamples or 0) <= MOST_RESAMPLES:
         raise UserError(f"--limit must not be negative, --resamples from 0 to {MOST_RESAMPLES:,}")
     drawing = [task.name for task in chosen if task.form == "draw"]
-    if drawing and (args.endpoint or not args.decoder):
-        raise UserError(f"{', '.join(drawing)}: drawing needs --decoder, and a model of ours")
+    if drawing and args.endpoint:
+        raise UserError(f"{', '.join(drawing)}: drawing needs a model of ours, not an endpoint")
     for task in chosen:  # before the model is loaded, which takes longer
         if next(bench.questions_of(task), None) is None:
             raise UserError(f"task {task.name}: its files hold no questions")
@@ -136,7 +136,10 @@ def evaluate(args, chosen, out: pathlib.Path) -> int:
     client = endpoint.open_endpoint(args) if args.endpoint or args.judge else None
     judge = open_judge(args, client, options)
     answering = open_model(args, client)
-    if any(task.form == "draw" for task in chosen):
+    if drawing := [task.name for task in chosen if task.form == "draw"]:
+        if answering.image_decoder is None:
+            raise UserError(f"{', '.join(drawing)}: drawing needs --decoder: this model has no "
+                            "image decoder of its own")  # fmt: skip
         model["drawing"] = dataclasses.asdict(answering.image_decoder.sampling)
     settings = bench.Settings(options, args.limit, args.resamples, model)
     results, wrong = [], 0

@@ -150,7 +150,7 @@ class Prompts:
         """
         if request.think and self.think is None:
             raise ValueError("this model was not trained to draw a detail before it answers")
-        sample = as_sample(request, self.think, self.frames)
+        sample = as_sample(request, self.think, self.frames, self.chat.template.lead)
         refs, ids = sample.images, (write or self.chat.prompt)(sample.turns)
         loaded = self.images.load(refs)
         places = [read_place(*self.views.plan(image.size)) for image in loaded]

@@ -89,7 +89,6 @@ def test_a_missing_image_ends_with_2_after_all_else_is_done(workdir, bench, tmp_
         (["--workdir", "W", "--tasks", "popo"], "did you mean pope"),
         (["--workdir", "W", "--tasks", "mme"], "task mme: no existence or count"),
         (["--workdir", "W", "--tasks", "pope", "--limit", "-1"], "must not be negative"),
-        (["--workdir", "W", "--tasks", "tests.eval.toy:Colours:form=draw"], "needs --decoder"),
         (["--checkpoint", "hf:a/b", "--tasks", "pope"], "give --out DIR"),
         (["--tasks", "pope"], "give either --workdir or --checkpoint"),
         (

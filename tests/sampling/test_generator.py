@@ -32,6 +32,8 @@ def test_marker_and_prefix_change_the_prompt(generator, image_files):
     default = length(prompt="x", images=image)
     assert length(prompt="x") + generator.feature_shape[0] + 2 <= default <= front
     assert length(prompt="x", think=True) > length(prompt="x")
+    with pytest.raises(ValueError, match="mode 'image' can't be asked for: this model decides"):
+        length(prompt="x", mode="image")
 
 
 def test_prompt_equals_the_training_row(generator, workdir, image_files):

@@ -229,6 +229,12 @@ class Task:
         """Options of the generator that the protocol fixes."""
         return self.protocols.get(vars(self).get("protocol", ""), Protocol()).decoding
 
+    @property
+    def reply(self) -> Mapping[str, Any]:
+        """What a reply is to be, for models that have to be told: `mode` and `rounds` of
+        `requests.Request`."""
+        return {"mode": {"draw": "image", "generate": "text"}.get(self.form, ""), "rounds": 0}
+
     # ---- for tasks to use
 
     def path(self, *parts: str) -> str:
