@@ -244,7 +244,7 @@ def _compare_tables(model: MMInterleaved, tensors: Mapping) -> None:
 def _tables(model: MMInterleaved) -> dict[str, tuple[int, int, int]]:
     """Published name -> (side, width, extra) of a sin-cos table, see `sincos.table_2d`."""
     tower, net = model.vision.cfg.vit, model.decoder.denoiser.mmfs_module
-    found = {TABLE: (tower.grid, tower.width, int(tower.class_token))}
+    found = {TABLE: (model.vision.cfg.table_side, tower.width, int(tower.class_token))}
     blocks = {f"mmfs_down_blocks.{k}.": block for k, block in enumerate(net.mmfs_down_blocks)}
     for name, block in (blocks | {"mmfs_mid_block.": net.mmfs_mid_block}).items():
         found[f"{MMFS}{name}pos_embed"] = (block.grid, block.query_norm.scale.shape[0], 0)
