@@ -11,6 +11,17 @@ the map, and neighbours outside of it count as zero. Two methods give the same n
              Far more arithmetic, but matrix products only, in both passes.
 
 A NaN or infinite location reads nothing and has no gradient.
+
+"auto" is dense on TPUs and gather elsewhere. On a CPU gather took 0.05 to 0.4 of torch's time at
+MM-Interleaved's sizes (`benchmarks/deformable.py`), dense up to a quarter less than gather and up
+to four times as long; no GPU was measured. For a v5e the compiler expects gather, not counting the
+gathers themselves, to take ten times as long as dense (benchmarks/plans/deformable.json).
+
+On TPUs a Pallas kernel makes dense's coefficients. Without it, 2048 queries x 8 images of 3 levels
+x 16 heads were estimated at 10.5 ms forward and 42 ms with gradients, against some 1 ms for all
+other products of such an attention module in the forward pass; nine tenths of that were
+coefficients, for which the vector units need 0.9 ms. With it the rest is estimated at 2.9 and
+6.0 ms, to which the kernel adds at least 0.9 and 3.7. Neither was timed.
 """
 
 import dataclasses
@@ -104,7 +115,7 @@ def sample(
 
 
 def choose() -> str:
-    """The method that "auto" takes."""
+    """The method that "auto" takes here; the module's docstring says why."""
     return "dense" if sharding.platform() == "tpu" else "gather"
 
 
@@ -287,16 +298,18 @@ def _gather_backward(group, maps, sums, gradient, x, y, w):
 
 
 def _coefficients(group, dtype, x, y, w):
-    """Each pixel's coefficient: [B, h, G * H * W, q], from [B, h, G, P, q].
+    """Each pixel's coefficient: [B, h, G * H * W, q], from [B, h, G, P, q]."""
+    B, h, _, _, q = x.shape
+    H, W = group.height, group.width
+    if sharding.platform() == "tpu":
+        from metamorph_jax.nn import deformable_kernel
 
-    Queries are last, in a TPU's lanes, so that the outer products are a sum of P broadcast products
-    on its vector units. As batched matrix products, of so small ones, they take six times as long.
-    """
-    B, h, _, P, q = x.shape
-    columns = _tent(y * group.height - 0.5, group.height) * w[..., None, :]
-    rows = _tent(x * group.width - 0.5, group.width)
-    pixels = sum(columns[:, :, :, p, :, None] * rows[:, :, :, p, None] for p in range(P))
-    return pixels.astype(dtype).reshape(B, h, group.pixels, q)
+        pixels = deformable_kernel.coefficients(x, y, w, (H, W), dtype)
+    else:
+        columns = (_tent(y * H - 0.5, H) * w[..., None, :]).astype(dtype)
+        rows = _tent(x * W - 0.5, W).astype(dtype)
+        pixels = jnp.einsum("bhgpiq,bhgpjq->bhgijq", columns, rows)
+    return pixels.reshape(B, h, group.pixels, q)
 
 
 def _tent(x: jax.Array, size: int) -> jax.Array:

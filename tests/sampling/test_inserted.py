@@ -37,6 +37,13 @@ print("same")
 """
 
 
+@pytest.fixture(autouse=True)
+def quickly_compiled():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def test_states_are_those_of_whole_rows():
     llm = inserted.make_model()
     expected = inserted.whole_rows(inserted.rounded(llm, "nf4"))
@@ -45,6 +52,7 @@ def test_states_are_those_of_whole_rows():
 
 def test_states_on_eight_devices():
     env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **virtual(8)}
+    env |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", ON_A_MESH], capture_output=True, text=True, env=env
     )
