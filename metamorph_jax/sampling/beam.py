@@ -216,9 +216,9 @@ class _Choice:
         scores, beam, token = self.candidates(s, logits)
         ids = _take(s.ids, beam)
         ids = lax.dynamic_update_index_in_dim(ids, token, s.step, 2)
-        ends = self.policy.ends(token) | self.policy.completes(ids, s.step + 1)
-        ends |= (s.step + 1 >= budget)[:, None]
-        s = self.keep_finished(s, ids, scores, ends)
+        own = self.policy.ends(token) | self.policy.completes(ids, s.step + 1)
+        ends = own | (s.step + 1 >= budget)[:, None]
+        s = self.keep_finished(s, ids, scores, ends, s.step + 1 + self.extra * ~own)
         scores, going_on = lax.top_k(jnp.where(ends, scores + _NEVER, scores), K)
         beam, token = _take(beam, going_on), _take(token, going_on)
         order = (beam + K * jnp.arange(len(beam))[:, None]).reshape(-1)
