@@ -365,14 +365,20 @@ class Generator:
             if stream is not None:  # no reply is sure before the last step
                 stream(results[0].record)
             return results
-        state = self.loop.prefill(
-            embeds, budgets, policy, prompt_ids=ids, seeds=seeds, images=images, places=self.places
-        )
+        more = {} if images is None else {"images": images, "places": self.places}
         for own, one in zip(drawn, images or (), strict=False):
             own.maps += one.each()
-        state = self.finish(state, policy, drawn, options, stream and (lambda new: stream(new[0])),
-                            draw)  # fmt: skip
-        return self.loop.results(state, policy)
+        return self.decode(
+            embeds, budgets, policy, drawn, options, stream and (lambda new: stream(new[0])), draw,
+            prompt_ids=ids, seeds=seeds, **more,
+        )  # fmt: skip
+
+    def decode(
+        self, embeds, budgets, policy: Policy, drawn: Sequence[Drawn], options: Options,
+        stream=None, draw: bool = True, **prompts,
+    ) -> list[Result]:  # fmt: skip
+        """What the rows of a batch emit; see `finish`, and for `prompts` `Loop.prefill`."""
+        return self.loop(embeds, budgets, policy, stream=stream, **prompts)
 
     def finish(
         self, state: State, policy: Policy, drawn: Sequence[Drawn], options: Options,

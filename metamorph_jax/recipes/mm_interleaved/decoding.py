@@ -302,6 +302,15 @@ class DrawingGenerator(Generator):
         for group in groups.values():
             yield from super().replies(group, options, failed, stream, draw)
 
+    def decode(
+        self, embeds, budgets, policy: Policy, drawn: Sequence[Drawn], options: Options,
+        stream=None, draw: bool = True, **prompts,
+    ) -> list[Result]:  # fmt: skip
+        """See `Generator.decode`."""
+        state = self.loop.prefill(embeds, budgets, policy, **prompts)
+        state = self.finish(state, policy, drawn, options, stream, draw)
+        return self.loop.results(state, policy)
+
     def finish(
         self, state: State, policy: Policy, drawn: Sequence[Drawn], options: Options,
         stream=None, draw: bool = True,
