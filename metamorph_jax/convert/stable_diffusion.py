@@ -1,7 +1,7 @@
 """UNet and autoencoder of a Stable Diffusion folder as the start of a diffusion decoder.
 
-    unet/       UNet            vae/           autoencoder
-    scheduler/  compared        text_encoder/  the null condition: its output for the empty prompt
+unet/       UNet            vae/           autoencoder
+scheduler/  compared        text_encoder/  the null condition: its output for the empty prompt
 """
 
 import pathlib
