@@ -6,6 +6,7 @@ the type that its dataclass declares, see `options`.
 """
 
 import dataclasses
+import importlib
 import importlib.util
 import math
 import numbers
@@ -196,6 +197,29 @@ def load_module(path: str | pathlib.Path) -> types.ModuleType:
     module = importlib.util.module_from_spec(spec)
     call(path, spec.loader.exec_module, module)
     return module
+
+
+def find_class(address: str, where: str):
+    """What "package.module:Class" names; the module is imported.
+
+    Args:
+        where: for messages.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    module, _, attribute = address.partition(":")
+    try:
+        found = vars(importlib.import_module(module)).get(attribute)
+    except ModuleNotFoundError as error:
+        if error.name and not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there, but something that it needs is not
+        raise ConfigError(
+            f"{where}: no module {files.shown(module)} ({files.shown(address)!r})"
+        ) from error
+    if found is None:
+        raise ConfigError(f"{where}: {files.shown(address)!r} must be package.module:Class")
+    return found
 
 
 def call(path: str | pathlib.Path, function, *args):

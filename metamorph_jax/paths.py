@@ -42,7 +42,7 @@ OPTIONS = {
     "generate": dict(**_MODEL, prompts=_IN, image=_IN, video=_IN),
     "chat": _MODEL,
     "demo": dict(**_MODEL, beside=_IN, beside_decoder=_SPEC),
-    "eval": dict(**_MODEL, bench_root=_IN, judge_workdir=_IN),
+    "eval": dict(**_MODEL, bench_root=_IN, judge=_SPEC, judge_config=_CONFIG),
     "score": dict(
         drawn=_IN,
         real=_IN,

@@ -19,7 +19,8 @@ _PICKLE = 2**23  # bytes; a pickle has some 90 for each tensor
 _ENTRIES = 2**17
 _OLD_PICKLES = 5  # magic number, version, about the system, the tensors, names of the storages
 _MAKES_TENSORS = re.compile(
-    r"collections OrderedDict|torch\.nn\.parameter Parameter|_codecs encode"
+    r"collections (OrderedDict|defaultdict)|__builtin__ (list|dict)|_codecs encode"
+    r"|torch\.nn\.parameter Parameter"
     r"|torch (\w+Storage|Size|device|[a-z]+\d+\w*|bool|half|float|double|short|int|long)"
     r"|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter|parameter_with_state)"
     r"|torch\.(storage (Untyped|Typed)Storage|serialization _get_layout)"

@@ -200,9 +200,14 @@ def write(source: str, out: str, kind: str, other: str, dtype: str, most: int) -
         dtype: "same" (that of the delta, the model, or the adapters' base) or a key of
             `export.DTYPES`.
         most: bytes of a file.
+
+    Raises:
+        WeightError: both are the same weights, or don't fit.
     """
     given, second = hf.find(source), hf.find(other)
     first, places = hf.Tensors(given), (second, given)
+    like = {} if kind == "lora" else hf.Tensors(second)
+    _check_different(first, like, given, second, f"--{kind.replace('_', '-')}")
     if kind == "lora":
         tensors, like = with_adapters(first, second), first
     elif kind == "delta":
@@ -225,6 +230,21 @@ def write(source: str, out: str, kind: str, other: str, dtype: str, most: int) -
         lines = [_CARD[kind].format(pathlib.PurePath(other).name)]
         write_card(folder, pathlib.Path(out).name, source, lines, licence_of(places[0]))
     return total
+
+
+def _check_different(first: Mapping, second: Mapping, given, other, option: str) -> None:
+    """Raises WeightError where --from and what changes it are one folder, or hold equal tensors."""
+    if pathlib.Path(given).resolve() == pathlib.Path(other).resolve():
+        raise WeightError(f"--from and {option} are both {shown(given)}: name two different ones")
+    both = sorted((k for k in first if k in second), key=lambda k: math.prod(first.shape_of(k)))
+    if both and all(_equal(first, second, key) for key in both):
+        raise WeightError(f"--from {shown(given)} and {option} {shown(other)} hold the same "
+                          "weights: one of them is another model than you meant")  # fmt: skip
+
+
+def _equal(first: Mapping, second: Mapping, key: str) -> bool:
+    same_shape = first.shape_of(key) == second.shape_of(key)
+    return same_shape and np.array_equal(np.asarray(first[key]), np.asarray(second[key]))
 
 
 def _say_added(base: Mapping, other: Mapping, spec: str) -> None:

@@ -20,6 +20,7 @@ from flax import nnx
 
 from metamorph_jax.convert import oracles
 from metamorph_jax.convert.compare import Rows, oracle
+from metamorph_jax.models import build
 
 SEED = 0
 
@@ -76,7 +77,7 @@ def compare(pair: oracles.Pair, dtype: str = "float32") -> Rows:
     if dtype != "float32":
         changes["dtype"] = dtype
     cfg = family.config_from_hf(pair.fields, **changes)
-    ours = nnx.eval_shape(lambda: family.create(cfg, rngs=nnx.Rngs(0)))
+    ours = nnx.eval_shape(lambda: family.create(cfg, rngs=build.rngs(0)))
     family.load(ours, pair.tensors)
     theirs = pair.theirs()
     with jax.default_matmul_precision("highest"):

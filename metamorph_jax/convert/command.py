@@ -250,6 +250,7 @@ def listing() -> Iterator[str]:
     from flax import nnx
 
     from metamorph_jax.convert.families import known
+    from metamorph_jax.models import build
 
     line = "{:12}  {:20}  {:>15}  {:>7}  {:>7}  {:>9}".format
     yield line("family", "size", "parameters", "bf16", "fp32", "training")
@@ -257,7 +258,7 @@ def listing() -> Iterator[str]:
         for size, cfg in family.sizes.items():
             if size.endswith(("tiny", "small")):  # for tests: no such weights are published
                 continue
-            make = lambda f=family, c=cfg: f.create(c, rngs=nnx.Rngs(0))  # noqa: E731
+            make = lambda f=family, c=cfg: f.create(c, rngs=build.rngs(0))  # noqa: E731
             state = nnx.state(nnx.eval_shape(make), nnx.Param)
             n = sum(x.size for x in jax.tree.leaves(state))
             yield line(family.name, size, f"{n:,}", *(f"{n * e / GIB:,.2f}" for e in (2, 4, 16)))

@@ -70,6 +70,16 @@ def diffusers_model(kind: str) -> Callable:
     return load
 
 
+def diffusers_from_config(fields: Mapping):
+    """The model of diffusers that a config.json describes, with random weights."""
+    oracle()
+    try:
+        import diffusers.models as library
+    except ImportError as error:
+        raise missing(error.name) from None
+    return getattr(library, fields["_class_name"]).from_config(dict(fields))
+
+
 def fill(model, tensors: Mapping) -> None:
     """Puts tensors into a torch model; ValueError for what is missing, but for tied and derived
     ones."""

@@ -29,6 +29,7 @@ from metamorph_jax.convert import compare, export, families, hf, names
 from metamorph_jax.convert.export import Source, Writer
 from metamorph_jax.convert.families import Family, Reference
 from metamorph_jax.errors import ConfigError
+from metamorph_jax.models import build
 from metamorph_jax.models.diffusion import samplers
 from metamorph_jax.models.diffusion.clip_text import CLIPTextModel
 from metamorph_jax.models.diffusion.schedule import Schedule
@@ -309,7 +310,7 @@ def load_part(folder: pathlib.Path, part: str, **overrides) -> nnx.Module:
     family = families.known()[PARTS[part]]
     folder = pathlib.Path(folder) / part
     cfg = family.config_from_hf(_fields(folder / "config.json"), **overrides)
-    model = nnx.eval_shape(lambda: family.create(cfg, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: family.create(cfg, rngs=build.rngs(0)))
     family.load(model, hf.Tensors(folder))
     return model
 

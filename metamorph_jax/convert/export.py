@@ -209,14 +209,16 @@ def trained_source(chat, single_bos: bool, fields: Mapping, generation: Mapping)
 
 def computing_dtype(fields: Mapping) -> str:
     """What a checkpoint computes in: bfloat16, unless its config.json says float32."""
-    text = fields.get("text_config") or {}
+    text = fields.get("text_config")
+    text = text if isinstance(text, Mapping) else {}
     saved = [t.get(key) for t in (fields, text) for key in ("dtype", "torch_dtype")]
     return "float32" if next(filter(None, saved), "") == "float32" else "bfloat16"
 
 
 def context_length(fields: Mapping) -> int:
     """Positions that a checkpoint is used with: those of its config.json, 4096 at most."""
-    text = fields.get("text_config") or fields
+    text = fields.get("text_config")
+    text = text if isinstance(text, Mapping) else fields
     given = text.get("max_position_embeddings")
     return min(given, LONGEST) if type(given) is int and given > 1 else LONGEST
 

@@ -104,8 +104,9 @@ class RunForm:
         beside: folder for an image decoder that is written beside another system; "" for all else.
         published_config: folder with files of the system's public implementation -> the recipe's
             `Config` that loads them, or None if it holds no such files.
-        of_checkpoint: (spec of published weights, fields of their config.json) -> the recipe's
-            (`Config`, `Data`) with which they generate, or None if they are no whole model of it.
+        of_checkpoint: (spec of published weights, fields of their config.json, {} if they have
+            none) -> the recipe's (`Config`, `Data`) with which they generate, or None if they are
+            no whole model of it.
     """
 
     save: Callable[[pathlib.Path, Any, Source, Writer], int]
@@ -140,15 +141,31 @@ def whole_checkpoint(spec: str) -> tuple[str, Any, Any]:
     """
     folder = hf.find(spec)
     advice = "give --config FILE[:SIZE], which says what the model is"
-    if not (folder / "config.json").is_file():
+    stated = (folder / "config.json").is_file()
+    fields = hf.read_config(folder) if stated else {}
+    if (found := _whole(spec, fields)) is not None:
+        return found
+    if not stated:
         raise UserError(f"{spec} has no config.json: {advice}")
-    fields = hf.read_config(folder)
-    for name in recipe.installed():
-        for form in recipe.find(name).FAMILIES:
-            if isinstance(form, RunForm) and (found := form.of_checkpoint(spec, fields)):
-                return name, *found
     raise UserError(f"{spec} (model type {shown(repr(kind_of(fields)), 60)}) is no whole model of "
                     f"{', '.join(recipe.installed())}: {advice}")  # fmt: skip
+
+
+def _whole(spec: str, fields: Mapping) -> tuple[str, Any, Any] | None:
+    for name in recipe.installed():
+        form = run_form(recipe.find(name))
+        try:
+            found = form.of_checkpoint(spec, fields)
+        except ValueError as error:
+            raise UserError(f"{spec}: {shown(error, 1000)}") from error
+        if found is not None:
+            return name, *found
+    return None
+
+
+def is_whole_without_config(folder: pathlib.Path) -> bool:
+    """Whether a folder without a config.json is a whole model of an installed recipe."""
+    return folder.is_dir() and _whole(str(folder), {}) is not None
 
 
 def kind_of(fields: Mapping) -> str | None:

@@ -249,6 +249,15 @@ class Tensors(Mapping):
         return len(self._where)
 
 
+def _table(*_) -> dict:
+    return {}
+
+
+# The loader fills only plain tables: a defaultdict, which MM-Interleaved's files have, becomes one,
+# whatever its entries would have been by default.
+_TABLES = [(_table, "collections.defaultdict"), (list, "builtins.list"), (dict, "builtins.dict")]
+
+
 class TorchFile(Mapping):
     """name -> array of a file that torch.save wrote; no code in it is run."""
 
@@ -262,7 +271,8 @@ class TorchFile(Mapping):
             ) from None
         zipped = archives.check(self.path)  # otherwise the old format, which can't be mapped
         try:
-            found = torch.load(self.path, map_location="cpu", weights_only=True, mmap=zipped)
+            with torch.serialization.safe_globals(_TABLES):
+                found = torch.load(self.path, map_location="cpu", weights_only=True, mmap=zipped)
         except Exception as error:  # torch raises half a dozen kinds for damaged files
             reason = files.shown((str(error).splitlines() or [""])[0])
             raise WeightError(

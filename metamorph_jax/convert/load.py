@@ -21,7 +21,7 @@ from metamorph_jax import recipe as recipes
 from metamorph_jax.convert import names
 from metamorph_jax.errors import ConfigError
 from metamorph_jax.models import lora
-from metamorph_jax.models.build import build, is_open
+from metamorph_jax.models.build import build, is_open, rngs
 from metamorph_jax.nn import quantized
 from metamorph_jax.train import checkpoint
 
@@ -104,7 +104,7 @@ def load_workdir(model: nnx.Module, workdir: str | pathlib.Path) -> None:
         CheckpointError: its weights are damaged, or don't fit the model.
     """
     recipe, cfg, values = open_run(workdir)
-    earlier = nnx.eval_shape(lambda: recipe.create(cfg, nnx.Rngs(0)))
+    earlier = nnx.eval_shape(lambda: recipe.create(cfg, rngs(0)))
     shapes = checkpoint.export_shapes(workdir)
     with quantized.unpacked(model, empty=is_open(model)):
         trained = [v for n, v in named_leaves(model).items() if n in shapes and is_open(v)]
@@ -150,7 +150,7 @@ def _fill_kernels(model, linears, make, seed: int) -> None:
         return
 
     def init(key):
-        modules = {".".join(map(str, p)): m for p, m in nnx.iter_modules(make(nnx.Rngs(key)))}
+        modules = {".".join(map(str, p)): m for p, m in nnx.iter_modules(make(rngs(key)))}
         made = [quantized.plain(modules[n]).kernel.get_raw_value() for n in wanted]
         return [x.astype(v.dtype) for x, v in zip(made, wanted.values(), strict=True)]
 

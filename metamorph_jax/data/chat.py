@@ -333,7 +333,7 @@ class Chat:
 
     def question(self, text: str, images: int = 0) -> np.ndarray:
         """int32[n]: prompt of one question, its images in front on a line of their own."""
-        lead = IMAGE * images + "\n" if images else ""
+        lead = IMAGE * images + self.template.lead if images else ""
         return self.prompt([("user", lead + text)])
 
 

@@ -47,6 +47,7 @@ class ChatTemplate:
         image: how an image is written in a message, around its marker.
         image_reply: prompts show the image of the first question in a turn of its own, which the
             assistant answers so.
+        lead: what stands between a question and the images before it, where a prompt says nothing.
         end: text after the last turn.
         stop: text that ends an answer where no special token does, in prompts.
         training: how conversations are written for training, where that differs from prompts.
@@ -66,6 +67,7 @@ class ChatTemplate:
     bare_turns: bool = True
     image: str = IMAGE
     image_reply: str = ""
+    lead: str = "\n"
     end: str = ""
     stop: str = ""
     training: "ChatTemplate | None" = None
@@ -270,7 +272,7 @@ def _captions(name: str) -> ChatTemplate:
 def _document(name: str) -> ChatTemplate:
     """Text and images as they are: the user's part is given, the assistant's is learnt."""
     user, assistant = (("{text}", False),), (("{text}", True),)
-    return ChatTemplate(name, user=user, assistant=assistant, bos=True, eos=True)
+    return ChatTemplate(name, user=user, assistant=assistant, bos=True, eos=True, lead="")
 
 
 _NEXT = ((Special("<s>"), False),)

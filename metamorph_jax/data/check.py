@@ -28,6 +28,7 @@ from metamorph_jax.data.config import (
 )
 from metamorph_jax.data.pipeline import make_stream, open_sources
 from metamorph_jax.data.show import lines
+from metamorph_jax.data.sources import documents
 from metamorph_jax.data.stream import SampleStream
 from metamorph_jax.data.views import Single
 from metamorph_jax.errors import BadSample, ConfigError, UserError
@@ -331,4 +332,6 @@ def _stream_of_files(args: argparse.Namespace) -> SampleStream:
         images=ImageConfig(max_pixels=args.max_pixels),
     )
     tokenizer = tokenizers.read(args.tokenizer) if args.tokenizer else None
-    return _stream(config, open_sources(config), tokenizer, args.positions_per_image)
+    asked = documents.KINDS if args.kind in documents.KINDS else None
+    sources = open_sources(config, asked)
+    return _stream(config, sources, tokenizer, args.positions_per_image)

@@ -27,7 +27,7 @@ _MOST = 8
 
 
 class Concat:
-    """The documents that wait for their rows; takes the place of `packing.FirstFit`.
+    """The documents of one source that wait for their rows.
 
     An item, or what is left of it, is a dict as `SampleStream` makes them. "piece" in it says
     which columns of the whole item it has.
@@ -46,15 +46,6 @@ class Concat:
         self.length, self.images, self.cut_at = length, images, cut_at
         self.before, self.after, self.P = before, after, tokens_per_view
         self.waiting: list[dict] = []
-
-    @property
-    def rows(self) -> list[list[dict]]:
-        """The open row, as `FirstFit` has several."""
-        return [self.waiting] if self.waiting else []
-
-    def restore(self, rows: Sequence[Sequence[dict]]) -> None:
-        """Sets the open row."""
-        self.waiting = [item for row in rows for item in row]
 
     def add(self, item: dict) -> list[list[dict]]:
         """Places the item; returns the rows that were closed on the way."""
@@ -119,6 +110,35 @@ class Concat:
                 break
         images = np.concatenate(starts) if starts else np.zeros(0, int)
         return images, images + self.before + self.after, np.array(documents, int)
+
+
+class ConcatBySource:
+    """Rows of one source each, as the published code has them; takes the place of `FirstFit`.
+
+    Args:
+        packers: of every source.
+    """
+
+    def __init__(self, packers: Sequence[Concat]):
+        self.packers = packers
+
+    @property
+    def rows(self) -> list[list[dict]]:
+        """The open rows."""
+        return [packer.waiting for packer in self.packers if packer.waiting]
+
+    def restore(self, rows: Sequence[Sequence[dict]]) -> None:
+        """Sets the open rows."""
+        for row in rows:
+            self.packers[row[0]["source"]].waiting = list(row)
+
+    def add(self, item: dict) -> list[list[dict]]:
+        """Places the item; returns the rows that were closed on the way."""
+        return self.packers[item["source"]].add(item)
+
+    def flush(self) -> list[list[dict]]:
+        """Closes all rows."""
+        return [row for packer in self.packers for row in packer.flush()]
 
 
 def part(item: dict, start: int, stop: int, tokens_per_view: int) -> dict:

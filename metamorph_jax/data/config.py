@@ -25,8 +25,9 @@ class SourceConfig:
     """One file of samples.
 
     Attributes:
-        path: .json, .jsonl, .txt (JSON lines), .tar (WebDataset), .arrayrecord or tfds:NAME/SPLIT.
-            It may stand for several files: a.tar,b.tar or {0000..0012}.tar or data/*.jsonl.
+        path: .json, .jsonl, .txt (JSON lines), .tar (WebDataset), .parquet, .arrayrecord or
+            tfds:NAME/SPLIT. It may stand for several files: a.tar,b.tar or {0000..0012}.tar or
+            data/*.jsonl.
         name: name in metrics; the file's name if empty.
         root: folder of the images, which no path may leave; the file's folder if empty.
         weight: share in the mixture (with all 0: every record once an epoch).

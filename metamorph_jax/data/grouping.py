@@ -10,30 +10,81 @@ one of each modality: those two are put together, in the order of the file, at t
 """
 
 import functools
+import os
+import threading
 from collections.abc import Sequence
 
 import numpy as np
 
-from metamorph_jax.data.sources import RecordSource
+from metamorph_jax.data.sources import RecordSource, index_files
 from metamorph_jax.errors import BadSample
+from metamorph_jax.files import shown
+
+_VERSION = 1  # of how words are counted
+_known: dict[tuple, np.ndarray] = {}  # counts of this process, which several data shards ask for
+_lock = threading.Lock()
 
 
-def word_counts(sources: Sequence[RecordSource]) -> np.ndarray:
+def word_counts(sources: Sequence[RecordSource], index_dir: str = "") -> np.ndarray:
     """int64[n] words of every sample of all sources, negative for those without an image.
 
-    Reads every record. One that is bad counts as a single word, and is skipped when its turn comes.
+    One that is bad counts as a single word, and is skipped when its turn comes. Every record is
+    read once: counts are kept in the process, and beside the index of byte offsets.
+
+    Args:
+        index_dir: see `ReadingConfig`.
     """
-    found = []
-    for source in sources:
-        for k in range(len(source)):
-            try:
-                sample = source.sample(k, np.random.default_rng(0))
-            except BadSample:
-                found.append(1)
-                continue
-            words = sum(len(text.split()) for _, text in sample.turns)
-            found.append(words if sample.images else -words)
-    return np.array(found, np.int64)
+    with _lock:
+        return np.concatenate([_counts(source, index_dir) for source in sources])
+
+
+def _counts(source: RecordSource, index_dir: str) -> np.ndarray:
+    key = _key(source)
+    if key is None:
+        return _count(source)
+    if key not in _known:
+        stamp, places = repr(key), index_files.places(key[0], index_dir, "words")
+        found = next((x for p in places if (x := _load(p, stamp, len(source))) is not None), None)
+        if found is None:
+            found = _count(source)
+            index_files.save(places, stamp, {"words": found})
+        _known[key] = found
+    return _known[key]
+
+
+def _key(source: RecordSource) -> tuple | None:
+    """What the counts depend on: the file as it is now, and how its records are read. None where
+    the records are of no local file."""
+    path = getattr(getattr(source, "records", None), "path", None)
+    try:
+        stats = [os.stat(part) for part in path.split(",")] if path else []
+    except OSError:
+        stats = []
+    if not stats:
+        return None
+    files = tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
+    reading = (source.kind, source.max_images, tuple(source.ignore), source.in_front)
+    return os.path.abspath(path), _VERSION, files, reading, tuple(source.kinds), repr(source.files)
+
+
+def _load(path: str, stamp: str, size: int) -> np.ndarray | None:
+    (words,) = index_files.load(path, stamp, ("words",)) or (np.zeros(0),)
+    return words.astype(np.int64) if words.shape == (size,) and words.dtype.kind == "i" else None
+
+
+def _count(source: RecordSource) -> np.ndarray:
+    from tqdm import tqdm
+
+    found = np.ones(len(source), np.int64)
+    title = f"counting words of {shown(getattr(source, 'name', ''), 60)}"
+    for k in tqdm(range(len(source)), desc=title, unit="rec", delay=5, mininterval=2):
+        try:
+            sample = source.sample(k, np.random.default_rng(0))
+        except BadSample:
+            continue
+        words = sum(len(text.split()) for _, text in sample.turns)
+        found[k] = words if sample.images else -words
+    return found
 
 
 def even_chunks(indices: Sequence[int], lengths: Sequence[int], count: int) -> list[list[int]]:

@@ -364,54 +364,89 @@ def preprocess_from_hf(fields: Mapping) -> Preprocess:
             f"image processor {kind!r} is none of "
             + ", ".join(f"{k}ImageProcessor" for k in _PROCESSORS)
         )
+    stated = _stated(fields, name)
+    if wrong := _without_counterpart(fields, name, stated):
+        raise ValueError(f"{kind}: no counterpart of " + "; ".join(wrong))
+    resample = _RESAMPLE[fields.get("resample", _usual_resample(name))]
+    size, mean, std = stated.size, *_pixel_statistics(fields, name)
+    mode = "pad" if stated.pad else "crop" if stated.short else "square"
+    if mode != "crop":
+        return Preprocess(size, mode, None, resample, mean, std)
+    side = stated.cut["height"]
+    return Preprocess(side, mode, None if size == side else size, resample, mean, std)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stated:
+    """The sizes that a preprocessor_config.json gives.
+
+    Attributes:
+        given: the field `size` as a table; short: its shorter side, or None; size: in use.
+        crop, pad: whether a square is cut out, or filled up; cut: the field `crop_size`.
+    """
+
+    given: Mapping
+    short: int | None
+    size: int | None
+    crop: bool
+    pad: bool
+    cut: Mapping
+
+
+def _stated(fields: Mapping, name: str) -> _Stated:
     square = _PROCESSORS[name] == "square"
+    given, cut = fields.get("size", 224), fields.get("crop_size", 224)
+    if isinstance(given, int):
+        given = {"height": given, "width": given} if square else {"shortest_edge": given}
+    cut = cut if isinstance(cut, Mapping) else {"height": cut, "width": cut}
+    short = given.get("shortest_edge")
     crop = bool(fields.get("do_center_crop", not square))
     pad = bool(fields.get("do_pad", False)) and name != "LlavaNext"
+    return _Stated(given, short, short or given.get("height"), crop, pad, cut)
+
+
+def _usual_resample(name: str) -> int:
+    return 2 if name == "ViT" else 3
+
+
+def _without_counterpart(fields: Mapping, name: str, stated: _Stated) -> list[str]:
+    """What of a preprocessor_config.json we can't do, as "name=value"."""
     wrong = [
         f"{key}={fields[key]!r}"
-        for key, fine in (("do_resize", True), ("do_rescale", True), ("do_convert_rgb", True))
-        if fields.get(key) is not None and bool(fields[key]) != fine
+        for key in ("do_resize", "do_rescale", "do_convert_rgb")
+        if fields.get(key) is not None and not fields[key]
     ]
     if abs(fields.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-4:
         wrong.append(f"rescale_factor={fields['rescale_factor']!r}")
-    resample = fields.get("resample", 2 if name == "ViT" else 3)
+    resample = fields.get("resample", _usual_resample(name))
     if resample not in _RESAMPLE:
         wrong.append(f"resample={resample!r}")
-    given = fields.get("size", 224)
-    if isinstance(given, int):
-        given = {"height": given, "width": given} if square else {"shortest_edge": given}
-    cut = fields.get("crop_size", 224)
-    cut = cut if isinstance(cut, Mapping) else {"height": cut, "width": cut}
-    short = given.get("shortest_edge")
-    size = short or given.get("height")
-    if not size or set(given) - {"shortest_edge", "height", "width"}:
+    given, short, cut = stated.given, stated.short, stated.cut
+    if not stated.size or set(given) - {"shortest_edge", "height", "width"}:
         wrong.append(f"size={given!r}")
     elif not short and given["height"] != given.get("width"):
         wrong.append(f"size={given!r} (not a square)")
-    if crop and cut.get("height") != cut.get("width"):
+    if stated.crop and cut.get("height") != cut.get("width"):
         wrong.append(f"crop_size={cut!r} (not a square)")
-    if pad and name != "Llava":
+    if stated.pad and name != "Llava":
         wrong.append("do_pad=True")
-    if short and not crop and not pad:
+    if short and not stated.crop and not stated.pad:
         wrong.append("size.shortest_edge without do_center_crop (results differ in size)")
-    if (pad or not short) and crop and cut.get("height") != size:
-        wrong.append(f"crop_size={cut!r} of an image that is {size} square")
-    if wrong:
-        raise ValueError(f"{kind}: no counterpart of " + "; ".join(wrong))
+    if (stated.pad or not short) and stated.crop and cut.get("height") != stated.size:
+        wrong.append(f"crop_size={cut!r} of an image that is {stated.size} square")
+    return wrong
+
+
+def _pixel_statistics(fields: Mapping, name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) of the channels."""
     mean, std = (0.5,) * 3, (0.5,) * 3
-    if not square:
+    if _PROCESSORS[name] != "square":
         mean, std = CLIP_336.mean, CLIP_336.std
     mean, std = fields.get("image_mean", mean), fields.get("image_std", std)
     if not fields.get("do_normalize", True):
         mean, std = 0.0, 1.0
-    mean, std = (
-        tuple(float(v) for v in (x if hasattr(x, "__len__") else (x,) * 3)) for x in (mean, std)
-    )
-    mode = "pad" if pad else "crop" if short else "square"
-    if mode != "crop":
-        return Preprocess(size, mode, None, _RESAMPLE[resample], mean, std)
-    side = cut["height"]
-    return Preprocess(side, mode, None if size == side else size, _RESAMPLE[resample], mean, std)
+    three = lambda x: x if hasattr(x, "__len__") else (x,) * 3  # noqa: E731
+    return tuple(float(v) for v in three(mean)), tuple(float(v) for v in three(std))
 
 
 def preprocess_to_hf(preprocess: Preprocess) -> dict:

@@ -18,9 +18,10 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from metamorph_jax.data.concat import Concat, part
+from metamorph_jax.data.concat import Concat, ConcatBySource, part
 from metamorph_jax.data.config import DataConfig, DrawingSpec, InputSpec
 from metamorph_jax.data.images import NOTES
+from metamorph_jax.data.sources.kinds import Documents
 from metamorph_jax.errors import ConfigError, DataError, TooManyBadSamples
 from metamorph_jax.types import TEXT, Batch, Drawings, Images
 
@@ -275,7 +276,7 @@ class PackedIterator(grain.DatasetIterator):
         self._ready: list[list[dict]] = []
         self.counts: collections.Counter[str] = collections.Counter()
 
-    def _concat(self) -> Concat:
+    def _concat(self) -> ConcatBySource:
         row, spec, around = self._config.row, self._spec, self.samples.chat.markers
         ids = spec.drawings is not None and spec.drawings.ids
         if spec.views.needs_size or spec.visual_targets or ids:
@@ -291,7 +292,12 @@ class PackedIterator(grain.DatasetIterator):
         before, after = len(around.before), len(spec.views.plan(None)[1]) + len(around.after)
         if before + after > row.length:
             raise ConfigError(f"row.length is {row.length}, but an image takes {before + after}")
-        return Concat(row.length, row.images, row.cut_at, before, after, spec.views.tokens)
+        own = [source.documents for source in self._config.sources]
+        return ConcatBySource([
+            Concat(row.length, min(one.row_images or row.images, row.images),
+                   one.cut_at or row.cut_at, before, after, spec.views.tokens)
+            for one in own or [Documents()] * len(self._names)
+        ])  # fmt: skip
 
     @property
     def sources(self) -> list[str]:

@@ -124,11 +124,15 @@ def _mixture(config: InputConfig, sources: Sequence, rows: int, shards: int) -> 
     """Which sample comes when."""
     sizes, weights = [len(s) for s in sources], [s.weight for s in config.sources]
     if config.order.grouping == "modality":
-        return Grouped(word_counts(sources), sizes, config.order.seed, rows, shards)
+        words = word_counts(sources, config.reading.index_dir)
+        return Grouped(words, sizes, config.order.seed, rows, shards)
     if config.order.shares == "sqrt_size":
         weights = [math.sqrt(size) for size in sizes]
     given = weights if any(weights) else None
     return Mixture(sizes, given, config.order.seed, config.order.shuffle)
+
+
+_OF_TOWER = {"size": "image_size"}  # field of `Preprocess` -> of the tower's config
 
 
 def _check_images(config: InputConfig, spec: InputSpec) -> None:
@@ -137,9 +141,11 @@ def _check_images(config: InputConfig, spec: InputSpec) -> None:
     for name in ("size", "mean", "std") if spec.tower else ():
         ours, theirs = getattr(given, name), getattr(own, name)
         if np.any(np.asarray(ours) != np.asarray(theirs)):
+            usual, option = "0" if name == "size" else "None", _OF_TOWER.get(name, name)
             raise ConfigError(
-                f"config.data.images.{name} is {ours}, but the model's tower takes {theirs}: "
-                "change it in the options of the tower"
+                f"config.data.images.{name} is {ours}, but the model's tower takes {theirs}: leave "
+                f"it out (--config.data.images.{name}={usual}), or give the tower the same (its "
+                f"tower_options.{option})"
             )
 
 

@@ -133,9 +133,12 @@ class Asking:
             self._failed(request, error)
             bar.update()
 
+        # A model that decides on its own what it writes has no modes.
+        told = self.task.reply["mode"] in getattr(self.model, "modes", ())
+        asked = self.task.reply if told else {}
         requests = []
         for question in questions:
-            request = Request(question.id, question.prompt, (), question.video)
+            request = Request(question.id, question.prompt, (), question.video, **asked)
             try:
                 places = tuple(self._file(question, k) for k in range(len(question.images)))
                 requests.append(checked(dataclasses.replace(request, images=places)))

@@ -73,7 +73,8 @@ class Result:
         records: of those that were answered.
         failures: id of a question that could not be asked -> why.
         settings: what the answers depend on.
-        scores: metric -> value; intervals: metric -> (low, high).
+        scores: metric -> value; intervals: metric -> (low, high); methods: how intervals were
+            found, and how many resamples were drawn -> metrics.
         files: official answer files.
         seconds: that the model took, in this start.
     """
@@ -85,6 +86,7 @@ class Result:
     settings: Mapping[str, Any]
     scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
     intervals: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    methods: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     files: Sequence[pathlib.Path] = ()
     seconds: float = 0.0
 
@@ -103,11 +105,19 @@ class Result:
         """Why questions could not be asked -> how many."""
         return dict(collections.Counter(why.partition(":")[0] for why in self.failures.values()))
 
+    @property
+    def without_intervals(self) -> str:
+        """Why scores that could have an interval have none; "" where there is nothing to say."""
+        missing = self.scores.keys() - self.intervals.keys()
+        return self.task.without_intervals if missing else ""
+
     def summary(self) -> dict[str, Any]:
         """For scores.json."""
         return {
             "title": self.task.title, "main": self.task.main, "scores": dict(self.scores),
             "intervals": {name: list(pair) for name, pair in self.intervals.items()},
+            "bootstrap": {how: list(names) for how, names in self.methods.items()},
+            "without_intervals": self.without_intervals,
             "questions": self.questions, "answered": len(self.records), "failed": self.reasons,
             "failures": dict(self.failures), "unparsed": self.unparsed, "cut": self.cut,
             "settings": dict(self.settings), "prompt": self.records[0]["prompt"],
@@ -182,7 +192,11 @@ def _scored(result: Result, folder: pathlib.Path, resamples: int | None) -> Resu
     (folder / "official").mkdir(exist_ok=True)
     written = task.write(records, folder / "official")
     drawn = intervals.bootstrap(task, scored, resamples=resamples)
-    return dataclasses.replace(result, scores=scores, intervals=drawn, files=written)
+    own = task.intervals(scored) if resamples != 0 else {}
+    methods = drawn.methods() | ({"by the task itself": list(own)} if own else {})
+    return dataclasses.replace(
+        result, scores=scores, intervals={**drawn.ranges, **own}, methods=methods, files=written
+    )
 
 
 def describe(task: Task, settings: Settings) -> dict[str, Any]:

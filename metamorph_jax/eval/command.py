@@ -9,6 +9,8 @@ The files of a task are in BENCHES/TASK, as `docs/evaluation.md` says. Answers a
 as they come, and the same command started again continues; see `eval/bench.py` for what is there.
 """
 
+import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -51,8 +53,17 @@ def add_arguments(parser) -> None:
     )  # fmt: skip
     group.add_argument("--batch-size", type=int, default=8, help="answers at a time")
     group = parser.add_argument_group("judge", "for tasks whose answers are judged")
-    group.add_argument("--judge", metavar="MODEL", help="a model of the endpoint")
-    group.add_argument("--judge-workdir", metavar="DIR", help="or a finished run of ours")
+    group.add_argument(
+        "--judge", default="", metavar="SPEC",
+        help="endpoint:MODEL, the workdir of a run, or published weights",
+    )  # fmt: skip
+    group.add_argument(
+        "--judge-config",
+        default="",
+        metavar="FILE[:SIZE]",
+        help="what published weights are (default: what their config.json says)",
+    )
+    group.add_argument("--judge-workdir", help=argparse.SUPPRESS)  # of earlier versions
     group.add_argument("--judge-temperature", type=float, default=0.0, help="default: 0")
     endpoint.add_arguments(parser)
     generate.add_decoding_arguments(parser)
@@ -78,14 +89,15 @@ def run(args) -> int:
     if args.limit < 0 or not 0 <= (args.resamples or 0) <= MOST_RESAMPLES:
         raise UserError(f"--limit must not be negative, --resamples from 0 to {MOST_RESAMPLES:,}")
     drawing = [task.name for task in chosen if task.form == "draw"]
-    if drawing and (args.endpoint or not args.decoder):
-        raise UserError(f"{', '.join(drawing)}: drawing needs --decoder, and a model of ours")
+    if drawing and args.endpoint:
+        raise UserError(f"{', '.join(drawing)}: drawing needs a model of ours, not an endpoint")
     for task in chosen:  # before the model is loaded, which takes longer
         if next(bench.questions_of(task), None) is None:
             raise UserError(f"task {task.name}: its files hold no questions")
     place = distributed.join_asked(args)
     try:
-        return evaluate(args, chosen, out)
+        with contextlib.closing(locked(out)):
+            return evaluate(args, chosen, out)
     except UserError as error:
         if place is None:
             raise
@@ -94,12 +106,33 @@ def run(args) -> int:
         distributed.leave(error.code)
 
 
+def locked(out: pathlib.Path):
+    """A lock on the folder with results, of the first process; others write nothing there."""
+    import jax
+
+    from metamorph_jax.train import workdir
+
+    if jax.process_index():
+        return contextlib.ExitStack()  # nothing to close
+    lock = workdir.Lock(out, "evaluates", "--out")
+    if lock.message:
+        print(lock.message, file=sys.stderr)
+    return lock
+
+
 def check_model(args) -> None:
     """Raises UserError where options of the model or the judge contradict each other."""
     if args.endpoint and (args.workdir or args.checkpoint):
         raise UserError("--endpoint answers in place of --workdir or --checkpoint: give one")
-    if args.judge and args.judge_workdir:
-        raise UserError("give either --judge or --judge-workdir")
+    from metamorph_jax.eval import judges
+
+    if args.judge_workdir:
+        where = files.shown(args.judge_workdir)
+        raise UserError(f"--judge-workdir is --judge now: give --judge {where}")
+    if args.judge_config and not args.judge:
+        raise UserError("--judge-config goes with --judge")
+    if not args.judge.startswith(judges.ENDPOINT):  # that has options of its own
+        judges.check_judge(args.judge)
     if not args.endpoint:
         generate.check_model(args)
 
@@ -129,14 +162,18 @@ def evaluate(args, chosen, out: pathlib.Path) -> int:
     """Loads the model, runs the tasks one by one, and shows what has been found so far."""
     import jax
 
-    from metamorph_jax.eval import bench, results_page
+    from metamorph_jax.eval import bench, judges, results_page
 
     options = generate.decoding_options(args, args.batch_size)
     model = named(args)
-    client = endpoint.open_endpoint(args) if args.endpoint or args.judge else None
+    asks = args.endpoint or args.judge.startswith(judges.ENDPOINT)
+    client = endpoint.open_endpoint(args) if asks else None
     judge = open_judge(args, client, options)
     answering = open_model(args, client)
-    if any(task.form == "draw" for task in chosen):
+    if drawing := [task.name for task in chosen if task.form == "draw"]:
+        if answering.image_decoder is None:
+            raise UserError(f"{', '.join(drawing)}: drawing needs --decoder: this model has no "
+                            "image decoder of its own")  # fmt: skip
         model["drawing"] = dataclasses.asdict(answering.image_decoder.sampling)
     settings = bench.Settings(options, args.limit, args.resamples, model)
     results, wrong = [], 0
@@ -177,21 +214,24 @@ def open_model(args, client):
 
 def open_judge(args, client, options):
     """The `judge` of `bench.run_task`: what the command line names, or None."""
-    from metamorph_jax.eval.judges import EndpointModel, Judge
+    from metamorph_jax.eval.judges import ENDPOINT, EndpointModel, Judge
 
-    if not (args.judge or args.judge_workdir):
+    if not args.judge:
         return None
     options = dataclasses.replace(
         options, max_new_tokens=1024, temperature=args.judge_temperature, guidance=()
     )
-    if args.judge:
-        model = EndpointModel(client, args.judge, client.limits.concurrency)
-        return Judge(model, f"{args.judge} at {client.url}", options).of
-    from metamorph_jax.sampling.trained import load_generator
+    if args.judge.startswith(ENDPOINT):
+        name = args.judge.removeprefix(ENDPOINT)
+        model = EndpointModel(client, name, client.limits.concurrency)
+        return Judge(model, f"{name} at {client.url}", options).of
+    from metamorph_jax import api
 
-    model = load_generator(args.judge_workdir, mesh=generate.parse_mesh(args.mesh))
-    options = dataclasses.replace(options, max_new_tokens=None)
-    return Judge(model, f"{args.judge_workdir} {fingerprint(args.judge_workdir)}", options).of
+    mesh, config = generate.parse_mesh(args.mesh), args.judge_config or None
+    model = api.load(args.judge, config=config, mesh=mesh).generator
+    options, place = dataclasses.replace(options, max_new_tokens=None), pathlib.Path(args.judge)
+    name = f"{args.judge} {fingerprint(place)}" if place.is_dir() else args.judge
+    return Judge(model, name, options).of
 
 
 def spent(client) -> str:

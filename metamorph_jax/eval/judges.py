@@ -16,7 +16,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 
-from metamorph_jax import distributed, files
+from metamorph_jax import distributed, endpoint, files
+from metamorph_jax.convert import hf
 from metamorph_jax.data.sources.base import IMAGE
 from metamorph_jax.endpoint import ChatClient, Completion, image_part, text_part
 from metamorph_jax.errors import FileError, RequestRefused, UserError
@@ -25,6 +26,24 @@ from metamorph_jax.eval.answers import Store
 from metamorph_jax.sampling.generator import Options
 from metamorph_jax.sampling.requests import Request, place
 from metamorph_jax.sampling.results import Reply, TextPart
+
+ENDPOINT = "endpoint:"  # before the name of a model, where a judge is named
+
+
+def check_judge(spec: str) -> None:
+    """Raises what opening a judge would that is not there, before anything is asked or drawn.
+
+    Args:
+        spec: workdir of a run, published weights, or "endpoint:MODEL"; "" is none.
+
+    Raises:
+        UserError: there is no such folder, or no endpoint is set up.
+    """
+    if spec.startswith(ENDPOINT):
+        endpoint.Endpoint()
+    elif spec and not spec.startswith(hf.PREFIX) and not pathlib.Path(spec).exists():
+        raise UserError(f"judge {files.shown(spec)!r}: there is no such folder (a model of an "
+                        f"endpoint is {ENDPOINT}MODEL)")  # fmt: skip
 
 
 class EndpointModel:

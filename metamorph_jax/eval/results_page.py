@@ -72,6 +72,8 @@ def notes(result: Result) -> list[str]:
         found.append(f"{name}: {result.cut:,} replies were cut off by the number of new tokens")
     if result.task.judged and (left := sum(r["score"] is None for r in result.records)):
         found.append(f"{name}: {left:,} answers have no verdict of a judge")
+    if result.without_intervals:
+        found.append(f"{name}: {result.without_intervals}")
     return found
 
 
@@ -120,6 +122,8 @@ def _task(result: Result) -> list:
     example = result.records[0]["prompt"]
     decoding = ", ".join(f"{k}={v}" for k, v in result.settings.get("decoding", {}).items())
     facts = [["prompt of the first question", example], ["form", result.task.form]]
+    how = "; ".join(f"{how} ({', '.join(names)})" for how, names in result.methods.items())
+    facts += [["intervals", how]] if how else []
     facts += [["decoding", decoding], ["official files", ", ".join(f.name for f in result.files)]]
     return [*blocks, page.Table((), facts, code=True)]
 

@@ -111,8 +111,7 @@ def ask_endpoint(
 ) -> None:
     """Asks an endpoint all jobs.
 
-    Whatever ends it early (an error, Ctrl-C), calls that have begun come to their end, and their
-    replies are taken.
+    Whatever ends it early, calls that have begun come to their end, and their replies are taken.
 
     Args:
         client: of which `complete` is called by all threads.

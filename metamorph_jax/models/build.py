@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -48,9 +49,34 @@ def build(
     return model
 
 
+class _Stream(nnx.RngStream):
+    """The keys of flax's own stream, counted by a Python number.
+
+    flax's counter is traced like everything else, and setting it asks for its sharding, which a
+    tracer lacks: to explain that, JAX goes through all operations so far. Models of thousands of
+    weights took a minute to outline.
+    """
+
+    def __init__(self, key, *, tag: str):
+        super().__init__(key, tag=tag)
+        self.taken = 0
+
+    def __call__(self) -> jax.Array:
+        key = jax.random.fold_in(self.key[...], np.uint32(self.taken))
+        self.taken += 1
+        return key
+
+
+def rngs(seed: int | jax.Array) -> nnx.Rngs:
+    """`nnx.Rngs(seed)`, with which large models are traced faster; the keys are the same."""
+    found = nnx.Rngs(seed)
+    found.default = _Stream(found.default.key[...], tag="default")
+    return found
+
+
 def outline(make: Make, mesh: Mesh, dtype=None) -> nnx.Module:
     """The model with shapes, dtypes and shardings in place of arrays; arguments as of `build`."""
-    model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: make(rngs(0)))
     # jnp.bfloat16 and its like are callable, too.
     rule = dtype if isinstance(dtype, types.FunctionType) else lambda name: dtype
     for path, variable in _leaves(model):
@@ -70,7 +96,7 @@ def initialize(model: nnx.Module, make: Make, mesh: Mesh, seed: int) -> None:
     wanted = {path: v.get_raw_value() for path, v in left.items()}
 
     def init(key):
-        made = dict(_leaves(make(nnx.Rngs(key))))
+        made = dict(_leaves(make(rngs(key))))
         return [made[path].get_raw_value().astype(x.dtype) for path, x in wanted.items()]
 
     where = [x.sharding for x in wanted.values()]

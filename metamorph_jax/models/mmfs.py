@@ -32,7 +32,7 @@ from metamorph_jax.config import check_numbers
 from metamorph_jax.nn.deformable import sample
 from metamorph_jax.nn.linear import gathering_dot_general
 from metamorph_jax.nn.norms import RMSNorm
-from metamorph_jax.sharding import constrain
+from metamorph_jax.sharding import constrain, platform
 
 Shapes = tuple[tuple[int, int], ...]
 
@@ -51,7 +51,8 @@ class MMFSConfig:
         base: side of the grid in whose cells offsets are measured.
         relative_rows: R, one more than the most images that a query may see.
         recent: a query samples at most so many of its latest visible images; 0: all of them. The
-            same numbers as with 0 where no query sees more.
+            same numbers as with 0 where no query sees more, at a share of the reads (the method
+            "dense" reads whole maps of all images anyway).
         init: of query map and logits: "normal" with standard deviation 0.02, or "uniform" between
             ± 1 / sqrt(D_q), as in the UNet.
         offset_range: biases of the offsets start uniformly between ± this.
@@ -187,18 +188,31 @@ class MMFS(nnx.Module):
         if values is None or not values.array.shape[1]:
             mixed = jnp.broadcast_to(token, (*queries.shape[:2], token.shape[-1]))
         else:
-            locations, weights, ignored = self.samples(queries, values, mask, reference)
-            mixed = self._sample(values, locations, weights)
+            mixed, ignored = self._mix(queries, values, mask, reference)
             shares = jnp.repeat(ignored, token.shape[-1] // self.cfg.heads, axis=-1)
             mixed += shares.astype(mixed.dtype) * token
         return self.output_proj(constrain(mixed, "act_batch", "act_len", "act_heads"))
 
-    def _sample(self, values: Values, locations, weights):
-        """float[B, Q, h * d] of what is sampled in all images."""
-        B, M, _, inner = values.array.shape
-        array = values.array.reshape(B, -1, self.cfg.heads, inner // self.cfg.heads)
+    def _mix(self, queries, values: Values, mask, reference):
+        """(float[B, Q, h * d] of what is sampled, weight of the ignore token float32[B, Q, h])."""
+        M, K, method = values.array.shape[1], self.cfg.recent, self.cfg.method
+        mask, relative = self._seen(queries, mask, M)
+        array, shapes, slots = values.array, values.shapes * M, None
+        if method == "auto":
+            method = "dense" if platform() == "tpu" else "gather"
+        if 0 < K < M and method == "gather":  # products with whole maps would save nothing
+            slots, mask, relative = latest(mask, relative, K)
+        found = self._samples(queries, values.shapes, mask, relative, reference)
+        locations, weights, ignored = found
+        if slots is not None:
+            array, shapes = stacked(values)
+            locations = on_stacked(locations, slots, values.shapes, M)
+            weights = weights.reshape(*weights.shape[:3], K, -1, weights.shape[-1])
+            weights = jnp.moveaxis(weights, 3, 4).reshape(*locations.shape[:-1])
+        array = array.reshape(len(queries), -1, self.cfg.heads, array.shape[-1] // self.cfg.heads)
         array = constrain(array, "act_batch", None, "act_heads", None)
-        return sample(array, values.shapes * M, locations, weights, method=self.cfg.method)
+        locations = constrain(locations, "act_batch", "act_len", "act_heads", None, None, None)
+        return sample(array, shapes, locations, weights, method=method), ignored
 
     def samples(self, queries, values: Values, mask, reference=None):
         """Where each query samples, and with which weights; arguments as of a call.
@@ -207,23 +221,27 @@ class MMFS(nnx.Module):
             (locations float32[B, Q, h, M * levels, P, 2], an image's levels after one another;
             weights float32[B, Q, h, M * levels, P]; that of the ignore token float32[B, Q, h]).
         """
-        cfg = self.cfg
-        B, Q, _ = queries.shape
-        M = values.array.shape[1]
-        mask = jnp.broadcast_to(mask if mask.ndim == 3 else mask[:, None], (B, Q, M)) != 0
+        mask, relative = self._seen(queries, mask, values.array.shape[1])
+        return self._samples(queries, values.shapes, mask, relative, reference)
+
+    def _seen(self, queries, mask, images: int):
+        """(which images each query samples bool[B, Q, M], their relative index int32[B, Q, M])."""
+        shape = (*queries.shape[:2], images)
+        mask = jnp.broadcast_to(mask if mask.ndim == 3 else mask[:, None], shape) != 0
         relative = relative_index(mask)
-        if cfg.recent:
-            mask &= relative <= cfg.recent
+        return mask & (relative <= self.cfg.recent) if self.cfg.recent else mask, relative
+
+    def _samples(self, queries, shapes: Shapes, mask, relative, reference):
+        """`samples` of images with these mask and relative index, [B, Q, M] each."""
+        cfg, pairs = self.cfg, relative.shape
         a = self.dynamic_offset_mask(queries)
         offsets = self._of_pairs(self.sampling_offsets, a, relative)
-        offsets = offsets.reshape(B, Q, M, cfg.heads, 1, cfg.points, 2)
+        offsets = offsets.reshape(*pairs, cfg.heads, 1, cfg.points, 2)
         logits = self._of_pairs(self.attention_weights, a, relative)
-        logits = logits.reshape(B, Q, M, cfg.heads, cfg.levels, cfg.points + 1)[..., :-1]
-        weights, ignored = with_ignored(logits.reshape(B, Q, M, cfg.heads, -1), mask)
-        locations = self._locations(offsets, values.shapes, reference)
-        locations = _by_head(locations)
-        locations = constrain(locations, "act_batch", "act_len", "act_heads", None, None, None)
-        return locations, _by_head(weights.reshape(logits.shape)), ignored
+        logits = logits.reshape(*pairs, cfg.heads, cfg.levels, cfg.points + 1)[..., :-1]
+        weights, ignored = with_ignored(logits.reshape(*pairs, cfg.heads, -1), mask)
+        locations = self._locations(offsets, shapes, reference)
+        return _by_head(locations), _by_head(weights.reshape(logits.shape)), ignored
 
     def _of_pairs(self, linear, a, relative):
         """float32[B, Q, M, out] of `linear(a + table[relative])`, a: float[B, Q, D_q]."""
@@ -242,6 +260,51 @@ class MMFS(nnx.Module):
             return 0.5 + offsets
         reference = jnp.asarray(reference, jnp.float32)
         return reference[:, :, None, None, :, None] + offsets
+
+
+# ---- only the latest images of each query
+
+
+def latest(mask, relative, count: int):
+    """(slots int32, mask, relative index), each [B, Q, count]: a query's latest visible images."""
+    age = jnp.where(mask, relative, mask.shape[-1] + 1)
+    slots = jnp.argsort(age, axis=-1)[..., :count]
+    take = partial(jnp.take_along_axis, indices=slots, axis=-1)
+    return slots, take(mask), take(relative)
+
+
+def stacked(values: Values) -> tuple[jax.Array, Shapes]:
+    """The images of a row as one, below each other, so that every query can sample others.
+
+    Returns:
+        (float[B, S, h * d], shape of each level): a row of zeros is below each image.
+    """
+    B, M, _, inner = values.array.shape
+    shapes = values.shapes
+    ends = np.cumsum([h * w for h, w in shapes])[:-1]
+    maps = [
+        jnp.pad(x, ((0, 0), (0, 0), (0, w), (0, 0))).reshape(B, -1, inner)
+        for x, (h, w) in zip(jnp.split(values.array, ends, axis=2), shapes, strict=True)
+    ]
+    return jnp.concatenate(maps, axis=1), tuple((M * (h + 1), w) for h, w in shapes)
+
+
+def on_stacked(locations, slots, shapes: Shapes, images: int):
+    """Locations on the maps of `stacked`: float32[B, Q, h, levels, K * P, 2].
+
+    Args:
+        locations: float32[B, Q, h, K * levels, P, 2] on the images themselves.
+        slots: int32[B, Q, K] which these are, of so many `images`.
+    """
+    *lead, _, P, _ = locations.shape
+    K = slots.shape[-1]
+    height = np.array([h for h, _ in shapes], np.float32)[:, None]
+    x, y = jnp.moveaxis(locations.reshape(*lead, K, len(shapes), P, 2), -1, 0)
+    # One row beyond its image a point reads only zeros, as it would further out.
+    pixel = jnp.clip(y * height - 0.5, -1, height) + 0.5
+    y = (slots[:, :, None, :, None, None] * (height + 1) + pixel) / (images * (height + 1))
+    points = jnp.moveaxis(jnp.stack([x, y], -1), 3, 4)
+    return points.reshape(*lead, len(shapes), K * P, 2)
 
 
 class LLMBlock(nnx.Module):

@@ -11,6 +11,17 @@ the map, and neighbours outside of it count as zero. Two methods give the same n
              Far more arithmetic, but matrix products only, in both passes.
 
 A NaN or infinite location reads nothing and has no gradient.
+
+"auto" is dense on TPUs and gather elsewhere. On a CPU gather took 0.05 to 0.4 of torch's time at
+MM-Interleaved's sizes (`benchmarks/deformable.py`), dense up to a quarter less than gather and up
+to four times as long; no GPU was measured. For a v5e the compiler expects gather, not counting the
+gathers themselves, to take ten times as long as dense (benchmarks/plans/deformable.json).
+
+On TPUs a Pallas kernel makes dense's coefficients. Without it, 2048 queries x 8 images of 3 levels
+x 16 heads were estimated at 10.5 ms forward and 42 ms with gradients, against some 1 ms for all
+other products of such an attention module in the forward pass; nine tenths of that were
+coefficients, for which the vector units need 0.9 ms. With it the rest is estimated at 2.9 and
+6.0 ms, to which the kernel adds at least 0.9 and 3.7. Neither was timed.
 """
 
 import dataclasses
@@ -22,26 +33,28 @@ import jax
 import jax.numpy as jnp
 
 from metamorph_jax import sharding
+from metamorph_jax.flops import Work
 
 METHODS = ("auto", "gather", "dense")
-_CHUNK_BYTES = {"cpu": 2**22, "gpu": 2**26, "tpu": 2**26}  # a CPU's caches want small chunks
+_CHUNK_BYTES = {"cpu": 2**22, "gpu": 2**26, "tpu": 2**28}  # a CPU's caches want small chunks
+_LANES = 128  # of a TPU, which work on as many queries at a time
 
 Shapes = tuple[tuple[int, int], ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Group:
-    """Levels of one shape, which are processed together, and how."""
+    """The same level of all images, whose maps are processed together, and how."""
 
     height: int
     width: int
-    levels: tuple[int, ...]
+    images: int
     method: str
 
     @property
     def pixels(self) -> int:
-        """Of all its levels."""
-        return len(self.levels) * self.height * self.width
+        """Of all its maps."""
+        return self.images * self.height * self.width
 
 
 def sample(
@@ -75,60 +88,84 @@ def sample(
         TypeError: locations that are not float32 (bfloat16 has steps of a quarter of a pixel).
     """
     B, Q, h, d, P = _check(value, shapes, locations, weights, method)
-    groups = _groups(shapes, P, d, method)
+    groups = _groups(shapes, method)
     c = chunk_size(value.shape, Q, shapes, P, method)
-    n = -(-Q // c)
-    c = -(-Q // n)
+    k = _shards(B, Q, h)[1]
+    n = -(-Q // (k * c))
+    c = -(-Q // (k * n))
 
     def split(x):
-        # A chunk takes every nth query, so that queries that are sharded stay where they are.
-        x = jnp.pad(x, [(0, n * c - Q if a == 1 else 0) for a in range(x.ndim)])
-        return x.reshape(B, c, n, h, *x.shape[3:]).transpose(2, 0, 3, 1, 4, 5)
+        # Each of the k devices that share the queries processes a block of its own after another.
+        x = x.reshape(B, k, Q // k, h, groups[0].images, len(groups), P)
+        x = jnp.pad(x, [(0, n * c - Q // k if a == 2 else 0) for a in range(7)])
+        x = x.reshape(B, k, n, c, *x.shape[3:])
+        both = [x[..., i, :].transpose(_ORDER[g.method]) for i, g in enumerate(groups)]
+        return [
+            x.reshape(*x.shape[:3], k * c, *x.shape[5:])
+            if g.method == "gather"
+            else x.reshape(*x.shape[:5], k * c)
+            for x, g in zip(both, groups, strict=True)
+        ]
 
-    x, y = split(locations[..., 0]), split(locations[..., 1])
-    w = split(weights.astype(jnp.float32))
-    points = []
-    for group in groups:
-        own = [a[:, :, :, :, group.levels] for a in (x, y, w)]
-        points.append((own[0] * group.width - 0.5, own[1] * group.height - 0.5, own[2]))
-    out = _chunks(groups, _maps(value, shapes, groups), tuple(points))
-    return out.transpose(1, 3, 0, 2, 4).reshape(B, n * c, h * d)[:, :Q]
+    xyw = (locations[..., 0], locations[..., 1], weights.astype(jnp.float32))
+    points = tuple(zip(*map(split, xyw), strict=True))
+    out = _chunks(groups, _maps(value, groups), points).reshape(n, B, h, k, c, d)
+    out = out.transpose(1, 3, 0, 4, 2, 5).reshape(B, k, n * c, h * d)
+    return out[:, :, : Q // k].reshape(B, Q, h * d)
 
 
-def choose(shape: tuple[int, int], points: int, width: int) -> str:
-    """The method that "auto" takes for maps of this shape."""
+def choose() -> str:
+    """The method that "auto" takes here; the module's docstring says why."""
     return "dense" if sharding.platform() == "tpu" else "gather"
 
 
+def work(
+    part: str, value_shape, queries: int, shapes: Shapes, points: int, method: str = "auto"
+) -> Work:
+    """The arithmetic of one call, for plans and MFU.
+
+    Model FLOPs are those of reading four neighbours of each point, whatever the method; what the
+    products with whole maps compute on top of that, in both passes, counts as recomputed.
+    """
+    B, S, h, d = value_shape
+    needed = 2.0 * 4 * points * len(shapes) * d * B * queries * h
+    method = choose() if method == "auto" else method
+    computed = 2.0 * S * d * B * queries * h if method == "dense" else needed
+    return Work(part, needed, input_gradients=2, recomputed=3 * max(0.0, computed - needed))
+
+
 def chunk_size(value_shape, queries: int, shapes: Shapes, points: int, method: str) -> int:
-    """How many queries are processed at a time: as many as `_CHUNK_BYTES` allow.
+    """How many queries a device processes at a time: as many as `_CHUNK_BYTES` allow.
 
     That is the memory, in float32, of four neighbours of each point for "gather", and for "dense"
     of the coefficients of all pixels and of each point's row and column. Rows and heads that are
-    sharded over devices count once per device.
+    sharded over devices count once per device. On a TPU it is a multiple of 128, which take the
+    memory of one, unless there are fewer queries.
     """
     B, _, h, d = value_shape
     per_head = 0
-    for g in _groups(shapes, points, d, method):
-        sides = points * len(g.levels) * (g.height + g.width)
-        per_head += {
-            "gather": 4 * points * len(g.levels) * d,
-            "dense": g.pixels + sides,
-        }[g.method]
-    rows, heads = _shards(B, h)
-    per_query = 4 * (B // rows) * (h // heads) * per_head
-    return max(1, min(queries, _CHUNK_BYTES[sharding.platform()] // per_query))
+    for g in _groups(shapes, method):
+        if g.method == "gather":
+            per_head += 4 * points * g.images * d
+        else:
+            per_head += g.pixels + points * g.images * (g.height + g.width)
+    rows, blocks, heads = _shards(B, queries, h)
+    platform = sharding.platform()
+    size = max(1, _CHUNK_BYTES[platform] // (4 * (B // rows) * (h // heads) * per_head))
+    if platform == "tpu":
+        size = max(_LANES, size - size % _LANES)
+    return min(queries // blocks, size)
 
 
-def _shards(B: int, h: int) -> tuple[int, int]:
-    """How many devices share the rows, and the heads."""
+def _shards(B: int, Q: int, h: int) -> tuple[int, int, int]:
+    """How many devices share the rows, the queries of a row, and the heads."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return 1, 1
+        return 1, 1, 1
+    where = sharding.fit(sharding.spec("act_batch", "act_len", "act_heads"), (B, Q, h), mesh)
     count = lambda axes: math.prod(  # noqa: E731
         mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ())
     )
-    where = sharding.fit(sharding.spec("act_batch", "act_heads"), (B, h), mesh)
     return tuple(count(axes) for axes in where)
 
 
@@ -148,21 +185,24 @@ def _check(value, shapes, locations, weights, method):
     return B, Q, h, d, P
 
 
-def _groups(shapes: Shapes, points: int, width: int, method: str) -> tuple[_Group, ...]:
-    found = []
-    for shape in dict.fromkeys(shapes):
-        levels = tuple(i for i, other in enumerate(shapes) if other == shape)
-        own = choose(shape, points, width) if method == "auto" else method
-        found.append(_Group(*shape, levels, own))
-    return tuple(found)
+def _groups(shapes: Shapes, method: str) -> tuple[_Group, ...]:
+    """One for each of the levels that repeat from image to image."""
+    method = choose() if method == "auto" else method
+    lengths = (k for k in range(1, len(shapes) + 1) if len(shapes) % k == 0)
+    levels = next(k for k in lengths if shapes == shapes[:k] * (len(shapes) // k))
+    return tuple(_Group(*shape, len(shapes) // levels, method) for shape in shapes[:levels])
 
 
-def _maps(value, shapes, groups):
-    """The maps of each group, [B, h, G * H * W, d]."""
-    ends = [0, *itertools.accumulate(H * W for H, W in shapes)]
-    values = value.swapaxes(1, 2)
-    take = lambda i: values[:, :, ends[i] : ends[i + 1]]  # noqa: E731
-    return tuple(jnp.concatenate([take(i) for i in g.levels], 2) for g in groups)
+def _maps(value, groups):
+    """The maps of each group, [B, h, G * H * W, d], G images."""
+    B, S, h, d = value.shape
+    images = groups[0].images
+    ends = itertools.accumulate(g.height * g.width for g in groups)
+    levels = jnp.split(value.reshape(B, images, S // images, h, d), [*ends][:-1], axis=2)
+    return tuple(
+        x.transpose(0, 3, 1, 2, 4).reshape(B, h, g.pixels, d)
+        for x, g in zip(levels, groups, strict=True)
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -170,10 +210,10 @@ def _chunks(groups, maps, points):
     """Samples of one chunk of queries after the other.
 
     Args:
-        groups: levels of one shape each.
+        groups: the levels.
         maps: for each group, [B, h, G * H * W, d].
-        points: for each group x, y and weights, float32[n, B, h, q, G, P], x and y in pixels: 0 is
-            the centre of the first one.
+        points: for each group x, y and weights, float32[n, B, h, q, G, P] ("dense": q is last),
+            x and y from 0 to 1.
 
     Returns:
         [n, B, h, q, d] in the maps' dtype.
@@ -213,6 +253,7 @@ _chunks.defvjp(_chunks_forward, _chunks_backward)
 def _neighbours(group, x, y, w):
     """Places in the maps and coefficients of each point's neighbours, both [B, h, q, G * P * 4]."""
     H, W = group.height, group.width
+    x, y = x * W - 0.5, y * H - 0.5
     inside = (x >= -1) & (x < W) & (y >= -1) & (y < H)
     x, y, w = (jnp.where(inside, a, 0) for a in (x, y, w))
     left, top = jnp.floor(x), jnp.floor(y)
@@ -222,7 +263,7 @@ def _neighbours(group, x, y, w):
     k = jnp.stack([1 - right, right, 1 - right, right], -1)
     k *= jnp.stack([1 - bottom, 1 - bottom, bottom, bottom], -1) * w[..., None]
     k = jnp.where((i >= 0) & (i < H) & (j >= 0) & (j < W), k, 0)
-    level = jnp.arange(len(group.levels))[:, None, None] * (H * W)
+    level = jnp.arange(group.images)[:, None, None] * (H * W)
     place = level + jnp.clip(i, 0, H - 1) * W + jnp.clip(j, 0, W - 1)
     flat = (*x.shape[:3], -1)
     return place.reshape(flat), k.reshape(flat)
@@ -257,34 +298,43 @@ def _gather_backward(group, maps, sums, gradient, x, y, w):
 
 
 def _coefficients(group, dtype, x, y, w):
-    """Each pixel's coefficient: [B, h, q, G * H * W]."""
-    columns = (_tent(y, group.height) * w[..., None]).astype(dtype)
-    rows = _tent(x, group.width).astype(dtype)
-    pixels = jnp.einsum("bhqgpi,bhqgpj->bhqgij", columns, rows)
-    return pixels.reshape(*x.shape[:3], group.pixels)
+    """Each pixel's coefficient: [B, h, G * H * W, q], from [B, h, G, P, q]."""
+    B, h, _, _, q = x.shape
+    H, W = group.height, group.width
+    if sharding.platform() == "tpu":
+        from metamorph_jax.nn import deformable_kernel
+
+        pixels = deformable_kernel.coefficients(x, y, w, (H, W), dtype)
+    else:
+        columns = (_tent(y * H - 0.5, H) * w[..., None, :]).astype(dtype)
+        rows = _tent(x * W - 0.5, W).astype(dtype)
+        pixels = jnp.einsum("bhgpiq,bhgpjq->bhgijq", columns, rows)
+    return pixels.reshape(B, h, group.pixels, q)
 
 
 def _tent(x: jax.Array, size: int) -> jax.Array:
-    """max(0, 1 - |x - i|) for i < size, on a new last axis.
+    """max(0, 1 - |x - i|) for i < size, on a new axis before the last.
 
     At a pixel's centre the derivative is the one to the right, as that of "gather".
     """
-    t = x[..., None] - jnp.arange(size, dtype=jnp.float32)
+    t = x[..., None, :] - jnp.arange(size, dtype=jnp.float32)[:, None]
     return jnp.where((t >= -1) & (t < 1), jnp.where(t >= 0, 1 - t, 1 + t), 0)
 
 
 def _dense(group, maps, x, y, w):
     """float32[B, h, q, d] by a product with the whole maps."""
     pixels = _coefficients(group, maps.dtype, x, y, w)
-    return jnp.einsum("bhqs,bhsd->bhqd", pixels, maps, preferred_element_type=jnp.float32)
+    return jnp.einsum("bhsq,bhsd->bhqd", pixels, maps, preferred_element_type=jnp.float32)
 
 
 def _dense_backward(group, maps, sums, gradient, x, y, w):
     """(sums plus the gradient of the maps, gradients of x, y and w)."""
     pixels, back = jax.vjp(functools.partial(_coefficients, group, maps.dtype), x, y, w)
-    sums += jnp.einsum("bhqs,bhqd->bhsd", pixels, gradient, preferred_element_type=jnp.float32)
-    by_pixels = jnp.einsum("bhqd,bhsd->bhqs", gradient, maps, preferred_element_type=jnp.float32)
+    sums += jnp.einsum("bhsq,bhqd->bhsd", pixels, gradient, preferred_element_type=jnp.float32)
+    by_pixels = jnp.einsum("bhqd,bhsd->bhsq", gradient, maps, preferred_element_type=jnp.float32)
     return sums, back(by_pixels.astype(maps.dtype))
 
 
 _STEPS = {"gather": (_gather, _gather_backward), "dense": (_dense, _dense_backward)}
+# Of points, from [B, k, n, c, h, G, P].
+_ORDER = {"gather": (2, 0, 4, 1, 3, 5, 6), "dense": (2, 0, 4, 5, 6, 1, 3)}

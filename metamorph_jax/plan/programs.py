@@ -65,6 +65,7 @@ def train_step(config, devices, rows_per_device: float | None = None) -> Program
     Raises:
         ConfigError: as `train` would.
     """
+    from metamorph_jax.models import build
     from metamorph_jax.train import optim
     from metamorph_jax.train import state as states
     from metamorph_jax.train.config import resolve
@@ -82,7 +83,7 @@ def train_step(config, devices, rows_per_device: float | None = None) -> Program
             f"config.batch_size {rows} in {cfg.accumulate} micro-batches doesn't divide over "
             f"{groups} groups of devices; --rows-per-device sets another batch"
         )
-    model = nnx.eval_shape(lambda: recipe.create(run.model, nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: recipe.create(run.model, build.rngs(0)))
     parts, trained, frozen = states.split(model, run.pattern, mesh)
     optimizer = optim.build(cfg.optim, trained, rows, cfg.steps)
     statistics = bool(cfg.guard.spike)

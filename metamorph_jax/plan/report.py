@@ -19,11 +19,26 @@ from metamorph_jax.plan.programs import Compiled, Program
 
 def make(program: Program, compiled: Compiled, topology: Topology, name="") -> dict:
     """The plan as one table of numbers, bytes and seconds per device and step."""
-    chip, devices = topology.chip, program.mesh.size
-    cfg, flops = program.cfg, program.arithmetic
-    plan = {
-        "config": name,
-        "topology": str(topology),
+    plan = {"config": name, "topology": str(topology)} | _asked(program) | {
+        "hbm_capacity_bytes": topology.chip.hbm,
+        "compile_seconds": round(compiled.seconds, 1),
+        "versions": {"jax": jax.__version__, **_compiler(topology)},
+    }  # fmt: skip
+    if compiled.error:
+        return plan | {"fits": False, "out_of_memory": explain(compiled.error, plan)}
+    sent = hlo.traffic(compiled.executable.as_text(), program.mesh.size)
+    memory = _memory(program, compiled, topology)
+    return plan | memory | _sent(sent) | _bounds(program, memory, sent, topology)
+
+
+def _asked(program: Program) -> dict:
+    """What is planned: the run, its model and its arithmetic."""
+    cfg, flops, devices = program.cfg, program.arithmetic, program.mesh.size
+    generation = {
+        "length": program.length, "weights": program.weights, "beside_bytes": program.beside,
+        "loading_bytes": program.loading,
+    }  # fmt: skip
+    return {
         "devices": devices,
         "mesh": {axis: n for axis, n in program.mesh.shape.items() if n > 1},
         "what": "train" if program.training else "generate",
@@ -33,57 +48,60 @@ def make(program: Program, compiled: Compiled, topology: Topology, name="") -> d
         "remat": program.options.get("remat", "none"),
         "momentum_dtype": cfg.optim.momentum_dtype,
         "dtype": program.options.get("dtype", ""),
-        **(
-            {}
-            if program.training
-            else {
-                "length": program.length,
-                "weights": program.weights,
-                "beside_bytes": program.beside,
-                "loading_bytes": program.loading,
-            }
-        ),
+        **({} if program.training else generation),
         "parameters": {part: {"trained": a, "frozen": b} for part, (a, b) in program.parts.items()},
-        "hbm_capacity_bytes": chip.hbm,
         "arguments_by_part": {
             group: bytes_per_device(tree) for group, tree in program.groups.items() if tree
         },
         "model_flops": flops.model,
         "flops_by_part": flops.by_part,
         "recomputed_flops": flops.recomputed,
-        "compile_seconds": round(compiled.seconds, 1),
-        "versions": {"jax": jax.__version__, **_compiler(topology)},
     }
-    if compiled.error:
-        return plan | {"fits": False, "out_of_memory": explain(compiled.error, plan)}
+
+
+def _memory(program: Program, compiled: Compiled, topology: Topology) -> dict:
+    """What a device holds."""
     memory = compiled.executable.memory_analysis()
-    sent = hlo.traffic(compiled.executable.as_text(), devices)
     argument, output = memory.argument_size_in_bytes, memory.output_size_in_bytes
     temp = memory.temp_size_in_bytes
     peak = getattr(memory, "peak_memory_in_bytes", 0) or argument + temp + (
         output - memory.alias_size_in_bytes
     )  # fmt: skip
     total = max(peak + memory.generated_code_size_in_bytes + program.beside, program.loading)
-    moved = argument + output + 2 * (sum(sent.size.values()) + temp)
+    return {
+        "fits": total <= topology.chip.hbm,
+        "argument_bytes": argument,
+        "temp_bytes": temp,
+        "peak_bytes": peak,
+        "output_bytes": output,
+        "total_bytes": total,
+        "free_share": 1 - total / topology.chip.hbm,
+    }
+
+
+def _sent(sent: hlo.Traffic) -> dict:
+    """What devices send to each other."""
+    return {
+        "collective_bytes": {k: round(v) for k, v in sent.size.items()},
+        "collective_count": dict(sent.count),
+        "wire_bytes": {k: round(v) for k, v in sent.wire.items()},
+        "total_wire_bytes": round(sent.total_wire),
+        "loops_of_unknown_length": sent.unknown_loops,
+    }
+
+
+def _bounds(program: Program, memory: dict, sent: hlo.Traffic, topology: Topology) -> dict:
+    """The roofline, and the speed that it allows."""
+    chip, devices, flops = topology.chip, program.mesh.size, program.arithmetic
+    moved = memory["argument_bytes"] + memory["output_bytes"]
+    moved += 2 * (sum(sent.size.values()) + memory["temp_bytes"])
     terms = {
         "compute": (flops.model + flops.recomputed) / devices / chip.flops,
         "hbm": moved / chip.hbm_rate,
         "ici": sent.total_wire / chip.ici_rate,
     }
     step = max(terms.values())
-    return plan | {
-        "fits": total <= chip.hbm,
-        "argument_bytes": argument,
-        "temp_bytes": temp,
-        "peak_bytes": peak,
-        "output_bytes": output,
-        "total_bytes": total,
-        "free_share": 1 - total / chip.hbm,
-        "collective_bytes": {k: round(v) for k, v in sent.size.items()},
-        "collective_count": dict(sent.count),
-        "wire_bytes": {k: round(v) for k, v in sent.wire.items()},
-        "total_wire_bytes": round(sent.total_wire),
-        "loops_of_unknown_length": sent.unknown_loops,
+    return {
         "hbm_traffic_bytes": moved,
         "roofline_seconds": {**terms, "step": step},
         "bound_by": max(terms, key=terms.get),

@@ -6,6 +6,8 @@ that go on; those that end are finished replies, of which it keeps the best K by
 
     score = log p(reply) / length ** length_penalty        (its end counts as a token)
 
+A reply ends with an end id or, where the chat template closes answers by a text, with that text.
+
     beams      a b | c d        request 0 | request 1, K = 2
     from       0 0 | 1 0        a step continues these beams …
     cache      a a | d c        … so the rows of the cache are put in that order
@@ -163,7 +165,7 @@ def _run(
         best_length=jnp.zeros((B, K), jnp.int32),
         searching=jnp.ones(B, bool),
         broken=jnp.zeros(B, bool),
-        seen=policy.init(B * K, prompt_ids[rows], llm.cfg.tokens),
+        seen=TextPolicy.init(policy, B * K, prompt_ids[rows], llm.cfg.tokens),
     )
     choose = _Choice(llm, policy, count, early, power)
     state, order = choose(weights, state, hidden[:, rows], budget)
@@ -208,7 +210,8 @@ class _Choice:
         scores, beam, token = self.candidates(s, logits)
         ids = _take(s.ids, beam)
         ids = lax.dynamic_update_index_in_dim(ids, token, s.step, 2)
-        ends = self.policy.ends(token) | (s.step + 1 >= budget)[:, None]
+        ends = self.policy.ends(token) | self.policy.completes(ids, s.step + 1)
+        ends |= (s.step + 1 >= budget)[:, None]
         s = self.keep_finished(s, ids, scores, ends)
         scores, going_on = lax.top_k(jnp.where(ends, scores + _NEVER, scores), K)
         beam, token = _take(beam, going_on), _take(token, going_on)
@@ -226,12 +229,12 @@ class _Choice:
     def candidates(self, s: State, logits):
         """The likeliest continuations of each request, sorted: [B, n] scores, beams and tokens.
 
-        There are so many that K of them go on even if all end ids are among them.
+        There are so many that K of them go on even if all that end are among them.
         """
         B, K = s.scores.shape
         count = jnp.broadcast_to(s.step, (B * K,))
         log_p = self.policy.scores(jax.nn.log_softmax(logits, axis=-1), s.seen, count)
-        n = max(2, 1 + len(self.policy.eos)) * K
+        n = max(2, 1 + self.policy.endings) * K
         # The best n of each beam first: so the whole vocabulary is sorted where it lies.
         few, token = lax.top_k(log_p, min(n, log_p.shape[1]))
         total = s.scores[:, :, None] + few.reshape(B, K, -1)

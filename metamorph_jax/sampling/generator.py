@@ -150,7 +150,7 @@ class Prompts:
         """
         if request.think and self.think is None:
             raise ValueError("this model was not trained to draw a detail before it answers")
-        sample = as_sample(request, self.think, self.frames)
+        sample = as_sample(request, self.think, self.frames, self.chat.template.lead)
         refs, ids = sample.images, (write or self.chat.prompt)(sample.turns)
         loaded = self.images.load(refs)
         places = [read_place(*self.views.plan(image.size)) for image in loaded]
@@ -235,13 +235,33 @@ class Generator:
         self.feature_shape = prompts.views.tokens, feature_width
         self.loop, self.prompts, self.image_decoder = loop, prompts, None
         self.policy = policy
-        self._see = self._project = None
+        self._see = self._project = self._encoder = None
         if encoder is not None:
             graph, self._encoder = nnx.split(encoder)
             merged = lambda weights: nnx.merge(graph, weights)  # noqa: E731
             whole = lambda x: sharding.constrain(x, None, None, None)  # noqa: E731
             self._see = jax.jit(lambda weights, x: whole(merged(weights).visual_features(x)))
             self._project = jax.jit(lambda weights, x: whole(merged(weights).project(x)))
+        held = (loop.weights, self._encoder)
+        self._outline = jax.tree.map(lambda x: (x.shape, str(x.dtype)), held)
+
+    def renew(self, other: "Generator") -> None:
+        """Takes the weights of another generator of the same model; what is compiled stays.
+
+        Raises:
+            ValueError: the other model's weights have other shapes or types.
+        """
+        mine, theirs = self._outline, other._outline
+        if mine != theirs:
+            raise ValueError("the weights are those of another model")
+        self.loop.weights, self._newline = other.loop.weights, other._newline
+        if self._see is not None:
+            self._encoder = other._encoder
+
+    def release(self) -> None:
+        """Gives up the weights, until `renew` brings others."""
+        self.loop.weights = None
+        self._encoder = None
 
     def generate(
         self,

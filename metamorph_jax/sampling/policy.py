@@ -190,6 +190,15 @@ class TextPolicy:
         """bool: whether ids are among `eos`, or `BROKEN`."""
         return jnp.isin(ids, jnp.array((*self.eos, BROKEN), jnp.int32))
 
+    def completes(self, ids, count) -> jax.Array:
+        """bool[...]: whether the first `count` of int32[..., M] ids end a row as a whole."""
+        return jnp.zeros(ids.shape[:-1], bool)
+
+    @property
+    def endings(self) -> int:
+        """Of the continuations of a row by one id, how many end it at most."""
+        return len(self.eos)
+
 
 @dataclasses.dataclass(frozen=True)
 class StoppingPolicy(TextPolicy):
@@ -213,8 +222,19 @@ class StoppingPolicy(TextPolicy):
         stopped = (last == jnp.array(self.stop, jnp.int32)).all(axis=1)
         return (seen, last), dataclasses.replace(emitted, stop=emitted.stop | stopped)
 
+    def completes(self, ids, count) -> jax.Array:
+        n, M = len(self.stop), ids.shape[-1]
+        if n > M:
+            return super().completes(ids, count)
+        last = jax.lax.dynamic_slice_in_dim(ids, jnp.maximum(count - n, 0), n, ids.ndim - 1)
+        return (last == jnp.array(self.stop, jnp.int32)).all(axis=-1) & (count >= n)
+
+    @property
+    def endings(self) -> int:
+        return len(self.eos) + 1
+
     def read(self, record, values, ended: bool) -> Result:
-        """The text up to the stop; beams, which don't look for it, write on behind it."""
+        """The text up to the stop."""
         n, ids = len(self.stop), record.tolist()
         starts = (k for k in range(len(ids) - n + 1) if tuple(ids[k : k + n]) == self.stop)
         at = next(starts, len(ids))

@@ -270,20 +270,24 @@ def _id(value) -> str:
 
 
 def as_sample(
-    request: Request, think: Callable[[str], str] | None = None, frames: int = MAX_FRAMES
+    request: Request,
+    think: Callable[[str], str] | None = None,
+    frames: int = MAX_FRAMES,
+    lead: str = "\n",
 ) -> Sample:
     """The request as a sample without an answer, laid out by the functions that training uses.
 
     Args:
         think: asks for the relevant detail before the question, for requests that want it.
         frames: most frames of a video.
+        lead: see `place`.
 
     Raises:
         BadSample: markers and files don't match, or a video can't be read.
         ValueError: see `checked`.
     """
     request = checked(request)
-    text = place(request)
+    text = place(request, lead)
     if request.think and think is not None:
         text = think(text)
     paths = [*request.images, *([request.video] if request.video else ())]
@@ -296,13 +300,17 @@ def as_sample(
     return made.checked(max(len(made.images), 1))
 
 
-def place(request: Request) -> str:
-    """The prompt with a marker for each image and video: its own, or else before it."""
+def place(request: Request, lead: str = "\n") -> str:
+    """The prompt with a marker for each image and video: its own, or else before it.
+
+    Args:
+        lead: what then stands between images and prompt (`ChatTemplate.lead`).
+    """
     text, count = request.prompt, len(request.images)
     if IMAGE in text or VIDEO in text:
         return text
     clip = VIDEO if request.video else ""
-    return f"{IMAGE * count}{clip}\n{text}" if count else clip + text
+    return f"{IMAGE * count}{clip}{lead}{text}" if count else clip + text
 
 
 def check_files(

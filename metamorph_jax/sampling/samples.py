@@ -1,8 +1,11 @@
 """The first samples of a data set, put to a model: what it answers, beside what the data answer."""
 
+import collections
 import itertools
+import sys
 from collections.abc import Iterator, Mapping
 
+import jax
 import numpy as np
 
 from metamorph_jax.data import images, pipeline
@@ -11,6 +14,7 @@ from metamorph_jax.data.sources.base import ImageRef, Sample
 from metamorph_jax.data.sources.kinds import Kind
 from metamorph_jax.data.stream import choices
 from metamorph_jax.errors import BadSample
+from metamorph_jax.files import shown
 from metamorph_jax.recipe import Shown
 from metamorph_jax.sampling.generator import Generator, Options
 from metamorph_jax.sampling.requests import IMAGE, Request
@@ -29,9 +33,12 @@ def ask(
         generator: of the model.
         data: where the samples come from.
         kinds: of the recipe's own records.
-        count: number of samples; they are taken from the sources in turn.
+        count: number of samples; they are taken from the sources in turn. Those that are passed
+            over on the way are counted, by reason, in a line on the console.
     """
-    samples = {str(k): sample for k, sample in enumerate(first(data, kinds, count))}
+    skipped: collections.Counter[str] = collections.Counter()
+    samples = {str(k): sample for k, sample in enumerate(first(data, kinds, count, skipped))}
+    tell(skipped, len(samples))
     requests = {name: _request(name, sample) for name, sample in samples.items()}
     budget = min(TOKENS + generator.feature_shape[0], generator.prompts.length // 2)
     answers: dict[str, str] = {}
@@ -45,12 +52,26 @@ def ask(
     return [_shown(samples[name], requests[name], answers[name]) for name in samples]
 
 
-def first(data: InputConfig, kinds: Mapping[str, Kind], count: int) -> Iterator[Sample]:
-    """The first samples that can be asked again: with whole image files and an answer."""
+def tell(skipped: collections.Counter[str], asked: int) -> None:
+    """Prints what was passed over before so many samples could be asked; on one host."""
+    if skipped and jax.process_index() == 0:
+        reasons = ", ".join(f"{reason} {n:,}" for reason, n in skipped.most_common())
+        print(f"samples: {skipped.total():,} were passed over before {asked} could be asked "
+              f"({shown(reasons, 500)})", file=sys.stderr, flush=True)  # fmt: skip
+
+
+def first(
+    data: InputConfig, kinds: Mapping[str, Kind], count: int, skipped: collections.Counter[str]
+) -> Iterator[Sample]:
+    """The first samples that can be asked again: with whole image files and an answer.
+
+    Args:
+        skipped: gets the others, "source/reason" -> number.
+    """
     sources = pipeline.open_sources(data, kinds)
     looked = range(min(max(map(len, sources)), LOOKED_AT * count))
     usable = (
-        _usable(source, number, k, data)
+        _usable(source, number, k, data, skipped)
         for k in looked
         for number, source in enumerate(sources)
         if k < len(source)
@@ -58,14 +79,18 @@ def first(data: InputConfig, kinds: Mapping[str, Kind], count: int) -> Iterator[
     return itertools.islice((sample for sample in usable if sample is not None), count)
 
 
-def _usable(source, number: int, k: int, data: InputConfig) -> Sample | None:
+def _usable(source, number: int, k: int, data: InputConfig, skipped) -> Sample | None:
     """Sample k of source `number`; None if it is bad or its images are cut out of something."""
     try:
         sample = source.sample(k, choices(data.order.seed, number, 0, k))
         data.images.load(sample.images)
-    except BadSample:
+    except BadSample as error:
+        skipped[f"{source.name}/{error.reason}"] += 1
         return None
-    return sample if all(map(_whole, sample.images)) else None
+    if all(map(_whole, sample.images)):
+        return sample
+    skipped[f"{source.name}/part_of_a_file"] += 1
+    return None
 
 
 def _whole(ref) -> bool:

@@ -18,6 +18,7 @@ from metamorph_jax import sharding
 from metamorph_jax.convert import families, hf, load
 from metamorph_jax.errors import CheckpointError, UserError
 from metamorph_jax.files import shown
+from metamorph_jax.models import build
 from metamorph_jax.models.llm.llama import Llama
 from metamorph_jax.nn.quantized import METHODS
 from metamorph_jax.sampling.cached_llm import kernel_dtype
@@ -95,11 +96,14 @@ def load_generator(
 
 
 def is_published(spec: str) -> bool:
-    """Whether a spec names published weights, by their config.json, and no workdir."""
+    """Whether a spec names published weights, by their config.json or by their names, and no
+    workdir."""
     if spec.startswith(hf.PREFIX):
         return True
-    file = pathlib.Path(spec) / "config.json"
-    return file.is_file() and families.kind_of(hf.read_config(file.parent)) is not None
+    folder = pathlib.Path(spec)
+    if not (folder / "config.json").is_file():
+        return families.is_whole_without_config(folder)
+    return families.kind_of(hf.read_config(folder)) is not None
 
 
 def published_values(spec: str, config: str | None, overrides: Mapping[str, str]) -> dict:
@@ -115,7 +119,7 @@ def published_values(spec: str, config: str | None, overrides: Mapping[str, str]
     parts = {"model": dataclasses.asdict(model), "data": dataclasses.asdict(data)}
     values = {"recipe": name, **parts}
     values = options_of.change(cls, options_of.complete(cls, values), overrides)
-    print(f"{shown(spec)}: recipe {name}, as its config.json says", file=sys.stderr, flush=True)
+    print(f"{shown(spec)}: recipe {name}, as its files say", file=sys.stderr, flush=True)
     return values
 
 
@@ -149,7 +153,7 @@ def reading(recipe, cfg, weights: str, name: str):
     Raises:
         UserError: the model has no language model.
     """
-    outline = nnx.eval_shape(lambda: recipe.create(cfg, nnx.Rngs(0)))
+    outline = nnx.eval_shape(lambda: recipe.create(cfg, build.rngs(0)))
     llms = [(".".join(map(str, p)), m) for p, m in nnx.iter_modules(outline) if type(m) is Llama]
     if not llms:
         raise UserError(f"the recipe {name!r} does not generate text and images")

@@ -11,6 +11,7 @@ Every run is a process of its own, so one that crashes or runs out of memory doe
 """
 
 import contextlib
+import difflib
 import json
 import os
 import pathlib
@@ -218,12 +219,11 @@ def comparable_metric(runs: Sequence[Run]) -> str:
 
 
 def check_metric(metric: str, runs: Sequence[Run]) -> None:
-    """Looks at a metric before anything is run; names that only a run tells are let through.
-
-    Prints that the model has no loss of this name; it may have a metric that is called so.
+    """Looks at a metric before anything is run; only a task's own scores are let through unseen.
 
     Raises:
-        ConfigError: it is of an evaluation that no run has, or that has no numbers.
+        ConfigError: it is of an evaluation that no run has, or that has no numbers; or neither the
+            model nor the log has a metric of this name.
     """
     name = metric
     if metric.startswith("evals."):
@@ -237,13 +237,24 @@ def check_metric(metric: str, runs: Sequence[Run]) -> None:
             )
         if kinds[evaluation] != "loss":
             return
-    name = name.partition("/")[0]
-    if name.endswith("_loss"):
-        losses = [f"{loss}_loss" for run in runs[:1] for loss in _loss_weights(run.table)]
-        if losses and name not in losses:
-            print(f"--metric={files.shown(metric)}: the model's losses are {', '.join(losses)}; "
-                  "if no run has this metric, the sweep ends without a table",
-                  file=sys.stderr, flush=True)  # fmt: skip
+    from metamorph_jax.train.metrics import OF_STEPS, OF_TIME
+
+    known = set() if metric.startswith("evals.") else {*OF_STEPS, *OF_TIME}
+    name, seen = name.partition("/")[0], set()
+    for run in runs:  # those of one model have the same
+        model = json.dumps([run.table[key] for key in ("recipe", "model", "data")])
+        if name in known:
+            return
+        if model not in seen:
+            seen.add(model)
+            known |= _metrics_of_model(run.table)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ConfigError(
+            f"--metric={files.shown(metric)}: the runs will not have it{hint}; there are "
+            f"{', '.join(sorted(known))}"
+        )
 
 
 def _loss_weights(table: dict) -> dict[str, float]:
@@ -256,6 +267,26 @@ def _loss_weights(table: dict) -> dict[str, float]:
     jax.config.update("jax_platforms", "cpu")  # a TPU belongs to the runs
     run = resolve(table)
     return dict(nnx.eval_shape(lambda: run.recipe.create(run.model, nnx.Rngs(0))).loss_weights)
+
+
+def _metrics_of_model(table: dict) -> set[str]:
+    """Names of what the model reports of a batch, without those of single sources."""
+    import jax
+    from flax import nnx
+
+    from metamorph_jax import sharding
+    from metamorph_jax.train.config import resolve
+
+    jax.config.update("jax_platforms", "cpu")  # a TPU belongs to the runs
+    run = resolve(table)
+    batch = run.recipe.batch_spec(run.data, run.model, 1)
+
+    def measured(batch):
+        return run.recipe.create(run.model, nnx.Rngs(0)).loss_sums(batch, jax.random.key(0))
+
+    with jax.set_mesh(sharding.make_mesh(devices=jax.local_devices()[:1])):
+        losses, metrics = jax.eval_shape(measured, batch)
+    return {"loss", *(f"{name}_loss" for name in losses), *(n.partition("/")[0] for n in metrics)}
 
 
 def run(args) -> int:

@@ -14,14 +14,13 @@ numbers, so a run that was interrupted and resumed finds the same ones. They go 
 TensorBoard and the log as "evals.NAME.METRIC".
 """
 
-import importlib
 import json
 import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -48,6 +47,22 @@ class Task(Protocol):
 
         Every process calls it; the scores of the first one count.
         """
+        ...
+
+
+@runtime_checkable
+class Renewable(Protocol):
+    """A generator that several evaluations share, so that they compile once.
+
+    Between them it holds no weights.
+    """
+
+    def renew(self, other) -> None:
+        """Takes the weights of a generator that was made anew."""
+        ...
+
+    def release(self) -> None:
+        """Gives up the weights."""
         ...
 
 
@@ -189,6 +204,7 @@ class TaskScores:
             self._task: Task = find_task(cfg.task)(**cfg.options)
         except TypeError as error:
             raise ConfigError(f"config.evals.{cfg.name}.options: {error}") from error
+        self._kept: Renewable | None = None
 
     def __call__(self, state: TrainState, frozen: Params) -> dict[str, float]:
         run = self._run
@@ -199,7 +215,13 @@ class TaskScores:
                 f"config.evals.{self._cfg.name}: the recipe {run.cfg.recipe} doesn't generate, so "
                 "it can't be given tasks"
             )
+        if self._kept is not None:
+            self._kept.renew(generator)
+            generator = self._kept
         scores = {name: float(score) for name, score in self._task.run(generator).items()}
+        if isinstance(generator, Renewable):
+            self._kept = generator
+            generator.release()
         return gather(scores)[0]
 
     def close(self) -> None:
@@ -253,26 +275,10 @@ def find_task(name: str):
     Raises:
         ConfigError: there is none.
     """
-    module = name.partition(":")[0]
-    return find_class(name) if "." in module else find_class(BENCH)(name)
-
-
-def find_class(name: str):
-    """The class "package.module:Class".
-
-    Raises:
-        ConfigError: there is none.
-    """
-    module, _, attribute = name.partition(":")
-    try:
-        found = vars(importlib.import_module(module)).get(attribute)
-    except ModuleNotFoundError as error:
-        if error.name and not f"{module}.".startswith(f"{error.name}."):
-            raise  # the module is there, but something that it needs is not
-        raise ConfigError(f"config.evals: no module {module} (task {name!r})") from error
-    if found is None:
-        raise ConfigError(f"config.evals: task {name!r} must be package.module:Class")
-    return found
+    where = "config.evals: task"
+    if "." in name.partition(":")[0]:
+        return configs.find_class(name, where)
+    return configs.find_class(BENCH, where)(name)
 
 
 class Best:

@@ -47,6 +47,16 @@ def memory_peak() -> float | None:
     return max(peaks) / 2**30 if peaks else None
 
 
+# Beside what the model has: of a step (`values_of`), and of the time that it takes (`Logger`). Some
+# are there on some hardware only. What begins with "data/" counts samples.
+OF_STEPS = ("loss", "grad_norm", "learning_rate")
+OF_TIME = (
+    *("seconds_per_step", "positions_per_second", "images_per_second", "data_wait", "seconds_left"),
+    *("positions_per_second_per_chip", "tflops_per_second_per_chip", "mfu", "hbm_peak_gib"),
+    *("skipped_steps", "checkpoint_seconds", "goodput", "goodput_restarts", "data"),
+)
+
+
 def values_of(report: Mapping) -> dict[str, tuple[float, float]]:
     """name -> (numerator, denominator) of every value in a step's report (numpy)."""
     found = {"loss": (report["loss"], 1.0)}

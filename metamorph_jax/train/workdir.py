@@ -128,11 +128,15 @@ def record(workdir: pathlib.Path, config: dict) -> None:
 
 
 class Lock:
-    """Keeps a second process from training in the same workdir, until it is closed or dies.
+    """Keeps a second process from working in the same folder, until it is closed or dies.
 
-    The file workdir/lock says who holds it. It is a POSIX record lock: released by the system
+    The file folder/lock says who holds it. It is a POSIX record lock: released by the system
     when the process ends in any way, and not inherited by workers. On NFS it holds between hosts;
     on a mounted bucket (gcsfuse) only between processes of one host.
+
+    Args:
+        folder: made if it isn't there.
+        does: what the process does there; option: of the command line that names the folder.
 
     Attributes:
         message: for the log, where the file system has no locks; else "".
@@ -141,15 +145,15 @@ class Lock:
         UserError: another process holds it; the message says which and since when.
     """
 
-    def __init__(self, workdir: pathlib.Path):
-        self._path, self.message = workdir / "lock", ""
+    def __init__(self, folder: pathlib.Path, does: str = "trains", option: str = "--workdir"):
+        self._path, self.message, self._does, self._option = folder / "lock", "", does, option
         try:
-            workdir.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             if os.path.lexists(self._path):
                 files.regular(self._path)
             self._file = open(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644), "r+")  # noqa: SIM115
         except OSError as error:
-            raise UserError(f"--workdir {workdir} can't be written: {error.strerror}") from error
+            raise UserError(f"{option} {folder} can't be written: {error.strerror}") from error
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -157,7 +161,7 @@ class Lock:
                 holder = self._file.read(1000)
                 self._file.close()
                 raise self._held(holder) from error
-            self.message = f"{workdir} has no locks ({error.strerror}): start one run only in it"
+            self.message = f"{folder} has no locks ({error.strerror}): start one run only in it"
         who = {"host": socket.gethostname(), "pid": os.getpid(), "since": _now()}
         self._file.truncate(0)
         self._file.write(json.dumps(who) + "\n")
@@ -170,8 +174,8 @@ class Lock:
         except files.FileError:
             said = "it has just started"
         return UserError(
-            f"another process trains in {self._path.parent} ({said}); wait for its end, or choose "
-            "another --workdir"
+            f"another process {self._does} in {self._path.parent} ({said}); wait for its end, or "
+            f"choose another {self._option}"
         )
 
     def close(self) -> None:

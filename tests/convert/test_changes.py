@@ -112,6 +112,20 @@ def test_the_command_makes_and_applies_deltas(base, model, tmp_path, capsys):
     assert "`delta` were added" in (tmp_path / "again" / "README.md").read_text()
 
 
+def test_a_change_of_itself_is_refused(base, model, tmp_path, capsys):
+    """The same folder, under another name too, or another with the same tensors."""
+    for name in ("base", "copy"):
+        put(tmp_path / name, base, {"model_type": "llama"}, tokenizer="{}")
+    (tmp_path / "link").symlink_to(tmp_path / "base")
+    for option in ("--delta", "--make-delta", "--lora"):
+        for other in ("base", "link") + ("copy",) * (option != "--lora"):
+            words = ("--from", tmp_path / "base", option, tmp_path / other)
+            assert convert(*words, "--out", tmp_path / "out") == 2, (option, other)
+            error = capsys.readouterr().err
+            assert ("hold the same weights" if other == "copy" else f"{option} are both") in error
+            assert not (tmp_path / "out").exists()
+
+
 def adapters(folder, q_alpha=8):
     """Of rank 2, as a published folder of this kind has them: torch files, no tokenizer."""
     import torch

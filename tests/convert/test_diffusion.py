@@ -149,7 +149,7 @@ def test_published_schedulers():
 
 @pytest.mark.parametrize(
     "sampler",
-    [samplers.DDIM(), samplers.DDIM("trailing", 0, True), samplers.PNDM(),
+    [samplers.DDIM(), samplers.DDIM("trailing", 0, True), samplers.DDPM(), samplers.PNDM(),
      samplers.DPMSolverPP(karras=True), samplers.DPMSolverPP(final_zero=False),
      samplers.Euler("linspace", 0), samplers.Euler(karras=True)],
 )  # fmt: skip

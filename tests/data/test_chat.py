@@ -155,6 +155,7 @@ def test_document():
         got = chat.conversation(turns)
         assert (text(got.ids), text(got.labels)) == (ids, labels)
     assert text(chat.prompt([("user", "<image>Why?")])) == "^<@Why?"
+    assert text(chat.question("Why?", 2)) == "^<@<@Why?"
     assert got.ids[3] == ord("$") and chat.stop == (901,) and chat.is_closed(got.ids)
     with pytest.raises(ValueError, match="no EOS .* template document"):
         Chat(Letters(), "document")

@@ -12,10 +12,18 @@ from hypothesis import strategies as st
 
 from metamorph_jax.data.chat import Markers
 from metamorph_jax.data.concat import Concat, part
-from metamorph_jax.data.config import DataConfig, DrawingSpec, InputSpec, OrderConfig, RowConfig
+from metamorph_jax.data.config import (
+    DataConfig,
+    DrawingSpec,
+    InputSpec,
+    OrderConfig,
+    RowConfig,
+    SourceConfig,
+)
 from metamorph_jax.data.images import Preprocess
 from metamorph_jax.data.interleave import no_image
 from metamorph_jax.data.packing import PackedIterator
+from metamorph_jax.data.sources.kinds import Documents
 from metamorph_jax.data.views import AnyRes, Single
 from metamorph_jax.errors import ConfigError
 
@@ -218,6 +226,41 @@ def test_rows_without_images_are_dropped_and_counted():
     batches = list(it)
     assert it.counts == {"rows/without_images": 3} and len(batches) == 1
     assert (batches[0].tokens[0] == SOI).sum() == 1
+
+
+def test_every_source_has_its_rows():
+    """Each with its own limits; an interrupted run resumes with what waits of all of them."""
+    pairs = Documents(cut_at="document", row_images=1)
+    cfg = dataclasses.replace(
+        config(images=2), sources=(SourceConfig("a"), SourceConfig("b", documents=pairs))
+    )
+    texts = [[1, 0], [2, 0], [3, 0]] * 5
+    stream = Stream(texts)
+    stream.sources = [types.SimpleNamespace(name=name) for name in "ab"]
+    for n, item in enumerate(stream.documents):
+        item["source"] = n % 2
+
+    def begin():
+        start = lambda n: iter([stream[k] for k in range(n, len(stream))])  # noqa: E731
+        return PackedIterator(stream, start, cfg, SPEC, 2)
+
+    whole, it = list(begin()), begin()
+    counts = {0: [], 1: []}
+    for batch in whole:
+        for sources, segments, valid in zip(
+            batch.sources, batch.segments, batch.images.valid, strict=True
+        ):
+            if (segments > 0).any():
+                (source,) = set(sources[segments > 0].tolist())
+                counts[source].append(int(valid.sum()))
+    assert sum(counts[0]) == 8 and max(counts[0]) == 2
+    assert sum(counts[1]) == 7 and max(counts[1]) == 1
+    next(it)
+    other = begin()
+    other.set_state(json.loads(json.dumps(it.get_state())))
+    assert len(it.get_state()["open"]) == 2
+    for a, b in zip(other, whole[1:], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def test_what_it_is_not_for():

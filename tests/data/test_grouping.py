@@ -8,10 +8,12 @@ import pytest
 
 from metamorph_jax.config import build
 from metamorph_jax.data import check as data_check
+from metamorph_jax.data import grouping
 from metamorph_jax.data.chat import Markers
 from metamorph_jax.data.config import DataConfig, InputSpec
 from metamorph_jax.data.grouping import Grouped, even_chunks, grouped_order, word_counts
 from metamorph_jax.data.pipeline import make_stream, open_sources
+from metamorph_jax.data.sources import RecordSource
 from metamorph_jax.data.sources.base import ImageRef, Sample
 from metamorph_jax.data.views import Single
 from metamorph_jax.errors import BadSample, ConfigError
@@ -96,6 +98,36 @@ def test_words_are_counted():
             return self.samples[k]
 
     assert word_counts([Source()]).tolist() == [6, -3, 1]
+
+
+def test_records_are_read_once(tmp_path, monkeypatch):
+    """By all data shards of a process together, and not again by the next process, until the file
+    or how it is read changes."""
+    file, reads = tmp_path / "a.jsonl", []
+    turns = [{"from": "human", "value": "How are you?"}, {"from": "gpt", "value": "Fine."}]
+    file.write_text("\n".join(json.dumps({"id": str(k), "conversations": turns}) for k in range(5)))
+    sample = RecordSource.sample
+    monkeypatch.setattr(RecordSource, "sample", lambda s, k, r: reads.append(k) or sample(s, k, r))
+
+    def counted(new_process=False, **source):
+        if new_process:
+            monkeypatch.setattr(grouping, "_known", {})
+        reads.clear()
+        given = {"path": str(file), "name": "a"} | source
+        config = build(DataConfig, {"sources": [given]}, "config.data")
+        assert word_counts(open_sources(config)).tolist() == [-4] * (5 + added)
+        return len(reads)
+
+    added = 0
+    assert counted(new_process=True) == 5 and (tmp_path / ".a.jsonl.words.npz").is_file()
+    assert counted() == 0 and counted(new_process=True) == 0
+    assert counted(new_process=True, kind="text") == 5  # read in another way
+    added = 1
+    file.write_text(file.read_text() + "\n" + file.read_text().splitlines()[0])
+    assert counted() == 6
+    for damaged in (b"", b"PK", b"\0" * 1000):
+        (tmp_path / ".a.jsonl.words.npz").write_bytes(damaged)
+        assert counted(new_process=True) == 6
 
 
 def test_options_that_exclude_each_other():

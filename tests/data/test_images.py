@@ -1,4 +1,5 @@
 import collections
+import dataclasses
 import io
 import json
 import os
@@ -81,6 +82,18 @@ def test_misnamed_is_counted_and_used(tmp_path):
     make_image(1).save(ref.path, format="GIF")
     assert images.load([ref], counts=counts)[0].size == (24, 16)
     assert counts == {"misnamed": 1}
+
+
+def test_mirrored_and_square(tmp_path):
+    ref = save(tmp_path / "a.png", make_image(1, 24, 16))
+    mirrored = dataclasses.replace(ref, box=(4, 0, 24, 16), mirror=True)
+    square = dataclasses.replace(mirrored, square=True)
+    whole, one, other = images.load([ref, mirrored, square])
+    assert (np.asarray(one) == np.asarray(whole)[:, :3:-1]).all()
+    assert [one.size, other.size] == images.sizes([mirrored, square]) == [(20, 16), (20, 20)]
+    assert images.load([square], max_pixels=24 * 16)[0].size == (19, 19)  # no more pixels
+    assert len({each.key() for each in (ref, mirrored, square)}) == 3
+    assert square.file() == ref
 
 
 def test_box_and_marks(tmp_path):

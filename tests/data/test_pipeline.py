@@ -455,7 +455,9 @@ def test_config_errors(tmp_path):
         open_sources(DataConfig((SourceConfig(str(tmp_path / "a.json"), kind="odd"),)))
     cfg = config(tmp_path / "a.json", images={"size": 9})
     assert stream_of(cfg, Letters()).views.preprocess.size == 9
-    with pytest.raises(ConfigError, match="images.size is 9, but the model's tower takes 8"):
+    with pytest.raises(
+        ConfigError, match="images.size is 9, but the model's tower takes 8: .*images.size=0"
+    ):
         stream_of(cfg, Letters(), FEATURES)
 
 

@@ -7,6 +7,7 @@ import tarfile
 import numpy as np
 import pytest
 
+from metamorph_jax import cli
 from metamorph_jax.data import images, option
 from metamorph_jax.data.config import DataConfig, OrderConfig, RowConfig, SourceConfig
 from metamorph_jax.data.pipeline import open_sources
@@ -90,6 +91,10 @@ def test_a_tar_that_is_cut_off(tmp_path):
         ) as e:
             records[2]
         assert "sample '" in str(e.value) and records.where(2) == str(path)
+    for cut in (last[1].offset + last[1].size, last[1].offset - 300):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(BadSample, match=f"broken_tar: it is cut off at byte {cut}; sample '2'"):
+            open_records(str(path))[2]
     broken = bytearray(whole)
     broken[last[0].offset - 500 : last[0].offset - 400] = b"x" * 100
     path.write_bytes(broken)
@@ -100,7 +105,7 @@ def test_a_tar_that_is_cut_off(tmp_path):
 
 @pytest.mark.parametrize("data, why", [
     (b"\x1f\x8b" + b"a" * 999, "compressed .gzip.; decompress it"), (b"a" * 999, "no header"),
-    (b"short", "shorter than a header"),
+    (b"short", "cut off at byte 5"),
 ])  # fmt: skip
 def test_what_is_not_a_tar(data, why, tmp_path):
     (tmp_path / "x.tar").write_bytes(data)
@@ -146,18 +151,24 @@ def test_pythons_quotes_are_named(tmp_path):
         open_records(str(tmp_path / "0.txt"))[0]
 
 
-def test_images_with_captions_from_tars(tmp_path):
+def test_images_with_captions_from_tars(tmp_path, capsys):
     """As img2dataset writes them; a sample without one of them is bad, by name."""
     write_tar(tmp_path / "0.tar", [
-        ("000000007.jpg", png(7)), ("000000007.json", {"caption": "Web", "top_caption": "A Kite"}),
+        ("000000007.png", png(7)), ("000000007.json", {"caption": "Web", "top_caption": "A Kite"}),
         ("000000007.txt", "Web"),
-        ("000000008.jpg", png(8)), ("000000009.txt", "no image"),
+        ("000000008.png", png(8)), ("000000009.txt", "no image"),
     ])  # fmt: skip
     source = SourceConfig(str(tmp_path / "0.tar"), kind="pair")
     config = DataConfig((source,), OrderConfig(epochs=1), row=RowConfig("chatml"))
     (found,) = open_sources(config, documents.KINDS)
     texts = {found.sample(0, choices(0, 0, 0, k)).turns for k in range(20)}
     assert texts == {(("user", "<image>"), ("assistant", "web")), (("assistant", "web<image>"),)}
+    assert cli.main(["data", "check", str(tmp_path / "0.tar"), "--kind=pair", "--threads=1"]) == 1
+    table = capsys.readouterr().out.splitlines()
+    assert table[1].split() == ["0", "3", "1", "2", "pair", "1"]
+    assert [line.split()[:3] for line in table[4:]] == [
+        ["0", f"no_{w}", "1"] for w in ("caption", "image")
+    ]
     (loaded,) = images.load(found.sample(0, choices(0, 0, 0, 0)).images)
     np.testing.assert_array_equal(loaded, make_image(7))
     for k, why in (

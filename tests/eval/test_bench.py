@@ -17,7 +17,11 @@ from metamorph_jax.errors import ConfigError, MissingFile, UserError  # noqa: E4
 from metamorph_jax.eval import bench, intervals, results_page, tasks  # noqa: E402
 from metamorph_jax.eval.answers import chosen  # noqa: E402
 from metamorph_jax.eval.bench import Settings  # noqa: E402
-from metamorph_jax.eval.tasks.base import Question  # noqa: E402
+from metamorph_jax.eval.tasks.base import (  # noqa: E402
+    Question,  # noqa: E402
+    mean,
+    mean_terms,
+)
 from metamorph_jax.sampling.generator import Options  # noqa: E402
 from tests.eval import toy  # noqa: E402
 
@@ -306,7 +310,7 @@ def test_intervals_are_those_of_scipy():
     from scipy import stats
 
     scores = np.random.default_rng(0).random(60) ** 2
-    found = intervals.bootstrap(Mean("x"), records(scores), resamples=1500)["accuracy"]
+    found = intervals.bootstrap(Mean("x"), records(scores), resamples=1500).ranges["accuracy"]
     expected = stats.bootstrap((scores,), np.mean, n_resamples=1500, method="percentile",
                                rng=np.random.default_rng(1)).confidence_interval  # fmt: skip
     np.testing.assert_allclose(found, (expected.low, expected.high), atol=0.015)
@@ -317,17 +321,62 @@ def test_units_stay_together():
     scores = np.random.default_rng(0).random(40)
     alone = intervals.bootstrap(Mean("x"), records(scores), resamples=300)
     doubled = intervals.bootstrap(Mean("x"), records(np.repeat(scores, 2), 2), resamples=300)
-    np.testing.assert_allclose(alone["accuracy"], doubled["accuracy"])
-    pairs = intervals.bootstrap(toy.Colours("x"), records([1, 0] * 5, 2), resamples=20)
+    np.testing.assert_allclose(alone.ranges["accuracy"], doubled.ranges["accuracy"])
+    pairs = intervals.bootstrap(toy.Colours("x"), records([1, 0] * 5, 2), resamples=20).ranges
     assert pairs["pairs"] == (0, 0) and pairs["accuracy"] == (50, 50)
 
 
 @given(st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=2, max_size=8))
 def test_intervals_lie_within_the_values(scores):
-    low, high = intervals.bootstrap(Mean("x"), records(scores), resamples=15)["accuracy"]
+    low, high = intervals.bootstrap(Mean("x"), records(scores), resamples=15).ranges["accuracy"]
     assert min(scores) <= low <= high <= max(scores)
-    assert intervals.bootstrap(Mean("x"), records(scores), resamples=0) == {}
-    assert intervals.bootstrap(Mean("x"), records(scores[:1])) == {}
+    assert not intervals.bootstrap(Mean("x"), records(scores), resamples=0).ranges
+    assert not intervals.bootstrap(Mean("x"), records(scores[:1])).ranges
+
+
+class Weighted(toy.Colours):
+    """With terms of two metrics, one of which is not what they say, and a third without terms."""
+
+    def scores(self, records):
+        first = [r["score"] for r in records if r["groups"]["kind"] == "a"]
+        found = {"accuracy": mean(records), "wrong": 1.0, "pairs": 3 * mean(records)}
+        return found | ({"a": 100 * sum(first) / len(first)} if first else {})
+
+    def terms(self, record):
+        return mean_terms(record, "kind") | {"wrong": (record["score"], 1.0)}
+
+
+def test_weighted_and_rescored_metrics():
+    """Weighting gives what scoring every resample gives, where terms are right; what scores lack is
+    left out, and so is a resample that has none of a group."""
+    rng = np.random.default_rng(0)
+    made = records(rng.random(30), 2)
+    for k, record in enumerate(made):
+        record["groups"] = {"kind": "a" if k in (3, 4) else "b"}
+    task = Weighted("x")
+    found = intervals.bootstrap(task, made, resamples=70)
+    assert found.rescored == {"wrong", "pairs"} and found.ranges.keys() == task.scores(made).keys()
+    assert found.methods() == {"weighted, 70 resamples": ["accuracy", "a"],
+                               "rescored, 70 resamples": ["wrong", "pairs"]}  # fmt: skip
+    task.__class__.terms, kept = toy.Colours.terms, Weighted.terms
+    try:
+        anew = intervals.bootstrap(task, made, resamples=70)
+    finally:
+        task.__class__.terms = kept
+    assert anew.rescored >= {"accuracy", "a"}
+    for metric, pair in anew.ranges.items():
+        np.testing.assert_allclose(found.ranges[metric], pair, rtol=1e-12, err_msg=metric)
+
+
+def test_many_questions_are_weighted_in_full_and_rescored_less(monkeypatch):
+    monkeypatch.setattr(intervals, "_CHUNK", 2**12)  # several chunks
+    made = records(np.random.default_rng(0).random(3000))
+    for record in made:
+        record["groups"] = {"kind": "a"}
+    monkeypatch.setattr(intervals, "_WORK", 3000)
+    monkeypatch.setattr(intervals, "FEWEST", 3)
+    found = intervals.bootstrap(Weighted("x"), made)
+    assert found.resamples == {"accuracy": 1000, "a": 1000, "wrong": 3, "pairs": 3}
 
 
 # ---- what people see

@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -89,7 +91,6 @@ def test_a_missing_image_ends_with_2_after_all_else_is_done(workdir, bench, tmp_
         (["--workdir", "W", "--tasks", "popo"], "did you mean pope"),
         (["--workdir", "W", "--tasks", "mme"], "task mme: no existence or count"),
         (["--workdir", "W", "--tasks", "pope", "--limit", "-1"], "must not be negative"),
-        (["--workdir", "W", "--tasks", "tests.eval.toy:Colours:form=draw"], "needs --decoder"),
         (["--checkpoint", "hf:a/b", "--tasks", "pope"], "give --out DIR"),
         (["--tasks", "pope"], "give either --workdir or --checkpoint"),
         (
@@ -142,3 +143,30 @@ def test_the_fingerprint_is_of_the_weights(tmp_path):
     assert command.fingerprint(tmp_path) == before
     (tmp_path / "final" / "x").write_text("12")
     assert command.fingerprint(pathlib.Path(tmp_path)) != before
+
+
+def test_one_process_writes_a_folder(bench, tmp_path, monkeypatch, capsys):
+    """A second one is told who works there, before it loads a model."""
+    monkeypatch.setattr("metamorph_jax.sampling.generate.load", None)
+    hold = "import sys; from metamorph_jax.eval import command; import pathlib; "
+    hold += "lock = command.locked(pathlib.Path(sys.argv[1])); print(1, flush=True); input()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert other.stdout.readline() == b"1\n"
+        args = ("--workdir", tmp_path, "--bench-root", bench, "--tasks", "pope")
+        assert run(*args, "--out", tmp_path) == 2
+        error = capsys.readouterr().err
+        assert f"another process evaluates in {tmp_path}" in error and f"pid {other.pid}" in error
+        assert "choose another --out" in error
+    finally:
+        other.communicate(b"\n", timeout=20)
+
+
+def test_an_old_spelling_names_the_new_one(bench, tmp_path, capsys):
+    args = ("--workdir", tmp_path, "--bench-root", bench, "--tasks", "pope")
+    assert run(*args, "--judge-workdir", "runs/x") == 2
+    assert "give --judge runs/x" in capsys.readouterr().err
+    assert run(*args, "--judge", "gpt-4o") == 2
+    assert "a model of an endpoint is endpoint:MODEL" in capsys.readouterr().err

@@ -130,8 +130,9 @@ def test_from_the_command_line(asked, tmp_path, monkeypatch, capsys):
     _, server = asked(answer)
     monkeypatch.setenv("OPENAI_BASE_URL", server.url)
     root = toy.write_questions(tmp_path / "q", ROWS)
-    args = ["eval", "--endpoint", "painter", "--judge", "critic", "--bench-root", str(tmp_path),
-            "--tasks", f"tests.eval.toy:Colours:judge_it=true,root={root}",
+    args = ["eval", "--endpoint", "painter", "--judge", "endpoint:critic",
+            "--bench-root", str(tmp_path), "--tasks",
+            f"tests.eval.toy:Colours:judge_it=true,root={root}",
             "--out", str(tmp_path / "o"), "--resamples", "0", "--price", "1", "2"]  # fmt: skip
     assert cli.main(args) == 0
     out, err = capsys.readouterr()

@@ -346,6 +346,37 @@ BENCHMARKS: dict[str, dict] = {
         "coco_val_captions.jsonl": [{"image_id": "1", "caption": "a dog"}],
         f"val2017/{_LONG}1.jpg": 0,
     },
+    "vist:fid_size=None": {
+        "test.story-in-sequence.json": {
+            "annotations": [
+                [
+                    {
+                        "story_id": "1",
+                        "photo_flickr_id": "7",
+                        "worker_arranged_photo_order": k,
+                        "text": "a dog",
+                    }
+                ]
+                for k in range(5)
+            ]
+        },
+        "test/7.jpg": 0,
+    },
+    "vist:fid_size=None,frames=2": {
+        "annotations/test_formatted_filtered.json": {
+            "annotations": {
+                "1": [{"image_id": "7", "caption": "a dog", "sequence_index": k} for k in range(5)]
+            }
+        },
+        "images/test_images/7.png": 0,
+    },
+    "interleaved": {
+        "prompts.jsonl": [
+            {"id": "1", "prompt": "a dog", "images": ["1.png"]},
+            {"id": "2", "prompt": "a cat"},
+        ],
+        "1.png": 0,
+    },
 }
 
 

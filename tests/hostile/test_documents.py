@@ -18,6 +18,7 @@ from metamorph_jax.data.pipeline import open_sources
 from metamorph_jax.data.sources import documents
 from metamorph_jax.data.stream import choices
 from metamorph_jax.errors import BadSample, UserError
+from metamorph_jax.sampling.requests import read_requests
 from tests.hostile import harness
 from tests.hostile.test_data import FORGED, ODD
 
@@ -88,6 +89,21 @@ def test_odd_documents(kind, tmp_path):
     assert counts.total() == 2 * len(lines) > 100
     assert counts[""] > 10 and len(counts) > 4, counts
     assert not [reason for reason in counts if reason.startswith("error_")], counts
+
+
+def test_odd_annotations(tmp_path, capsys):
+    """Each record of a file of prompts is a request, or is named with what was expected."""
+    good = {
+        "sentences": ["A kite.", "Down."], "images": ["a.png"], "sentence_ixs": [1],
+        "image_first": True, "generate_mode": "generate_both", "num_iter": 2, "id": "a",
+    }  # fmt: skip
+    records = list(variants(good))
+    path = tmp_path / "annt.json"
+    path.write_text(json.dumps([r for r in records if json.dumps(r).find("\\ud800") < 0]))
+    found, bad = read_requests(str(path))
+    said = capsys.readouterr().err.splitlines()
+    assert bad == len(said) > 200 and len(found) > 10
+    assert all(line.startswith(f"{path}, record ") and line.isprintable() for line in said)
 
 
 def tar_of(members, kind=tarfile.USTAR_FORMAT) -> bytes:

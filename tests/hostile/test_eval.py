@@ -261,7 +261,8 @@ def test_options(bench_root, tmp_path):
             check(words(spec, f"--{option}={number}"), tmp_path)
     for more in (
         ("--endpoint", "m"),
-        ("--judge", "a", "--judge-workdir", "w"),
+        ("--judge", "gone"),
+        ("--judge-config", "c"),
         ("--checkpoint", "c"),
         ("--price", "nan", "1", "--judge", "m"),
         ("--price", "-1", "1", "--judge", "m"),

@@ -201,3 +201,26 @@ def test_what_is_typed(folder, loads):
     typed = "\n".join(line.replace("\ud800", "?").replace("\n", " ") for line in lines)
     found = check(["chat", "--workdir", "w"], folder, stdin=typed, code=2)
     assert "lines were not answered" in found.err and len(loads) == 1
+
+
+def test_lines_without_end_and_drawing_without_a_decoder(folder, loads, monkeypatch):
+    """A line of megabytes is read in parts; what can't be drawn or read leaves the chat going."""
+    from metamorph_jax.sampling import chat, conversation
+
+    said = []
+
+    def say(self, request, stream, draw):
+        said.append(request.prompt)
+        if draw:
+            raise ValueError("this model draws nothing\x1b[2J")
+        return Reply((TextPart(request.prompt[:9], (1,)),), True)
+
+    monkeypatch.setattr(conversation.Conversation, "say", say)
+    monkeypatch.setattr(chat, "LONGEST_LINE", 1000)
+    lines = ["x" * 10_000, "/image " + "y" * 10_000, "/draw", "/draw \0", "/draw " + "z" * 500,
+             "/draw a dog", "/image a.png", "/image a.png a.png", "/reset now", "//",
+             "\r"]  # fmt: skip
+    found = check(["chat", "--workdir", "w"], folder, stdin="\n".join(lines) + "\n", code=2)
+    assert "lines were not answered" in found.err and len(loads) == 1
+    assert "/draw needs a text" in found.err and not (folder / "chat").exists()
+    assert max(map(len, said)) <= 1000 and "a dog" in said

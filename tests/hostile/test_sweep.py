@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+from metamorph_jax.errors import ConfigError
 from metamorph_jax.sweep import table
 from metamorph_jax.sweep.command import Run, check_metric
 from metamorph_jax.train.config import resolve
@@ -218,15 +219,19 @@ def test_an_evaluation_that_no_run_has(metric, folder):
     assert not (folder / "new").exists()
 
 
-def test_a_loss_that_the_model_does_not_have(capsys):
+def test_a_metric_that_no_run_will_have():
+    """Of the log or of held-out data: refused before anything is run, with those that there are."""
     evals = {"held": {}, "task": {"kind": "task", "task": "a.b:C"}}
     runs = [Run(pathlib.Path("r"), {}, resolve(config(evals=evals)).table)]
-    for metric in ("vision_loss", "evals.held.vision_loss/main"):
+    for metric in ("vision_loss", "evals.held.vision_loss/main", "accuracy", "evals.held.grad_norm",
+                   "los", "", "/", "evals.held./x", "\x1b[2J"):  # fmt: skip
+        with pytest.raises(ConfigError, match="(?s)will not have it.*there are .*visual_loss"):
+            check_metric(metric, runs)
+    with pytest.raises(ConfigError, match="did you mean visual_loss"):
+        check_metric("visul_loss", runs)
+    for metric in ("visual_loss/good", "loss", "grad_norm", "grad_norm/x", "mfu", "data/x/y",
+                   "evals.held.loss", "evals.held.text_loss", "evals.task.x_loss"):  # fmt: skip
         check_metric(metric, runs)
-        assert "the model's losses are text_loss, visual_loss" in capsys.readouterr().err
-    for metric in ("visual_loss/good", "loss", "grad_norm", "evals.held.loss", "evals.task.x_loss"):
-        check_metric(metric, runs)
-        assert not capsys.readouterr().err
 
 
 def test_a_swept_weight_of_a_loss(folder):

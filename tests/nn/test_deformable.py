@@ -2,6 +2,10 @@
 
 import functools
 import math
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metamorph_jax.nn import deformable
+from metamorph_jax.nn import deformable, deformable_kernel
+from tests.devices import virtual
 from tests.recipes.mm_interleaved import golden
 
+ROOT = pathlib.Path(__file__).parents[2]
 METHODS = ("gather", "dense")
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
@@ -64,7 +70,7 @@ def test_reference(case, method, golden_root):
 SIDES = st.tuples(st.integers(1, 5), st.integers(1, 5))
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     st.lists(SIDES, min_size=1, max_size=4).map(tuple),
     st.sampled_from([(1, 3, 1, 2, 1), (2, 2, 3, 1, 3)]),
@@ -201,3 +207,83 @@ def test_what_does_not_fit():
         deformable.sample(value, shapes, locations[:, :, :, :1], weights)
     with pytest.raises(TypeError, match="bfloat16, expected float32"):
         deformable.sample(value, shapes, jnp.asarray(locations, jnp.bfloat16), weights)
+
+
+@pytest.mark.parametrize("shape, size", [((1, 2, 2, 3, 5), (3, 4)), ((2, 1, 3, 1, 130), (2, 3))])
+def test_kernel(shape, size, monkeypatch):
+    """The TPU kernel, interpreted, in one block and in several; one image at a time, too."""
+    if shape[-1] > 5:
+        monkeypatch.setattr(deformable_kernel, "_BLOCK_BYTES", 1)
+    B, h, G, _, q = shape
+    r = np.random.default_rng(0)
+    x, y = r.uniform(-0.4, 1.4, size=(2, *shape)).astype(np.float32)
+    x[0, 0, 0, 0, :2] = np.nan, np.inf
+    w, cotangent = (r.normal(size=s).astype(np.float32) for s in (shape, (B, h, G, *size, q)))
+    group = deformable._Group(*size, G, "dense")
+    plain = lambda *p: deformable._coefficients(group, jnp.float32, *p)  # noqa: E731
+    kernel = lambda *p: deformable_kernel.coefficients(  # noqa: E731
+        *p, size, jnp.float32, interpret=True
+    )
+
+    def both(run):
+        out, back = jax.vjp(lambda *p: run(*p).reshape(cotangent.shape), x, y, w)
+        return out, *back(cotangent)
+
+    found, wanted = (
+        jax.jit(both, static_argnums=0, compiler_options=FAST)(f) for f in (kernel, plain)
+    )
+    for a, b in zip(found, wanted, strict=True):
+        close(a, b)
+
+
+def test_kernel_is_what_tpus_run(monkeypatch):
+    asked = []
+    monkeypatch.setattr(deformable.sharding, "platform", lambda: "tpu")
+    monkeypatch.setattr(
+        deformable_kernel,
+        "coefficients",
+        lambda x, y, w, size, dtype: asked.append(size) or jnp.zeros((2, 2, 1, *size, 5), dtype),
+    )
+    value, locations, weights, _ = inputs(((3, 4), (2, 2)))
+    deformable.sample(value, ((3, 4), (2, 2)), locations, weights)
+    assert set(asked) == {(3, 4), (2, 2)}
+
+
+MESH = """
+import functools, re
+import jax, numpy as np
+from metamorph_jax import sharding
+from metamorph_jax.nn import deformable, deformable_kernel
+from tests.nn.test_deformable import METHODS, everything, inputs
+
+shapes = ((3, 4), (2, 2)) * 2
+whole = inputs(shapes, B=2, Q=24, h=4, d=4)
+plain = everything(*whole, shapes=shapes, method="gather")
+deformable._CHUNK_BYTES = {"cpu": 2**11}
+interpret = functools.partial(deformable_kernel.coefficients, interpret=True)
+mesh = sharding.make_mesh({"fsdp": 2, "tensor": 2, "context": 2})
+with jax.set_mesh(mesh):
+    names = ("act_batch", None, "act_heads"), *[("act_batch", "act_len", "act_heads")] * 3
+    places = [jax.sharding.NamedSharding(mesh, sharding.spec(*n)) for n in names]
+    args = [jax.device_put(x, s) for x, s in zip(whole, places)]
+    for method in METHODS:
+        assert deformable.chunk_size(args[0].shape, 24, shapes, 2, method) < 12
+        compiled = everything.lower(*args, shapes=shapes, method=method).compile()
+        moved = set(re.findall(r" (all-[a-z]+|collective-[a-z]+)\\(", compiled.as_text()))
+        assert moved <= {"all-reduce"}, moved
+        for a, b in zip(compiled(*args), plain, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+    x, y, w = (args[1][..., k % 2].transpose(0, 2, 3, 4, 1) for k in range(3))
+    found = jax.jit(lambda *p: interpret(*p, (3, 4), np.float32))(x, y, w)
+x, y, w = map(np.asarray, (x, y, w))
+np.testing.assert_allclose(found, interpret(x, y, w, (3, 4), np.float32), atol=1e-6)
+"""
+
+
+def test_on_a_mesh():
+    """Rows, heads and queries stay on their devices; only the maps' gradient is summed."""
+    env = os.environ | virtual(8) | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", MESH], capture_output=True, text=True, env=env, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr

@@ -17,7 +17,7 @@ from metamorph_jax.sampling.cached_llm import take_over
 from metamorph_jax.sampling.conversation import Conversation
 from metamorph_jax.sampling.generator import Options
 from metamorph_jax.sampling.loop import Loop
-from metamorph_jax.sampling.policy import TextPolicy
+from metamorph_jax.sampling.policy import StoppingPolicy, TextPolicy
 from metamorph_jax.sampling.requests import Request
 from metamorph_jax.sampling.segments import BROKEN
 from metamorph_jax.sampling.text import Sampler
@@ -51,8 +51,8 @@ def fast(monkeypatch):
     monkeypatch.setattr(beam, "_search", quick)
 
 
-def theirs(model, prompts, budget: int, beams: Beams, policy: TextPolicy):
-    """The ids of Hugging Face's best replies, with their ends."""
+def theirs(model, prompts, budget: int, beams: Beams, policy: TextPolicy, stopping=None):
+    """The ids of Hugging Face's best replies, with their ends and what pads them."""
     import torch
 
     L = max(map(len, prompts))
@@ -64,7 +64,7 @@ def theirs(model, prompts, budget: int, beams: Beams, policy: TextPolicy):
             num_beams=beams.count, length_penalty=beams.length_penalty, pad_token_id=59,
             early_stopping=beams.early_stopping, max_new_tokens=budget,
             eos_token_id=list(policy.eos) or None, repetition_penalty=policy.repetition_penalty,
-            min_new_tokens=policy.min_new_tokens or None,
+            min_new_tokens=policy.min_new_tokens or None, stopping_criteria=stopping,
         )[:, L:].tolist()  # fmt: skip
     ends = [next((n + 1 for n, i in enumerate(row) if i in policy.eos), budget) for row in out]
     return [row[:n] for row, n in zip(out, ends, strict=True)]
@@ -104,6 +104,28 @@ def test_replies_are_those_of_hugging_face(pair, name):
     got = ours(loop, prompts, budget, beams, policy)
     assert [r.record.tolist() for r in got] == expected
     assert [r.ended for r in got] == [row[-1] in eos for row in expected]
+
+
+@pytest.mark.parametrize("eos", [(), (17,)])
+def test_a_beam_ends_with_its_stop(pair, eos):
+    """As with a stopping criterion of Hugging Face's that looks at the last ids of each beam."""
+    import torch
+
+    model, loop = pair
+    prompts = [np.arange(1, 6), np.arange(20, 32), np.arange(5, 9)]
+    beams, budget = Beams(3), 14
+    free = theirs(model, prompts, budget, beams, TextPolicy(eos=eos))
+    stop = tuple(free[0][3:5])  # what the first reply has in its middle
+
+    def criterion(ids, scores):
+        return torch.tensor([tuple(row[-2:]) == stop for row in ids.tolist()])
+
+    wanted = theirs(model, prompts, budget, beams, TextPolicy(eos=eos), [criterion])
+    found = ours(loop, prompts, budget, beams, StoppingPolicy(eos=eos, stop=stop))
+    for row, reply in zip(wanted, found, strict=True):
+        n = len(reply.record)
+        assert reply.record.tolist() == row[:n] and {*row[n:]} <= {-1, 59}  # its padding
+    assert any(tuple(r.record.tolist()[-2:]) == stop and r.ended for r in found)
 
 
 def test_each_request_has_a_budget_of_its_own(pair):

@@ -17,6 +17,7 @@ from metamorph_jax.recipes.metamorph import wordings
 from metamorph_jax.sampling.conversation import Conversation
 from metamorph_jax.sampling.generator import Options
 from metamorph_jax.sampling.requests import Request, as_sample
+from metamorph_jax.sampling.results import TextPart
 from metamorph_jax.sampling.trained import load_generator
 from metamorph_jax.types import Batch, Images
 
@@ -32,6 +33,8 @@ def test_marker_and_prefix_change_the_prompt(generator, image_files):
     default = length(prompt="x", images=image)
     assert length(prompt="x") + generator.feature_shape[0] + 2 <= default <= front
     assert length(prompt="x", think=True) > length(prompt="x")
+    with pytest.raises(ValueError, match="mode 'image' can't be asked for: this model decides"):
+        length(prompt="x", mode="image")
 
 
 def test_prompt_equals_the_training_row(generator, workdir, image_files):
@@ -190,3 +193,27 @@ def test_logits_that_are_not_finite_are_told(generator, monkeypatch):
         conversation.say(Request("0", "And now?"))
     monkeypatch.setitem(generator.loop.weights, "llm", weights)
     assert conversation.turns == 0 and conversation.say(Request("0", "Hi")).segments
+
+
+def test_a_generator_takes_other_weights_without_compiling(workdir, image_files):
+    """As evaluations during training do; without weights of its own in between."""
+    first, second = (load_generator(str(workdir)) for _ in range(2))
+    second.loop.weights["llm"]["norm"] = -second.loop.weights["llm"]["norm"]
+    requests = [Request("0", "What is it?", (str(image_files / "a.png"),))]
+    options = Options(8)
+
+    def ids(generator):
+        (reply,) = generator.generate(requests, options)
+        return [part.ids for part in reply.segments if isinstance(part, TextPart)]
+
+    before, wanted = ids(first), ids(second)
+    loop = first.loop
+    compiled = (loop._prefill, loop._advance, loop._embed, first._see, first._project)
+    sizes = [function._cache_size() for function in compiled]
+    first.release()
+    first.renew(second)
+    assert ids(first) == wanted != before
+    assert [function._cache_size() for function in compiled] == sizes
+    second._outline = None
+    with pytest.raises(ValueError, match="another model"):
+        first.renew(second)

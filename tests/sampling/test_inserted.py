@@ -22,17 +22,26 @@ from tests.sampling.test_mesh import ROOT
 
 ON_A_MESH = """
 import jax
+import numpy as np
 from metamorph_jax import sharding
 from tests.sampling.inserted import check_states, make_model, rounded, whole_rows
 
 mesh = sharding.make_mesh({"tensor": 2, "data": 4})
-expected = whole_rows(rounded(make_model(), "int8"))
+expected, plain = (whole_rows(m) for m in (rounded(make_model(), "int8"), make_model()))
 with jax.set_mesh(mesh):
+    np.testing.assert_allclose(whole_rows(make_model(mesh)), plain, atol=1e-4)
     weights = check_states(expected, make_model(mesh), "int8", mesh)
 value = weights["inserts"][0]["attn"]["value_proj"]["kernel"][...]
 assert 2 * value.addressable_shards[0].data.size == value.size
 print("same")
 """
+
+
+@pytest.fixture(autouse=True)
+def quickly_compiled():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_states_are_those_of_whole_rows():
@@ -43,6 +52,7 @@ def test_states_are_those_of_whole_rows():
 
 def test_states_on_eight_devices():
     env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **virtual(8)}
+    env |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", ON_A_MESH], capture_output=True, text=True, env=env
     )

@@ -16,6 +16,7 @@ def _place(prompt, images=0, video=""):
 def test_place():
     assert _place("look") == "look"
     assert _place("look", 2) == "<image><image>\nlook"
+    assert place(Request("0", "look", ("x.png",)), lead="") == "<image>look"
     assert _place("a <image> b", 1) == "a <image> b"
     assert _place("look", 0, "a.mp4") == "<video>look"
     assert _place("look", 1, "a.mp4") == "<image><video>\nlook"

@@ -2,14 +2,17 @@
 Localized Narratives.
 
     dataset_coco.json, dataset_flickr30k.json    A. Karpathy's caption_datasets.zip
-    coco_karpathy_train.json                     the same split as BLIP lists it, a row a caption
     nocaps_val_4500_captions.json                nocaps.org
     paragraphs_v1.json, train_split.json         cs.stanford.edu/people/ranjaykrishna/im2p
     coco_train_localized_narratives-*.jsonl      google.github.io/localized-narratives
+
+and the same as MM-Interleaved's hub page has them: coco_karpathy_{train,val,test}.json (BLIP's),
+test1k.token.coco_format (Flickr30k; JSON), annotations/paragraphs_coco.json.
 """
 
 import dataclasses
 import pathlib
+import re
 from collections.abc import Collection, Iterator
 
 from metamorph_jax import files
@@ -53,16 +56,27 @@ def karpathy(path: str, splits: Collection[str], key: str, folder: str = "") -> 
 
 
 def listed(path: str) -> Iterator[Captioned]:
-    """The rows of BLIP's list: {"image", "caption"}, one caption or several; raises as above."""
+    """The rows of BLIP's list: {"image", "caption"}, one caption or several; raises as above.
+
+    The id of an image with several captions is the number at the end of its name.
+    """
     for number, row in enumerate(reading.json_file(path, list)):
         where = f"{path}[{number}]"
         reading.required(row, where, "caption", texts=("image",))
-        given = row["caption"] if isinstance(row["caption"], list) else [row["caption"]]
-        yield Captioned(number, row["image"], reading.text_list(given, f"{where}, caption"))
+        given, id = row["caption"], number
+        digits = re.search(r"(\d+)\.\w+$", row["image"])
+        if isinstance(given, list) and digits:
+            id = int(digits[1])
+        given = given if isinstance(given, list) else [given]
+        yield Captioned(id, row["image"], reading.text_list(given, f"{where}, caption"))
 
 
-def nocaps(path: str, split: str) -> Iterator[Captioned]:
-    """The images of NoCaps, or of another file in COCO's form; raises as above."""
+def coco_form(path: str, folder: str) -> Iterator[Captioned]:
+    """The images of a file in COCO's form, such as NoCaps's; raises as above.
+
+    Args:
+        folder: of the images.
+    """
     value = reading.required(reading.json_file(path, dict), path, "images")
     given: dict[int, list[str]] = {}
     for row in value.get("annotations", ()):
@@ -70,21 +84,24 @@ def nocaps(path: str, split: str) -> Iterator[Captioned]:
         given.setdefault(row["image_id"], []).append(row["caption"])
     for number, row in enumerate(value["images"]):
         reading.required(row, f"{path}, images[{number}]", "id", "file_name")
-        place = f"{split}/{row['file_name']}"
+        place = f"{folder}/{row['file_name']}"
         yield Captioned(row["id"], place, given.get(row["id"], []), row.get("domain", ""))
 
 
 def paragraphs(path: str, split: str) -> Iterator[Captioned]:
     """Image2Paragraph: the images that the file `split` lists; raises as above."""
+    table, text = reading.json_file(path), "paragraph"
+    if isinstance(table, dict):
+        table, text = reading.required(table, path, "annotations")["annotations"], "caption"
     known = {}
-    for number, row in enumerate(reading.json_file(path, list)):
-        reading.required(row, f"{path}[{number}]", "image_id", texts=("url", "paragraph"))
+    for number, row in enumerate(table):
+        reading.required(row, f"{path}[{number}]", "image_id", texts=("url", text))
         known[row["image_id"]] = row  # of an image that occurs twice, the last
     for key in dict.fromkeys(reading.json_file(split, list)):
         row = known.get(key)
         if row is None:
             raise FileError(f"{files.shown(path)} has no paragraph of image {key}")
-        yield Captioned(key, "/".join(row["url"].split("/")[-2:]), [row["paragraph"]])
+        yield Captioned(key, "/".join(row["url"].split("/")[-2:]), [row[text]])
 
 
 def narratives(path: str, folder: str) -> Iterator[Captioned]:

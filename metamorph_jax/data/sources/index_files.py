@@ -10,9 +10,9 @@ import numpy as np
 from metamorph_jax import files
 
 
-def places(path: str, index_dir: str | None) -> list[str]:
+def places(path: str, index_dir: str | None, what: str = "offsets") -> list[str]:
     """Where the index may be: the given folder, or next to the file, or the user's cache."""
-    name = os.path.basename(path) + ".offsets.npz"
+    name = f"{os.path.basename(path)}.{what}.npz"
     tag = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:12]
     if index_dir:
         return [os.path.join(os.path.expanduser(index_dir), f"{tag}-{name}")]
@@ -21,7 +21,7 @@ def places(path: str, index_dir: str | None) -> list[str]:
     return [own, os.path.join(cache, "metamorph_jax", f"{tag}-{name}")]
 
 
-def load(path: str, stamp: list[int], names: Sequence[str]) -> list[np.ndarray] | None:
+def load(path: str, stamp: list[int] | str, names: Sequence[str]) -> list[np.ndarray] | None:
     """The arrays of an index, if it is there and of this stamp."""
     try:
         with files.opened(path) as f, np.load(f, allow_pickle=False) as z:
@@ -30,7 +30,7 @@ def load(path: str, stamp: list[int], names: Sequence[str]) -> list[np.ndarray] 
         return None
 
 
-def save(places: Sequence[str], stamp: list[int], arrays: Mapping[str, np.ndarray]) -> None:
+def save(places: Sequence[str], stamp: list[int] | str, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes an index into the first of the places that can be written."""
     for path in places:
         try:

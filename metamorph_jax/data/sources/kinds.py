@@ -41,6 +41,8 @@ class Documents:
         lower: write captions of images in lower case.
         caption: key of the caption; "" is the first of `caption`, `txt`, `text`.
         learn_before: learn the text before the first image as well; otherwise it is only read.
+        cut_at, row_images: with `row.packing="concat"`, those of this source; "" and 0 take
+            `row.cut_at` and `row.images`, which no source can exceed.
     """
 
     min_similarity: float = 0.24
@@ -50,13 +52,18 @@ class Documents:
     lower: bool = True
     caption: str = ""
     learn_before: bool = True
+    cut_at: str = ""
+    row_images: int = 0
 
     def __post_init__(self):
         for name in ("drop_single", "image_first"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected 0 to 1")
-        if self.max_images < 0:
-            raise ValueError(f"max_images is {self.max_images}: expected 0 (all) or more")
+        for name in ("max_images", "row_images"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected 0 (no limit) or more")
+        if self.cut_at not in ("", "image", "document"):
+            raise ValueError(f"cut_at is {self.cut_at!r}: expected image, document or nothing")
 
 
 @dataclasses.dataclass(frozen=True)

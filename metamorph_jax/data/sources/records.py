@@ -1,5 +1,5 @@
-"""Files of records with random access: JSON, JSON lines (indexed by byte offset), tar, ArrayRecord,
-TFDS.
+"""Files of records with random access: JSON, JSON lines (indexed by byte offset), tar, Parquet,
+ArrayRecord, TFDS.
 
 A record is one decoded JSON object, see `schema.py`. `RecordSource` turns record k into a `Sample`.
 """
@@ -14,6 +14,7 @@ from metamorph_jax import files
 from metamorph_jax.data.sources import index_files, shards
 from metamorph_jax.data.sources.base import Sample, images_in_front
 from metamorph_jax.data.sources.kinds import KINDS, Files, Kind, build
+from metamorph_jax.data.sources.parquet import ParquetRecords
 from metamorph_jax.data.sources.tars import TarRecords
 from metamorph_jax.errors import BadSample, DataError, FileError
 
@@ -219,7 +220,7 @@ class TfdsRecords:
 
 
 def open_records(path: str, index_dir: str | None = None):
-    """The reader for a path, chosen by its name: tfds:…, .json, .jsonl, .txt, .tar, .arrayrecord.
+    """The reader for a path, chosen by its name: .json, .jsonl, .txt, .tar, .parquet, …
 
     A path may stand for several files, see `shards`.
 
@@ -248,10 +249,12 @@ def _open_file(path: str, index_dir: str | None):
         return JsonlRecords(path, index_dir)
     if path.endswith(".tar"):
         return TarRecords(path, index_dir)
+    if path.endswith(".parquet"):
+        return ParquetRecords(path)
     unpack = "; unpack it first" if path.endswith((".zip", ".gz", ".tgz", ".zst")) else ""
     raise FileError(
         f"data file {files.shown(repr(path))}: expected .json, .jsonl, .txt (JSON lines), .tar, "
-        f".arrayrecord or tfds:NAME/SPLIT{unpack}"
+        f".parquet, .arrayrecord or tfds:NAME/SPLIT{unpack}"
     )
 
 

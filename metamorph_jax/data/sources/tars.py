@@ -123,8 +123,8 @@ def _members(path) -> Iterator[Member]:
                     found += 1
                 name = size = None
         else:
-            if found == 0 and end:
-                _damaged("it is shorter than a header", path, 0)
+            if at != end:  # the two blocks of zeros at the end may be missing, but no part of one
+                _damaged(f"it is cut off at byte {end}", path, found)
 
 
 def _damaged(why: str, path, found: int, member: Member | None = None) -> None:

@@ -16,16 +16,14 @@ import jax
 import numpy as np
 
 from metamorph_jax import distributed, endpoint
-from metamorph_jax.convert import hf
 from metamorph_jax.errors import UserError
 from metamorph_jax.eval.answers import Store
-from metamorph_jax.eval.judges import EndpointModel
+from metamorph_jax.eval.judges import ENDPOINT, EndpointModel, check_judge
 from metamorph_jax.files import shown
 from metamorph_jax.sampling.generator import Options
 from metamorph_jax.sampling.requests import Request
 
 VERDICTS = ("Yes", "No")
-ENDPOINT = "endpoint:"
 _NAMED = 5  # failures that are printed
 _CHUNK = 256  # questions that a judge is asked at a time
 
@@ -149,24 +147,12 @@ def verdict(reply: str) -> float:
     return float("nan")
 
 
-def check_judge(spec: str) -> None:
-    """Raises what `open_judge` would for a judge that is not there, before images are drawn.
-
-    Raises:
-        UserError: there is no such folder, or no endpoint is set up.
-    """
-    if spec.startswith(ENDPOINT):
-        endpoint.Endpoint()
-    elif spec and not spec.startswith(hf.PREFIX):
-        hf.find(spec)
-
-
 def open_judge(spec: str, config: str = "", batch_size: int = 8) -> ImageJudge:
     """A judge.
 
     Args:
-        spec: workdir of a run, published weights (with `config`), or "endpoint:MODEL".
-        config: FILE[:SIZE] of published weights.
+        spec: workdir of a run, published weights, or "endpoint:MODEL".
+        config: FILE[:SIZE] of published weights whose config.json doesn't say what they are.
         batch_size: questions that are read together.
 
     Raises:
@@ -174,6 +160,7 @@ def open_judge(spec: str, config: str = "", batch_size: int = 8) -> ImageJudge:
     """
     if not spec:
         raise UserError("no judge: give the workdir of a run, published weights or endpoint:MODEL")
+    check_judge(spec)
     if spec.startswith(ENDPOINT):
         return WordsJudge(EndpointModel(endpoint.Endpoint(), spec.removeprefix(ENDPOINT)))
     from metamorph_jax import api

@@ -1,4 +1,4 @@
-"""Multiple choice: ScienceQA with its ensembles, SEED-Bench, and MMBench's choice from a reply."""
+"""Multiple choice: ScienceQA with its ensembles, and MMBench's choice from a reply."""
 
 import collections
 import dataclasses
@@ -120,42 +120,6 @@ def ensemble_scores(
         )
     names = [f.name for f in dataclasses.fields(EnsembleScores)][1:-1]
     return EnsembleScores(len(problems), *(counts[name] for name in names), results)
-
-
-# ---- SEED-Bench
-
-
-@dataclasses.dataclass(frozen=True)
-class SeedScores:
-    """Accuracies in [0, 1]: by question type, by kind of data ("image", "video"), and of all."""
-
-    by_type: dict[str, float]
-    by_data: dict[str, float]
-    overall: float
-
-
-def seed_scores(questions: Sequence[Mapping], types: Mapping[str, int],
-                replies: Mapping[str, str]) -> SeedScores:  # fmt: skip
-    """A reply is right if it is exactly the letter; a question without a reply is wrong.
-
-    Args:
-        questions: official records (`question_id`, `question_type_id`, `data_type`, `answer`).
-        types: name of a question type → its id.
-        replies: question id as a string → text.
-    """
-    names = {number: name for name, number in types.items()}
-    by_type, by_data = {}, {}
-    for row in questions:
-        right = replies.get(str(row["question_id"])) == row["answer"]
-        by_type.setdefault(names[row["question_type_id"]], []).append(right)
-        by_data.setdefault(row["data_type"], []).append(right)
-    ordered = {name: by_type[name] for name in types if name in by_type}
-    everything = [right for group in by_type.values() for right in group]
-    return SeedScores(_rates(ordered), _rates(by_data), _rates({"all": everything})["all"])
-
-
-def _rates(groups: Mapping[str, list[bool]]) -> dict[str, float]:
-    return {name: sum(group) / max(len(group), 1) for name, group in groups.items()}
 
 
 # ---- MMBench

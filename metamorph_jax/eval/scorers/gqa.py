@@ -27,13 +27,16 @@ def gqa_scores(
     groups = collections.defaultdict(list)
     for key, row in questions.items():
         right = predictions.get(key) == row["answer"]
-        types = row["types"]
-        names = ["accuracy", "open" if types["structural"] == "query" else "binary"]
-        names += [f"{kind}/{types[kind]}" for kind in ("structural", "semantic")]
-        for name in names:
+        for name in ("accuracy", *parts(row["types"])):
             groups[name].append(right)
     scores = {name: 100 * sum(group) / len(group) for name, group in groups.items()}
     return scores | {"distribution": gqa_distribution(questions, predictions)}
+
+
+def parts(types: Mapping[str, str]) -> list[str]:
+    """The parts of the accuracy that a question of these types belongs to."""
+    kinds = [f"{kind}/{types[kind]}" for kind in ("structural", "semantic")]
+    return ["open" if types["structural"] == "query" else "binary", *kinds]
 
 
 def gqa_distribution(questions: Mapping[str, Mapping], predictions: Mapping[str, str]) -> float:

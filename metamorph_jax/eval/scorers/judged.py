@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 UNPARSED = (-1.0, -1.0)
+_MOST = 1000.0  # what is larger is no score
 
 
 def review_scores(review: str) -> tuple[float, float]:
@@ -17,7 +18,7 @@ def review_scores(review: str) -> tuple[float, float]:
         first, second = (float(part) for part in parts)
     except ValueError:
         return UNPARSED
-    return first, second
+    return (first, second) if max(abs(first), abs(second)) <= _MOST else UNPARSED  # nor NaN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +61,13 @@ def _relative(scores: list[tuple[float, float]], count_failed: bool) -> Relative
 
 # ---- MM-Vet
 
+_LONGEST = 4000  # characters of a verdict that are looked at: the pattern takes their square
 _GRADE = re.compile(r"(?<![\d.])(?:0(?:\.\d+)?|1(?:\.0+)?)(?![\d.]*\d)")
 
 
 def mmvet_grade(verdict: str) -> float | None:
     """The grade in [0, 1] that a judge's reply begins with or holds, None if there is none."""
-    found = _GRADE.search(verdict)
+    found = _GRADE.search(verdict[:_LONGEST])
     return float(found.group()) if found else None
 
 

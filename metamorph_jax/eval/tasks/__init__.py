@@ -9,11 +9,11 @@ The files of a task are in BENCH_ROOT/NAME (the part before the colon), see `doc
 
 import dataclasses
 import difflib
-import importlib
 import pathlib
 import re
 
 from metamorph_jax import options
+from metamorph_jax.config import find_class
 from metamorph_jax.errors import ConfigError
 from metamorph_jax.eval.tasks.base import Task
 from metamorph_jax.files import shown
@@ -122,13 +122,7 @@ def find(address: str) -> type[Task]:
     Raises:
         ConfigError: there is none.
     """
-    module, _, attribute = address.partition(":")
-    try:
-        found = vars(importlib.import_module(module)).get(attribute)
-    except ModuleNotFoundError as error:
-        if error.name and not f"{module}.".startswith(f"{error.name}."):
-            raise  # the module is there, but something that it needs is not
-        raise ConfigError(f"no module {module} (task {shown(address)!r})") from error
+    found = find_class(address, "task")
     if not (isinstance(found, type) and issubclass(found, Task)):
         raise ConfigError(f"{shown(address)} is not a task (a subclass of {_HERE}.base.Task)")
     return found

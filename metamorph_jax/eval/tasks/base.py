@@ -165,6 +165,7 @@ class Task:
         scored_by: options that scores depend on, but not what is asked: with other values of them
             the answers that are there are scored again.
         protocols: name -> what the option `protocol`, which such a task has, fixes.
+        without_intervals: why scores have none, for the table.
     """
 
     root: str
@@ -180,6 +181,7 @@ class Task:
     resamples: ClassVar[int] = 1000
     scored_by: ClassVar[tuple[str, ...]] = ()
     protocols: ClassVar[Mapping[str, Protocol]] = {}
+    without_intervals: ClassVar[str] = ""
 
     # ---- to be written for each task
 
@@ -209,6 +211,11 @@ class Task:
         """
         raise NotImplementedError
 
+    def terms(self, record: Record) -> dict[str, tuple[float, float]]:
+        """Metric -> (a, b) of a record, of the metrics that are 100 times the sum of all a over the
+        sum of all b. A bootstrap of these takes seconds where `scores` would take minutes."""
+        return {}
+
     def write(self, records: Sequence[Record], folder: pathlib.Path) -> list[pathlib.Path]:
         """Writes the official answer file(s), in the order of the question file; their paths."""
         return []
@@ -228,6 +235,16 @@ class Task:
     def decoding(self) -> Mapping[str, Any]:
         """Options of the generator that the protocol fixes."""
         return self.protocols.get(vars(self).get("protocol", ""), Protocol()).decoding
+
+    @property
+    def reply(self) -> Mapping[str, Any]:
+        """What a reply is to be, for models that have to be told: `mode` and `rounds` of
+        `requests.Request`."""
+        return {"mode": {"draw": "image", "generate": "text"}.get(self.form, ""), "rounds": 0}
+
+    def intervals(self, records: Sequence[Record]) -> dict[str, tuple[float, float]]:
+        """Metric -> 95 % interval, of metrics for which the task has found it by itself."""
+        return {}
 
     # ---- for tasks to use
 
@@ -284,6 +301,14 @@ def one_of(task: Task, **allowed) -> None:
 def mean(records: Sequence[Record], key: str = "score") -> float:
     """100 times the mean of a value of the records."""
     return 100 * sum(record[key] for record in records) / len(records)
+
+
+def mean_terms(record: Record, *groups: str, all: str = "accuracy") -> dict:
+    """`Task.terms` of the mean score, called `all`, and of its means by the values of groups; none
+    of a record without a score."""
+    score = record["score"]
+    names = [all, *(record["groups"].get(group, "") for group in groups)]
+    return {} if score is None else {name: (float(score), 1.0) for name in names if name}
 
 
 def by_group(records: Sequence[Record], group: str) -> dict[str, list[Record]]:

@@ -13,6 +13,9 @@
 cs.stanford.edu/people/ranjaykrishna/im2p |
 | | VG_100K/….jpg, VG_100K_2/….jpg | images | Visual Genome |
 
+The files of MM-Interleaved's hub page are read, too: coco_karpathy_test.json,
+test1k.token.coco_format, annotations/paragraphs_coco.json with annotations/test_split.json.
+
 Prompts are in `PROMPTS`. Scores are CIDEr, BLEU, ROUGE-L and, with Java, METEOR: see
 `scorers/captions.py`, also for the choice of the tokeniser. CIDEr depends on which images are
 scored, so that a run with a limit can't be compared with one of all images.
@@ -102,7 +105,10 @@ class CocoCaption(Task):
 
     def rows(self) -> Iterable[Captioned]:
         """The images of the split."""
-        return sets.karpathy(self.find("dataset_coco.json"), (self.split,), "cocoid")
+        path = self.find("dataset_coco.json", f"coco_karpathy_{self.split}.json")
+        if path.endswith("dataset_coco.json"):
+            return sets.karpathy(path, (self.split,), "cocoid")
+        return sets.listed(path)
 
     def picture(self, place: str) -> str:
         """The path of an image by its place among the images."""
@@ -164,7 +170,9 @@ class Flickr30k(CocoCaption):
     )
 
     def rows(self):
-        path = self.find("dataset_flickr30k.json")
+        path = self.find("dataset_flickr30k.json", f"{self.split}1k.token.coco_format")
+        if path.endswith("coco_format"):
+            return sets.coco_form(path, "flickr30k-images")
         return sets.karpathy(path, (self.split,), "imgid", "flickr30k-images")
 
 
@@ -192,7 +200,7 @@ class NoCaps(CocoCaption):
 
     def rows(self):
         name = "nocaps_val_4500_captions.json" if self.public else "nocaps_test_image_info.json"
-        return sets.nocaps(self.find(name), self.split)
+        return sets.coco_form(self.find(name), self.split)
 
     def regrouped(self, records, candidates, references, rows):
         """Adds CIDEr with the document frequencies of the image's domain alone."""
@@ -239,8 +247,9 @@ class Image2Paragraph(CocoCaption):
     )
 
     def rows(self):
-        split = self.find(f"{self.split}_split.json")
-        return sets.paragraphs(self.find("paragraphs_v1.json"), split)
+        split = self.find(f"{self.split}_split.json", f"annotations/{self.split}_split.json")
+        path = self.find("paragraphs_v1.json", "annotations/paragraphs_coco.json")
+        return sets.paragraphs(path, split)
 
 
 def _finished(record: Record, row: dict | None) -> Record:

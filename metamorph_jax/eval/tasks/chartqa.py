@@ -22,6 +22,7 @@ from metamorph_jax.eval.tasks.base import (
     Task,
     by_group,
     mean,
+    mean_terms,
     one_of,
     write_json,
 )
@@ -79,6 +80,9 @@ class ChartQA(Task):
         parts = {name: mean(group) for name, group in by_group(records, "part").items()}
         both = {"mean of parts": sum(parts.values()) / 2} if len(parts) == len(_PARTS) else {}
         return {"accuracy": mean(records)} | parts | both
+
+    def terms(self, record):
+        return mean_terms(record, "part")
 
     def write(self, records, folder):
         """[{"imgname", "query", "label", "prediction"}]; the benchmark has no format of its own."""

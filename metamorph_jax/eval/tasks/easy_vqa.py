@@ -9,7 +9,15 @@ from typing import ClassVar
 
 from metamorph_jax.data import reading
 from metamorph_jax.eval.scorers.short_answers import is_right
-from metamorph_jax.eval.tasks.base import File, Question, Task, by_group, mean, write_json
+from metamorph_jax.eval.tasks.base import (
+    File,
+    Question,
+    Task,
+    by_group,
+    mean,
+    mean_terms,
+    write_json,
+)
 from metamorph_jax.quickstart.data import question_type
 
 TEXTS = ("question", "answer")
@@ -52,6 +60,9 @@ class EasyVQA(Task):
     def scores(self, records):
         found = {"accuracy": mean(records)}
         return found | {name: mean(rows) for name, rows in by_group(records, "type").items()}
+
+    def terms(self, record):
+        return mean_terms(record, "type")
 
     def write(self, records, folder):
         replies = {record["id"]: record["reply"] for record in records}

@@ -88,6 +88,12 @@ class GQA(Task):
         predictions = {str(number): record["answer"] for number, record in enumerate(records)}
         return gqa.gqa_scores(questions, predictions)
 
+    def terms(self, record):
+        """Of all but the distribution."""
+        right, types = float(record["answer"] == record["gold"]), record["groups"]
+        names = ["accuracy", *gqa.parts(types)]
+        return {name: (right, 1.0) for name in names}
+
     def write(self, records, folder):
         """[{"questionId", "prediction"}], as the official tool reads it."""
         rows = gqa.gqa_submission((r["id"], r["answer"]) for r in records)

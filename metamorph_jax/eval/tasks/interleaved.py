@@ -28,7 +28,7 @@ from metamorph_jax import distributed, files
 from metamorph_jax.data import reading
 from metamorph_jax.data.sources.base import IMAGE
 from metamorph_jax.endpoint import Endpoint
-from metamorph_jax.errors import FileError
+from metamorph_jax.errors import ConfigError, FileError
 from metamorph_jax.eval.answers import Store
 from metamorph_jax.eval.images import features, statistics
 from metamorph_jax.eval.images.features import ImageSet
@@ -36,7 +36,7 @@ from metamorph_jax.eval.images.judging import ENDPOINT, check_judge
 from metamorph_jax.eval.judges import EndpointModel
 from metamorph_jax.eval.tasks.base import Answer, File, Protocol, Question, Record, Task
 from metamorph_jax.sampling.generator import Options
-from metamorph_jax.sampling.requests import Request
+from metamorph_jax.sampling.requests import MOST_ROUNDS, Request
 
 TEXT_IMAGE = "100 x CLIP, neighbouring image and text"
 IMAGES = "100 x CLIP, neighbouring images"
@@ -63,11 +63,14 @@ class Interleaved(Task):
     Attributes:
         clip: weights of CLIP with both towers; "": no cosines.
         judged_by: "endpoint:MODEL", or the workdir of a run; "": nobody judges.
+        turns: how many times the model adds text or an image, where it has to be told; 0 lets it
+            end on its own.
         protocol: "mm-interleaved" writes as its paper does: nucleus 0.9, repetition penalty 1.3.
     """
 
     clip: str = ""
     judged_by: str = ""
+    turns: int = 0
     protocol: str = ""
 
     title: ClassVar[str] = "Documents of text and images"
@@ -83,6 +86,14 @@ class Interleaved(Task):
             {}, {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.3}
         )
     }
+
+    @property
+    def reply(self):
+        return {"mode": "both", "rounds": self.turns}
+
+    def __post_init__(self):
+        if not 0 <= self.turns <= MOST_ROUNDS:
+            raise ConfigError(f"task {self.name}: turns={self.turns}, expected 0 to {MOST_ROUNDS}")
 
     def questions(self) -> Iterable[Question]:
         path = self.find("prompts.jsonl")

@@ -19,7 +19,8 @@ import numpy as np
 from metamorph_jax.data import images
 from metamorph_jax.errors import ConfigError, FileError
 from metamorph_jax.eval.images import dpg, geneval
-from metamorph_jax.eval.images.judging import ImageJudge, Remembered, check_judge, open_judge
+from metamorph_jax.eval.images.judging import ImageJudge, Remembered, open_judge
+from metamorph_jax.eval.judges import check_judge
 from metamorph_jax.eval.tasks.base import (
     Answer,
     File,

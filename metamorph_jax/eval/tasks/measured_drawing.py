@@ -35,6 +35,10 @@ class MeasuredDrawing(Task):
     form: ClassVar[str] = "draw"
     max_new_tokens: ClassVar[int] = 256
     resamples: ClassVar[int] = 0
+    without_intervals: ClassVar[str] = (
+        "no interval of a Fréchet distance or an inception score: images that a resample has twice "
+        "raise the distance, so a bootstrap's interval would lie above the score"
+    )
     scored_by: ClassVar[tuple[str, ...]] = MEASURES
 
     def __post_init__(self):
@@ -70,10 +74,19 @@ class MeasuredDrawing(Task):
         found = self._found(records)
         if found is None:
             return {}
-        names = {measures.TEXT: f"100 x {measures.TEXT}", measures.IMAGE: f"100 x {measures.IMAGE}",
-                 measures.CLIPSCORE: f"100 x {measures.CLIPSCORE}"}  # fmt: skip
-        values = {names.get(k, k): v * (100 if k in names else 1) for k, v in found.values.items()}
+        values = {}
+        for name, value in found.values.items():
+            shown, scale = _as_shown(name)
+            values[shown] = scale * value
         return dict(sorted(values.items(), key=lambda item: item[0] != self.main))
+
+    def intervals(self, records: Sequence[Record]) -> dict[str, tuple[float, float]]:
+        """Of CLIP's scores, which are means over images."""
+        found, intervals = self._found(records), {}
+        for name, (low, high) in (found.intervals if found else {}).items():
+            shown, scale = _as_shown(name)
+            intervals[shown] = scale * low, scale * high
+        return intervals
 
     def write(self, records: Sequence[Record], folder) -> list:
         """captions.json ({name of an image: caption}, what `metamorph score` and CLIPScore's own
@@ -103,3 +116,9 @@ class MeasuredDrawing(Task):
     @cached_property
     def _known(self) -> dict:
         return {}
+
+
+def _as_shown(name: str) -> tuple[str, int]:
+    """(name in the table, factor) of a measure."""
+    hundred = name in (measures.TEXT, measures.IMAGE, measures.CLIPSCORE)
+    return (f"100 x {name}", 100) if hundred else (name, 1)

@@ -59,6 +59,7 @@ class MMBench(MultipleChoice):
         return self.find(*([self.file] if self.file else names))
 
     def questions(self):
+        _workbook()  # now, not when all answers are there
         path = self._path()
         rows = list(reading.table(path, "index", "question", "A", "B", "image"))
         where = files.shown(path)
@@ -115,13 +116,7 @@ class MMBench(MultipleChoice):
 
     def write(self, records, folder: pathlib.Path):
         """The table that the evaluation server takes."""
-        try:
-            from openpyxl import Workbook
-        except ImportError:
-            raise MissingFile(
-                "the answer file of MMBench is .xlsx, which needs openpyxl: pip install "
-                "'metamorph_jax[eval]' (the answers are kept: start the same command again)"
-            ) from None
+        Workbook = _workbook()
         rows = [record["more"]["row"] for record in records]
         first = ["index", "question", "A", "B", "C", "D", "prediction"]
         names = first + [name for name in rows[0] if name not in first]
@@ -133,6 +128,22 @@ class MMBench(MultipleChoice):
         path = folder / f"mmbench_{self.split}_{self.language}.xlsx"
         book.save(path)
         return [path]
+
+
+def _workbook():
+    """openpyxl's class of a table.
+
+    Raises:
+        MissingFile: it is not installed.
+    """
+    try:
+        from openpyxl import Workbook
+    except ImportError:
+        raise MissingFile(
+            "the answer file of MMBench is .xlsx, which needs openpyxl: pip install "
+            "'metamorph_jax[eval]'"
+        ) from None
+    return Workbook
 
 
 def _options(row: dict) -> list[str]:

@@ -24,6 +24,7 @@ from metamorph_jax.eval.tasks.base import (
     by_group,
     lettered,
     mean,
+    mean_terms,
     one_of,
     write_json,
 )
@@ -123,6 +124,9 @@ class MMMU(Task):
         for group in ("domain", "subject"):
             found |= {name: mean(rows) for name, rows in by_group(records, group).items()}
         return found
+
+    def terms(self, record):
+        return mean_terms(record, "domain", "subject")
 
     def write(self, records, folder):
         said = {

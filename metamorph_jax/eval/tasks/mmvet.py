@@ -93,10 +93,10 @@ class MMVet(Task):
         start = files.read_text(self.grader) if self.grader else GRADER
         rows = [f"{start}\n{_row(record)}" for record in records]
         verdicts = list(ask(rows))
-        grades = [verdict and judged.mmvet_grade(verdict) for verdict in verdicts]
+        grades = [judged.mmvet_grade(verdict or "") for verdict in verdicts]
         again = [k for k, grade in enumerate(grades) if grade is None and verdicts[k] is not None]
         for k, verdict in zip(again, ask([rows[k] + _AGAIN for k in again]), strict=True):
-            verdicts[k], grades[k] = verdict, verdict and judged.mmvet_grade(verdict)
+            verdicts[k], grades[k] = verdict, judged.mmvet_grade(verdict or "")
         return [
             record | {"verdict": verdict, "score": grade, "parsed": grade is not None}
             for record, verdict, grade in zip(records, verdicts, grades, strict=True)

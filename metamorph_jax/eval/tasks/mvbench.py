@@ -35,6 +35,7 @@ from metamorph_jax.eval.tasks.base import (
     by_group,
     lettered,
     mean,
+    mean_terms,
     write_json,
 )
 
@@ -129,6 +130,9 @@ class MVBench(Task):
         kinds = {name: mean(group) for name, group in by_group(records, "kind").items()}
         average = sum(kinds.values()) / len(kinds)
         return {"accuracy": mean(records), "mean of kinds": average} | kinds
+
+    def terms(self, record):
+        return mean_terms(record, "kind")
 
     def write(self, records, folder):
         """{kind: [{"video", "pred", "gt"}]}, much like the official notebook's file."""

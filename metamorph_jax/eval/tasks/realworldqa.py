@@ -7,7 +7,16 @@ from typing import ClassVar
 
 from metamorph_jax.data import reading
 from metamorph_jax.eval.scorers.choices import mmbench_letter
-from metamorph_jax.eval.tasks.base import File, Question, Task, by_group, mean, one_of, write_json
+from metamorph_jax.eval.tasks.base import (
+    File,
+    Question,
+    Task,
+    by_group,
+    mean,
+    mean_terms,
+    one_of,
+    write_json,
+)
 
 _SOURCE = "huggingface.co/datasets/xai-org/RealworldQA"
 
@@ -68,6 +77,9 @@ class RealWorldQA(Task):
     def scores(self, records):
         found = {"accuracy": mean(records)}
         return found | {name: mean(rows) for name, rows in by_group(records, "kind").items()}
+
+    def terms(self, record):
+        return mean_terms(record, "kind")
 
     def write(self, records, folder):
         replies = {record["id"]: record["reply"] for record in records}

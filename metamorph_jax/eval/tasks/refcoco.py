@@ -30,6 +30,7 @@ from metamorph_jax.eval.tasks.base import (
     Record,
     Task,
     mean,
+    mean_terms,
     one_of,
     write_json,
 )
@@ -101,6 +102,9 @@ class RefCOCO(Task):
     def scores(self, records):
         """Share of expressions with IoU ≥ 0.5, and the mean IoU (× 100)."""
         return {"accuracy": mean(records), "IoU": mean(records, "iou")}
+
+    def terms(self, record):
+        return mean_terms(record) | {"IoU": (record["iou"], 1.0)}
 
     def write(self, records, folder):
         """[{"sent_id", "ref_id", "box"}], corners in pixels; there is no official format."""

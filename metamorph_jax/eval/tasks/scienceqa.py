@@ -42,6 +42,15 @@ _LETTERS = "ABCDE"
 STYLES = ("llava_1.5", "lmms_eval", "cambrian", "reasoning")
 _SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
 
+# Part of the accuracy -> whether a question of these groups belongs to it.
+_PARTS = {
+    "image": lambda g: g["image"] == "yes", "accuracy": lambda g: True,
+    **{n: (lambda g, n=n: g["subject"] == n) for n in _SUBJECTS.values()},
+    "TXT": lambda g: g["text"] == "yes", "NO": lambda g: g["image"] == g["text"] == "no",
+    "G1-6": lambda g: g["grade"] == "G1-6", "G7-12": lambda g: g["grade"] == "G7-12",
+}  # fmt: skip
+_JUDGED = ("gpt4", "complement", "judge")  # accuracies of a judge's files, where there are any
+
 
 @dataclasses.dataclass(frozen=True)
 class ScienceQA(Task):
@@ -149,21 +158,19 @@ class ScienceQA(Task):
         ]
 
     def scores(self, records):
-        groups = {
-            "image": lambda g: g["image"] == "yes", "accuracy": lambda g: True,
-            **{n: (lambda g, n=n: g["subject"] == n) for n in _SUBJECTS.values()},
-            "TXT": lambda g: g["text"] == "yes",
-            "NO": lambda g: g["image"] == g["text"] == "no",
-            "G1-6": lambda g: g["grade"] == "G1-6", "G7-12": lambda g: g["grade"] == "G7-12",
-        }  # fmt: skip
         found = {}
-        for name, belongs in groups.items():
+        for name, belongs in _PARTS.items():
             if rows := [r for r in records if belongs(r["groups"])]:
                 found[name] = mean(rows)
-        for name in ("gpt4", "complement", "judge"):
+        for name in _JUDGED:
             if all(name in r for r in records):
                 found[name] = mean(records, name)
         return found
+
+    def terms(self, record):
+        names = [name for name, belongs in _PARTS.items() if belongs(record["groups"])]
+        judged = {name: (float(record[name]), 1.0) for name in _JUDGED if name in record}
+        return {name: (float(record["score"]), 1.0) for name in names} | judged
 
     def write(self, records, folder: pathlib.Path):
         count, right = len(records), sum(r["score"] for r in records)

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from metamorph_jax.data import reading
 from metamorph_jax.errors import BadSample
-from metamorph_jax.eval.tasks.base import File, by_group, mean, one_of, write_json_lines
+from metamorph_jax.eval.tasks.base import File, by_group, mean, mean_terms, one_of, write_json_lines
 from metamorph_jax.eval.tasks.choice import MultipleChoice
 
 _SOURCE = "huggingface.co/datasets/AILab-CVC/SEED-Bench"
@@ -68,6 +68,9 @@ class Seed(MultipleChoice):
         for group in ("kind", "dimension"):
             found |= {name: mean(rows) for name, rows in by_group(records, group).items()}
         return found
+
+    def terms(self, record):
+        return mean_terms(record, "kind", "dimension", all="all")
 
     def write(self, records, folder):
         lines = ({"question_id": r["id"], "prediction": r["letter"] or r["reply"]} for r in records)

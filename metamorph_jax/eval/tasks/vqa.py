@@ -39,6 +39,7 @@ from metamorph_jax.eval.tasks.base import (
     Task,
     by_group,
     mean,
+    mean_terms,
     one_of,
     write_json,
 )
@@ -92,6 +93,9 @@ class _Soft(Task):
             name: mean(group) for name, group in by_group(scored, "answer_type").items() if name
         }
         return {"accuracy": mean(scored)} | types
+
+    def terms(self, record: Record) -> dict[str, tuple[float, float]]:
+        return mean_terms(record, "answer_type")
 
 
 # ---- VQAv2 and OK-VQA
@@ -189,6 +193,12 @@ class VQAv2(_Soft):
         if self.question_types and found:
             types = by_group(records, "question_type")
             found |= {f"type {name}": mean(group) for name, group in types.items()}
+        return found
+
+    def terms(self, record):
+        found = super().terms(record)
+        if self.question_types and found:
+            found[f"type {record['groups'].get('question_type', '')}"] = found["accuracy"]
         return found
 
     def write(self, records, folder):

@@ -12,7 +12,7 @@ import re
 from typing import ClassVar
 
 from metamorph_jax.data import reading
-from metamorph_jax.eval.tasks.base import File, by_group, mean, write_json_lines
+from metamorph_jax.eval.tasks.base import File, by_group, mean, mean_terms, write_json_lines
 from metamorph_jax.eval.tasks.choice import MultipleChoice
 
 KINDS = ("direct_attributes", "relative_position")
@@ -67,6 +67,9 @@ class VStar(MultipleChoice):
     def scores(self, records):
         found = {"accuracy": mean(records)}
         return found | {name: mean(rows) for name, rows in by_group(records, "category").items()}
+
+    def terms(self, record):
+        return mean_terms(record, "category")
 
     def write(self, records, folder):
         lines = ({"question_id": r["id"], "text": r["reply"]} for r in records)

@@ -120,7 +120,8 @@ def check_config(cfg: Config, folder: pathlib.Path) -> Config:
                 lines += vision.pixel_differences(pixels, process, names)
         return lines + _token_differences(theirs, folder)
 
-    agree.require(str(folder), differences)
+    advice = "config.model has to say the same; without --config it is as the checkpoint says"
+    agree.require(str(folder), differences, advice=advice)
     theirs = found[0]
     if process is not None and (grids := grids_of(process)) and theirs.image_mode == "anyres":
         theirs = dataclasses.replace(theirs, grids=grids)

@@ -259,7 +259,11 @@ def check_config(cfg: Config, folder: pathlib.Path) -> None:
     else:
         checks = [lambda: llama_names.disagreements(llm_config(cfg), fields)]
         checks.append(lambda: _part_differences(cfg, pathlib.Path(folder)))
-    agree.require(str(folder), *checks)
+    advice = (
+        "config.model has to say the same (of images: config.model.vision.tower_options.mean and "
+        ".std); without --config it is as the checkpoint says"
+    )
+    agree.require(str(folder), *checks, advice=advice)
 
 
 def _visual_differences(cfg: Config, fields: Mapping) -> list[str]:

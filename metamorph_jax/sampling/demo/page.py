@@ -51,19 +51,11 @@ def build(engine: Engine, start: Settings):
     """The page, a `gradio.Blocks`, with these settings at first."""
     gr = gradio()
     names = list(engine.models)
-    guidance = engine.guidance()
     with gr.Blocks(title="metamorph demo", analytics_enabled=False) as page:
         gr.Markdown(f"# {' and '.join(names)}\n{_about(engine)}", elem_id="title")
         history = gr.State([])
         with gr.Row():
-            talks = [
-                gr.Chatbot(
-                    label=name, height="56vh", render_markdown=False, buttons=["copy"],
-                    feedback_options=None, elem_classes="talk", placeholder="Ask something.",
-                    min_width=320,
-                )
-                for name in names
-            ]  # fmt: skip
+            talks = [_talk(gr, name) for name in names]
         box = gr.MultimodalTextbox(
             file_count="multiple", file_types=KINDS, sources=["upload"], show_label=False,
             placeholder="Your turn, with images if you like", autofocus=True, max_lines=8,
@@ -75,53 +67,70 @@ def build(engine: Engine, start: Settings):
             again = gr.Button("Answer again", size="sm", min_width=120)
             clear = gr.Button("Clear", size="sm", min_width=120)
         with gr.Accordion("Settings", open=False):
-            with gr.Row():
-                temperature = gr.Slider(
-                    0, 2, start.temperature, step=0.1, label="Temperature", min_width=220,
-                    info="0 takes the likeliest token; a new value compiles first",
-                )  # fmt: skip
-                tokens = gr.Slider(
-                    1, engine.longest, min(start.max_new_tokens, engine.longest), step=1,
-                    label="New tokens", info="visual tokens count", min_width=220,
-                )  # fmt: skip
-            with gr.Row():
-                seed = gr.Number(
-                    start.seed, label="Seed", precision=0, minimum=0, maximum=2**31 - 1,
-                    info="of chance in text and drawings", min_width=220,
-                )  # fmt: skip
-                scale = gr.Number(
-                    start.guidance if start.guidance is not None else guidance,
-                    label="Guidance", info="how strictly drawings follow the visual tokens",
-                    visible=guidance is not None, min_width=220,
-                )  # fmt: skip
-
-        settings = [temperature, scale, seed, tokens]
-        shown = [box, history, *talks]
-        events = _Events(gr, engine)
-
-        # Gradio fills in what is annotated with its Request.
-        def ask(said, draw, history, temperature, scale, seed, tokens, who: gr.Request):
-            chosen = _settings(temperature, scale, seed, tokens)
-            yield from events.ask(who.session_hash, said, draw, history, chosen)
-
-        def answer_again(history, temperature, scale, seed, tokens, who: gr.Request):
-            chosen = _settings(temperature, scale, seed, tokens)
-            yield from events.again(who.session_hash, history, chosen)
-
-        def forget(who: gr.Request):
-            return events.clear(who.session_hash)
-
-        def leave(who: gr.Request):
-            engine.clear(who.session_hash)
-
-        one = dict(concurrency_id="model", concurrency_limit=1, api_visibility="private")
-        box.submit(ask, [box, draw, history, *settings], shown, **one)
-        again.click(answer_again, [history, *settings], shown, **one)
-        clear.click(forget, None, shown, **one)
-        for talk in talks:  # their own bins
-            talk.clear(forget, None, shown, **one)
-        page.unload(leave)
+            settings = _fields(gr, engine, start)
+        _wire(gr, engine, page, history, talks, box, draw, again, clear, settings)
     return page
+
+
+def _talk(gr, name: str):
+    """The conversation with one model."""
+    return gr.Chatbot(
+        label=name, height="56vh", render_markdown=False, buttons=["copy"], feedback_options=None,
+        elem_classes="talk", placeholder="Ask something.", min_width=320,
+    )  # fmt: skip
+
+
+def _fields(gr, engine: Engine, start: Settings) -> list:
+    """The fields of `_settings`, in its order."""
+    guidance = engine.guidance()
+    with gr.Row():
+        temperature = gr.Slider(
+            0, 2, start.temperature, step=0.1, label="Temperature", min_width=220,
+            info="0 takes the likeliest token; a new value compiles first",
+        )  # fmt: skip
+        tokens = gr.Slider(
+            1, engine.longest, min(start.max_new_tokens, engine.longest), step=1,
+            label="New tokens", info="visual tokens count", min_width=220,
+        )  # fmt: skip
+    with gr.Row():
+        seed = gr.Number(
+            start.seed, label="Seed", precision=0, minimum=0, maximum=2**31 - 1,
+            info="of chance in text and drawings", min_width=220,
+        )  # fmt: skip
+        scale = gr.Number(
+            start.guidance if start.guidance is not None else guidance,
+            label="Guidance", info="how strictly drawings follow the visual tokens",
+            visible=guidance is not None, min_width=220,
+        )  # fmt: skip
+    return [temperature, scale, seed, tokens]
+
+
+def _wire(gr, engine: Engine, page, history, talks, box, draw, again, clear, settings) -> None:
+    """Says what happens when something on the page is used."""
+    events, shown = _Events(gr, engine), [box, history, *talks]
+
+    # Gradio fills in what is annotated with its Request.
+    def ask(said, draw, history, temperature, scale, seed, tokens, who: gr.Request):
+        chosen = _settings(temperature, scale, seed, tokens)
+        yield from events.ask(who.session_hash, said, draw, history, chosen)
+
+    def answer_again(history, temperature, scale, seed, tokens, who: gr.Request):
+        chosen = _settings(temperature, scale, seed, tokens)
+        yield from events.again(who.session_hash, history, chosen)
+
+    def forget(who: gr.Request):
+        return events.clear(who.session_hash)
+
+    def leave(who: gr.Request):
+        engine.clear(who.session_hash)
+
+    one = dict(concurrency_id="model", concurrency_limit=1, api_visibility="private")
+    box.submit(ask, [box, draw, history, *settings], shown, **one)
+    again.click(answer_again, [history, *settings], shown, **one)
+    clear.click(forget, None, shown, **one)
+    for talk in talks:  # their own bins
+        talk.clear(forget, None, shown, **one)
+    page.unload(leave)
 
 
 def _about(engine: Engine) -> str:

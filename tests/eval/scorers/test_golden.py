@@ -7,7 +7,9 @@ import shutil
 
 import pytest
 
+from metamorph_jax.eval import tasks
 from metamorph_jax.eval.scorers import choices, gqa, judged, vqa, yes_no
+from metamorph_jax.eval.tasks.base import Answer
 from tests.eval.tasks.asked import run
 
 pytestmark = pytest.mark.golden
@@ -269,12 +271,18 @@ def test_seed(root):
     exactly(expected, "printed", "returncode")
     assert expected["returncode"] == 0
     annotations = read(folder / "annotations.json")
-    scores = choices.seed_scores(
-        annotations["questions"], annotations["question_type"], by_id(folder / "answers.jsonl")
-    )
-    printed = [f"{name}: {100 * rate:.2f}%" for name, rate in scores.by_type.items()]
-    printed.append(f"Total accuracy: {100 * scores.overall:.2f}%")
-    printed += [f"{kind} accuracy: {100 * rate:.2f}%" for kind, rate in scores.by_data.items()]
+    replies, task = by_id(folder / "answers.jsonl"), tasks.make("seed:kind=all")
+    records = []
+    for row in annotations["questions"]:
+        question = task.ask(str(row["question_id"]), "?", "abcd", row["answer"])
+        record = task.record(question, Answer(replies.get(question.id, "")))
+        named = {v: k for k, v in annotations["question_type"].items()}
+        groups = {"dimension": named[row["question_type_id"]], "kind": row["data_type"]}
+        records.append(record | {"groups": groups})
+    scores = task.scores(records)
+    names = [*annotations["question_type"], "all", *{r["groups"]["kind"]: 0 for r in records}]
+    shown = {name: f"{name} accuracy" for name in names[-3:]} | {"all": "Total accuracy"}
+    printed = [f"{shown.get(name, name)}: {scores[name]:.2f}%" for name in names if name in scores]
     assert printed == expected["printed"]
 
 

@@ -2,7 +2,7 @@
 
 import pathlib
 
-from metamorph_jax.eval import tasks
+from metamorph_jax.eval import intervals, tasks
 from metamorph_jax.eval.tasks.base import Answer
 
 
@@ -27,6 +27,8 @@ def run(spec, root, say, folder: pathlib.Path | None = None):
         }  # fmt: skip
         records.append(common | task.record(question, answer))
     files = task.write(records, folder) if folder is not None else []
+    stated = {metric for record in records for metric in task.terms(record)}
+    assert not stated & intervals.bootstrap(task, records, resamples=2).rescored  # terms are right
     return questions, records, task.scores(records), files
 
 

@@ -13,8 +13,9 @@ class Painter:
     asked: the requests, in order.
     """
 
-    def __init__(self, *, fails=(), text: str = "", images: int = 1):
+    def __init__(self, *, fails=(), text: str = "", images: int = 1, modes=()):
         self.fails, self.text, self.images, self.asked = fails, text, images, []
+        self.modes = modes
 
     def replies(self, requests, options, failed, stream=None, draw=True):
         assert draw

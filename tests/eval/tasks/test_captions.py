@@ -1,5 +1,6 @@
 """Captions: official files in small. The tools themselves are tested with the scorers."""
 
+import json
 import math
 
 import pytest
@@ -47,6 +48,28 @@ def test_coco(coco, tmp_path):
     assert "METEOR" not in result.scores and "ROUGE-L" in result.scores
     low, high = result.intervals["CIDEr"]
     assert low == pytest.approx(1000 * second) and high == pytest.approx(1000 * first)
+
+
+def test_files_as_mm_interleaved_has_them(tmp_path):
+    """The same captions of the same images, from other files."""
+    image = "val2014/COCO_val2014_000000000010.jpg"
+    rows = [{"image": image, "caption": ["A dog runs.", "A dog is running."]}]
+    flickr = {"images": [{"id": 1, "file_name": "1.jpg"}],
+              "annotations": [{"image_id": 1, "caption": "A dog."}]}  # fmt: skip
+    paragraphs = {"annotations": [{"image_id": 7, "caption": "A kite. The sky is blue.",
+                                   "url": "https://x.test/VG_100K_2/7.jpg"}]}  # fmt: skip
+    put(tmp_path, {
+        "coco_caption/coco_karpathy_test.json": rows,
+        "flickr30k/test1k.token.coco_format": json.dumps(flickr),
+        "image2paragraph/annotations/paragraphs_coco.json": paragraphs,
+        "image2paragraph/annotations/test_split.json": [7],
+    })  # fmt: skip
+    for name, id, place, count in (("coco_caption", "10", image, 2),
+                                   ("flickr30k", "1", "flickr30k-images/1.jpg", 1),
+                                   ("image2paragraph", "7", "VG_100K_2/7.jpg", 1)):  # fmt: skip
+        (question,) = tasks.make(f"{name}:{SPEC}", tmp_path).questions()
+        assert question.id == id and len(question.gold) == count
+        assert question.images == (str(tmp_path / name / place),)
 
 
 def test_flickr30k(tmp_path):

@@ -191,6 +191,13 @@ def test_mmbench_makes_rotations(tmp_path):
     assert len(rows) == 6
 
 
+def test_mmbench_without_openpyxl_says_so_at_once(tmp_path, monkeypatch):
+    root = mmbench(tmp_path / "b", [ONE])
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    with pytest.raises(MissingFile, match="needs openpyxl: pip install"):
+        next(tasks.make("mmbench", root=str(root)).questions())
+
+
 def test_mmbench_takes_the_rotations_of_the_file(tmp_path):
     turned = ONE | {"index": 1_000_007, "A": "feather", "B": "stone", "answer": "B", "image": "7"}
     root = mmbench(tmp_path / "b", [ONE, TWO, turned], "MMBench_DEV_CN_legacy.tsv")

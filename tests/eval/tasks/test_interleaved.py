@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metamorph_jax.errors import FileError
+from metamorph_jax.errors import ConfigError, FileError
 from metamorph_jax.eval import tasks
 from metamorph_jax.eval.images import features, statistics
 from metamorph_jax.eval.images.features import ImageSet
@@ -14,6 +14,7 @@ from metamorph_jax.eval.tasks import interleaved
 from metamorph_jax.eval.tasks.interleaved import Part
 from metamorph_jax.sampling.results import Reply, TextPart
 
+from ...data.sets import made
 from .painter import Clip, Painter, run
 
 
@@ -26,6 +27,11 @@ def root(tmp_path):
             {"id": "hill", "prompt": "A hill."}]  # fmt: skip
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+@pytest.fixture
+def vist(tmp_path):
+    return made.vist(tmp_path / "vist")
 
 
 def test_neighbours():
@@ -57,6 +63,18 @@ def test_cosines_of_what_was_written(root, tmp_path, monkeypatch):
     assert result.scores["images of a document"] == 2
     # Answered before: the document is still known.
     assert run("interleaved:clip=x", root, tmp_path / "out", Painter()).records[0] == sea
+
+
+def test_a_model_that_has_to_be_told_is_told(root, vist, tmp_path):
+    told = Painter(modes=("text", "image", "both"))
+    run("interleaved:turns=4", root, tmp_path / "a", told)
+    run("vist", vist, tmp_path / "b", told)
+    assert [(r.mode, r.rounds) for r in told.asked] == 2 * [("both", 4)] + 2 * [("image", 0)]
+    free = Painter()
+    run("interleaved:turns=4", root, tmp_path / "c", free)
+    assert {(r.mode, r.rounds) for r in free.asked} == {("", 0)}
+    with pytest.raises(ConfigError, match="turns=-1, expected 0 to"):
+        tasks.make("interleaved:turns=-1", root=str(root))
 
 
 class Reader:

@@ -148,7 +148,10 @@ def test_results_name_how_images_were_drawn(root, painter, tmp_path, monkeypatch
     drawing = {"sampler": "ddim", "steps": 20, "guidance": 3.5}
     assert saved["settings"]["model"]["drawing"] == drawing and saved["scores"]["overall"] == 1
     assert cli.main(["eval", "--endpoint", "m", *map(str, words[3:])]) == 2
-    assert "drawing needs --decoder, and a model of ours" in capsys.readouterr().err
+    assert "drawing needs a model of ours, not an endpoint" in capsys.readouterr().err
+    painter.image_decoder = None
+    assert cli.main(list(map(str, words))) == 2
+    assert "drawing needs --decoder: this model has no image" in capsys.readouterr().err
 
 
 def test_what_can_t_be_asked_for(root, tmp_path):

@@ -216,3 +216,20 @@ def test_pixels_stay_within_their_limits():
     x = model.encode(images, jax.random.key(0))
     assert (x >= low - 1e-5).all() and (x <= high + 1e-5).all()
     np.testing.assert_allclose(model.decode(x), images / 255, atol=1e-6)
+
+
+def test_encoded_images_are_taken_as_they_are(monkeypatch):
+    cfg = DiffusionConfig(DENOISERS["unet"], vae=None)
+    model = nnx.eval_shape(lambda: DiffusionDecoder(cfg, rngs=nnx.Rngs(0)))
+    model.pixel_mean.set_raw_value(jnp.zeros(3))
+    model.pixel_scale.set_raw_value(jnp.full(3, 2.0))
+    monkeypatch.setattr(DiffusionDecoder, "denoise", lambda self, x, t, condition: 0.5 * x)
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+    key, condition = jax.random.key(1), Conditioning(context_of())
+    encoded = model.encode(images, key)  # pixels need no key
+    wanted, _ = model.losses(images, condition, key)
+    np.testing.assert_allclose(model.losses(encoded, condition, key)[0], wanted, rtol=1e-6)
+    x0, noise = jnp.ones((2, 2, 2, 3)), jnp.zeros((2, 2, 2, 3))
+    t = jnp.asarray([0, 999])
+    at = model.losses_at(x0, noise, t, condition)[0]
+    np.testing.assert_allclose(at, 0.25 * cfg.schedule.alphas_cumprod[np.asarray(t)], rtol=1e-5)

@@ -8,16 +8,31 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from metamorph_jax.data.chat import Chat, Markers
 from metamorph_jax.data.chat_templates import TEMPLATES, render
+from metamorph_jax.data.config import (
+    DataConfig,
+    DrawingSpec,
+    InputSpec,
+    OrderConfig,
+    RowConfig,
+    SourceConfig,
+)
+from metamorph_jax.data.images import Preprocess
+from metamorph_jax.data.interleave import AfterSupervisedStart
+from metamorph_jax.data.pipeline import make_stream, open_sources
 from metamorph_jax.data.sets import ade20k
 from metamorph_jax.data.sources import kinds
 from metamorph_jax.data.sources.base import IMAGE
 from metamorph_jax.data.sources.kinds import Files
 from metamorph_jax.data.sources.records import RecordSource, open_records
+from metamorph_jax.data.views import Single
 from metamorph_jax.eval import tasks
 from metamorph_jax.recipes.mm_interleaved import tuning_sources
-from metamorph_jax.recipes.mm_interleaved.prepare.__main__ import SETS, main
+from metamorph_jax.recipes.mm_interleaved.prepare.__main__ import SETS, listing, main
+from metamorph_jax.recipes.mm_interleaved.sources import KINDS
 
+from ...data.conftest import Ends
 from ...data.sets import made
 
 
@@ -269,6 +284,30 @@ def test_clips(tmp_path, name, tiles):
     assert len(sample.images) == 5 and all(ref.box for ref in sample.images)
 
 
+def test_rows_in_training(tmp_path):
+    """Images of the assistant are drawn, those of the user are read; captions are given."""
+    start = 902
+    for name, make in (("ade20k", lambda root: made.ade20k(root, "training")),
+                       ("pororo", made.pororo)):  # fmt: skip
+        root = make(tmp_path / name)
+        assert main([name, "--from", str(root), "--to", str(tmp_path / f"{name}.jsonl")]) == 0
+    paths = [tmp_path / name for name in ("ade20k", "pororo")]
+    cfg = DataConfig(
+        tuple(SourceConfig(f"{path}.jsonl", root=str(path)) for path in paths),
+        row=RowConfig("document", length=300, images=5), order=OrderConfig(shuffle=False),
+    )  # fmt: skip
+    drawn = DrawingSpec(5, AfterSupervisedStart(start), Preprocess(16))
+    spec = InputSpec(Single(4, Preprocess(8)), drawings=drawn)
+    chat = Chat.of(Ends(), cfg.row, Markers(before=(start,)))
+    stream = make_stream(cfg, spec, chat, open_sources(cfg, KINDS))
+    scene, story = stream[0], stream[2]
+    assert (scene["pixels"].shape, scene["drawings"].shape) == ((2, 8, 8, 3), (1, 16, 16, 3))
+    assert len(story["pixels"]) == len(story["drawings"]) == 5
+    for item, images in ((scene, 1), (story, 5)):
+        learnt = item["text_targets"][item["text_targets"] >= 0].tolist()
+        assert learnt == [start] * images + [901]  # an image each, then the end
+
+
 # ---- the command
 
 
@@ -284,6 +323,8 @@ def test_faults_are_named(tmp_path, capsys):
     assert "train.json[0]: no answers" in fails("vizwiz")
     put(tmp_path, **{"train.json": [{"image": "a.jpg", "question": "?", "answers": answers("x")}]})
     assert "no rows; an image is missing" in fails("vizwiz")
+    put(tmp_path, **{"dataset_coco.json": {"images": 3}})
+    assert "something unexpected after 0 rows (TypeError: " in fails("coco_caption")
     put(tmp_path, ["train/a.jpg"])
     assert "is not below" in fails("vizwiz", "--root", str(tmp_path / "elsewhere"))
 
@@ -303,6 +344,11 @@ def test_the_bench_asks_in_the_same_words(tmp_path):
     assert prompt("image2paragraph", captions.PROMPTS) == wordings.PARAGRAPH
     assert prompt("refcoco", refcoco.PROMPTS) == wordings.BOX
     assert tasks.make("ade20k", tmp_path).prompt == wordings.SEGMENTATION
+
+
+def test_the_command_says_which_files_a_set_has():
+    found = listing()
+    assert all(f"\n  {name}: " in found for name in SETS) and "refs(unc).p" in found
 
 
 def test_the_page_has_every_set():

@@ -4,5 +4,5 @@
 
 Rows are conversations, which every recipe reads: what a user's turn says is given, what the
 assistant's says is learnt. Those that are changed by chance in training are of kind `augmented`
-(`tuning_sources.py`). `SETS` has the sets; what their files are is said where they are read.
+(`tuning_sources.py`).
 """

@@ -3,6 +3,7 @@
 import argparse
 import pathlib
 import sys
+import textwrap
 
 from metamorph_jax import files
 from metamorph_jax.data.sets.questions import CHOICES
@@ -17,7 +18,8 @@ SETS: dict[str, Set] = {**texts.SETS, **regions.SETS, **drawings.SETS}
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
         prog="python -m metamorph_jax.recipes.mm_interleaved.prepare",
-        description=prepare.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=prepare.__doc__, epilog=listing(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = found.add_argument
     add("set", choices=sorted(SETS), metavar="SET", help=", ".join(sorted(SETS)))
@@ -36,6 +38,17 @@ def parser() -> argparse.ArgumentParser:
     add("--by", default="", metavar="NAME", help="whose referring expressions: unc, umd, google")
     add("--no-augment", action="store_true", help="rows are the same in every epoch")
     return found
+
+
+def listing() -> str:
+    """The sets, and which files each reads."""
+    lines = ["sets and their files, for the split train:"]
+    for name, one in sorted(SETS.items()):
+        about = " ".join(one.rows.__doc__.split())
+        lines += textwrap.wrap(
+            f"{name}: {about}", 96, initial_indent="  ", subsequent_indent="    "
+        )
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:

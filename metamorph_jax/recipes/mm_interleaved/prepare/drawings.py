@@ -11,12 +11,22 @@ from metamorph_jax.data.sources.base import IMAGE
 from metamorph_jax.recipes.mm_interleaved import wordings
 from metamorph_jax.recipes.mm_interleaved.prepare.rows import Options, Set, row
 
+_FILES = {
+    "vist": "train.story-in-sequence.json, images train/PHOTO_ID.jpg; or "
+    "annotations/train_formatted_filtered.json, images images/train_images/ID.png.",
+    "pororo": "descriptions.npy, img_cache4.npy, following_cache4.npy, train_seen_unseen_ids.npy; "
+    "clips SEASON/EPISODE/N.png.",
+    "flintstones": "train-val-test_split.json, flintstones_annotations_v1-0.json; clips "
+    "video_frames_sampled/CLIP.npy, which are written to video_frames_sampled_png/CLIP.png where "
+    "they aren't there yet.",
+}
 _SPLITS = {"train": "training", "val": "validation"}
 
 
 def segmentation(options: Options) -> Iterator[dict]:
-    """ADE20K (`data/sets/ade20k.py`); label maps in colours are written to
-    annotations_with_color/SPLIT/ID.png, where they aren't there yet."""
+    """training.json (captions), annotations/training/ID.png, images/training/ID.jpg of
+    ADEChallengeData2016; label maps in colours are written to annotations_with_color/training/
+    where they aren't there yet."""
     split = _SPLITS.get(options.split, options.split)
     painted = options.folder / "annotations_with_color" / split
     painted.mkdir(parents=True, exist_ok=True)
@@ -32,8 +42,7 @@ def segmentation(options: Options) -> Iterator[dict]:
 
 
 def story_of(name: str):
-    """A reader of VIST, PororoSV or FlintstonesSV (`data/sets/stories.py`). Clips in .npy files are
-    written to video_frames_sampled_png/CLIP.png, where they aren't there yet."""
+    """A reader of VIST, PororoSV or FlintstonesSV (`data/sets/stories.py`)."""
 
     def read(options: Options) -> Iterator[dict]:
         found = stories.READERS[name](str(options.folder), options.split)
@@ -49,6 +58,7 @@ def story_of(name: str):
             tiles = [stories.tiles(str(image)) for image in images]
             yield row(story.id, images, turns, kind="augmented", tiles=tiles)
 
+    read.__doc__ = _FILES[name]
     return read
 
 

@@ -54,10 +54,10 @@ def _box(box, size, where: str) -> str | None:
 
 
 def refcoco_of(by: str):
-    """A reader of RefCOCO, RefCOCO+ or RefCOCOg: refs(unc).p (or umd), instances.json; images
-    train2014/."""
+    """A reader of RefCOCO, RefCOCO+ or RefCOCOg."""
 
     def read(options: Options) -> Iterator[dict]:
+        """refs(unc).p (refcocog: refs(umd).p), instances.json; images train2014/."""
         refs = options.file(f"refs({options.by or by}).p")
         found = refcoco.expressions(refs, options.file("instances.json"), options.split)
         for one in found:

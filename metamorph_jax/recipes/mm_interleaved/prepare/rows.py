@@ -10,6 +10,8 @@ from metamorph_jax import files
 from metamorph_jax.errors import FileError, MissingFile, UserError
 from metamorph_jax.files import shown
 
+# What readers raise that meet a value of another type or form than official files have.
+_ODD = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 ROLES = {"user": "human", "assistant": "gpt"}
 
 
@@ -92,7 +94,7 @@ def write(rows: Iterable[dict], to: pathlib.Path, root: pathlib.Path) -> Written
     root, partial = pathlib.Path(os.path.abspath(root)), to.with_name(f".{to.name}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
-            for one in rows:
+            for one in _sound(rows):
                 paths = one.get("image", [])
                 paths = [paths] if isinstance(paths, str) else paths
                 gone = next((path for path in paths if not _is_there(path, seen)), None)
@@ -116,6 +118,24 @@ def write(rows: Iterable[dict], to: pathlib.Path, root: pathlib.Path) -> Written
     finally:
         partial.unlink(missing_ok=True)
     return found
+
+
+def _sound(rows: Iterable[dict]) -> Iterator[dict]:
+    """The rows; FileError in place of what a reader raises that meets a value of another type."""
+    number, rows = 0, iter(rows)
+    while True:
+        try:
+            one = next(rows)
+        except StopIteration:
+            return
+        except UserError:
+            raise
+        except _ODD as error:
+            what = f"{type(error).__name__}: {shown(error)}"
+            raise FileError(f"the official files hold something unexpected after {number:,} rows "
+                            f"({what})") from error  # fmt: skip
+        number += 1
+        yield one
 
 
 def _is_there(path: str, seen: dict[str, bool]) -> bool:

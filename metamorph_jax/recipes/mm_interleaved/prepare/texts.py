@@ -55,13 +55,16 @@ def nocaps(options: Options) -> Iterator[dict]:
     """nocaps_val_4500_captions.json; images val/. There are no captions of other splits."""
     if options.split != "val":
         raise UserError(f"nocaps has captions of --split=val only, not of {shown(options.split)}")
-    return _captions(captions.nocaps(options.file("nocaps_val_4500_captions.json"), "val"), options)
+    return _captions(
+        captions.coco_form(options.file("nocaps_val_4500_captions.json"), "val"), options
+    )
 
 
 def image2paragraph(options: Options) -> Iterator[dict]:
     """paragraphs_v1.json, train_split.json; images VG_100K/ and VG_100K_2/."""
-    split = options.file(f"{options.split}_split.json")
-    found = captions.paragraphs(options.file("paragraphs_v1.json"), split)
+    name = f"{options.split}_split.json"
+    path = options.file("paragraphs_v1.json", "annotations/paragraphs_coco.json")
+    found = captions.paragraphs(path, options.file(name, f"annotations/{name}"))
     return _captions(found, options, wordings.PARAGRAPH, lower=False)
 
 
