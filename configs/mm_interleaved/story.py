@@ -6,7 +6,7 @@ before it.
 | size | data | hardware | expect |
 |---|---|---|---|
 | smoke | eight images of shapes | anything | a minute; runs through |
-| quickstart | stories made of cut-outs, by `metamorph quickstart --stories` | a laptop, 2 cores | - |
+| quickstart | those of `metamorph quickstart --stories` | a laptop, 2 cores | - |
 | 7b, 13b | VIST, Pororo or Flintstones | 64 chips of 32 GB, or 16 GPUs of 80 GB | - |
 
 `--config.stage=without_mmfs` trains the same model without the feature synchronizer, to see what it
