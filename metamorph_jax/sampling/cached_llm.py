@@ -90,6 +90,11 @@ class PlacedImages:
         start = jnp.where(at < count + more, kept.start, NOWHERE)
         return dataclasses.replace(kept, start=start)
 
+    def until(self, position: jax.Array) -> "PlacedImages":
+        """Without what was placed at position int32[B] or later."""
+        forget = lambda x: jnp.where(x < position[:, None], x, NOWHERE)  # noqa: E731
+        return dataclasses.replace(self, start=forget(self.start), end=forget(self.end))
+
     def of_rows(self, rows: jax.Array) -> "PlacedImages":
         """The images of the rows int32[R]."""
         return jax.tree.map(lambda x: x[rows], self)
@@ -155,17 +160,20 @@ class CachedLLM:
         return PlacedImages(values, pad(start, NOWHERE), pad(end, NOWHERE))
 
     def read_prompts(
-        self, weights: dict, embeds, lengths, slots: int, images: PlacedImages | None = None
-    ):
+        self, weights: dict, embeds, lengths, slots: int, images: PlacedImages | None = None,
+        *, whole: bool = False,
+    ):  # fmt: skip
         """Reads rows into a new cache.
 
         Args:
             embeds: float[B, L, D], padded on the right; lengths: int32[B] of them are real.
             slots: S of the cache, at least L.
             images: of the rows, for a model with an insert.
+            whole: return the states at all positions, too.
 
         Returns:
-            (keys, values, float[D, B] hidden states at each row's last position).
+            (keys, values, float[D, B] hidden states at each row's last position); and with `whole`,
+            float[B, L, D] at all of them.
         """
         L = embeds.shape[1]
         order = jnp.arange(L)
@@ -181,21 +189,24 @@ class CachedLLM:
 
         positions = jnp.broadcast_to(order, embeds.shape[:2])
         x = self._run(weights, embeds, positions, mix, images)
-        return keys, values, self._last(weights, x, lengths)
+        return keys, values, *self._ends(weights, x, lengths, whole)
 
-    def read_block(self, weights: dict, keys, values, length, embeds, lengths, images=None):
+    def read_block(
+        self, weights: dict, keys, values, length, embeds, lengths, images=None,
+        *, whole: bool = False,
+    ):  # fmt: skip
         """Appends a block to rows of a cache.
 
         Args:
             length: int32[B] slots of each row that are filled.
             embeds: float[B, n, D]; lengths: int32[B] of them are appended, 0 leaves a row as it is.
-            images: see `read_prompts`, those of the block among them.
+            images, whole: see `read_prompts`; the images of the block are among them.
 
         Returns:
             As `read_prompts`; hidden states of rows that got nothing mean nothing.
         """
         *kept, x = self._append(weights, keys, values, length, embeds, lengths, images)
-        return *kept, self._last(weights, x, jnp.maximum(lengths, 1))
+        return *kept, *self._ends(weights, x, jnp.maximum(lengths, 1), whole)
 
     def read_whole_block(self, weights: dict, keys, values, length, embeds, lengths, images=None):
         """float[n, D, B] hidden states at all positions of a block; arguments as `read_block`.
@@ -292,6 +303,14 @@ class CachedLLM:
         hidden = hidden.reshape(self.mlp_shards, 2, -1, B * L)
         gate, up = (hidden[:, part].reshape(-1, B * L) for part in range(2))
         return x + linear(w["down"], once(nnx.silu(gate) * up))
+
+    def _ends(self, weights: dict, x, lengths, whole: bool) -> tuple:
+        """(each row's last state,) and with `whole` all states; see `read_prompts`."""
+        if not whole:
+            return (self._last(weights, x, lengths),)
+        x = norm(x, weights["norm"], self.cfg.norm_eps).reshape(self.cfg.width, len(lengths), -1)
+        last = jnp.take_along_axis(x, (lengths - 1)[None, :, None], axis=2)[:, :, 0]
+        return last, x.transpose(1, 2, 0)
 
     def _last(self, weights: dict, x, lengths):
         """float[D, B] of columns float[D, B * L]: each row's position lengths - 1, normed."""

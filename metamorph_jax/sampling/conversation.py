@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metamorph_jax.errors import WeightError
-from metamorph_jax.sampling.generator import DEFAULTS, Generator, Options
+from metamorph_jax.sampling.generator import DEFAULTS, Drawn, Generator, Options
 from metamorph_jax.sampling.requests import Request
 from metamorph_jax.sampling.results import Reply
 from metamorph_jax.sampling.text import row_keys
@@ -27,6 +27,7 @@ class Conversation:
     def __init__(self, generator: Generator, options: Options = DEFAULTS):
         self.generator, self.used = generator, 0
         self._state, self._closed, self._before = None, False, []
+        self._maps: list = []
         self.change(options)
 
     @property
@@ -46,7 +47,7 @@ class Conversation:
         if self.turns and penalty != self.options.repetition_penalty:
             raise ValueError("repetition_penalty can't change within a conversation")
         self.options = options
-        self._policy = self.generator.policy(options.text(self.generator.prompts.eos))
+        self._policy = self.generator.policy_of(options)
 
     def undo(self) -> None:
         """Takes the last turn and its reply back; the cache keeps what came before.
@@ -57,11 +58,13 @@ class Conversation:
         if not self.turns:
             raise ValueError("there is no turn to take back")
         before = self._before.pop()
-        self.used, self._closed = before.used, before.closed
+        self.used, self._closed, self._maps = before.used, before.closed, before.maps
         if not self.turns:
             self._state = None
             return
         parts = {name: jnp.asarray(value) for name, value in before.parts.items()}
+        if self._state.images is not None:
+            parts["images"] = self._state.images.until(parts["length"])
         self._state = dataclasses.replace(self._state, **parts)
 
     def say(
@@ -90,7 +93,8 @@ class Conversation:
         row, pixels = generator.prompts.row(
             request, budget, None if first else self._next, self.used + (not first)
         )
-        embeds, ids = generator.embedded(row, pixels)
+        embeds, ids, images = generator.embedded(row, pixels)
+        images = None if images is None else [images]
         seed = self.options.seed_of(dataclasses.replace(request, id=str(self.turns)))
         seeds = np.array([seed], np.uint32)
         before = self._now()
@@ -98,20 +102,24 @@ class Conversation:
             slots = generator.prompts.length + self._policy.extra_steps
             state = loop.prefill(
                 [embeds], budget, self._policy, seeds=seeds, prompt_ids=[ids], slots=slots,
-                forced_ids=forced,
+                forced_ids=forced, images=images, places=generator.places,
             )  # fmt: skip
         else:
             state = self._fresh(seeds, forced, budget + self._policy.extra_steps)
-            state = loop.extend(state, [embeds], [0], self._policy, budget)
-        self._state = loop.finish(state, self._policy, stream and (lambda new: stream(new[0])))
+            state = loop.extend(state, [embeds], [0], self._policy, budget, images=images)
+        own = Drawn(seed, self._maps + (images[0].each() if images else []))
+        self._state = generator.finish(
+            state, self._policy, [own], self.options, stream and (lambda new: stream(new[0]))
+        )
         (result,) = loop.results(self._state, self._policy)
         self._before.append(before)
         self.used = int(loop.read(self._state.length)[0][0])
-        self._closed = generator.prompts.chat.is_closed(result.ids)
+        self._closed, self._maps = generator.prompts.chat.is_closed(result.ids), own.maps
         try:
-            return generator.reply(result, self.options, seed)
+            return generator.reply(result, self.options, seed, own=own)
         except WeightError as error:
             self.used, self._state, self._closed, self._before = 0, None, False, []
+            self._maps = []
             raise WeightError(f"{error}; the conversation begins anew") from error
 
     def _now(self) -> "_Before":
@@ -120,7 +128,7 @@ class Conversation:
         values = () if state is None else self.generator.loop.read(
             *(getattr(state, name) for name in names)
         )  # fmt: skip
-        return _Before(dict(zip(names, values, strict=False)), self.used, self._closed)
+        return _Before(dict(zip(names, values, strict=False)), self.used, self._closed, self._maps)
 
     def _fresh(self, seeds, forced: np.ndarray, places: int):
         """The state with these seeds and forced ids, and at least so many places in its record."""
@@ -152,3 +160,4 @@ class _Before:
     parts: dict[str, np.ndarray]
     used: int
     closed: bool
+    maps: list

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -25,7 +26,7 @@ from metamorph_jax.errors import WeightError
 from metamorph_jax.sampling import beam, likelihood
 from metamorph_jax.sampling.beam import Beams
 from metamorph_jax.sampling.likelihood import Likelihood
-from metamorph_jax.sampling.loop import Loop, bucket
+from metamorph_jax.sampling.loop import Loop, RowImages, State, bucket
 from metamorph_jax.sampling.policy import Policy, TextPolicy
 from metamorph_jax.sampling.requests import FAULTS, Request, as_sample
 from metamorph_jax.sampling.results import ImagePart, Reply, TextPart
@@ -200,6 +201,34 @@ def _too_long(sizes: list[int], words: int, max_new_tokens: int, length: int) ->
 _BROKEN = "the model's logits are not finite (damaged weights, or numbers too large for its dtype)"
 
 
+class Prompt(NamedTuple):
+    """What a model reads before it answers.
+
+    Attributes:
+        embeds: float32[L, D]; ids: int32[L], -1 at visual tokens.
+        images: for a model whose layers look at images, else None.
+    """
+
+    embeds: np.ndarray
+    ids: np.ndarray
+    images: RowImages | None = None
+
+
+@dataclasses.dataclass
+class Drawn:
+    """What a generator that draws while it writes remembers of a row.
+
+    Attributes:
+        seed: of the row's first image.
+        maps: of the images that the row has read, oldest first.
+        images: uint8[h, w, 3] by guidance, of each image of the reply so far.
+    """
+
+    seed: int
+    maps: list = dataclasses.field(default_factory=list)
+    images: list[dict[float, np.ndarray]] = dataclasses.field(default_factory=list)
+
+
 class Generator:
     """A model that answers requests.
 
@@ -218,9 +247,11 @@ class Generator:
         image_decoder: draws visual tokens (`load_image_decoder`), or None: nothing is drawn.
         prompts: may be replaced, for another length.
         modes: values of `Request.mode` that can be asked for.
+        places: for images that the layers of a row look at, see `Loop.prefill`.
     """
 
     modes: tuple[str, ...] = ()
+    places: int = 0
 
     def __init__(
         self,
@@ -307,31 +338,59 @@ class Generator:
         requests = list(requests)
         size = min(options.batch_size, max(len(requests), 1))
         budget = self.budget(options)
-        policy = self.policy(options.text(self.prompts.eos))
+        policy = self.policy_of(options, requests)
         prompts = self._all_prompts(requests, budget, failed)
         for batch in batches(prompts, size):
             # A short batch is filled up, so that it needs no compilation of its own.
             fill = size - len(batch)
-            rows = [prompt for _, prompt, _ in batch] + [batch[0][1]] * fill
+            rows = [Prompt(*prompt) for _, *prompt in batch + batch[:1] * fill]
             budgets = [budget] * len(batch) + [1] * fill
-            ids = [ids for *_, ids in batch] + [batch[0][2]] * fill
-            if options.beams > 1:
-                results = beam.search(self.loop, rows, budgets, policy, options.search, ids)
-                if stream is not None:  # no reply is sure before the last step
-                    stream(results[0].record)
-            else:
-                results = self.loop(
-                    rows, budgets, policy, prompt_ids=ids,
-                    seeds=[options.seed_of(request) for request, *_ in batch] + [0] * fill,
-                    stream=stream and (lambda new: stream(new[0])),
-                )  # fmt: skip
-            for (request, *_), result in zip(batch, results, strict=False):
+            seeds = [options.seed_of(request) for request, *_ in batch] + [0] * fill
+            drawn = [Drawn(seed) for seed in seeds[: len(batch)]]
+            results = self._results(rows, budgets, seeds, policy, options, drawn, stream, draw)
+            for (request, *_), result, own in zip(batch, results, drawn, strict=False):
                 try:
-                    reply = self.reply(result, options, options.seed_of(request), draw)
+                    reply = self.reply(result, options, own.seed, draw, own)
                 except WeightError as error:  # numbers that are not finite
                     failed(request, error)
                     continue
                 yield request, reply
+
+    def _results(self, rows, budgets, seeds, policy, options, drawn, stream, draw):
+        """What each of these prompts is answered with."""
+        embeds, ids, images = zip(*rows, strict=True)
+        images = None if all(one is None for one in images) else images
+        if options.beams > 1:
+            results = beam.search(self.loop, embeds, budgets, policy, options.search, ids, images)
+            if stream is not None:  # no reply is sure before the last step
+                stream(results[0].record)
+            return results
+        state = self.loop.prefill(
+            embeds, budgets, policy, prompt_ids=ids, seeds=seeds, images=images, places=self.places
+        )
+        for own, one in zip(drawn, images or (), strict=False):
+            own.maps += one.each()
+        state = self.finish(state, policy, drawn, options, stream and (lambda new: stream(new[0])),
+                            draw)  # fmt: skip
+        return self.loop.results(state, policy)
+
+    def finish(
+        self, state: State, policy: Policy, drawn: Sequence[Drawn], options: Options,
+        stream=None, draw: bool = True,
+    ) -> State:  # fmt: skip
+        """Advances until all rows are done; consumes `state`.
+
+        Args:
+            drawn: of the first rows, for generators that draw while they write; the others are not
+                continued when they pause.
+            stream: see `Loop.finish`.
+            draw: whether images are to be drawn.
+        """
+        return self.loop.finish(state, policy, stream)
+
+    def policy_of(self, options: Options, requests: Sequence[Request] = ()) -> Policy:
+        """The policy with which these requests are answered."""
+        return self.policy(options.text(self.prompts.eos))
 
     @property
     def draws(self) -> bool:
@@ -341,7 +400,7 @@ class Generator:
     def check(self, options: Options) -> None:
         """Raises ValueError, for the user, where this model can't decode as the options say."""
         if options.beams > 1:
-            beam.check(self.policy(options.text(self.prompts.eos)))
+            beam.check(self.policy_of(options))
 
     def likelihoods(
         self,
@@ -364,8 +423,9 @@ class Generator:
         prompts = self._all_blocks(requests, answers, closing, failed)
         for batch in batches(prompts, size):
             filled = batch + [batch[0]] * (size - len(batch))  # needs no compilation of its own
-            _, embeds, blocks = zip(*filled, strict=True)
-            found = likelihood.of_batch(self.loop, embeds, blocks)
+            _, embeds, blocks, images = zip(*filled, strict=True)
+            images = None if all(one is None for one in images) else images
+            found = likelihood.of_batch(self.loop, embeds, blocks, images)
             for (request, *_), one in zip(batch, found, strict=False):
                 if all(math.isfinite(answer.total) for answer in one):
                     yield request, one
@@ -376,7 +436,8 @@ class Generator:
         for request in requests:
             try:
                 row, pixels, blocks = self.prompts.compared(request, answers[request.id], closing)
-                yield request, self.embedded(row, pixels)[0], blocks
+                prompt = self.embedded(row, pixels)
+                yield request, prompt.embeds, blocks, prompt.images
             except FAULTS as error:
                 failed(request, error)
 
@@ -391,8 +452,8 @@ class Generator:
             except FAULTS as error:
                 failed(request, error)
 
-    def prompt(self, request: Request, max_new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """(float32[L, D] what the language model reads, int32[L] ids, -1 at visual tokens).
+    def prompt(self, request: Request, max_new_tokens: int) -> Prompt:
+        """What the language model reads.
 
         Raises:
             ValueError, BadSample: with a message for the user.
@@ -404,8 +465,8 @@ class Generator:
             )
         return self.embedded(*self.prompts.row(request, max_new_tokens))
 
-    def embedded(self, row, pixels: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """(float32[L, D], int32[L]), as `prompt`, of what `Prompts.row` gives."""
+    def embedded(self, row, pixels: np.ndarray | None) -> Prompt:
+        """As `prompt`, of what `Prompts.row` gives."""
         embeds = self.loop.embed(row.tokens)
         visual = row.image_slots >= 0
         if pixels is not None:
@@ -413,7 +474,7 @@ class Generator:
             embeds[visual] = tokens[row.image_slots[visual]]
             if self._newline is not None:
                 embeds[row.image_slots == NEWLINE] = self._newline
-        return embeds, np.where(row.image_slots == TEXT, row.tokens, -1)
+        return Prompt(embeds, np.where(row.image_slots == TEXT, row.tokens, -1))
 
     def see(self, pixels: np.ndarray) -> np.ndarray:
         """float32[n, P, C] visual tokens of uint8[n, h, w, 3].
@@ -440,11 +501,15 @@ class Generator:
         with jax.set_mesh(sharding.mesh_of(self._encoder)):
             return function(self._encoder, x)
 
-    def reply(self, result: Result, options: Options, seed: int, draw: bool = True) -> Reply:
+    def reply(
+        self, result: Result, options: Options, seed: int, draw: bool = True,
+        own: Drawn | None = None,
+    ) -> Reply:  # fmt: skip
         """What a row emitted as text and drawn images.
 
         Args:
             seed: of the first image; the next ones take those after it.
+            own: what was drawn while the row was written.
 
         Raises:
             WeightError: its logits, or the values of an image, are not finite.
@@ -465,7 +530,7 @@ class Generator:
                     f"the visual tokens of image {number} are not finite, so it is not kept: the "
                     "model's weights are damaged"
                 )
-            drawn = {}
+            drawn = own.images[number] if own and number < len(own.images) else {}
             if draw and self.image_decoder is not None and segment.complete:
                 one = self.image_decoder.draw
                 for scale in options.guidance or (self.image_decoder.sampling.guidance,):

@@ -47,6 +47,7 @@ class State:
         rng: keys[B].
         record: int32[B, M]; recorded: float32[B, M, C]; forced: int32[B, M].
         images: what the layers look at, of a model with an insert; else None.
+        states: [B, S, D] hidden states at the filled slots, where the loop keeps them; else None.
     """
 
     keys: list[jax.Array]
@@ -65,6 +66,7 @@ class State:
     recorded: jax.Array
     forced: jax.Array
     images: PlacedImages | None = None
+    states: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +83,10 @@ class RowImages:
     maps: tuple
     start: Sequence[int]
     documents: Sequence[int] = ()
+
+    def each(self) -> list[tuple]:
+        """The maps of each image, a tuple of float[h, w, C]."""
+        return [tuple(x[k] for x in self.maps) for k in range(len(self.start))]
 
 
 def bucket(length: int, buckets: Sequence[int] = BUCKETS) -> int:
@@ -115,10 +121,14 @@ class Loop:
         llm, weights: see `cached_llm.take_over`.
         parts: weights of the recipe's other modules, for its policy.
         mesh: that the weights lie on; None: one device, wherever they are.
+        keeps_states: have the state hold the hidden states of all that was read.
     """
 
-    def __init__(self, llm: CachedLLM, weights: dict, parts: Any = None, mesh: Mesh | None = None):
-        self.llm, self.mesh = llm, mesh
+    def __init__(
+        self, llm: CachedLLM, weights: dict, parts: Any = None, mesh: Mesh | None = None,
+        keeps_states: bool = False,
+    ):  # fmt: skip
+        self.llm, self.mesh, self.keeps_states = llm, mesh, keeps_states
         self.weights = {"llm": weights, "parts": parts}
         static = ("policy", "capacity", "slots", "places")
         self._prefill = jax.jit(self._run_prefill, static_argnames=static)
@@ -285,13 +295,15 @@ class Loop:
             if not len(x):
                 raise ValueError(f"nothing to append to row {row}")
             lengths[row], block[row] = len(x), x
-        filled, budget, count = self.read(state.length, state.budget, state.count)
+        filled, budget, count, unread = self.read(
+            state.length, state.budget, state.count, state.unread
+        )
         left, turn = budget - count, max_new_tokens is not None
         if turn:
             left = max_new_tokens + policy.extra_steps
             if left > state.record.shape[1]:
                 raise ValueError(f"records have {state.record.shape[1]} places, not {left}")
-        need = int(np.where(lengths, filled + lengths + 1 + left, 0).max())
+        need = int(np.where(lengths, filled + unread + lengths + left, 0).max())
         slots = state.values[0].shape[-2]
         if need > slots:
             raise ValueError(f"{need} positions don't fit the cache, which has {slots} slots")
@@ -350,7 +362,10 @@ class Loop:
         placed = None
         if images is not None:
             placed = self.llm.place(weights["llm"], *images[:3], places)
-        keys, values, hidden = self.llm.read_prompts(weights["llm"], embeds, lengths, slots, placed)
+        keys, values, hidden, *states = self.llm.read_prompts(
+            weights["llm"], embeds, lengths, slots, placed, whole=self.keeps_states
+        )
+        states = [jnp.pad(x, ((0, 0), (0, slots - x.shape[1]), (0, 0))) for x in states]
         no, zero = jnp.zeros(B, bool), jnp.zeros(B, jnp.int32)
         state = State(
             keys=keys,
@@ -369,6 +384,7 @@ class Loop:
             recorded=jnp.zeros((B, capacity, policy.width), jnp.float32),
             forced=forced,
             images=placed,
+            states=states[0] if states else None,
         )
         return self._emit(weights, state, hidden, ~no, policy)
 
@@ -392,9 +408,10 @@ class Loop:
         block = jnp.take_along_axis(block, order[:, :, None], axis=1)
         lengths = jnp.where(rows, lengths + s.unread, 0)
         placed = self._with_more(weights, s, images)
-        keys, values, hidden = self.llm.read_block(
-            weights["llm"], s.keys, s.values, s.length, block, lengths, placed
-        )
+        keys, values, hidden, *states = self.llm.read_block(
+            weights["llm"], s.keys, s.values, s.length, block, lengths, placed,
+            whole=self.keeps_states,
+        )  # fmt: skip
         s = dataclasses.replace(
             s,
             keys=keys,
@@ -403,6 +420,7 @@ class Loop:
             paused=s.paused & ~rows,
             done=jnp.where(rows, s.count >= s.budget, s.done),
             images=placed,
+            states=_kept(s.states, s.length, lengths, *states),
         )
         return self._emit(weights, s, hidden, rows & ~s.done, policy)
 
@@ -436,7 +454,11 @@ class Loop:
         keys, values, hidden = self.llm.read_token(
             weights["llm"], s.keys, s.values, s.length, s.embed, s.images
         )
-        s = dataclasses.replace(s, keys=keys, values=values, length=s.length + active)
+        own = [hidden.T[:, None]] if self.keeps_states else []
+        states = _kept(s.states, s.length, active, *own)
+        s = dataclasses.replace(
+            s, keys=keys, values=values, length=s.length + active, states=states
+        )
         return self._emit(weights, s, hidden, active, policy)
 
     def _emit(self, weights, s: State, hidden, active, policy: Policy) -> State:
@@ -465,6 +487,15 @@ class Loop:
             record=s.record.at[rows, where].set(out.ids, mode="drop"),
             recorded=s.recorded.at[rows, where].set(out.value, mode="drop"),
         )
+
+
+def _kept(states, filled, lengths, new=None):
+    """States [B, S, D] with the first `lengths` of new: [B, n, D] after those that are filled."""
+    if new is None:
+        return states
+    at = jnp.arange(new.shape[1])
+    slots = jnp.where(at < lengths[:, None], filled[:, None] + at, states.shape[1])
+    return states.at[jnp.arange(len(states))[:, None], slots].set(new, mode="drop")
 
 
 def _where(rows, new, old):

@@ -30,7 +30,8 @@ class ImagePart:
     """An image of a reply.
 
     Attributes:
-        features: float32[n, C] its visual tokens.
+        features: float32[n, C] its visual tokens; of shape [0, 0] where it was drawn from something
+            else.
         complete: whether all of them came.
         drawn: guidance -> uint8[h, w, 3]; empty without an image decoder.
     """
@@ -174,8 +175,10 @@ def describe(reply: Reply, id: str, sample: int = 0) -> tuple[dict, dict]:
         number = sum(segment["type"] == "image" for segment in segments)
         name = f"{stem(id, sample)}_image{number}"
         entry = {"type": "image", "image": number, "complete": part.complete}
-        entry |= {"tokens": len(part.features), "features": f"{name}.npy", "drawings": {}}
-        arrays[f"{name}.npy"] = part.features
+        entry |= {"tokens": len(part.features), "drawings": {}}
+        if part.features.shape[-1]:
+            entry["features"] = f"{name}.npy"
+            arrays[f"{name}.npy"] = part.features
         for scale, drawn in part.drawn.items():
             file = f"{name}_scale{scale_name(scale)}.png"
             arrays[file] = drawn
@@ -287,8 +290,13 @@ def _asked(request: Request) -> dict:
     return {k: v for k, v in asked.items() if v or k not in ("before", "mode", "rounds")}
 
 
+def _features(segment: Mapping) -> list[str]:
+    """The file of an image's visual tokens, where it has some."""
+    return [segment["features"]] if segment["tokens"] or "features" in segment else []
+
+
 def _named(record: Mapping) -> list[str]:
     """The files that a record names; KeyError, TypeError or AttributeError if it is damaged."""
     images = [s for s in record["segments"] if s["type"] == "image"]
-    names = [n for s in images for n in (s["features"], *s["drawings"].values())]
+    names = [n for s in images for n in (*_features(s), *s["drawings"].values())]
     return [pathlib.PurePath(name).name for name in names]

@@ -3,7 +3,7 @@
 import collections
 import itertools
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -25,8 +25,9 @@ SIDE = 256  # pixels of an image that is shown
 
 
 def ask(
-    generator: Generator, data: InputConfig, kinds: Mapping[str, Kind], count: int
-) -> list[Shown]:
+    generator: Generator, data: InputConfig, kinds: Mapping[str, Kind], count: int,
+    draw: bool = False,
+) -> list[Shown]:  # fmt: skip
     """The model's answers to the first user turns of the first usable samples.
 
     Args:
@@ -35,6 +36,7 @@ def ask(
         kinds: of the recipe's own records.
         count: number of samples; they are taken from the sources in turn. Those that are passed
             over on the way are counted, by reason, in a line on the console.
+        draw: have images drawn in the answers, which are then shown, too.
     """
     skipped: collections.Counter[str] = collections.Counter()
     samples = {str(k): sample for k, sample in enumerate(first(data, kinds, count, skipped))}
@@ -42,14 +44,18 @@ def ask(
     requests = {name: _request(name, sample) for name, sample in samples.items()}
     budget = min(TOKENS + generator.feature_shape[0], generator.prompts.length // 2)
     answers: dict[str, str] = {}
+    drawn: dict[str, list] = {}
 
     def failed(request: Request, error: Exception) -> None:
         answers[request.id] = f"(no answer: {error})"
 
     options = Options(budget, batch_size=count)
-    for request, reply in generator.replies(requests.values(), options, failed, draw=False):
-        answers[request.id] = reply.text
-    return [_shown(samples[name], requests[name], answers[name]) for name in samples]
+    for request, reply in generator.replies(requests.values(), options, failed, draw=draw):
+        answers[request.id], drawn[request.id] = reply.text, reply.images
+    return [
+        _shown(samples[name], requests[name], answers[name], drawn.get(name, ()))
+        for name in samples
+    ]
 
 
 def tell(skipped: collections.Counter[str], asked: int) -> None:
@@ -109,15 +115,18 @@ def _request(name: str, sample: Sample) -> Request:
     return Request(name, question, tuple(ref.path for ref in refs))
 
 
-def _shown(sample: Sample, request: Request, reply: str) -> Shown:
+def _shown(sample: Sample, request: Request, reply: str, drawn: Sequence) -> Shown:
     question, answer = _turns(sample)
     loaded = images.load(sample.images[: (question + answer).count(IMAGE)])
     asked = len(request.images)
     labels = [
         f"given {k + 1}" if k < asked else f"wanted {k - asked + 1}" for k in range(len(loaded))
     ]
+    labels += [f"drawn {k + 1}" for k in range(len(drawn))]
     text = {"question": question, "wanted": answer, "answer": reply}
-    shown = {label: thumbnail(image) for label, image in zip(labels, loaded, strict=True)}
+    shown = {
+        label: thumbnail(image) for label, image in zip(labels, [*loaded, *drawn], strict=True)
+    }
     return Shown(f"{sample.source} {sample.id}", text, shown)
 
 

@@ -60,6 +60,11 @@ CASES = {
     "llava": Case(
         "configs/llava/stage2.py:smoke", {"data.row.length": 128, "data.row.images": 4}, "weights"
     ),
+    "mm_interleaved": Case(
+        "configs/mm_interleaved/pretrain.py:smoke",
+        {"data.row.length": 128, "data.row.images": 4, "initial_batches": 1},
+        "weights",
+    ),
     "decoder": Case(
         "configs/metamorph/decoder.py:smoke",
         {"model.with_tower": True, "data.cache.features": "", "initial_batches": 1},

@@ -400,44 +400,43 @@ class Llama(nnx.Module):
             return nnx.merge(graph, weights)(x, cos, sin, mask, insert)
 
         if self.insert is None:
-            x, _ = jax.lax.scan(self._saving(lambda x, w: (layer(x, w), None)), x, weights)
+            body = lambda x, w: (layer(x, w), None)  # noqa: E731
+            if self.cfg.remat != "none":
+                body = jax.checkpoint(body, policy=REMAT[self.cfg.remat], prevent_cse=False)
+            x, _ = jax.lax.scan(body, x, weights)
         else:
             x = self._with_inserts(x, layer, weights, extra)
         return self.norm(x)
 
-    def _saving(self, function, prevent_cse: bool = False):
-        """`function`, of which the backward pass finds what `cfg.remat` says."""
-        if self.cfg.remat == "none":
-            return function
-        return jax.checkpoint(function, policy=REMAT[self.cfg.remat], prevent_cse=prevent_cse)
-
     def _with_inserts(self, x, layer, weights, extra):
-        """All layers, in groups that begin with a block; whole groups are scanned."""
+        """All layers, in groups that begin with a block; whole groups are scanned.
+
+        Layers are read where they lie: as slices of a group, XLA would copy a group's weights
+        first. Their gradients are added in place.
+        """
         graph, blocks = nnx.split(self.inserts)
         maps, visible = (None, None) if extra is None else extra
+        every, layers = self.insert.every, self.cfg.layers
+        policy = REMAT[self.cfg.remat] or _SAVE_ALL_BUT_WEIGHTS
 
-        def begin(x, weights, block):
-            block = nnx.merge(graph, block)
-            values = None if maps is None else block.project(maps)
-            return layer(x, weights, lambda x: block(x, values, visible))
+        def group(x, number, size, prevent_cse):
+            for i in range(size):
 
-        def group(x, layers, block, **options):
-            for i, one in enumerate(layers):
-                run = self._saving(begin if i == 0 else layer, **options)
-                x = run(x, one, block) if i == 0 else run(x, one)
+                def one(x, number, i=i):
+                    insert = None
+                    if i == 0:
+                        block = nnx.merge(graph, _layer_of(blocks, number))
+                        values = None if maps is None else block.project(maps)
+                        insert = lambda x: block(x, values, visible)  # noqa: E731
+                    return layer(x, _layer_of(weights, number * every + i), insert)
+
+                x = jax.checkpoint(one, policy=policy, prevent_cse=prevent_cse)(x, number)
             return x
 
-        every, count = self.insert.every, self.cfg.layers // self.insert.every
-        take = lambda tree, *at: jax.tree.map(lambda w: w[slice(*at)], tree)  # noqa: E731
-        whole = jax.tree.map(
-            lambda w: w.reshape(count, every, *w.shape[1:]), take(weights, count * every)
-        )
-        step = lambda x, each: (group(x, _unstack(each[0], every), each[1]), None)  # noqa: E731
-        x, _ = jax.lax.scan(step, x, (whole, take(blocks, count)))
-        rest = self.cfg.layers - count * every
-        if rest:  # outside of a loop, where XLA could undo the recomputation
-            last = _unstack(take(weights, count * every, None), rest)
-            x = group(x, last, jax.tree.map(lambda w: w[count], blocks), prevent_cse=True)
+        step = lambda x, number: (group(x, number, every, False), None)  # noqa: E731
+        x, _ = jax.lax.scan(step, x, jnp.arange(layers // every))
+        if layers % every:  # outside of a loop, where XLA could undo the recomputation
+            x = group(x, layers // every, layers % every, True)
         return x
 
     def head_tables(self) -> tuple[jax.Array, jax.Array | None]:
@@ -470,14 +469,13 @@ class Llama(nnx.Module):
         return logits
 
 
-def _unstack(tree, n: int) -> list:
-    """n trees of a tree whose leaves have a leading axis of this size.
+_SAVE_ALL_BUT_WEIGHTS = jax.checkpoint_policies.save_anything_except_these_names("layer_weights")
 
-    By `lax.split`, whose gradient puts them together in one pass.
-    """
-    leaves, form = jax.tree.flatten(tree)
-    parts = [[part.squeeze(0) for part in jax.lax.split(x, (1,) * n)] for x in leaves]
-    return [jax.tree.unflatten(form, one) for one in zip(*parts, strict=True)]
+
+def _layer_of(weights, i):
+    """The weights of layer i, of stacked ones."""
+    take = lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False)  # noqa: E731
+    return checkpoint_name(jax.tree.map(take, weights), "layer_weights")
 
 
 def work(

@@ -3,8 +3,8 @@ its texts and draws images there, trained end to end with the decoder that draws
 
     image ─ tower + adapter ─┬─ resampler ─ P tokens ─┐
                              │                        ├─ llm ─ states ─┬─ output table: text loss
-    text ─ embedding table ──│────────────────────────┘   ↑ MMFS       └─ resampler ─ context ─┐
-                             └─ maps of four scales ──────┴──────────── MMFS ── UNet ─ VAE ────┴─ loss
+    text ─ embedding table ──│────────────────────────┘   ↑            └─ resampler ─┐
+                             └─ maps of four scales ─ MMFS┴─────────── MMFS ─ UNet ──┴─ image loss
 
 An image is `soi` and its P tokens. It is drawn from the states of its document up to its `soi`, and
 from the maps of the image before it; language model and tower stay frozen.

@@ -51,12 +51,18 @@ def open_data(data: DataConfig, cfg: Config, shard: Shard) -> PackedIterator:
     """The batches of one shard.
 
     Raises:
-        ConfigError: a feature cache is asked for; the adapter works inside of the tower.
+        ConfigError: a feature cache is asked for, or rows whose documents the model can't tell
+            apart.
     """
     if data.cache.features:
         raise ConfigError(
             "config.data.cache.features holds what a tower gives on its own, but here an adapter "
             'works inside of it: set the folder to ""'
+        )
+    if data.row.crossing and cfg.document_bos < 0:
+        raise ConfigError(
+            "config.data.row.crossing puts several documents into a segment: set "
+            "config.model.document_bos to the id of the tokenizer's BOS, at which they begin"
         )
     vision.report_changes(data.images, cfg.vision.encoder)
     chat = Chat.of(load_tokenizer(cfg), data.row, markers(cfg))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +58,26 @@ STAGES = {
 }
 
 
+class Reading(NamedTuple):
+    """What a model makes of a batch.
+
+    Attributes:
+        visual: float[B, I, P, D] visual tokens.
+        maps: float[B, I, side, side, C] each, finest first.
+        embeds: float[B, L, D] what the language model reads.
+        starts: int32[B, L] column at which the document of each position begins.
+        visible: bool[B, L, I] which images a position sees.
+        states: float[B, L, D] after the final norm.
+    """
+
+    visual: jax.Array
+    maps: tuple[jax.Array, ...]
+    embeds: jax.Array
+    starts: jax.Array
+    visible: jax.Array
+    states: jax.Array
+
+
 class MMInterleaved(nnx.Module):
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -98,33 +119,32 @@ class MMInterleaved(nnx.Module):
 
     # ---- training
 
-    def hidden(self, batch: Batch, key: jax.Array | None = None):
-        """(float[B, L, D] states after the final norm, bool[B, L, I] which images a position sees,
-        int32[B, L] where its document starts, maps float[B, I, side, side, C])."""
+    def hidden(self, batch: Batch, key: jax.Array | None = None) -> "Reading":
+        """What the model makes of a batch up to the states; with a key, as in training."""
         starts = documents.document_starts(batch.tokens, batch.segments, self.cfg.document_bos)
-        seen = documents.visibility(starts, batch.images)
+        visible = documents.visibility(starts, batch.images)
         visual, maps = self.read(batch.images.pixels, key)
         text = self.embed_text(jnp.where(batch.image_slots == TEXT, batch.tokens, 0))
-        embeds = place_visual(text, visual.reshape(len(visual), -1, visual.shape[-1]),
-                              batch.image_slots)  # fmt: skip
+        flat = visual.reshape(len(visual), -1, visual.shape[-1])
+        embeds = place_visual(text, flat, batch.image_slots)
         mask = row_mask(batch.segments, batch.turns)
-        states = self.llm(embeds, batch.positions, mask, (self.for_llm(maps), seen))
-        return states, seen, starts, maps
+        states = self.llm(embeds, batch.positions, mask, (self.for_llm(maps), visible))
+        return Reading(visual, maps, embeds, starts, visible, states)
 
-    def conditions(self, batch: Batch, key: jax.Array | None = None):
-        """(states float[B, L, D], `Conditioning` of B * J drawings, bool[B, J] those whose context
-        has more than two states: BOS and `soi` alone say nothing)."""
-        keys = (None, None) if key is None else jax.random.split(key)
-        states, seen, starts, maps = self.hidden(batch, keys[0])
+    def conditions(
+        self, batch: Batch, reading: "Reading", key: jax.Array | None = None
+    ) -> tuple[Conditioning, jax.Array]:
+        """(what B * J drawings are made from, bool[B, J] those whose context has more than two
+        states: BOS and `soi` alone say nothing)."""
         at = batch.drawings.start
-        begin = jnp.take_along_axis(starts, at, axis=1)
-        index, before = documents.preceding_images(seen, at, self.cfg.images_before)
+        begin = jnp.take_along_axis(reading.starts, at, axis=1)
+        index, before = documents.preceding_images(reading.visible, at, self.cfg.images_before)
         condition = dataclasses.replace(
-            self.context(states, at, begin, key=keys[1]),
-            maps=tuple(_take(x, index) for x in maps),
+            self.context(reading.states, at, begin, key=key),
+            maps=tuple(_take(x, index) for x in reading.maps),
             maps_mask=before.reshape(at.size, -1),
         )
-        return states, condition, batch.drawings.valid & (context.lengths(at, begin) > 2)
+        return condition, batch.drawings.valid & (context.lengths(at, begin) > 2)
 
     def loss_counts(self, batch: Batch) -> dict[str, jax.Array]:
         """How many terms the losses are means over: text targets and images, see `image_mean`."""
@@ -135,14 +155,16 @@ class MMInterleaved(nnx.Module):
 
     def loss_sums(self, batch: Batch, key: jax.Array):
         """({"text", "image"}: sums over text targets and drawings, metrics)."""
-        reading, drawing = jax.random.split(key)
-        states, condition, counted = self.conditions(batch, reading)
+        keys = jax.random.split(key, 3)
+        reading = self.hidden(batch, keys[0])
+        condition, counted = self.conditions(batch, reading, keys[1])
+        tables, bias = self.llm.head_tables(), self.llm.head_bias()
         text, metrics = losses.text_loss_of(
-            states, *self.llm.head_tables(), batch, self.cfg.text_chunk, self.llm.head_bias()
+            reading.states, *tables, batch, self.cfg.text_chunk, bias
         )
         pixels = batch.drawings.pixels
         loss, error = self.decoder.losses(
-            pixels.reshape(-1, *pixels.shape[2:]), condition, drawing,
+            pixels.reshape(-1, *pixels.shape[2:]), condition, keys[2],
             null=self.context.null_condition(), drop=self.cfg.drop_context,
         )  # fmt: skip
         loss = jnp.where(counted, loss.reshape(counted.shape), 0.0)

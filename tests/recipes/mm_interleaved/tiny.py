@@ -40,7 +40,8 @@ TINY = recipe.Config(
         UNetMMFSConfig(
             UNetConfig.tiny(in_channels=3, out_channels=3, block_out_channels=(8, 16),
                             num_heads=(2, 2), norm_num_groups=4),
-            value_width=32, inner_width=8, heads=2, points=2, sides=(8, 4, 2, 1), relative_rows=4, method="dense",
+            value_width=32, inner_width=8, heads=2, points=2, sides=(8, 4, 2, 1),
+            relative_rows=4, method="dense",
         ),
         vae=None,
     ),
