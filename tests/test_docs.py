@@ -109,9 +109,10 @@ def test_options_that_pages_name_exist(page):
     config = load_config(f"{ROOT}/configs/metamorph/vpit.py:smoke")
     decoder = load_config(f"{ROOT}/configs/metamorph/decoder.py:smoke")
     llava = load_config(f"{ROOT}/configs/llava/stage2.py:smoke")
+    mm_interleaved = load_config(f"{ROOT}/configs/mm_interleaved/sft.py:smoke")
 
     def known(path):
-        nodes = [config, decoder, llava]
+        nodes = [config, decoder, llava, mm_interleaved]
         for part in path.split("."):
             nodes = [n.get(part) for n in nodes if hasattr(n, "get") and part in n]
         return bool(nodes)

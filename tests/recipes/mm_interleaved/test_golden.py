@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from metamorph_jax.recipes.mm_interleaved.keys import export_mm_interleaved
 
 from metamorph_jax import losses
 from metamorph_jax.models.diffusion import decoder as diffusion
 from metamorph_jax.models.diffusion import schedule as sch
 from metamorph_jax.models.diffusion.samplers import make_sampler
 from metamorph_jax.recipes import mm_interleaved as recipe
-from metamorph_jax.recipes.mm_interleaved.keys import export_mm_interleaved
 from metamorph_jax.sampling import beam, likelihood
 from metamorph_jax.sampling.beam import Beams
 from metamorph_jax.sampling.cached_llm import take_over
