@@ -19,6 +19,7 @@ FOLDER = ROOT / "benchmarks/plans"
 
 VPIT, CONNECTOR, DECODER = (f"configs/metamorph/{n}.py" for n in ("vpit", "connector", "decoder"))
 LLAVA, ANYRES = "configs/llava/stage2.py", "configs/llava/anyres.py"
+INTERLEAVED = "configs/mm_interleaved/pretrain.py"
 ALONE = "benchmarks/llm_only.py"
 # name -> config, topology, rows per device, options to change
 PLANS = {
@@ -42,6 +43,10 @@ PLANS = {
     "llava-13b-v5p-64": (f"{LLAVA}:13b", "v5p-64", 2, {}),
     "llava-anyres-7b-v5e-64": (f"{ANYRES}:7b", "v5e-64", 1, {}),
     "llava-anyres-7b-v5p-64": (f"{ANYRES}:7b", "v5p-64", 2, {}),
+    "mm-interleaved-7b-v5e-64": (f"{INTERLEAVED}:7b", "v5e-64", 1, {}),
+    "mm-interleaved-13b-v5e-256": (f"{INTERLEAVED}:13b", "v5e-256", 1, {}),
+    "mm-interleaved-13b-v5p-64": (f"{INTERLEAVED}:13b", "v5p-64", 4, {}),
+    "mm-interleaved-smoke-v5e-8": (f"{INTERLEAVED}:smoke", "v5e-8", 1, {}),
     "vpit-smoke-v5e-8": (f"{VPIT}:smoke", "v5e-8", 2, {}),
     "decoder-smoke-v5e-4": (f"{DECODER}:smoke", "v5e-4", 2, {}),
 }
