@@ -66,6 +66,7 @@ def train_step(config, devices, rows_per_device: float | None = None) -> Program
         ConfigError: as `train` would.
     """
     from metamorph_jax.models import build
+    from metamorph_jax.models.build import rngs
     from metamorph_jax.train import optim
     from metamorph_jax.train import state as states
     from metamorph_jax.train.config import resolve
