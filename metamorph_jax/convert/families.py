@@ -153,13 +153,13 @@ def whole_checkpoint(spec: str) -> tuple[str, Any, Any]:
 
 def _whole(spec: str, fields: Mapping) -> tuple[str, Any, Any] | None:
     for name in recipe.installed():
-        form = run_form(recipe.find(name))
-        try:
-            found = form.of_checkpoint(spec, fields)
-        except ValueError as error:
-            raise UserError(f"{spec}: {shown(error, 1000)}") from error
-        if found is not None:
-            return name, *found
+        for form in recipe.find(name).FAMILIES:
+            try:
+                found = form.of_checkpoint(spec, fields) if isinstance(form, RunForm) else None
+            except ValueError as error:
+                raise UserError(f"{spec}: {shown(error, 1000)}") from error
+            if found is not None:
+                return name, *found
     return None
 
 

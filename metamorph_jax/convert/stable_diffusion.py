@@ -48,7 +48,7 @@ def load_parts(spec: str, schedule: Schedule, unet: nnx.Module | None, vae: nnx.
 def _changes(ours, folder: pathlib.Path, read, where: str) -> list[str]:
     """Where structures differ: another number of heads or groups would fit, and draw nonsense."""
     theirs = read(hf.read_config(folder))
-    free = ("dtype", "sample_size", "upcast_attention")
+    free = ("dtype", "sample_size", "upcast_attention", "remat")
     if type(ours) is not type(theirs):
         raise ConfigError(f"{where[:-1]} is not a {type(theirs).__name__}, as in {folder}")
     return agree.differences(ours, theirs, [n for n in vars(ours) if n not in free], where)

@@ -42,7 +42,7 @@ def test_prompt_equals_the_training_row(generator, workdir, image_files):
     recipe, cfg, _ = load.open_run(workdir)
     model = load.load_model(recipe, cfg, sharding.mesh_of(generator.loop.weights), workdir=workdir)
     path, prompts = image_files / "b.jpg", generator.prompts
-    got, ids_read = generator.prompt(Request("0", "What?", (str(path),)), 8)
+    got, ids_read, *_ = generator.prompt(Request("0", "What?", (str(path),)), 8)
     ids, P = prompts.chat.question("What?", 1), prompts.views.tokens
     row = build_row(ids, None, [read_place(*prompts.views.plan(None))], P, prompts.length)
     pixels = prompts.views.pixels(Image.open(path).convert("RGB"))
@@ -150,7 +150,7 @@ def test_a_penalty_keeps_ids_from_coming_again(generator):
     options = Options(12, repetition_penalty=1e6, min_new_tokens=12)
     (reply,) = generator.generate([request], options)
     ids = [i for part in reply.segments for i in getattr(part, "ids", ())]
-    _, prompt = generator.prompt(request, 12)
+    _, prompt, *_ = generator.prompt(request, 12)
     assert len(set(ids)) == len(ids) and not set(ids) & set(prompt.tolist())
 
 

@@ -417,7 +417,7 @@ class Llama(nnx.Module):
         graph, blocks = nnx.split(self.inserts)
         maps, visible = (None, None) if extra is None else extra
         every, layers = self.insert.every, self.cfg.layers
-        policy = REMAT[self.cfg.remat] or _SAVE_ALL_BUT_WEIGHTS
+        policy = REMAT[self.cfg.remat] or _save_all_but_slices
 
         def group(x, number, size, prevent_cse):
             for i in range(size):
@@ -469,13 +469,14 @@ class Llama(nnx.Module):
         return logits
 
 
-_SAVE_ALL_BUT_WEIGHTS = jax.checkpoint_policies.save_anything_except_these_names("layer_weights")
+def _save_all_but_slices(primitive, *_, **options) -> bool:
+    """The policy "none" where weights are sliced out of stacks: the slices are no results."""
+    return primitive.name not in ("dynamic_slice", "squeeze")
 
 
 def _layer_of(weights, i):
     """The weights of layer i, of stacked ones."""
-    take = lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False)  # noqa: E731
-    return checkpoint_name(jax.tree.map(take, weights), "layer_weights")
+    return jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), weights)
 
 
 def work(

@@ -308,7 +308,7 @@ def test_a_checkpoint_needs_no_config_file(run, tmp_path, capsys):
         assert cli.main([*words, *model]) == 0
         found.append(capsys.readouterr())
     assert found[0].out.strip() and found[0].out == found[1].out
-    assert "recipe llava, as its config.json says" in found[1].err
+    assert "recipe llava, as its files say" in found[1].err
 
 
 def test_a_config_that_says_something_else_is_refused(run, tmp_path, capsys):

@@ -21,8 +21,8 @@ READERS = {
     "adapter_": "tests/models/vision/test_vit_adapter.py",
     "unet_mmfs_net": "tests/models/diffusion/test_unet_mmfs.py",
     "end_to_end_": "tests/recipes/mm_interleaved/test_golden.py",
-    "packing": "tests/data/test_mm_interleaved_packing.py",
-    "metrics": "tests/eval/scorers/test_mm_interleaved.py",
+    "packing": "tests/data/test_concat.py",
+    "metrics": "tests/eval/scorers/test_golden_mm_interleaved.py",
 }
 
 

@@ -2,7 +2,6 @@
 
 import numpy as np
 from flax import nnx
-from metamorph_jax.recipes.mm_interleaved.keys import load_mm_interleaved
 
 from metamorph_jax.data.images import Preprocess
 from metamorph_jax.models.connectors.perceiver import PerceiverConfig
@@ -15,6 +14,7 @@ from metamorph_jax.models.vision.vit import SIZES
 from metamorph_jax.models.vision.vit_adapter import AdapterConfig
 from metamorph_jax.recipes import mm_interleaved as recipe
 from metamorph_jax.recipes.mm_interleaved.config import InsertConfig, VisualConfig
+from metamorph_jax.recipes.mm_interleaved.keys import load_mm_interleaved
 from metamorph_jax.types import TEXT, Batch, Drawings, Images
 
 GROUPS = 4  # of the group norms in UNet and autoencoder, which the descriptor doesn't tell

@@ -80,13 +80,8 @@ DATA = DataConfig(row=RowConfig(template="document", length=64, images=4))
 
 
 @pytest.fixture(scope="module")
-def model():
-    return make()
-
-
-@pytest.fixture(scope="module")
-def generator(model):
-    return recipe.generator(nnx.merge(*nnx.split(model)), TINY, DATA)
+def generator():
+    return recipe.generator(make(), TINY, DATA)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +91,7 @@ def image(tmp_path_factory):
     return str(file)
 
 
-def test_states_are_those_of_training(model, generator, image):
+def test_states_are_those_of_training(generator, image):
     """Of a row with an image in its prompt and one in its reply, which are read one by one."""
     soi, options = generator.soi, Options(P + 8, guidance=(2.0,))
     prompt = generator.prompt(Request("a", "<image>A kite", (image,)), P + 8)
@@ -127,7 +122,7 @@ def test_states_are_those_of_training(model, generator, image):
         image_slots=row(slots), visual_targets=row(tokens * 0 - 1), sources=row(tokens * 0),
         images=Images(np.ones((1, 2), bool), row(starts), np.stack(shown)[None]),
     )  # fmt: skip
-    graph, weights = nnx.split(model)
+    graph, weights = nnx.split(make())
     run = fast(lambda weights, batch: nnx.merge(graph, weights).hidden(batch).states)
     wanted = np.asarray(run(weights, batch))[0]
     assert int(state.length[0]) == len(tokens)
