@@ -66,11 +66,16 @@ PLANS |= {
 }
 # `metamorph generate`, by how the language model's weights are kept.
 _DECODING = {
-    "decode-8b-v5e-1-int8": "v5e:1x1",
-    "decode-8b-v6e-1-bfloat16": "v6e:1x1",
-    "decode-8b-v6e-1-int8": "v6e:1x1",
-}
-PLANS |= {name: (f"{VPIT}:8b", topology, 4, {}) for name, topology in _DECODING.items()}
+    "decode-8b-v5e-1-int8": (f"{VPIT}:8b", "v5e:1x1", 4, {}),
+    "decode-8b-v6e-1-bfloat16": (f"{VPIT}:8b", "v6e:1x1", 4, {}),
+    "decode-8b-v6e-1-int8": (f"{VPIT}:8b", "v6e:1x1", 4, {}),
+    "decode-mm-interleaved-13b-v5e-1-nf4": (f"{INTERLEAVED}:13b", "v5e:1x1", 1, {}),
+    "decode-mm-interleaved-13b-v6e-1-int8": (f"{INTERLEAVED}:13b", "v6e:1x1", 1, {}),
+    "decode-mm-interleaved-13b-v5e-4-bfloat16": (
+        f"{INTERLEAVED}:13b", "v5e:2x2", 0.25, {"mesh.tensor": 4}
+    ),
+}  # fmt: skip
+PLANS |= _DECODING
 # MaxText without and with its tiled loss: (peak GiB, GB on the wire), and what we aim at.
 PEERS = {
     "llm8b-v5e-64": ((5.59, 59.2), (4.81, 89.3), (4.9, 60.0)),
@@ -89,7 +94,8 @@ def make(name: str) -> dict:
     loaded = load_config(f"{ROOT / path}{mark}{arg}", changes)
     decoding = {}
     if name in _DECODING:
-        decoding = {"what": "generate", "weights": name.rsplit("-", 1)[1]}
+        length = 2048 if config.startswith(INTERLEAVED) else 4096
+        decoding = {"what": "generate", "length": length, "weights": name.rsplit("-", 1)[1]}
     return command.plan(loaded, chips.parse(topology), config, rows, **decoding)
 
 

@@ -15,6 +15,7 @@ from metamorph_jax import cli, options, sharding
 from metamorph_jax import config as configs
 from metamorph_jax.data.config import DataConfig
 from metamorph_jax.errors import ConfigError
+from metamorph_jax.models import build
 from metamorph_jax.recipe import find
 from metamorph_jax.train import optim, state
 from metamorph_jax.train.config import resolve
@@ -25,6 +26,9 @@ MODULES = {file: configs.load_module(file) for file in sorted(ROOT.glob("*/*.py"
 FILES = [file for file, module in MODULES.items() if "get_config" in vars(module)]
 # decoder.py:1b is 8b (tested below) and takes ten seconds.
 CASES = [(f, s) for f in FILES for s in MODULES[f].SIZES if (f.stem, s) != ("decoder", "1b")]
+# Their large models are those of `sft` (tested below).
+_TUNED = ("caption", "vqa", "grounding", "segment_to_image", "dialogue")
+BUILT = [(f, s) for f, s in CASES if f.stem not in _TUNED or s == "smoke"]
 
 
 def named(cases):
@@ -43,20 +47,31 @@ def test_decoders_are_the_same_for_all_language_models():
     assert one == other
 
 
+def test_fine_tuning_has_the_models_of_instruction_tuning():
+    """All but the number of drawings in a row."""
+    (sft,) = [f for f in FILES if f.stem == "sft"]
+    for file, size in set(CASES) - set(BUILT):
+        one, other = (resolve(configs.load_config(f"{f}:{size}")) for f in (file, sft))
+        assert one.pattern == other.pattern
+        models = (dataclasses.replace(run.model, max_drawings=1) for run in (one, other))
+        assert next(models) == next(models)
+        assert one.recipe.batch_spec(one.data, one.model, 2).counted
+
+
 @pytest.mark.parametrize("name", ["metamorf", "benchmarks.none", "no_such_package.recipe"])
 def test_an_unknown_recipe_is_named(name):
     with pytest.raises(ConfigError, match=name):
         find(name)
 
 
-@pytest.mark.parametrize(("file", "size"), **named(CASES))
+@pytest.mark.parametrize(("file", "size"), **named(BUILT))
 def test_config_builds(file, size):
     run = resolve(configs.load_config(f"{file}:{size}"))
     recipe, model_cfg = run.recipe, run.model
     assert recipe.batch_spec(run.data, model_cfg, 2).counted
 
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    model = nnx.eval_shape(lambda: recipe.create(model_cfg, nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: recipe.create(model_cfg, build.rngs(0)))
     _, trained, frozen = state.split(model, run.pattern, mesh)
     optimizer = optim.build(run.cfg.optim, trained, run.cfg.batch_size, run.cfg.steps)
     assert set(optimizer.shapes) == set(trained) and optimizer.rate(1) >= 0
@@ -108,6 +123,23 @@ MILLIONS = {
     ("stage2", "13b"): (13047.3, 290.9),
     ("stage2", "v1-7b"): (6742.6, 290.6),
     ("stage2", "v1-13b"): (13021.1, 290.6),
+    ("pretrain", "smoke"): (0.1, 6.5),
+    ("pretrain", "quickstart"): (25.4, 149.0),
+    ("pretrain", "7b"): (1290.4, 7125.3),
+    ("pretrain", "13b"): (1465.3, 13402.8),
+    ("sft", "smoke"): (0.1, 6.5),
+    ("sft", "quickstart"): (25.4, 149.0),
+    ("sft", "7b"): (1290.4, 7125.3),
+    ("sft", "13b"): (1465.3, 13402.8),
+    ("story", "smoke"): (0.1, 6.5),
+    ("story", "quickstart"): (25.4, 149.0),
+    ("story", "7b"): (1290.4, 7125.3),
+    ("story", "13b"): (1465.3, 13402.8),
+    ("caption", "smoke"): (0.1, 6.5),
+    ("vqa", "smoke"): (0.1, 6.5),
+    ("grounding", "smoke"): (0.1, 6.5),
+    ("segment_to_image", "smoke"): (0.1, 6.5),
+    ("dialogue", "smoke"): (0.1, 6.5),
 }
 
 

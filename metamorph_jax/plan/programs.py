@@ -164,6 +164,8 @@ def generate_step(
     size = lambda tree: sum(x.size * codes(x) for x in jax.tree.leaves(tree))  # noqa: E731
     rest = size(nnx.state(model)) - size(nnx.state(llama))
     groups = {"weights": kept, "cache": (state.keys, state.values)}
+    if state.images is not None:
+        groups["images"] = state.images
     return Program(
         call, (loop.weights, state), mesh, model,
         {"llm": (0, size(kept)), "rest of the model": (0, rest)}, groups, rows, rows, False,
@@ -209,12 +211,26 @@ def _decoding_state(loop, policy, rows: int, length: int):
         partial(loop._run_prefill, policy=policy, capacity=length - new, slots=length),
         loop.weights, jax.ShapeDtypeStruct((rows, new, loop.llm.cfg.width), jnp.float32), number,
         number, jax.ShapeDtypeStruct((rows,), jnp.uint32), line(new), line(length - new),
+        _looked_at(loop.llm.insert, rows),
     )  # fmt: skip
     everywhere = sharding.replicated(loop.mesh)
     where = jax.tree.map(lambda _: everywhere, state)
     cache = NamedSharding(loop.mesh, loop.llm.cache_spec(rows, loop.mesh))
     cut = {name: [cache] * len(state.keys) for name in ("keys", "values")}
     return _place(state, dataclasses.replace(where, **cut))
+
+
+_IMAGES = 8  # of a row, that layers look at
+
+
+def _looked_at(insert, rows: int):
+    """Shapes of the images of rows as `Loop.joined` gives them; None without an insert."""
+    if insert is None:
+        return None
+    shape, cfg = jax.ShapeDtypeStruct, insert.cfg
+    maps = [shape((rows, _IMAGES, n, n, cfg.value_width), jnp.float32) for n in cfg.sides]
+    place = shape((rows, _IMAGES), jnp.int32)
+    return tuple(maps), place, place
 
 
 def _bytes(tree) -> int:
