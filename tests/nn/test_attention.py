@@ -1,6 +1,7 @@
 """The two ways of attending give the same numbers and gradients."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -39,7 +40,9 @@ def test_bfloat16_queries_of_several_rows_meet_keys_as_the_cache_has_them():
         jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
         for shape in ((2, 7, 4, 16), (2, 2, 16, 32), (2, 2, 32, 16))
     )
-    run = jax.jit(lambda q, k, v: attend(q, k.transpose(0, 3, 1, 2), v.transpose(0, 2, 1, 3)))
+    run = jax.jit(
+        lambda q, k, v: attention.attend(q, k.transpose(0, 3, 1, 2), v.transpose(0, 2, 1, 3))
+    )
     wide = [x.astype(jnp.float32) for x in (q, keys, values)]
     found = run(q, keys, values)
     assert found.dtype == jnp.bfloat16
