@@ -47,16 +47,16 @@ _SMOKE = dict(
     vision=dict(
         tower="clip-tiny",
         tower_options=dict(select_layer=-1),
-        adapter=dict(prior_width=8, points=2),
+        adapter=dict(prior_width=8, points=2, method="dense"),  # which compiles faster
         resampler=dict(queries=4, width=16, heads=2, layers=1, mlp_width=32, key_width=32),
     ),
-    insert=dict(every=2, heads=2, points=2, ratio=0.25, relative_rows=17),
+    insert=dict(every=2, heads=2, points=2, ratio=0.25, relative_rows=17, method="dense"),
     context=_context(64, 32, queries=5, heads=2, mlp_width=32),
     decoder=dict(
         denoiser=dict(
-            unet=_unet((8, 16), 32, sample_size=8, in_channels=3, out_channels=3,
-                       layers_per_block=1, num_heads=(2, 2), norm_num_groups=4),
-            value_width=32, inner_width=8, heads=2, points=2, sides=(8, 4, 2, 1),
+            unet=_unet((8,), 32, sample_size=8, in_channels=3, out_channels=3,
+                       layers_per_block=1, num_heads=(2,), norm_num_groups=4),
+            value_width=32, inner_width=8, heads=2, points=2, sides=(8, 4, 2, 1), method="dense",
         ),
         vae=None,
     ),

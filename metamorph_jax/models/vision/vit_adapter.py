@@ -46,6 +46,7 @@ class AdapterConfig:
         star_offsets: start with the points spread around the reference point, each head in its own
             direction; False: all on it, as in MM-Interleaved's release.
         norm_eps: of the layer norms beside the attention.
+        method: of `nn.deformable.sample`.
         remat: recompute injectors and extractors in the backward pass. The tower's own layers have
             `ViTConfig.remat`.
     """
@@ -57,6 +58,7 @@ class AdapterConfig:
     prior_width: int = 64
     star_offsets: bool = True
     norm_eps: float = 1e-5
+    method: str = "auto"
     remat: bool = False
 
     def __post_init__(self):
@@ -154,6 +156,7 @@ class DeformableAttention(nnx.Module):
 
     def __init__(self, cfg: AdapterConfig, tower: ViTConfig, queries, levels, *, rngs: nnx.Rngs):
         D, dtype = tower.width, jnp.dtype(tower.dtype)
+        self.method = cfg.method
         self.heads, self.points = cfg.heads or tower.heads, cfg.points
         self.queries, self.levels = tuple(queries), tuple(levels)
         V = cfg.value_width(D, self.heads)
@@ -188,7 +191,9 @@ class DeformableAttention(nnx.Module):
         levels."""
         B, S, _ = source.shape
         values = self.value_proj(source).reshape(B, S, self.heads, -1)
-        return self.output_proj(deformable.sample(values, self.levels, *self.sampling(queries)))
+        locations, weights = self.sampling(queries)
+        found = deformable.sample(values, self.levels, locations, weights, method=self.method)
+        return self.output_proj(found)
 
 
 class Injector(nnx.Module):

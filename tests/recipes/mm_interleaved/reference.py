@@ -75,7 +75,7 @@ def _visual(c, shapes, side, count) -> VisualConfig:
         options,
         adapter=AdapterConfig(
             points=adapter["points"], value_ratio=adapter["deform_ratio"],
-            prior_width=adapter["conv_inplane"],
+            prior_width=adapter["conv_inplane"], method=DENSE,
         ),
         resampler=_perceiver(c["perc_v"], clip["dim"], queries, cross_every=every),
     )  # fmt: skip

@@ -27,7 +27,7 @@ TINY = recipe.Config(
     vision=VisualConfig(
         "clip-tiny",
         {"select_layer": -1},
-        adapter=AdapterConfig(prior_width=8, points=2),
+        adapter=AdapterConfig(prior_width=8, points=2, method="dense"),
         resampler=PerceiverConfig(queries=P, width=16, key_width=32, **_RESAMPLER),
     ),
     insert=InsertConfig(every=2, heads=2, points=2, ratio=0.25, relative_rows=5, method="dense"),
