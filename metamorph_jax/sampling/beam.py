@@ -47,11 +47,15 @@ class Beams:
         early_stopping: when a request with K finished replies ends. True: at once. False: when its
             best beam, as it stands, scores less than the worst of them. "never": when no longer
             reply can score more.
+        start_counts: length has one token more where a reply goes on, as in transformers up to 4.31
+            for prompts that are given as embeddings: a BOS stands before what they generate, and
+            ends are left out. A parity option.
     """
 
     count: int = 1
     length_penalty: float = 1.0
     early_stopping: bool | str = False
+    start_counts: bool = False
 
     def __post_init__(self):
         if self.count < 1:
@@ -121,6 +125,7 @@ def search(
             padded(prompt_ids or [()] * len(prompts), L, np.int32, -1),
             np.float32(beams.length_penalty), loop.joined(images), llm=loop.llm, policy=policy,
             count=beams.count, early=beams.early_stopping, capacity=capacity,
+            extra=int(beams.start_counts),
         )  # fmt: skip
     best, length = loop.read(*state)
     none = np.zeros((capacity, 0), np.float32)
@@ -143,7 +148,7 @@ def check(policy: Policy) -> None:
 
 def _run(
     weights, embeds, lengths, budget, prompt_ids, power, images=None,
-    *, llm, policy, count, early, capacity,
+    *, llm, policy, count, early, capacity, extra,
 ):  # fmt: skip
     """(int32[B, M] best replies, int32[B] their lengths); `BROKEN` alone where logits were."""
     B, K, L = len(lengths), count, embeds.shape[1]
@@ -167,7 +172,7 @@ def _run(
         broken=jnp.zeros(B, bool),
         seen=TextPolicy.init(policy, B * K, prompt_ids[rows], llm.cfg.tokens),
     )
-    choose = _Choice(llm, policy, count, early, power)
+    choose = _Choice(llm, policy, count, early, power, extra)
     state, order = choose(weights, state, hidden[:, rows], budget)
 
     def body(carry):
@@ -187,7 +192,7 @@ def _run(
     return best, jnp.where(broken, 1, state.best_length[:, 0])
 
 
-STATIC = ("llm", "policy", "count", "early", "capacity")
+STATIC = ("llm", "policy", "count", "early", "capacity", "extra")
 _search = jax.jit(_run, static_argnames=STATIC)
 
 
@@ -200,6 +205,7 @@ class _Choice:
     count: int
     early: bool | str
     power: jax.Array
+    extra: int
 
     def __call__(self, weights, s: State, hidden, budget) -> tuple[State, jax.Array]:
         """(state, int32[B * K] the rows that the beams continue), from float[D, B * K]."""
@@ -242,10 +248,11 @@ class _Choice:
         beam = place // few.shape[1]
         return total, beam, jnp.take_along_axis(token.reshape(B, -1), place, axis=1)
 
-    def keep_finished(self, s: State, ids, scores, ends) -> State:
-        """Adds the candidates that end, of the K best, to the finished replies."""
+    def keep_finished(self, s: State, ids, scores, ends, length) -> State:
+        """Adds the candidates that end, of the K best, to the finished replies; their scores are
+        for this length, int32[B, n]."""
         K, n = self.count, s.step + 1
-        scores = scores / n.astype(jnp.float32) ** self.power
+        scores = scores / length.astype(jnp.float32) ** self.power
         counts = ends & (jnp.arange(ends.shape[1]) < K) & s.searching[:, None]
         scores = jnp.where(counts, scores, scores + _NEVER)
         merged, place = lax.top_k(jnp.concatenate([s.best_scores, scores], axis=1), K)
@@ -263,7 +270,7 @@ class _Choice:
         longest = s.step
         if self.early == "never":
             longest = jnp.where(self.power > 0, budget, s.step)
-        hope = s.scores[:, 0] / longest.astype(jnp.float32) ** self.power
+        hope = s.scores[:, 0] / (longest + self.extra).astype(jnp.float32) ** self.power
         beaten = full & (hope <= s.best_scores[:, -1])
         done = full if self.early is True else beaten
         return s.searching & ~(done | beaten | s.broken) & (s.step < budget)

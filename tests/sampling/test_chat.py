@@ -34,7 +34,7 @@ def test_a_turn_sees_all_before_it(generator, image_files):
     first = conversation.say(Request("0", "What is it?", image))
     second = conversation.say(Request("0", "Are you sure?"))
     loop, written = generator.loop, generator.prompts.chat
-    start, _ = generator.prompt(Request("0", "What is it?", image), 6)
+    start, *_ = generator.prompt(Request("0", "What is it?", image), 6)
     ids = [i for part in first.segments for i in part.ids]
     assert all(isinstance(part, TextPart) for part in first.segments) and len(ids) == 6
     more = loop.embed(np.array([*ids, *written.next_prompt("Are you sure?", False)]))

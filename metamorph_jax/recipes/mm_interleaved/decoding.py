@@ -14,7 +14,7 @@ of them, as the reference's loop does: where a text ends, or has `TURN` tokens, 
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -224,6 +224,18 @@ class Painter:
         return np.round(images * 255).astype(np.uint8)
 
 
+def _after(shown: np.ndarray, stream: Callable) -> Callable:
+    """`stream`, which is not told again of as many places of each row's record."""
+    left = shown.copy()
+
+    def told(new):
+        fresh = [row[n:] for row, n in zip(new, left, strict=True)]
+        left[:] = np.maximum(left - [len(row) for row in new], 0)
+        stream(fresh)
+
+    return told
+
+
 def _filled(x):
     """Repeats the first row until there are as many as a power of two."""
     n = len(x)
@@ -295,12 +307,13 @@ class DrawingGenerator(Generator):
         stream=None, draw: bool = True,
     ) -> State:  # fmt: skip
         """Advances until all rows are done; draws the images that they wait for."""
+        shown = np.zeros(len(state.count), int)
         while True:
-            state = self.loop.finish(state, policy, stream)
+            state = self.loop.finish(state, policy, stream and _after(shown, stream))
             paused, length, count, budget, done = self.loop.read(
                 state.paused, state.length, state.count, state.budget, state.done
             )
-            P = self.prompts.views.tokens
+            P, shown = self.prompts.views.tokens, count
             rows = [k for k in range(len(drawn)) if paused[k] and budget[k] - count[k] >= P]
             if not rows or not draw:
                 return state

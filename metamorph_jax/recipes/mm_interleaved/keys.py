@@ -16,6 +16,7 @@
     decoder.denoiser.unet         image_decoder.decoder.unet.…              diffusers' names
     decoder.denoiser.mmfs_module  image_decoder.decoder.mmfs_module.…
     decoder.vae                   image_decoder.decoder.vae.…               diffusers' names
+    decoder.pixel_{mean,scale}    image_decoder.decoder.pixel_…: our own, of models without `vae`
 
 A published model has two output tables: a frozen one with biases over all ids, and a small one
 whose result is added to the logits of the two added ids. Here they are one table, whose rows for
@@ -40,6 +41,7 @@ from metamorph_jax.convert.vit_adapter import PREFIX as CLIP
 from metamorph_jax.convert.vit_adapter import export_adapter, load_adapter
 from metamorph_jax.errors import WeightError
 from metamorph_jax.files import shown
+from metamorph_jax.models.diffusion.decoder import Statistics
 from metamorph_jax.nn import sincos
 from metamorph_jax.recipes.mm_interleaved.model import MMInterleaved
 
@@ -48,6 +50,7 @@ LLM, INSERT = "mm_decoder.", "llama_cross_attn."
 FROZEN, NEW = "text_decoder.head.", "text_decoder.head_new."
 CONTEXT, DRAWING = "image_decoder.perceiver_resampler.", "image_decoder.decoder."
 UNET, MMFS, VAE = DRAWING + "unet.", DRAWING + "mmfs_module.", DRAWING + "vae."
+PIXELS = DRAWING + "pixel_"
 SOI, NULL, TABLE = "soi_token", "image_decoder.neg_prompt_embeds", "visual_tokenizer.pos_embed"
 # What belongs to no larger part: ours -> published.
 _ALONE = {
@@ -77,12 +80,13 @@ class _Part:
     prefix: str
     module: nnx.Module
     rename: Callable[[str], str] = lambda key: key
+    only: type = nnx.Param
 
     def load(self, tensors: Mapping) -> None:
-        names.load_torch_dict(self.module, tensors, self.prefix, rename=self.rename)
+        names.load_torch_dict(self.module, tensors, self.prefix, rename=self.rename, only=self.only)
 
     def export(self) -> names.Lazy:
-        return names.lazy_torch_dict(self.module, self.prefix, rename=self.rename)
+        return names.lazy_torch_dict(self.module, self.prefix, rename=self.rename, only=self.only)
 
 
 def _parts(model: MMInterleaved, old_vae: bool = False) -> list[_Part]:
@@ -97,6 +101,9 @@ def _parts(model: MMInterleaved, old_vae: bool = False) -> list[_Part]:
     ]
     if vae is not None:
         found.append(_Part(VAE, vae, diffusion.old_vae_name if old_vae else lambda key: key))
+    else:
+        cut = lambda key: key.removeprefix("pixel_")  # noqa: E731
+        found.append(_Part(PIXELS, model.decoder, cut, Statistics))
     return found
 
 
@@ -260,9 +267,9 @@ def export_mm_interleaved(
     """Published name -> array of the whole model, buffers included.
 
     Args:
-        frozen_bias: of the frozen output table for added ids. What is published has -100, and about
-            95 in the small table, of which a 16-bit number would keep half a digit of the sum: 0
-            there.
+        frozen_bias: of the frozen output table for added ids; the small one has the rest. What is
+            published has -100 there and about 95 here, where the sum is rounded as numbers around
+            100 are: to a quarter in bfloat16. With 0 it is as exact as the model's own.
     """
     every, alone = model.cfg.insert.every, names.Lazy()
     single = names.lazy_torch_dict(model, rename=_alone, only=_ALONE_LEAVES)

@@ -103,6 +103,8 @@ def _image_decoder(cfg: Config) -> list[str]:
     found = [f"unet.{k}" for k in diffusion.published_unet(diffusion.unet_to_hf(unet))]
     if decoder.vae is not None:
         found += [f"vae.{k}" for k in diffusion.published_vae(diffusion.vae_to_hf(decoder.vae))]
+    else:  # nothing like it was published
+        found += ["pixel_mean", "pixel_scale"]
     blocks = [f"mmfs_down_blocks.{n}" for n in range(len(skips_of(unet)))]
     for block in (*blocks, "mmfs_mid_block"):
         block = f"mmfs_module.{block}."

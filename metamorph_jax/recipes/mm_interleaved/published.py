@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from metamorph_jax import config, files
-from metamorph_jax.convert import agree, compare, diffusion, export, hf, names, specs, vit
+from metamorph_jax.convert import agree, compare, diffusion, export, hf, specs, vit
 from metamorph_jax.convert import llama as llama_names
 from metamorph_jax.convert.chat_template import recognised
 from metamorph_jax.convert.export import Source, Writer
@@ -184,20 +184,13 @@ def config_to_hf(cfg: Config) -> dict:
 # ---- out
 
 
-def _export(model: MMInterleaved, writer: Writer) -> names.Lazy:
-    """What is written; see `export_mm_interleaved` for the biases of 16-bit files."""
-    return (
-        export_mm_interleaved(model) if writer.dtype == "F32" else export_mm_interleaved(model, 0)
-    )
-
-
 def save(folder: pathlib.Path, model: MMInterleaved, source: Source, writer: Writer) -> int:
     """config.json, safetensors and the tokenizer; returns bytes of all tensors."""
     ids = export.write_generation(folder, source)
     kind = {"torch_dtype": writer.torch_dtype, "dtype": writer.torch_dtype}
     export.write_json(folder / "config.json", config_to_hf(model.cfg) | ids | kind)
     _write_tokenizer(folder, model, source)
-    return writer.weights(folder, _export(model, writer))
+    return writer.weights(folder, export_mm_interleaved(model, 0))  # biases as exact as they are
 
 
 def save_reference(
@@ -208,7 +201,8 @@ def save_reference(
     The public code merges all `*.bin` of a folder; one of them is in memory at a time.
     """
     _write_tokenizer(folder, model, source)
-    tensors, parts = _export(model, writer), [[]]
+    bias = {} if writer.dtype == "F32" else {"frozen_bias": 0}
+    tensors, parts = export_mm_interleaved(model, **bias), [[]]
     for key in tensors:
         size = sum(4 * int(np.prod(tensors.shape_of(k))) for k in (*parts[-1], key))
         if size > writer.most and parts[-1]:

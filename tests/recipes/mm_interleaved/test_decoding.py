@@ -101,10 +101,10 @@ def test_states_are_those_of_training(generator, image):
         [prompt.embeds], forced.shape[1] + P, policy, forced_ids=forced, images=[prompt.images],
         places=2,
     )  # fmt: skip
-    own = Drawn(3, prompt.images.each())
-    state = generator.finish(state, policy, [own], options)
+    own, told = Drawn(3, prompt.images.each()), []
+    state = generator.finish(state, policy, [own], options, lambda new: told.extend(new[0]))
     (result,) = generator.loop.results(state, policy)
-    assert result.record.tolist() == forced[0].tolist()
+    assert result.record.tolist() == forced[0].tolist() == told
     (drawn,) = own.images
     assert drawn[2.0].shape == (8, 8, 3) and drawn[2.0].std() > 0 and len(own.maps) == 2
 

@@ -237,7 +237,9 @@ def test_text(drawn):
         if beams == 1:
             found = loop(embeds, budget, policy, images=images)
         else:
-            found = beam.search(loop, embeds, budget, policy, Beams(beams), images=images)
+            found = beam.search(
+                loop, embeds, budget, policy, Beams(beams, start_counts=True), images=images
+            )
         for one, row in zip(found, wanted, strict=True):
             ids = [special["bos_token_id"], *map(int, one.ids)]
             if beams > 1 and one.ended:  # the reference's beams write the first id that ends a row
