@@ -86,6 +86,8 @@ def attend(
     if L * S >= _LONG and target == "cpu" and _one_device():
         return _head_by_head(q, k, v, mask, scale)
     q = (q * scale).reshape(B, L, K, N // K, H)
+    if target == "cpu":  # not all layouts have a product of bfloat16 with float32 sums
+        q, k = q.astype(jnp.float32), k.astype(jnp.float32)
     scores = jnp.einsum("BLKGH,BSKH->BKGLS", q, k, preferred_element_type=jnp.float32)
     if mask is not None:
         scores = jnp.where(mask[:, None, None], scores, _MASKED)

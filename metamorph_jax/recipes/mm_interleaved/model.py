@@ -45,7 +45,17 @@ def _sft_stage(cfg: Config) -> str:
     return "|".join([*_trained(cfg), *llm])
 
 
-STAGES = {"pretrain": lambda cfg: "|".join(_trained(cfg)), "sft": _sft_stage}
+def _without_mmfs(cfg: Config) -> str:
+    """All but the parts of MMFS. Their gates and last convolutions start at 0, so a model that was
+    trained like this from the start is one without them: what it lacks is what MMFS gives."""
+    return rf"(?!llm\.inserts\.|decoder\.denoiser\.mmfs_module\.)({'|'.join(_trained(cfg))})"
+
+
+STAGES = {
+    "pretrain": lambda cfg: "|".join(_trained(cfg)),
+    "sft": _sft_stage,
+    "without_mmfs": _without_mmfs,
+}
 
 
 class Reading(NamedTuple):

@@ -160,6 +160,35 @@ def test_losses_are_one_number_for_each_image():
         model.losses(images, condition, key, drop=0.1)
 
 
+def test_several_noises_of_an_image_give_the_mean_of_their_losses():
+    model = make(noise_draws=3, schedule=Schedule(prediction_type="sample"))
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+    mask = jnp.array([[True] * 5, [True] * 3 + [False] * 2])
+    condition, key = Conditioning(context_of(), mask), jax.random.key(1)
+    seen = []
+    plain = model.losses_at
+
+    def losses_at(x0, noise, t, condition):
+        seen.append((x0, noise, t, condition))
+        return plain(x0, noise, t, condition)
+
+    model.losses_at = losses_at
+    loss, error = model.losses(images, condition, key)
+    ((x0, noise, t, repeated),) = seen
+    assert loss.shape == error.shape == (2,) and len(set(np.asarray(t).tolist())) > 1
+    one_by_one = [
+        plain(
+            x0[i : i + 1],
+            noise[i : i + 1],
+            t[i : i + 1],
+            jax.tree.map(lambda a, i=i: a[i % 2][None], condition),
+        )[0][0]
+        for i in range(6)
+    ]
+    assert len(repeated.context) == 6
+    np.testing.assert_allclose(loss, np.reshape(one_by_one, (3, 2)).mean(0), rtol=2e-5)
+
+
 def test_latents_pass_through_the_autoencoder():
     cfg = DiffusionConfig(UNetConfig.tiny(), VAEConfig.tiny())
     model = DiffusionDecoder(cfg, rngs=nnx.Rngs(0))

@@ -1,0 +1,130 @@
+"""Steps that are run once: a step that is finished has a record, and is not run again."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import time
+from collections.abc import Callable
+from typing import ClassVar
+
+
+@dataclasses.dataclass
+class Steps:
+    """The steps of a quick start, and the folder that holds their results.
+
+    Attributes:
+        workdir: what a step made is recorded in its `steps/NAME.json`.
+        size: "quickstart" or "smoke".
+        seed: of weights, order of the data and evaluation.
+        minutes: name of a step, or how it begins -> what it takes on two cores, for the plan.
+        file: holds size and seed, which may not change.
+    """
+
+    workdir: pathlib.Path
+    size: str
+    seed: int
+
+    minutes: ClassVar[dict[str, float]] = {}
+    file: ClassVar[str] = "quickstart.json"
+
+    def __post_init__(self):
+        from metamorph_jax.errors import UserError
+
+        self.workdir = self.workdir.expanduser().resolve()
+        (self.workdir / "steps").mkdir(parents=True, exist_ok=True)
+        mine = {"size": self.size, "seed": self.seed}
+        file = self.workdir / self.file
+        if file.is_file() and json.loads(file.read_text()) != mine:
+            raise UserError(
+                f"{self.workdir} holds a quick start with {json.loads(file.read_text())}, not "
+                f"{mine}: choose another --workdir"
+            )
+        file.write_text(json.dumps(mine) + "\n")
+
+    @property
+    def steps(self) -> dict[str, Callable[[], dict | None]]:
+        """Name -> what it does, in order."""
+        raise NotImplementedError
+
+    def run(self) -> None:
+        """Says the plan, then runs the steps that are not finished."""
+        self.say_plan()
+        for name, step in self.steps.items():
+            self.once(name, step)
+
+    def done(self, name: str) -> dict | None:
+        """The record of a finished step, with its `seconds`; None if it is not finished."""
+        file = self.workdir / "steps" / f"{name}.json"
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    def say_plan(self) -> None:
+        print(f"workdir: {self.workdir}")
+        for name in self.steps:
+            before = self.done(name)
+            if before:
+                state = f"done, {before['seconds']:.0f} s"
+            elif self.size == "quickstart":
+                state = f"about {self._minutes(name):g} min on two cores"
+            else:
+                state = "seconds"
+            print(f"  {name:<10} {state}")
+
+    def _minutes(self, name: str) -> float:
+        return next((m for start, m in self.minutes.items() if name.startswith(start)), 0)
+
+    def once(self, name: str, step: Callable[[], dict | None]) -> None:
+        import jax
+
+        if self.done(name):
+            return
+        print(f"\n== {name}", flush=True)
+        clock = time.perf_counter()
+        # Interrupted attempts count, too.
+        spent_file = self.workdir / "steps" / f"{name}.spent"
+        tries = [float(x) for x in spent_file.read_text().split()] if spent_file.is_file() else []
+        try:
+            with jax.default_matmul_precision("bfloat16" if bfloat16_is_faster() else None):
+                result = step() or {}
+        except BaseException:
+            with spent_file.open("a") as f:
+                f.write(f"{time.perf_counter() - clock}\n")
+            raise
+        seconds = time.perf_counter() - clock + sum(tries)
+        record = result | {"seconds": seconds, "interrupted": len(tries)}
+        partial = self.workdir / "steps" / f"{name}.partial"
+        partial.write_text(json.dumps(record, indent=1) + "\n")
+        partial.replace(self.workdir / "steps" / f"{name}.json")
+        print(f"{name} done in {seconds:.0f} s", flush=True)
+
+    @property
+    def machine(self) -> str:
+        """What it runs on, in words."""
+        return f"{platform.machine()}, {_cores()} cores, {platform.system()}"
+
+
+def bfloat16_is_faster() -> bool:
+    """True on a CPU with matrix units; other platforms choose by themselves."""
+    import jax
+
+    from metamorph_jax.platforms import has_matrix_units
+
+    return jax.default_backend() == "cpu" and has_matrix_units()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def configs_folder(recipe: str = "metamorph") -> pathlib.Path:
+    """`configs/RECIPE` of the checkout that this package is installed from."""
+    from metamorph_jax.errors import UserError
+
+    folder = pathlib.Path(__file__).resolve().parents[2] / "configs" / recipe
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder} is missing: the quick start needs the repository (pip install -e .), not "
+            "only the installed package"
+        )
+    return folder
