@@ -16,8 +16,10 @@ Losses: text, and ten times the error of the predicted noise; the log has `text_
 
 `7b` and `13b` have the released settings: AdamW with 1e-4 (1e-5 for the UNet and for sampling
 offsets), 1000 steps of warm-up, cosine to 0, 15,000 steps. Data are captions of three sources and
-the documents of MMC4, 1 : 1 : 1 : 2 (`docs/mm_interleaved.md` says where they are looked for). Rows
-hold documents that don't see each other; `row.packing="concat"`, `row.crossing=True` and
+the documents of MMC4 (`docs/mm_interleaved.md` says where they are looked for). The reference draws
+a source for each batch, 1 : 1 : 1 : 2, and batches of MMC4 have twice as many rows. Weights here
+count samples; a row holds many captions and few documents, hence 0.29 each and 0.13. Rows hold
+documents that don't see each other; `row.packing="concat"`, `row.crossing=True` and
 `model.document_bos=1` make the reference's. These sizes have not been run to the end with this code
 base.
 """
@@ -32,11 +34,11 @@ common = load_module(pathlib.Path(__file__).parents[1] / "common.py")
 sizes = load_module(pathlib.Path(__file__).with_name("sizes.py"))
 
 _FOLDER = "data/mm_interleaved"
-_WEB = dict(kind="pair", weight=0.2)
+_WEB = dict(kind="pair", weight=0.29)
 SOURCES = dict(
     main=dict(
         path=f"{_FOLDER}/mmc4/docs_no_face_shard_*_v3.jsonl", root=f"{_FOLDER}/mmc4/images",
-        kind="mmc4", weight=0.4,
+        kind="mmc4", weight=0.13,
     ),
     blip=dict(
         path=f"{_FOLDER}/blip/{{0000000..0001000}}.txt", root=f"{_FOLDER}/blip/images", **_WEB
