@@ -55,6 +55,26 @@ def pytest_unconfigure():
         shutil.rmtree(_compiled, ignore_errors=True)
 
 
+# Their programs are large, and run once or twice: LLVM takes longer than it saves.
+LARGE_PROGRAMS = (
+    *("recipes/test_contract.py", "recipes/mm_interleaved", "recipes/metamorph", "recipes/decoder"),
+    *("models/llm", "models/vision", "models/connectors", "models/heads", "models/test_"),
+    *("models/diffusion/test_decoder.py", "models/diffusion/test_unet_mmfs.py"),
+    *("nn/test_deformable.py", "sampling/test_inserted.py"),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compile(request):
+    """In the folders and files of `LARGE_PROGRAMS`, programs are compiled without optimizations."""
+    import jax
+
+    path = request.path.relative_to(pathlib.Path(__file__).parent).as_posix()
+    jax.config.update("jax_disable_most_optimizations", path.startswith(LARGE_PROGRAMS))
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def golden_root(request) -> pathlib.Path:
     return pathlib.Path(request.config.getoption("--golden-root"))
