@@ -23,6 +23,7 @@ from metamorph_jax.config import load_config
 from metamorph_jax.convert import load
 from metamorph_jax.convert.families import Family, RunForm
 from metamorph_jax.errors import Preempted, UserError
+from metamorph_jax.models import build
 from metamorph_jax.plan import programs
 from metamorph_jax.recipe import DataStream, Model, Shard
 from metamorph_jax.sharding import make_mesh
@@ -149,7 +150,7 @@ def equal(a, b):
 
 def test_model_and_stages(run):
     recipe = run.recipe
-    model = nnx.eval_shape(lambda: recipe.create(run.model, nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: recipe.create(run.model, build.rngs(0)))
     assert isinstance(model, Model)
     for stage, pattern in recipe.STAGES.items():
         chosen = nnx.to_flat_state(nnx.state(model, trained_filter(pattern(run.model))))

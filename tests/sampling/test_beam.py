@@ -174,8 +174,8 @@ def test_a_generator_with_beams(generator, image_files):
     (alone,) = writer.generate(asked[1:2], options, stream=lambda ids: seen.extend(ids.tolist()))
     policy = TextPolicy(eos=writer.prompts.eos)
     for request, reply in zip(asked, replies, strict=True):
-        prompt, _ = writer.prompt(request, 6)
-        (whole,) = beam.search(writer.loop, [prompt], 6, policy, Beams(3, 0.5))
+        prompt = writer.prompt(request, 6)
+        (whole,) = beam.search(writer.loop, [prompt.embeds], 6, policy, Beams(3, 0.5))
         ids = [i for part in reply.segments for i in part.ids]
         assert ids == [i for i in whole.record.tolist() if i not in policy.eos]
     assert alone == replies[1] and [i for i in seen if i not in policy.eos] == list(

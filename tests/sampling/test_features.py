@@ -190,8 +190,8 @@ def test_the_tower_of_a_config_alone(run, photos, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("changed, message", [
-    (dict(workdir=None), "give either --workdir, or --config"),
-    (dict(config="x.py"), "give either --workdir, or --config"),
+    (dict(workdir=None), "give either --workdir, or --checkpoint"),
+    (dict(config="x.py"), "give either --workdir, or --checkpoint"),
     (dict(workdir=None, config="x.py", layer="connector"), "needs a trained one"),
     (dict(images="none"), "there is no none"),
     ({"batch-size": 0}, "must be at least 1"),

@@ -112,7 +112,9 @@ def test_time_features_are_the_library_s(width):
     exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32) / half
     angle = torch.from_numpy(TIMESTEPS)[:, None].float() * torch.exp(exponent)
     theirs = torch.cat([torch.cos(angle), torch.sin(angle)], dim=-1).numpy()
-    np.testing.assert_allclose(time_features(TIMESTEPS, width), theirs, atol=1e-6)
+    # Torch's float32 `exp` may be off by one rounding, on some processors: that much of the angle.
+    error = np.abs(time_features(TIMESTEPS, width) - theirs)
+    assert (error <= 1e-6 + 2.0**-23 * np.tile(angle.numpy(), 2)).all(), error.max()
 
 
 @pytest.fixture(scope="module")

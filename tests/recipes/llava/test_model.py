@@ -204,7 +204,7 @@ def test_a_prompt_is_embedded_as_in_training(model, anyres_batch, file):
     generator = recipe.generator(copy, ANYRES, data)
     for k in (0, len(SIZES) - 1):
         request = Request(str(k), "<image>\nWhat is it?", (str(file.parent / f"{k}.png"),))
-        got, ids = generator.prompt(request, 8)
+        got, ids, *_ = generator.prompt(request, 8)
         row = anyres_batch.segments[0] == k + 1
         np.testing.assert_allclose(got, embeds[row][: len(got)], atol=1e-5)
         read = anyres_batch.image_slots[0][row][: len(ids)] != -1

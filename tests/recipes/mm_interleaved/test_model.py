@@ -11,6 +11,7 @@ from flax import nnx
 
 from metamorph_jax.data.config import DataConfig, RowConfig
 from metamorph_jax.errors import ConfigError
+from metamorph_jax.models import build
 from metamorph_jax.models.heads.context import ContextConfig
 from metamorph_jax.recipe import Shard
 from metamorph_jax.recipes import mm_interleaved as recipe
@@ -20,7 +21,7 @@ from tests.recipes.mm_interleaved.tiny import TINY, change, make_batch
 
 
 def outline(cfg):
-    return nnx.eval_shape(lambda: recipe.create(cfg, nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: recipe.create(cfg, build.rngs(0)))
 
 
 def names(state) -> set[str]:
