@@ -27,6 +27,8 @@ import shutil
 
 import numpy as np
 
+from metamorph_jax.files import write_whole
+
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 SPLITS = ("train", "test")
@@ -211,8 +213,8 @@ def prepare(root, source=None, train_images: int = 0, test_images: int = 0,
                 for image in chosen for i, (question, answer) in enumerate(turns[image])
             ])  # fmt: skip
     write_lines(data.draw_test, draw_requests())
-    write_text(data.labels, json.dumps(labels))
-    write_text(data.manifest, json.dumps({"parameters": parameters, "counts": counts}, indent=1))
+    write_whole(data.labels, json.dumps(labels))
+    write_whole(data.manifest, json.dumps({"parameters": parameters, "counts": counts}, indent=1))
     return data
 
 
@@ -286,14 +288,9 @@ def _done(data: QuickstartData, parameters: dict) -> bool:
         return False
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
 def write_lines(path: pathlib.Path, rows: list[dict]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    """Writes a JSONL file, whole or not at all."""
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _copy(source: pathlib.Path, target: pathlib.Path) -> None:

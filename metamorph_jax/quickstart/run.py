@@ -20,6 +20,7 @@ import shutil
 import sys
 from collections.abc import Callable
 
+from metamorph_jax.errors import UserError
 from metamorph_jax.eval import figures
 from metamorph_jax.quickstart.steps import Steps, bfloat16_is_faster, configs_folder
 
@@ -45,7 +46,7 @@ def add_arguments(parser) -> None:
         help="train MM-Interleaved, with and without its feature synchronizer, to draw the next "
         "image of a story (default workdir: stories, stories-smoke)",
     )  # fmt: skip
-    group.add_argument("--seeds", type=int, default=3, help="models of each kind (default 3)")
+    group.add_argument("--seeds", type=int, help="models of each kind (default 3)")
     group.add_argument(
         "--stamps", metavar="DIR",
         help="Tux Paint's stamps, as Debian's tuxpaint-stamps-default installs them (default: "
@@ -59,6 +60,9 @@ def run(args) -> int:
         from metamorph_jax.quickstart import story_run
 
         return story_run.run(args, size)
+    for name in ("seeds", "stamps"):
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name} goes with --stories")
     workdir = pathlib.Path(args.workdir or ("quickstart-smoke" if args.smoke else "quickstart"))
     report = quickstart(workdir, size, args.seed)
     print(f"\nreport: {report.resolve()}")
@@ -121,7 +125,6 @@ class QuickStart(Steps):
         return data.QuickstartData(self.workdir / "data")
 
     def data(self) -> dict:
-        from metamorph_jax.errors import UserError
         from metamorph_jax.quickstart import data
         from metamorph_jax.recipe import Shard
         from metamorph_jax.train.config import resolve

@@ -23,7 +23,8 @@ import numpy as np
 from PIL import Image
 
 from metamorph_jax.errors import UserError
-from metamorph_jax.quickstart.data import COLORS, SHAPES, labelled_images, write_lines, write_text
+from metamorph_jax.files import write_whole
+from metamorph_jax.quickstart.data import COLORS, SHAPES, labelled_images, write_lines
 
 SIDE, BOX = 64, 26  # pixels of an image and of the square that holds a character
 HORIZON = 40  # row at which the ground begins
@@ -186,8 +187,8 @@ def prepare(
         _write_split(root, split, told[split], known)
     fields = {split: [dataclasses.asdict(s) for s in told[split]] for split in SPLITS}
     fields["characters"] = [c.name for c in known]
-    write_text(root / "stories.json", json.dumps(fields))
-    write_text(manifest, json.dumps(parameters))
+    write_whole(root / "stories.json", json.dumps(fields))
+    write_whole(manifest, json.dumps(parameters))
     return root
 
 

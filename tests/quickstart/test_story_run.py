@@ -100,7 +100,8 @@ def test_the_page_shows_the_scores_of_both_kinds(run, monkeypatch):
         (run.workdir / "steps" / f"{kind}-0.json").write_text('{"seconds": 60}')
     page = story_page.write(run).read_text()
     for expected in ("right character, %", "100.0 (100.0)", "with MMFS", "without MMFS",
-                     "characters that training never saw", "Smoke size"):  # fmt: skip
+                     "characters that training never saw", "Smoke size",
+                     "6 to train on, held out: 2 and 2", "10, of which 20 %"):  # fmt: skip
         assert expected in page, expected
     assert page.count('class="bad"') == 2 * 2 * 2 * 2  # splits, stories, kinds, images
 
@@ -110,6 +111,15 @@ def test_the_command_checks_its_options(tmp_path):
     quickstart.add_arguments(parser)
     args = parser.parse_args(["--stories", "--smoke", "--seeds", "0", "--workdir", str(tmp_path)])
     with pytest.raises(UserError, match="--seeds must be at least 1"):
+        quickstart.run(args)
+
+
+@pytest.mark.parametrize("option", ["--seeds=2", "--stamps=."])
+def test_options_of_stories_are_not_passed_over(option, tmp_path):
+    parser = argparse.ArgumentParser()
+    quickstart.add_arguments(parser)
+    args = parser.parse_args([option, "--smoke", "--workdir", str(tmp_path)])
+    with pytest.raises(UserError, match="goes with --stories"):
         quickstart.run(args)
 
 
