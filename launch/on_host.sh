@@ -7,7 +7,8 @@
 #                                        restart COMMAND… the same, unless `stop` came in between
 #                                        status           one line for tpu.sh
 #                                        stop             SIGTERM, so that it saves; no restarts
-#                                        end SECONDS      the same, but it may be restarted
+#                                        end SECONDS READY   the same, but it may be restarted;
+#                                                            only if the set-up is this one
 #                                        log LINES [follow]
 #
 # Everything about a run is in ~/metamorph_run: log, pid, exit (its code, once it has ended), program
@@ -77,18 +78,23 @@ status() {
         "command=$(known command)"
 }
 
+# Another one may be started meanwhile, by somebody else: that is left alone.
 end() { # seconds that it has to save
+    local pid
     if ! alive; then return; fi
-    kill -TERM "$(cat "$run/pid")"
+    pid=$(cat "$run/pid")
+    kill -TERM "$pid" || true
     for _ in $(seq "$1"); do
-        if ! alive; then return; fi
+        if ! runs "$pid"; then return; fi
         sleep 1
     done
-    if alive; then
-        kill -KILL -- "-$(cat "$run/pid")" 2>/dev/null || true
+    if runs "$pid"; then
+        kill -KILL -- "-$pid" 2>/dev/null || true
         echo 137 > "$run/exit"
     fi
 }
+
+runs() { alive && [ "$(known pid)" = "$1" ]; }
 
 case ${1:?a command} in
     setup)
@@ -152,7 +158,9 @@ case ${1:?a command} in
         end 120
         status
         ;;
-    end) end "$2" ;;
+    end)
+        if [ "$(known ready)" = "$3" ]; then end "$2"; fi
+        ;;
     log)
         if [ "${3:-}" = follow ]; then
             exec tail -n "${2:-100}" -F "$run/log"

@@ -378,7 +378,7 @@ end_unequal() { # when one host has ended, the others should notice soon
         well unequal
     elif enough unequal 5; then
         say "some hosts have ended and others have not; stopping those"
-        on_hosts all all end 60 || true
+        on_hosts all all end 60 "$setup_id" || true
     fi
 }
 

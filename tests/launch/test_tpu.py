@@ -391,6 +391,32 @@ def test_two_watches_with_different_code_do_not_take_turns(fake):
     assert ended(second)[0] == 143
 
 
+def test_end_is_for_the_program_that_was_seen(fake):
+    """Neither one of another set-up, nor one that is started while the first is being ended."""
+    for words in (["create", "--type=v4-8", "--every=0"], ["setup"]):
+        assert tpu(fake, words[0], "--name=x", *words[1:], NEXT="ACTIVE").returncode == 0
+    home = fake / "hosts/0"
+    run = home / "metamorph_run"
+    end = ["bash", "metamorph_jax/launch/on_host.sh", "end", "30"]
+    env = {"HOME": str(home), "PATH": "/usr/bin:/bin"}
+    loop = "trap 'touch told' TERM; while :; do sleep .1; done"
+    stubborn = subprocess.Popen(["bash", "-c", loop], cwd=run)
+    another = subprocess.Popen(["sleep", "60"])
+    try:
+        (run / "boot").write_text(pathlib.Path("/proc/sys/kernel/random/boot_id").read_text())
+        (run / "pid").write_text(f"{stubborn.pid}\n")
+        subprocess.run([*end, "of-another"], cwd=home, env=env, check=True)
+        assert not (run / "told").exists()
+        ending = subprocess.Popen([*end, (run / "ready").read_text().strip()], cwd=home, env=env)
+        wait_for((run / "told").exists)
+        (run / "pid").write_text(f"{another.pid}\n")
+        assert ending.wait(timeout=25) == 0
+        assert another.poll() is None and not (run / "exit").exists()
+    finally:
+        stubborn.kill()
+        another.kill()
+
+
 def test_a_wrong_option_on_one_host_ends_watch(fake):
     """Whatever the others died of."""
     (fake / "plan").write_text("refused ok\n")

@@ -355,8 +355,10 @@ def test_packed_weights_are_those_that_the_codes_stand_for(model, method):
     exact.loop.weights["llm"] |= read
     for one, same, other in zip(results, exact(prompts, **options), rounded, strict=True):
         np.testing.assert_array_equal(one.record, same.record)
-        # Each visual token is read again, so rounding grows from one to the next.
-        np.testing.assert_allclose(one.vectors[:2], same.vectors[:2], atol=2e-5)
+        # Each visual token is read again, so rounding grows from one to the next: on some
+        # processors to 3e-5 in the second.
+        np.testing.assert_allclose(one.vectors[0], same.vectors[0], atol=2e-5)
+        np.testing.assert_allclose(one.vectors[1], same.vectors[1], atol=6e-5)
         assert not np.allclose(one.vectors[:2], other.vectors[:2], atol=1e-4)
     with pytest.raises(ValueError, match="int4.* is none of auto, float32, bfloat16, int8, nf4"):
         prepare(model, "int4")
