@@ -190,7 +190,9 @@ def _force(decoder, rows, steps):
 
 def _same(a, b):
     np.testing.assert_array_equal(a.record, b.record)
-    np.testing.assert_allclose(a.vectors, b.vectors, atol=2e-5)
+    # Each visual token is read again, so rounding grows from one to the next; how much it is at
+    # first depends on the processor.
+    np.testing.assert_allclose(a.vectors, b.vectors, atol=1e-4)
     assert a.ended == b.ended
     assert [type(s) for s in a.segments] == [type(s) for s in b.segments]
 
@@ -355,10 +357,8 @@ def test_packed_weights_are_those_that_the_codes_stand_for(model, method):
     exact.loop.weights["llm"] |= read
     for one, same, other in zip(results, exact(prompts, **options), rounded, strict=True):
         np.testing.assert_array_equal(one.record, same.record)
-        # Each visual token is read again, so rounding grows from one to the next: on some
-        # processors to 3e-5 in the second.
         np.testing.assert_allclose(one.vectors[0], same.vectors[0], atol=2e-5)
-        np.testing.assert_allclose(one.vectors[1], same.vectors[1], atol=6e-5)
+        np.testing.assert_allclose(one.vectors[1], same.vectors[1], atol=6e-5)  # see `_same`
         assert not np.allclose(one.vectors[:2], other.vectors[:2], atol=1e-4)
     with pytest.raises(ValueError, match="int4.* is none of auto, float32, bfloat16, int8, nf4"):
         prepare(model, "int4")
