@@ -1,4 +1,4 @@
-"""Vision towers by the Hugging Face names of SigLIP (and SigLIP 2), CLIP and DINOv2.
+"""Vision towers by the published names of SigLIP (and SigLIP 2), CLIP, DINOv2 and EVA.
 
     ours                     siglip, clip                            dinov2
     patch_embedding          embeddings.patch_embedding              embeddings.patch_embeddings.projection
@@ -14,6 +14,9 @@
 Keys of siglip and clip start with `vision_model.`; transformers 5 omits it. Both are read,
 the former is written.
 
+EVA's names are those of BLIP-2's files, see `convert/blip2.py`; its own file has a layer more than
+BLIP-2 runs.
+
 Dropped on purpose: position ids, a classifier, the text half of a two-tower checkpoint (`OTHER`);
 and what the tower doesn't hold: layers after the selected one, a final norm it doesn't use, DINOv2's
 mask token (unless it is `whole`), SigLIP's pooling head (without `pool`). The position table is
@@ -28,7 +31,7 @@ from collections.abc import Mapping
 import numpy as np
 from flax import nnx
 
-from metamorph_jax.convert import agree, compare, export, library, names
+from metamorph_jax.convert import agree, blip2, compare, export, library, names
 from metamorph_jax.convert.export import Source, Writer
 from metamorph_jax.convert.families import Family, Reference
 from metamorph_jax.data import images
@@ -57,14 +60,28 @@ _DINOV2 = (
     (r"self_attn\.out_proj", "attention.output.dense"),
     (r"layer_scale([12])$", r"layer_scale\1.lambda1"),
 )
-RENAMES = {"siglip": _CLIP, "clip": _CLIP, "dinov2": _DINOV2}
-PREFIXES = {"siglip": "vision_model.", "clip": "vision_model.", "dinov2": ""}
+_EVA = (
+    (r"^patch_embedding", "patch_embed.proj"),
+    (r"^position_embedding$", "pos_embed"),
+    (r"^class_embedding$", "cls_token"),
+    (r"^layers\.", "blocks."),
+    (r"layer_norm([12])", r"norm\1"),
+    (r"self_attn\.out_proj", "attn.proj"),
+    (r"self_attn\.", "attn."),
+)
+RENAMES = {"siglip": _CLIP, "clip": _CLIP, "dinov2": _DINOV2, "eva": _EVA}
+PREFIXES = {
+    "siglip": "vision_model.", "clip": "vision_model.", "dinov2": "", "eva": blip2.TOWER,
+}  # fmt: skip
 # The other half of two-tower checkpoints.
 OTHER = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
-_NORMS = {"siglip": "post_layernorm.", "clip": "post_layernorm.", "dinov2": "layernorm."}
+_NORMS = {
+    "siglip": "post_layernorm.", "clip": "post_layernorm.", "dinov2": "layernorm.",
+    "eva": ("norm.", "fc_norm."),
+}  # fmt: skip
 _NEVER = re.compile(r"embeddings\.position_ids$|classifier\.")
 _MASK = "embeddings.mask_token"
-_LAYER = re.compile(r"encoder\.layers?\.(\d+)\.")
+_LAYER = re.compile(r"(?:encoder\.layers?|blocks)\.(\d+)\.")
 
 
 def rename(cfg: ViTConfig, key: str) -> str:
@@ -76,12 +93,12 @@ def rename(cfg: ViTConfig, key: str) -> str:
 
 def dropped(cfg: ViTConfig, key: str) -> bool:
     """Whether a published key is left out on purpose."""
-    layer = _LAYER.match(key)
+    layer, last = _LAYER.match(key), cfg.layers + (cfg.layout == "eva")
     return (
         bool(_NEVER.match(key))
         or (not cfg.pool and key.startswith("head."))
         or (not cfg.whole and key == _MASK)
-        or (layer is not None and cfg.held <= int(layer[1]) < cfg.layers)
+        or (layer is not None and cfg.held <= int(layer[1]) < last)
         or (not cfg.has_norm and key.startswith(_NORMS[cfg.layout]))
     )
 
@@ -112,6 +129,8 @@ def load_vit(tower: ViT, tensors: Mapping[str, np.ndarray], prefix: str | None =
             keys that belong to nothing known are errors, too.
     """
     cfg = tower.cfg
+    if cfg.layout == "eva":
+        tensors = blip2.split_tower(tensors)
     if prefix is None:
         prefix = PREFIXES[cfg.layout]
         prefix = prefix if any(k.startswith(prefix) for k in tensors) else ""
@@ -139,7 +158,7 @@ def export_vit(tower: ViT, prefix: str | None = None) -> names.Lazy:
     found = names.lazy_torch_dict(
         tower, prefix, stacked=("layers",), rename=lambda key: rename(cfg, key)
     )
-    if cfg.layout != "dinov2":
+    if cfg.layout not in ("dinov2", "eva"):
         return found
     out = names.Lazy()
     flat = {prefix + rename(cfg, name) for name in ("position_embedding", "class_embedding")}
@@ -149,14 +168,14 @@ def export_vit(tower: ViT, prefix: str | None = None) -> names.Lazy:
         shape = (1, 1, cfg.width) if key in flat and len(shape) == 1 else shape
         make = lambda key=key, shape=shape: found[key].reshape(shape)  # noqa: E731
         out.set(key, make, shape, found.dtype_of(key))
-    return out
+    return blip2.join_tower(out) if cfg.layout == "eva" else out
 
 
 def export_complete(tower: ViT, prefix: str | None = None) -> names.Lazy:
     """`export_vit`, plus an identity final norm where the tower has none: transformers expects one,
     though hidden states don't pass through it."""
     cfg, out = tower.cfg, export_vit(tower, prefix)
-    if not cfg.has_norm:
+    if not cfg.has_norm and cfg.layout != "eva":
         norm = (PREFIXES[cfg.layout] if prefix is None else prefix) + _NORMS[cfg.layout]
         out[norm + "weight"] = np.ones(cfg.width, np.float32)
         out[norm + "bias"] = np.zeros(cfg.width, np.float32)
@@ -169,12 +188,17 @@ _KINDS = {
     "siglip": "siglip", "siglip_vision_model": "siglip",
     "clip": "clip", "clip_vision_model": "clip",
     "dinov2": "dinov2", "dinov2_with_registers": "dinov2",
+    "blip-2": "eva", "blip_2_vision_model": "eva",
 }  # fmt: skip
 _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
     "quick_gelu": "quick_gelu", "gelu": "gelu",
 }  # fmt: skip
-_TOWERS = {"siglip": "siglip_vision_model", "clip": "clip_vision_model"}
+_TOWERS = {
+    "siglip": "siglip_vision_model", "clip": "clip_vision_model",
+    "blip-2": "blip_2_vision_model",
+}  # fmt: skip
+_INSIDE = ("siglip", "clip", "blip-2")  # models whose config has that of the tower inside
 
 
 def vision_fields(fields: Mapping) -> tuple[str, dict]:
@@ -187,7 +211,7 @@ def vision_fields(fields: Mapping) -> tuple[str, dict]:
         )
     if kind not in _KINDS:
         raise ValueError(f"model_type {kind!r} is none of {', '.join(_KINDS)}")
-    own = fields.get("vision_config") or {} if kind in ("siglip", "clip") else fields
+    own = fields.get("vision_config") or {} if kind in _INSIDE else fields
     if not isinstance(own, Mapping):
         raise ConfigError(f"vision_config is not a table of fields: {own!r}")
     return _KINDS[kind], library.resolved(_TOWERS.get(kind, kind), own)
@@ -197,7 +221,7 @@ def config_from_hf(fields: Mapping, **overrides) -> ViTConfig:
     """The ViTConfig of a config.json (of a vision model or a two-tower model): the whole tower,
     with its final norm and everything else the checkpoint holds."""
     layout, f = vision_fields(fields)
-    if f["num_channels"] != 3:
+    if f.get("num_channels", 3) != 3:
         raise ValueError(f"num_channels {f['num_channels']}: towers take RGB")
     if f["hidden_act"] not in _ACTIVATIONS:
         known = ", ".join(_ACTIVATIONS)
@@ -223,6 +247,8 @@ def config_from_hf(fields: Mapping, **overrides) -> ViTConfig:
         base = vit.SIZES[f"{layout}-tiny"]
         for name in ("class_token", "patch_bias", "pre_norm", "layer_scale", "mean", "std"):
             values[name] = getattr(base, name)
+    if layout == "eva":  # what is called its final norm is the connector's
+        values |= {"final_norm": False, "whole": False, "class_out": True}
     if layout == "dinov2":
         if f["use_swiglu_ffn"]:
             raise ValueError("use_swiglu_ffn (DINOv2 giant) is not supported; small to large are")
@@ -274,6 +300,7 @@ def config_to_hf(cfg: ViTConfig) -> dict:
         name, kind = {
             "siglip": ("SiglipVisionModel", "siglip_vision_model"),
             "clip": ("CLIPVisionModel", "clip_vision_model"),
+            "eva": ("Blip2VisionModel", "blip_2_vision_model"),
         }[cfg.layout]
     return {"architectures": [name], "model_type": kind, **fields}
 

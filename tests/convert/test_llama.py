@@ -22,6 +22,7 @@ from metamorph_jax.convert.llama import (
 )
 from metamorph_jax.models.llm import llama
 from metamorph_jax.sampling import cached_llm, loop, policy
+from tests.recipes.minigpt5 import golden
 
 ORACLE = "needs the oracle extra: pip install 'metamorph_jax[oracle]'"
 SMALL = llama.LlamaConfig(50, 32, 48, 2, 4, 2, 8, max_positions=64)
@@ -252,6 +253,36 @@ def test_a_sharded_module_without_values_gets_the_mean_for_added_rows():
     load_llama(empty, tensors)
     mean = tensors["lm_head.weight"].mean(0)
     np.testing.assert_allclose(empty.lm_head.added[...], [mean, mean], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("loaded", [False, True])
+def test_added_rows_equal_the_reference(golden_root, loaded):
+    """Rows added to both tables: as a checkpoint without them is read, and as a model that has
+    weights gets them."""
+    case = golden.Case(golden_root, "vocab_extension")
+    tables = {key: case[f"in.{key}"] for key in ("embed_tokens", "lm_head")}
+    V, D = tables["embed_tokens"].shape
+    ids = case["out.new_token_ids"]
+    cfg = dataclasses.replace(SMALL, vocab_size=V, width=D, layers=1, added_tokens=len(ids))
+    assert ids.tolist() == list(range(V, cfg.tokens))
+    llm = nnx.eval_shape(lambda: llama.Llama(cfg, rngs=nnx.Rngs(0)))
+    found = export_llama(llm)
+    rest = {key: np.zeros(found.shape_of(key), np.float32) for key in found}
+    named = {
+        "model.embed_tokens.weight": tables["embed_tokens"],
+        "lm_head.weight": tables["lm_head"],
+    }
+    load_llama(llm, rest | named)
+    if not loaded:
+        for part in (llm.embed_tokens, llm.lm_head):
+            part.added[...] = jnp.zeros_like(part.added[...])
+        llama.init_added_tokens(llm)
+    out = export_llama(llm)
+    for name, key in zip(tables, named, strict=True):
+        np.testing.assert_allclose(out[key], case[f"out.{name}"], rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(out[key][:V], tables[name])
+    case.check_all_read()
 
 
 def test_problems_of_all_kinds_in_one_error():

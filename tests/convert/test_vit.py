@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from metamorph_jax.convert import families, hf, vit
+from metamorph_jax.convert import blip2, check, compare, families, hf, vit
 from metamorph_jax.models.vision.vit import SIZES, ViT, resize_positions
 from tests.convert.conftest import ORACLE
 
@@ -168,3 +168,87 @@ def test_positions_of_towers_with_registers_are_resized_as_torch_does():
         np.testing.assert_allclose(
             resize_positions(table, grid, 1, antialias=True)[1:], theirs, atol=2e-6
         )
+
+
+# ---- EVA
+
+# config.json of a published BLIP-2, as far as it belongs to the tower.
+BLIP2 = {"model_type": "blip-2", "vision_config": {"model_type": "blip_2_vision_model"}}
+EVA = SIZES["eva-tiny"]
+
+
+def eva_tensors(prefix: str = "", cfg=EVA) -> dict[str, np.ndarray]:
+    """Random float16 tensors, as the tower's own file has them."""
+    out, rng = vit.export_vit(abstract(cfg), prefix), np.random.default_rng(0)
+    return {key: rng.normal(size=out.shape_of(key)).astype(np.float16) for key in out}
+
+
+def test_eva_full_size():
+    """Every block of the published file but the last one, which BLIP-2 doesn't run."""
+    cfg = SIZES["eva-g-224"]
+    assert vit.config_from_hf(BLIP2) == cfg and vit.disagreements(cfg, BLIP2) == []
+    out = vit.export_vit(abstract(cfg), "")
+    assert sorted(out) == sorted(blip2.published_tower(39))
+    shapes = {"cls_token": (1, 1, 1408), "pos_embed": (1, 257, 1408),
+              "patch_embed.proj.weight": (1408, 3, 14, 14), "patch_embed.proj.bias": (1408,),
+              "blocks.38.attn.qkv.weight": (4224, 1408), "blocks.0.attn.q_bias": (1408,),
+              "blocks.38.mlp.fc1.weight": (6144, 1408)}  # fmt: skip
+    assert {key: out.shape_of(key) for key in shapes} == shapes
+    D, F = 1408, 6144
+    block = 4 * D * D + 2 * D * F + (3 + 1 + 4) * D + F  # three biases, that of fc2, two norms
+    total = sum(int(np.prod(out.shape_of(key))) for key in out)
+    assert total == 39 * block + (257 + 1 + 3 * 14**2 + 1) * D
+
+
+def test_eva_in_and_out():
+    """The tower's own file, with a block more, a norm and a head; and inside a larger one."""
+    own = eva_tensors()
+    more = {f"blocks.{EVA.layers}{key[8:]}": value for key, value in own.items()
+            if key.startswith("blocks.0")}  # fmt: skip
+    more |= {f"{part}.{leaf}": np.zeros(3) for part in ("norm", "fc_norm", "head")
+             for leaf in ("weight", "bias")}  # fmt: skip
+    tower = abstract(EVA)
+    vit.load_vit(tower, own | more)
+    out = vit.export_vit(tower, "")
+    assert sorted(out) == sorted(own)
+    for key, value in own.items():
+        np.testing.assert_array_equal(out[key], value, err_msg=key)
+    assert not np.any(tower.layers.self_attn.k_proj.bias[...])
+    others = ("ln_vision.weight", "Qformer.bert.embeddings.position_ids", "query_tokens",
+              "t5_proj.bias", "llama_proj.bias", "language_model.lm_head.weight")  # fmt: skip
+    others = dict.fromkeys(others, np.zeros(3))
+    inside = {f"visual_encoder.{key}": value for key, value in own.items()}
+    again = abstract(EVA)
+    vit.load_vit(again, inside | others)
+    assert sorted(vit.export_vit(again)) == sorted(inside)
+    stray = {f"blocks.{EVA.layers + 1}.norm1.bias": np.zeros(32), "rel_pos": np.zeros(3)}
+    with pytest.raises(ValueError, match="rel_pos") as error:
+        vit.load_vit(abstract(EVA), own | stray)
+    assert "blocks.3.norm1.bias" in str(error.value)
+
+
+def test_eva_against_transformers():
+    """Under transformers' names, and the numbers that its tower computes."""
+    torch = pytest.importorskip("torch", reason=ORACLE)
+    transformers = pytest.importorskip("transformers", reason=ORACLE)
+    own = vit.config_to_hf(EVA)
+    fields = {k: v for k, v in own.items() if k not in ("model_type", "architectures")}
+    model = transformers.Blip2VisionModel(
+        transformers.Blip2VisionConfig(**fields, attn_implementation="eager")
+    ).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+            if name.endswith("qkv.bias"):  # as published
+                parameter[32:64] = 0
+    tensors = {f"vision_model.{k}": v.numpy() for k, v in model.state_dict().items()}
+    tower = abstract(vit.config_from_hf(own))
+    assert tower.cfg == EVA
+    vit.load_vit(tower, tensors)
+    rows = compare.vit(tower, model, np.random.default_rng(0))
+    assert len(rows) == EVA.layers + 1 and check.report(rows, 1e-4)
+    found = {f"vision_model.{key}": value for key, value in blip2.for_transformers(
+        vit.export_vit(tower)).items()}  # fmt: skip
+    assert found.keys() == {key for key in tensors if "post_layernorm" not in key}
+    for key, value in found.items():
+        np.testing.assert_array_equal(value, tensors[key], err_msg=key)

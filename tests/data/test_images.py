@@ -20,6 +20,7 @@ from metamorph_jax.data.sources import ImageRef
 from metamorph_jax.data.sources.base import confined
 from metamorph_jax.errors import BadSample
 from tests.data.conftest import make_image
+from tests.recipes.minigpt5 import golden
 
 CASES = pathlib.Path(__file__).parents[1] / "cases" / "data"
 
@@ -38,6 +39,33 @@ def test_siglip_pixels_golden(golden_root):
         process = images.Preprocess(want.shape[-1])
         got = np.stack([process.normalise(process(Image.fromarray(z[k]))) for k in names])
     np.testing.assert_allclose(got.transpose(0, 3, 1, 2), want, atol=1e-6)
+
+
+@pytest.mark.golden
+def test_minigpt5_pixels_golden(golden_root):
+    """Images that are read are cut to a square, or padded with white; those to be drawn are padded.
+    Of the normalised ones there are samples at regular distances."""
+    case = golden.Case(golden_root, "preprocess")
+    image = Image.fromarray(case["in.image_hwc_uint8"])
+    square = images.pad_to_square(image, (255, 255, 255))
+    whole, cut = case["out.output_512_hwc_uint8"], case["out.input_224_hwc_uint8_no_pad"]
+    read = images.Preprocess(
+        len(cut), "crop", None, "bilinear", images.CLIP_336.mean, images.CLIP_336.std
+    )
+    drawn = images.Preprocess(len(whole), "square", None, "bilinear")
+    found = {
+        "padded_square_hwc_uint8": np.asarray(square),
+        "input_224_hwc_uint8_no_pad": read(image),
+        "input_224_hwc_uint8_padded": read(square),
+        "output_512_hwc_uint8": drawn(square),
+    }
+    for key, pixels in found.items():
+        np.testing.assert_array_equal(pixels, case[f"out.{key}"], err_msg=key)
+    for name, process, pixels in (("input_224", read, cut), ("output_512", drawn, whole)):
+        want = case[f"out.{name}_normalized_slice"].transpose(1, 2, 0)
+        step = len(pixels) // len(want)
+        np.testing.assert_allclose(process.normalise(pixels)[::step, ::step], want, atol=1e-6)
+    case.check_all_read()
 
 
 def test_pad_to_square():

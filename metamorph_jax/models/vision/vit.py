@@ -1,13 +1,15 @@
-"""One Vision Transformer for the SigLIP, CLIP and DINOv2 layouts.
+"""One Vision Transformer for the SigLIP, CLIP, DINOv2 and EVA layouts.
 
 Dosovitskiy et al. 2021 (arXiv 2010.11929); SigLIP: Zhai et al. 2023 (2303.15343), CLIP: Radford
-et al. 2021 (2103.00020), DINOv2: Oquab et al. 2023 (2304.07193).
+et al. 2021 (2103.00020), DINOv2: Oquab et al. 2023 (2304.07193), EVA-CLIP: Sun et al. 2023
+(2303.15389).
 The layouts differ in a few switches of `ViTConfig`:
 
                  patch bias  class token  norm before layers  MLP activation  layer scale
     SigLIP       yes         no           no                  tanh GELU       no
     CLIP         no          yes          yes                 quick GELU      no
     DINOv2       yes         yes          no                  exact GELU      yes
+    EVA          yes         yes          no                  exact GELU      no
 
 `whole` adds what the chosen hidden state doesn't need, so that a checkpoint can be written as it
 was read: later layers, the final norm, DINOv2's mask token. `pool` is SigLIP's pooling head.
@@ -132,6 +134,13 @@ def _clip(image_size, patch, width, layers, heads, **kw):
     return ViTConfig("clip", image_size, patch, width, 4 * width, layers, heads, **kw)
 
 
+def _eva(image_size, patch, width, mlp_width, layers, heads, **kw):
+    # As BLIP-2 reads it: the class token among the others, no norm at the end.
+    kw = {"mean": _CLIP_MEAN, "std": _CLIP_STD, "class_token": True, "class_out": True,
+          "activation": "gelu", **kw}  # fmt: skip
+    return ViTConfig("eva", image_size, patch, width, mlp_width, layers, heads, **kw)
+
+
 def _dinov2(image_size, width, layers, heads, patch=14, **kw):
     kw = {"mean": _IMAGENET_MEAN, "std": _IMAGENET_STD, "class_token": True, "activation": "gelu",
           "layer_scale": True, **kw}  # fmt: skip
@@ -151,9 +160,12 @@ SIZES: dict[str, ViTConfig] = {
     "dinov2-b14": _dinov2(518, 768, 12, 12),
     "dinov2-l14": _dinov2(518, 1024, 24, 16),
     "dinov2-b14-registers": _dinov2(518, 768, 12, 12, registers=4),
+    # ViT-g of EVA-CLIP, which has 40 layers, without the last one.
+    "eva-g-224": _eva(224, 14, 1408, 6144, 39, 16),
     "siglip-tiny": _siglip(32, 8, 32, 64, 2, 2),
     "clip-tiny": _clip(32, 8, 32, 2, 2, select_layer=-2),
     "dinov2-tiny": _dinov2(32, 32, 2, 2, patch=8),
+    "eva-tiny": _eva(32, 8, 32, 64, 2, 2),
 }
 
 

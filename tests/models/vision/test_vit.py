@@ -12,6 +12,7 @@ from metamorph_jax.convert import hf
 from metamorph_jax.convert.vit import export_vit, load_vit
 from metamorph_jax.models.vision import vit
 from metamorph_jax.nn import sincos
+from tests.recipes.minigpt5 import golden
 
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 ORACLE = "needs the oracle extra: pip install 'metamorph_jax[oracle]'"
@@ -199,3 +200,51 @@ def test_so400m_is_428_million_with_its_pooling_head():
     D, F = cfg.width, cfg.mlp_width
     head = D + 4 * D * D + 4 * D + 2 * D + 2 * D * F + F + D  # probe, attention, norm, MLP
     assert count(cfg) + head == 428_225_600
+
+
+# ---- EVA
+
+
+def eva_config(fields: dict) -> vit.ViTConfig:
+    """Of the case; fields that have no meaning here must say what the layout does."""
+    assert fields["act"].startswith("gelu (exact") and fields["qkv_bias"].startswith("q and v only")
+    assert fields["abs_pos_embed"] and not fields["rel_pos_bias"] and not fields["final_norm"]
+    return dataclasses.replace(
+        vit.SIZES["eva-g-224"],
+        image_size=fields["img_size"],
+        patch=fields["patch_size"],
+        width=fields["embed_dim"],
+        mlp_width=fields["mlp_hidden"],
+        layers=fields["depth"],
+        heads=fields["num_heads"],
+        norm_eps=fields["block_norm_eps"],
+    )
+
+
+@pytest.mark.golden
+def test_eva_equals_the_reference(golden_root):
+    case = golden.Case(golden_root, "eva_vit")
+    cfg = eva_config(case.config)
+    weights = case.weights()
+    own = {k: v for k, v in weights.items() if not k.startswith("ln_vision.")}
+    tower = nnx.eval_shape(lambda: vit.ViT(cfg, rngs=nnx.Rngs(0)))
+    load_vit(tower, own)
+    norm = nnx.LayerNorm(cfg.width, epsilon=case.config["ln_vision_eps"], rngs=nnx.Rngs(0))
+    norm.scale[...], norm.bias[...] = weights["ln_vision.weight"], weights["ln_vision.bias"]
+    pixels = case["in.image"].transpose(0, 2, 3, 1)
+    with jax.default_matmul_precision("highest"):
+        x, blocks = tower.embed(pixels), []
+        for i in range(cfg.layers):
+            x = tower.run(x, i, i + 1)
+            blocks.append(x)
+        features = fast(tower)(pixels)
+    for key, found in (("block_outputs", np.stack(blocks)), ("features", features),
+                       ("ln_vision", norm(features))):  # fmt: skip
+        np.testing.assert_allclose(found, case[f"out.{key}"], rtol=1e-4, atol=1e-5, err_msg=key)
+    resized = case["out.pos_embed_interpolated"]
+    grid = round((resized.shape[1] - 1) ** 0.5)
+    larger = dataclasses.replace(cfg, input_size=grid * cfg.patch)
+    tower = nnx.eval_shape(lambda: vit.ViT(larger, rngs=nnx.Rngs(0)))
+    load_vit(tower, own)
+    np.testing.assert_allclose(tower.position_embedding[...], resized[0], rtol=1e-4, atol=1e-5)
+    case.check_all_read()
