@@ -27,9 +27,12 @@ from metamorph_jax.models.heads.mapper import Mapper, MapperConfig
 FC, TRANSFORMER, QUERIES = "fc.", "llm_to_t2i_mapping.", "t2i_decoder_prompt"
 STACKED = ("layers",)
 _ATTENTION = {"self_attn": "self_attn", "cross_attn": "multihead_attn"}
-_NORMS = {"encoder": ("self_norm", "mlp_norm"), "decoder": ("self_norm", "cross_norm", "mlp_norm")}
+_NORMS = {
+    "encoder.": ("self_norm", "mlp_norm"),
+    "decoder.": ("self_norm", "cross_norm", "mlp_norm"),
+}
 _LINEARS = {"fc1": "linear1", "fc2": "linear2"}
-_LAYER = re.compile(r"(encoder|decoder)\.layers\.(\d+)\.(\w+)\.(.+)")
+_LAYER = re.compile(r"((?:en|de)coder\.)layers\.(\d+)\.(\w+)\.(.+)")
 _FUSED = re.compile(r"(.*_attn\.)in_proj_(weight|bias)")
 _PART = re.compile(r"(.*_attn\.)[qkv]_proj\.(weight|bias)")
 
@@ -40,7 +43,7 @@ def rename(key: str) -> str:
         stack, n, part, rest = match.groups()
         norms = {name: f"norm{k}" for k, name in enumerate(_NORMS[stack], 1)}
         theirs = (_ATTENTION | _LINEARS | norms)[part]
-        return f"{TRANSFORMER}{stack}.layers.{n}.{theirs}.{rest}"
+        return f"{TRANSFORMER}{stack}layers.{n}.{theirs}.{rest}"
     if key.startswith(("encoder.", "decoder.")):
         return TRANSFORMER + key
     if key == "queries":
@@ -83,15 +86,15 @@ def published(cfg: MapperConfig) -> list[str]:
     found = both("fc.0", "fc.2") + [QUERIES] * cfg.learned_queries
     if cfg.kind == "mlp":
         return found + both("spread")
-    stacks = {"encoder": (cfg.encoder_layers, ("self_attn",), 2),
-              "decoder": (cfg.decoder_layers, ("self_attn", "multihead_attn"), 3)}  # fmt: skip
-    for stack, (layers, attentions, norms) in stacks.items():
+    stacks = {"encoder.": (cfg.encoder_layers, ("self_attn",)),
+              "decoder.": (cfg.decoder_layers, ("self_attn", "multihead_attn"))}  # fmt: skip
+    for stack, (layers, attentions) in stacks.items():
         for n in range(layers):
-            layer = f"{TRANSFORMER}{stack}.layers.{n}."
+            layer = f"{TRANSFORMER}{stack}layers.{n}."
             for attention in attentions:
                 found += [f"{layer}{attention}.in_proj_{leaf}" for leaf in ("weight", "bias")]
                 found += both(f"{layer}{attention}.out_proj")
             found += both(f"{layer}linear1", f"{layer}linear2")
-            found += both(*(f"{layer}norm{k + 1}" for k in range(norms)))
-        found += both(f"{TRANSFORMER}{stack}.norm")
+            found += both(*(f"{layer}norm{k + 1}" for k in range(len(attentions) + 1)))
+        found += both(f"{TRANSFORMER}{stack}norm")
     return found
