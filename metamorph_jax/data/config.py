@@ -332,7 +332,7 @@ class DrawingSpec:
         ids: written in the image's stead where it is drawn but not read; () reads it as well.
         unlearnt: which of the ids, counted from 0, are never predicted.
         caption: (sample, k) -> int32[caption_length], the caption of its image k in ids of the
-            decoder's text encoder; None for no captions.
+            decoder's text encoder, -1 where it has none; None for no captions.
         caption_length: how many.
         latents: the autoencoder, where there is one, for `CacheConfig.drawings`.
     """

@@ -75,11 +75,14 @@ class JsonlRecords:
         return len(self.offsets)
 
     def __getitem__(self, k: int) -> dict:
+        return _record(self.read(k), self.where(k))
+
+    def read(self, k: int) -> bytes:
+        """Line k of those that are not empty."""
         if self._fd is None:
             self._fd = os.open(self.path, os.O_RDONLY)
         # pread keeps no file position, so threads may share the descriptor.
-        data = os.pread(self._fd, int(self.lengths[k]), int(self.offsets[k]))
-        return _record(data, self.where(k))
+        return os.pread(self._fd, int(self.lengths[k]), int(self.offsets[k]))
 
     def where(self, k: int) -> str:
         """File and line of record k."""
