@@ -108,9 +108,13 @@ def _preset(turns: Sequence[Turn]) -> Iterator[str]:
 
 def _content(template: ChatTemplate) -> str:
     """The message of a turn, with what stands around its images."""
+    content = 'message["content"]'
     if template.image == IMAGE:
-        return 'message["content"]'
-    return f'message["content"] | replace({_literal(IMAGE)}, {_literal(template.image)})'
+        return content
+    tagged = f"{content} | replace({_literal(IMAGE)}, {_literal(template.image)})"
+    if template.answer_image is None:
+        return tagged
+    return f'({tagged}) if message["role"] != "assistant" else {content}'
 
 
 def _literal(text: str) -> str:

@@ -27,7 +27,7 @@ import numpy as np
 
 from metamorph_jax import files
 from metamorph_jax.data import images
-from metamorph_jax.data.config import InputSpec
+from metamorph_jax.data.config import DrawingSpec, InputSpec
 from metamorph_jax.data.sources.base import ImageRef
 from metamorph_jax.data.views import Views
 from metamorph_jax.errors import BadSample, DataError, MissingFile
@@ -38,7 +38,7 @@ class CacheSpec:
     """What a cache holds.
 
     Attributes:
-        kind: "pictures" (pixels) or "features".
+        kind: "pictures" (pixels), "features" or "moments".
         fingerprint: text that differs whenever rows would differ (processor, tower, weights).
         shape, dtype: of one row.
     """
@@ -75,6 +75,14 @@ def feature_spec(views: Views, spec: InputSpec, background: str = "white") -> Ca
     p = views.preprocess
     fingerprint = f"{_pixels(views, background)} {p.mean} {p.std} | {spec.tower}"
     return CacheSpec("features", fingerprint, spec.feature_shape, "float32")
+
+
+def moment_spec(drawings: DrawingSpec, background: str = "white") -> CacheSpec:
+    """A cache of the autoencoder's moments (mean, logvar) of images to draw, in [-1, 1]."""
+    height, width, channels = drawings.latents.shape
+    pixels = f"{drawings.preprocess.fingerprint()} on {background} in -1…1"
+    shape = height, width, 2 * channels
+    return CacheSpec("moments", f"{pixels} | {drawings.latents.identity}", shape, "float32")
 
 
 def stamp(path: str) -> tuple[int, int]:

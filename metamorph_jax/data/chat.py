@@ -15,6 +15,8 @@ import numpy as np
 
 from metamorph_jax.data import official_masks
 from metamorph_jax.data.chat_templates import (
+    BREAK,
+    SOURCE,
     TEMPLATES,
     ChatTemplate,
     Piece,
@@ -212,11 +214,18 @@ class Chat:
         for piece, answer in pieces:
             if isinstance(piece, Special):
                 finish()
+                if piece == BREAK:
+                    before = ""
+                    continue
                 add((self.specials[piece],), answer)
                 before = str(piece) if self.template.in_context else ""
                 continue
-            for k, text in enumerate(piece.split(IMAGE)):
+            parts = piece.split(IMAGE)
+            for k, text in enumerate(parts):
                 if k:
+                    if self.template.strip:
+                        text = text.lstrip()
+                        _strip_end(stretch)
                     finish()
                     add(self._image, answer)
                     before = self._after_image
@@ -259,6 +268,8 @@ class Chat:
         """(system message, the other turns): that of the conversation, else the chat's own."""
         if turns and turns[0][0] == "system":
             return turns[0][1], turns[1:]
+        if turns and turns[0][0] == SOURCE:
+            return None, turns
         return self.system, turns
 
     def _independent(
@@ -289,9 +300,10 @@ class Chat:
         system, turns = self._system_of(turns)
         if self._shows_image_apart(turns):
             turns = [*show_image_first(self.template, turns[0][1]), *turns[1:]]
-        pieces = render(self.template, [*turns, ("assistant", "")], system)
+        given = turns and turns[-1][0] == SOURCE
+        turns = turns if given else [*turns, ("assistant", "")]
         ids = list(self._start)
-        self._write(ids, pieces)
+        self._write(ids, render(self.template, turns, system))
         return np.array(ids, np.int32)
 
     def _shows_image_apart(self, turns: Sequence[Turn]) -> bool:
@@ -326,7 +338,7 @@ class Chat:
             (rest, supervised), *later = after
             after = [(rest.removeprefix(self.template.stop), supervised), *later]
         ids: list[int] = []
-        text = text.replace(IMAGE, self.template.image)
+        text = self.template.with_images("user", text)
         user = fill(self.template.row("user"), text, self.system or "")
         self._write(ids, [*after, *user, *fill(row, "")])
         return np.array(ids, np.int32)
@@ -352,6 +364,16 @@ def _eos(tokenizer, template: ChatTemplate) -> tuple[str, ...]:
             f"the tokenizer names no EOS (`eos_token`), which template {template.name} needs"
         )
     return (str(token),)
+
+
+def _strip_end(stretch: list[Piece]) -> None:
+    """Leaves out the blanks at the end of a stretch of texts, in place."""
+    while stretch:
+        text, answer = stretch[-1]
+        if text := text.rstrip():
+            stretch[-1] = (text, answer)
+            return
+        stretch.pop()
 
 
 def _encoded(ids: list[int], supervised: Iterable[slice]) -> Encoded:

@@ -9,6 +9,9 @@ there is none. Neighbouring texts are tokenised together.
 
 Of a turn with an empty message, only the pieces before the one with "{text}" are written, as in the
 reference; a prompt ends with such a turn of the assistant.
+
+Turns by `SOURCE` and `TARGET` are written as they are, whatever the template: what is given, and
+what is learnt, of data that has a wording of its own. The two are tokenised separately.
 """
 
 import dataclasses
@@ -26,6 +29,8 @@ class Special(str):
 
 
 Piece = tuple[str, bool]  # (text or Special, whether it is supervised)
+BREAK = Special("")  # texts before and after it are tokenised separately
+SOURCE, TARGET = "source", "target"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +50,9 @@ class ChatTemplate:
             begin a text of its own with a blank, but not one that follows a special token.
         bare_turns: a turn with an empty message is written by its beginning; otherwise not at all.
         image: how an image is written in a message, around its marker.
+        answer_image: likewise in a message of the assistant; None: as `image`.
+        strip: blanks beside an image are left out, as the slow tokenizers of transformers did
+            around added tokens (before 4.34), of which one stands for the image.
         image_reply: prompts show the image of the first question in a turn of its own, which the
             assistant answers so.
         lead: what stands between a question and the images before it, where a prompt says nothing.
@@ -66,6 +74,8 @@ class ChatTemplate:
     in_context: bool = False
     bare_turns: bool = True
     image: str = IMAGE
+    answer_image: str | None = None
+    strip: bool = False
     image_reply: str = ""
     lead: str = "\n"
     end: str = ""
@@ -76,7 +86,20 @@ class ChatTemplate:
         """The pieces of a turn by `role`."""
         if first and role == "user" and self.first_user is not None:
             return self.first_user
-        return {"system": self.system, "user": self.user, "assistant": self.assistant}[role]
+        return {
+            "system": self.system,
+            "user": self.user,
+            "assistant": self.assistant,
+            SOURCE: (("{text}", False),),
+            TARGET: ((BREAK, False), ("{text}", True)),
+        }[role]
+
+    def with_images(self, role: str, text: str) -> str:
+        """A message with what stands around its images."""
+        if role in (SOURCE, TARGET):
+            return text
+        own = self.answer_image if role == "assistant" else None
+        return text.replace(IMAGE, self.image if own is None else own)
 
     @property
     def close(self) -> Special | None:
@@ -124,7 +147,7 @@ def render(template: ChatTemplate, turns: Sequence[Turn], system: str | None) ->
         if not (text or template.bare_turns or k):
             raise _misfit(template, "can't begin with an empty message")
         if text or template.bare_turns:
-            pieces += fill(row, text.replace(IMAGE, template.image), system or "")
+            pieces += fill(row, template.with_images(role, text), system or "")
     return [*pieces, (template.end, False)] if template.end else pieces
 
 
@@ -244,6 +267,27 @@ def _hashes(name: str, system: str, **options) -> ChatTemplate:
     )
 
 
+def _voken(name: str, system: str) -> ChatTemplate:
+    """SYSTEM ###Human: … ###Assistant: … ###Human: … ###Assistant: … ###
+
+    An image that is read stands between tags; one that is drawn does not.
+    """
+    return ChatTemplate(
+        name,
+        system=(("{text} ", False),),
+        first_user=(("###Human:", False), (" {text} ", False)),
+        user=(("Human:", False), (" {text} ", False)),
+        assistant=(("###Assistant:", False), (" {text} ###", True)),
+        bos=True,
+        default_system=system,
+        image=f"<Img>{IMAGE}</Img>",
+        answer_image=IMAGE,
+        strip=True,
+        lead=" ",
+        stop=" ###",
+    )
+
+
 def _instruct(name: str, system: str, begin: tuple[Piece, ...]) -> ChatTemplate:
     """[INST] <<SYS>> SYSTEM <</SYS>> … [/INST] … </s><s>[INST] … [/INST]"""
     question = ("{text} [/INST]", False)
@@ -298,6 +342,7 @@ TEMPLATES = {
         _captions("plain"),
         _captions("v0_plain"),
         _document("document"),
+        _voken("minigpt5", messages.IMG_TAGS),
         _in_line("mpt", messages.MPT),
         _in_line("chatml_direct", messages.ANSWER),
         _in_line("mistral_direct", messages.ANSWER),

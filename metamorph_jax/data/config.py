@@ -32,9 +32,12 @@ class SourceConfig:
         root: folder of the images, which no path may leave; the file's folder if empty.
         weight: share in the mixture (with all 0: every record once an epoch).
         kind: "auto", or the kind of all its records (`sources/kinds.py`, and the recipe's own).
+            Some kinds read official files of a data set in their own way.
         ignore: keys of its records, separated by commas, that are passed over though they look like
             content (`sources/schema.py`).
         documents: how documents and images with captions are laid out.
+        blocked: a text file with the paths of images, as the records have them, one a line; a
+            sample that needs one of them is bad.
     """
 
     path: str
@@ -44,6 +47,7 @@ class SourceConfig:
     kind: str = "auto"
     ignore: str = ""
     documents: Documents = Documents()
+    blocked: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +189,8 @@ class ImageConfig:
         max_images: a sample of more images is bad.
         max_frames: frames taken of a video; 0 for as many as a row holds.
         max_pixels: a larger image is bad.
+        mirror: probability that an image is mirrored, each on its own and whatever the texts say of
+            left and right.
     """
 
     size: int = 0
@@ -196,6 +202,7 @@ class ImageConfig:
     max_images: int = 70
     max_frames: int = 0
     max_pixels: int = images.MAX_PIXELS
+    mirror: float = 0.0
 
     def __post_init__(self):
         if self.background not in images.BACKGROUNDS:
@@ -206,6 +213,8 @@ class ImageConfig:
         for name in ("max_images", "max_pixels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"images.{name} is {getattr(self, name)}: expected 1 or more")
+        if not 0 <= self.mirror <= 1:
+            raise ValueError(f"images.mirror is {self.mirror}: expected 0 to 1")
         if self.max_frames < 0:
             raise ValueError(f"images.max_frames is {self.max_frames}: expected 0 or more")
 
@@ -223,10 +232,13 @@ class ImageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CacheConfig:
-    """Folders of caches, "" for none: resized images, or features of the frozen tower."""
+    """Folders of caches, "" for none: resized images, or features of the frozen tower; and moments
+    of the frozen autoencoder, of images to draw. With one of the latter two, wording and other
+    choices are drawn once for each sample (`OrderConfig.fixed_choices`)."""
 
     images: str = ""
     features: str = ""
+    drawings: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,6 +301,27 @@ class DataConfig(InputConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class LatentSpec:
+    """The frozen autoencoder of images to draw, whose moments a cache may hold.
+
+    Attributes:
+        shape: (h, w, c) of a latent.
+        scale: of latents, which multiplies what is drawn from the moments.
+        identity: text that differs whenever moments would differ: weights and structure.
+    """
+
+    shape: tuple[int, int, int]
+    scale: float
+    identity: str
+
+    def sample(self, moments: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """float32[h, w, c] scaled latent, drawn from moments float32[h, w, 2c]: mean, logvar."""
+        mean, logvar = np.split(np.asarray(moments, np.float32), 2, axis=-1)
+        noise = rng.standard_normal(mean.shape, np.float32)
+        return np.float32(self.scale) * (mean + np.exp(0.5 * np.clip(logvar, -30, 20)) * noise)
+
+
+@dataclasses.dataclass(frozen=True)
 class DrawingSpec:
     """Images that a diffusion decoder draws inside a row while the model trains.
 
@@ -297,17 +330,21 @@ class DrawingSpec:
         rule: which images are drawn.
         preprocess: makes the image to draw, uint8[side, side, 3].
         ids: written in the image's stead where it is drawn but not read; () reads it as well.
+        unlearnt: which of the ids, counted from 0, are never predicted.
         caption: (sample, k) -> int32[caption_length], the caption of its image k in ids of the
-            decoder's text encoder; None for no captions.
+            decoder's text encoder, -1 where it has none; None for no captions.
         caption_length: how many.
+        latents: the autoencoder, where there is one, for `CacheConfig.drawings`.
     """
 
     places: int
     rule: Rule
     preprocess: images.Preprocess
     ids: tuple[int, ...] = ()
+    unlearnt: tuple[int, ...] = ()
     caption: Callable[[Sample, int], np.ndarray] | None = None
     caption_length: int = 0
+    latents: LatentSpec | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,6 +31,11 @@ def no_image(labels: np.ndarray, sentinels: np.ndarray) -> np.ndarray:
     return np.zeros(len(sentinels), bool)
 
 
+def in_answers(labels: np.ndarray, sentinels: np.ndarray) -> np.ndarray:
+    """The rule of models that show what they draw in their answers, and nothing around it."""
+    return labels[sentinels] != IGNORE
+
+
 @dataclasses.dataclass(frozen=True)
 class AfterSupervisedStart:
     """The rule of models that decide on their own to draw: an image is to be predicted iff it
@@ -58,11 +63,14 @@ class Place:
         slots: int32[n] visual tokens of the image or `NEWLINE`; `TEXT` at ordinary tokens.
         tokens: int32[n] ids, 0 at visual tokens.
         views: how many views the slots point into.
+        unlearnt: bool[n] which tokens are never predicted, though the image is in an answer; None:
+            none of them.
     """
 
     slots: np.ndarray
     tokens: np.ndarray
     views: int
+    unlearnt: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.slots)
@@ -73,9 +81,18 @@ def read_place(views: int, slots: np.ndarray) -> Place:
     return Place(np.asarray(slots, np.int32), np.zeros(len(slots), np.int32), views)
 
 
-def text_place(ids: Sequence[int]) -> Place:
-    """Ordinary tokens in an image's stead: it is drawn, but not read."""
-    return Place(np.full(len(ids), TEXT, np.int32), np.array(ids, np.int32), 0)
+def text_place(ids: Sequence[int], unlearnt: Sequence[int] = ()) -> Place:
+    """Ordinary tokens in an image's stead: it is drawn, but not read.
+
+    Args:
+        ids: of the tokens.
+        unlearnt: which of them, counted from 0, are never predicted.
+    """
+    silent = None
+    if unlearnt:
+        silent = np.zeros(len(ids), bool)
+        silent[list(unlearnt)] = True
+    return Place(np.full(len(ids), TEXT, np.int32), np.array(ids, np.int32), 0, silent)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +174,8 @@ def build_row(
     in_place = ids[at] == SENTINEL
     tokens, slots = _contents(ids[at], in_place, places, tokens_per_view)
     text = _text_labels(labels[at], in_place, tokens, slots)
+    if any(place.unlearnt is not None for place in places):
+        text[np.flatnonzero(in_place)[_unlearnt(places)]] = -1
     if cut and mask_dangling and tokens[-len(mask_dangling) :].tolist() == list(mask_dangling):
         text[-len(mask_dangling) :] = -1
     visual = np.full(len(at), -1, np.int32)
@@ -211,6 +230,12 @@ def _contents(tokens, in_place, places, P: int) -> tuple[np.ndarray, np.ndarray]
         slots[in_place] = np.concatenate(moved)
         tokens[in_place] = np.concatenate([place.tokens for place in places])
     return tokens, slots
+
+
+def _unlearnt(places: Sequence[Place]) -> np.ndarray:
+    """bool[n] of all positions in places, one place after another: see `Place`."""
+    none = lambda place: np.zeros(len(place), bool)  # noqa: E731
+    return np.concatenate([none(p) if p.unlearnt is None else p.unlearnt for p in places])
 
 
 def _text_labels(labels, in_place, tokens, slots) -> np.ndarray:

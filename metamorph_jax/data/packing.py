@@ -141,7 +141,7 @@ class _Assembly:
             pixels = np.zeros((B, I, side, side, 3), np.uint8)
         self.images = Images(np.zeros((B, I), bool), np.zeros((B, I), np.int32), pixels, features)
         if spec.drawings is not None:
-            self.drawings = _no_drawings(B, spec.drawings)
+            self.drawings = _no_drawings(B, spec.drawings, bool(config.cache.drawings))
 
     def add(self, b: int, row: list[dict]) -> None:
         """Puts the samples of row b one after another."""
@@ -180,7 +180,8 @@ class _Assembly:
         here = (b, slice(drawing, drawing + len(item["drawings"])))
         self.drawings.valid[here] = True
         self.drawings.start[here] = item["drawing_starts"] + at
-        self.drawings.pixels[here] = item["drawings"]
+        into = self.drawings.pixels if self.drawings.latents is None else self.drawings.latents
+        into[here] = item["drawings"]
         if self.drawings.captions is not None:
             self.drawings.captions[here] = item["captions"]
 
@@ -192,15 +193,21 @@ EMPTY = {
 }  # fmt: skip
 
 
-def _no_drawings(rows: int, spec: DrawingSpec) -> Drawings:
+def _no_drawings(rows: int, spec: DrawingSpec, cached: bool) -> Drawings:
+    """Places for drawings, with the latents of a cache or with pixels."""
     places, side = (rows, spec.places), spec.preprocess.size
-    captions = None
+    pixels = latents = captions = None
+    if cached and spec.latents is not None:
+        latents = np.zeros((*places, *spec.latents.shape), np.float32)
+    else:
+        pixels = np.zeros((*places, side, side, 3), np.uint8)
     if spec.caption is not None:
         captions = np.zeros((*places, spec.caption_length), np.int32)
     return Drawings(
         valid=np.zeros(places, bool),
         start=np.zeros(places, np.int32),
-        pixels=np.zeros((*places, side, side, 3), np.uint8),
+        pixels=pixels,
+        latents=latents,
         captions=captions,
     )
 

@@ -19,6 +19,7 @@ import grain
 import jax
 import numpy as np
 
+from metamorph_jax import files as text_files
 from metamorph_jax import paths
 from metamorph_jax.data import cache as caches
 from metamorph_jax.data.chat import Chat
@@ -31,17 +32,19 @@ from metamorph_jax.data.config import (
 )
 from metamorph_jax.data.grouping import Grouped, word_counts
 from metamorph_jax.data.packing import PackedDataset, PackedIterator, assemble
-from metamorph_jax.data.sources import RecordSource, open_records
+from metamorph_jax.data.sources import RecordSource, open_records, shards
 from metamorph_jax.data.sources.base import ImageRef
 from metamorph_jax.data.sources.kinds import Files, Kind, known
 from metamorph_jax.data.stream import Mixture, SampleStream, choices
-from metamorph_jax.errors import BadSample, ConfigError, WorkerError
+from metamorph_jax.data.views import Single
+from metamorph_jax.errors import BadSample, ConfigError, DataError, WorkerError
 from metamorph_jax.recipe import Shard
 from metamorph_jax.types import Batch
 
 __all__ = [
     "DataConfig", "InputConfig", "InputSpec", "SourceConfig", "all_refs", "make_pipeline",
-    "fill_feature_cache", "make_stream", "open_cache", "open_sources", "source_names",
+    "fill_drawing_cache", "fill_feature_cache", "make_stream", "open_cache", "open_sources",
+    "source_names",
 ]  # fmt: skip
 
 
@@ -76,28 +79,52 @@ def open_sources(
         parts = [paths.local(f"{key}.path", part, slash=True) for part in s.path.split(",")]
         root = paths.local(f"{key}.root", s.root, slash=True) if s.root else ""
         root = root or os.path.dirname(os.path.abspath(parts[0]))
-        files = Files(root, config.frames, s.documents)
-        records = open_records(",".join(parts), config.reading.index_dir or None)
+        files = Files(root, config.frames, s.documents, blocked=_blocked(key, s.blocked))
+        records = _records(",".join(parts), table.get(s.kind), config.reading.index_dir or None)
         ignore = tuple(key.strip() for key in s.ignore.split(","))
         most = config.images.max_images
         front = config.images_in_front
-        out.append(RecordSource(name, records, files, s.kind, most, table, ignore, front))
+        mirror = config.images.mirror
+        out.append(RecordSource(name, records, files, s.kind, most, table, ignore, front, mirror))
     return out
 
 
+def _records(path: str, kind: Kind | None, index_dir: str | None):
+    """The reader of a source's files: that of its kind, or the one that their names ask for."""
+    if kind is None or kind.open is None:
+        return open_records(path, index_dir)
+    open_one = lambda file: kind.open(file, index_dir)  # noqa: E731
+    found = shards.open_all(path, open_one) if shards.is_pattern(path) else open_one(path)
+    if not len(found):
+        raise DataError(f"{text_files.shown(path)} holds no records")
+    return found
+
+
+def _blocked(key: str, path: str) -> frozenset[str]:
+    """The paths of images in a source's file of those that no sample may use."""
+    if not path:
+        return frozenset()
+    lines = text_files.read_text(paths.local(f"{key}.blocked", path, slash=True)).splitlines()
+    return frozenset(line.strip() for line in lines if line.strip())
+
+
 def all_refs(
-    config: InputConfig, sources: Sequence, counts: MutableMapping[str, int] | None = None
+    config: InputConfig,
+    sources: Sequence,
+    counts: MutableMapping[str, int] | None = None,
+    answers: bool = False,
 ) -> Iterator[ImageRef]:
     """Every image that a run with fixed choices can ask for: what a cache has to hold.
 
     Bad samples are passed over, as the run will skip them too. `counts` gets their number by
-    "source/reason".
+    "source/reason". With `answers`, only images in answers, which may be drawn.
     """
     for number, source in enumerate(sources):
         for k in range(len(source)):
             rng = choices(config.order.seed, number, 0, k)
             try:
-                yield from source.sample(k, rng).images
+                sample = source.sample(k, rng)
+                yield from sample.images if not answers else sample.answer_images
             except (BadSample, OSError, ValueError, KeyError, TypeError, IndexError) as e:
                 reason = e.reason if isinstance(e, BadSample) else f"error_{type(e).__name__}"
                 if counts is not None:
@@ -117,7 +144,8 @@ def make_stream(
     `make_pipeline`."""
     _check_images(config, spec)
     mixture = _mixture(config, sources, rows, process[1])
-    return SampleStream(sources, chat, config, spec, mixture, process, open_cache(config, spec))
+    cache, drawings = open_cache(config, spec), open_drawing_cache(config, spec)
+    return SampleStream(sources, chat, config, spec, mixture, process, cache, drawings)
 
 
 def _mixture(config: InputConfig, sources: Sequence, rows: int, shards: int) -> Mixture | Grouped:
@@ -167,6 +195,63 @@ def open_cache(config: InputConfig, spec: InputSpec) -> caches.ArrayCache | None
     return None
 
 
+def open_drawing_cache(config: InputConfig, spec: InputSpec) -> caches.ArrayCache | None:
+    """The cache of moments that the config names, which must exist.
+
+    Raises:
+        ConfigError: nothing is drawn, or not by an autoencoder.
+    """
+    if not config.cache.drawings:
+        return None
+    wanted = _moment_spec(config, spec)
+    return caches.ArrayCache(wanted.folder(config.cache.drawings), wanted)
+
+
+def _moment_spec(config: InputConfig, spec: InputSpec) -> caches.CacheSpec:
+    if spec.drawings is None or spec.drawings.latents is None:
+        raise ConfigError(
+            "config.data.cache.drawings holds moments of an autoencoder, but this model draws "
+            'nothing by one: set the folder to ""'
+        )
+    return caches.moment_spec(spec.drawings, config.images.background)
+
+
+def fill_drawing_cache(
+    config: InputConfig,
+    spec: InputSpec,
+    sources: Sequence,
+    make_compute: Callable[[], Callable[[np.ndarray], np.ndarray]],
+    batch_size: int = 8,
+) -> None:
+    """Runs the autoencoder over all images to draw that `config.cache.drawings` lacks.
+
+    `make_compute()` gives pixels uint8[n, h, w, 3] -> moments float32[n, h', w', 2c] (mean,
+    logvar), of pixels scaled to [-1, 1]; it is called only if an image is missing.
+    """
+    caches.build(
+        config.cache.drawings,
+        _moment_spec(config, spec),
+        all_refs(config, sources, answers=True),
+        Single(1, spec.drawings.preprocess),
+        _when_asked(make_compute),
+        batch_size,
+        max_pixels=config.images.max_pixels,
+        background=config.images.background,
+    )
+
+
+def _when_asked(make: Callable[[], Callable]) -> Callable[[np.ndarray], np.ndarray]:
+    """`make()`, called when it is first needed."""
+    made: list = []
+
+    def compute(pixels: np.ndarray) -> np.ndarray:
+        if not made:
+            made.append(make())
+        return made[0](pixels)
+
+    return compute
+
+
 def fill_feature_cache(
     config: InputConfig,
     spec: InputSpec,
@@ -178,20 +263,13 @@ def fill_feature_cache(
 
     `make_compute()` is the tower as `cache.build` takes it, called only if an image is missing.
     """
-    made: list = []
-
-    def compute(pixels: np.ndarray) -> np.ndarray:
-        if not made:
-            made.append(make_compute())
-        return made[0](pixels)
-
     views = config.images.change(spec.views)
     caches.build(
         config.cache.features,
         caches.feature_spec(views, spec, config.images.background),
         all_refs(config, sources),
         views,
-        compute,
+        _when_asked(make_compute),
         batch_size,
         max_pixels=config.images.max_pixels,
         background=config.images.background,

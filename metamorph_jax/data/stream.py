@@ -122,9 +122,9 @@ class SampleStream:
     A good item holds `index`, `source`, the arrays of a `Row` and, of the V views of its images,
     `cache` int64[V] (row in the cache, -1 if the view is in `pixels`) and `pixels` uint8[v, h, w,
     3]; `cut` is 1 if its end did not fit into a row, and `misnamed` and `transparent` count images;
-    if it has j images to draw, `drawing_starts` int32[j], `drawings` uint8[j, h, w, 3] and
-    perhaps `captions` int32[j, L']. A bad item holds `index`, `source`, `bad` (the reason) and
-    `detail`.
+    if it has j images to draw, `drawing_starts` int32[j], `drawings` uint8[j, h, w, 3] or latents
+    float32[j, h, w, c], and perhaps `captions` int32[j, L']. A bad item holds `index`, `source`,
+    `bad` (the reason) and `detail`.
 
     Args:
         sources: objects with `name`, `len` and `sample(k, rng) -> Sample`.
@@ -133,6 +133,7 @@ class SampleStream:
         mixture: the order of the samples of all data shards together.
         process: (index, count) of this data shard.
         cache: of views or features, see `pipeline.open_cache`.
+        drawing_cache: of moments of images to draw, see `pipeline.open_drawing_cache`.
     """
 
     def __init__(
@@ -144,14 +145,17 @@ class SampleStream:
         mixture: Mixture,
         process: tuple[int, int] = (0, 1),
         cache: ArrayCache | None = None,
+        drawing_cache: ArrayCache | None = None,
     ):
         self.sources, self.chat, self.mixture, self.process = sources, chat, mixture, process
         self.config, self.spec, self.cache = config, spec, cache
+        self.drawing_cache = drawing_cache
         self.views = config.images.change(spec.views)
         self._place = None  # of every image, where it doesn't depend on their sizes
         if not self.views.needs_size:
             self._place = read_place(*self.views.plan(None))
-        self.fixed_choices = config.order.fixed_choices or bool(config.cache.features)
+        cached = config.cache.features or config.cache.drawings
+        self.fixed_choices = config.order.fixed_choices or bool(cached)
         index, count = process
         total = config.order.epochs * mixture.total
         self.length = max(total - index + count - 1, 0) // count if total else ENDLESS
@@ -180,7 +184,7 @@ class SampleStream:
         try:
             sample = self.sample(n)
             where = sample.where
-            return {"index": n, "source": source, **self._item(sample)}
+            return {"index": n, "source": source, **self._item(sample, n)}
         except BadSample as e:
             reason, detail = e.reason, e.detail
         except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
@@ -190,7 +194,7 @@ class SampleStream:
             detail = f"{where}: {detail}" if detail else where
         return {"index": n, "source": source, "bad": reason, "detail": shown(detail, 1000)}
 
-    def _item(self, sample: Sample) -> dict:
+    def _item(self, sample: Sample, n: int) -> dict:
         """Sizes of the images -> row -> pixels: what does not fit is never decoded."""
         encoded = self.chat.conversation(sample.turns, self.config.row.independent_turns)
         if encoded.ignored:
@@ -214,7 +218,7 @@ class SampleStream:
         if self.config.row.independent_turns:
             item["turns"] = np.zeros(len(row), np.int32) if row.turns is None else row.turns
         read = {k: place.views for k, place in enumerate(places) if place.views}
-        return item | self._pictured(sample, row, read, np.flatnonzero(drawn))
+        return item | self._pictured(sample, n, row, read, np.flatnonzero(drawn))
 
     def _drawn(self, encoded: Encoded, count: int) -> np.ndarray:
         """bool[count]: which images of a sample are to be drawn."""
@@ -230,7 +234,7 @@ class SampleStream:
             sizes = images.sizes(refs, self.config.images.max_pixels)
             places = [read_place(*self.views.plan(size)) for size in sizes]
         if self.spec.drawings is not None and self.spec.drawings.ids:
-            own = text_place(self.spec.drawings.ids)
+            own = text_place(self.spec.drawings.ids, self.spec.drawings.unlearnt)
             places = [own if draw else place for draw, place in zip(drawn, places, strict=True)]
         return places
 
@@ -257,7 +261,9 @@ class SampleStream:
                 raise BadSample("too_long", f"no answer begins in the first {length} positions")
             raise BadSample("fully_masked", "no answer to learn")
 
-    def _pictured(self, sample: Sample, row: Row, read: dict[int, int], drawn: np.ndarray) -> dict:
+    def _pictured(
+        self, sample: Sample, n: int, row: Row, read: dict[int, int], drawn: np.ndarray
+    ) -> dict:
         """What an item holds of the images: those that are read, with how many views each has, and
         those that are drawn. Each image is decoded once."""
         where: list[int] = []
@@ -267,7 +273,7 @@ class SampleStream:
             fresh += [] if rows else [k]
             where += rows or [-1] * views
         notes: collections.Counter = collections.Counter()
-        needed = sorted({*fresh, *drawn.tolist()})
+        needed = sorted({*fresh, *(() if self.drawing_cache else drawn.tolist())})
         loaded = self.config.images.load([sample.images[k] for k in needed], notes)
         image = dict(zip(needed, loaded, strict=True))
         item = {"cache": np.array(where, np.int64)}
@@ -276,10 +282,25 @@ class SampleStream:
         if len(drawn):
             spec = self.spec.drawings
             item["drawing_starts"] = row.image_starts[drawn] - 1
-            item["drawings"] = np.stack([spec.preprocess(image[k]) for k in drawn.tolist()])
+            if self.drawing_cache is None:
+                item["drawings"] = np.stack([spec.preprocess(image[k]) for k in drawn.tolist()])
+            else:
+                item["drawings"] = self._latents([sample.images[k] for k in drawn], n)
             if spec.caption is not None:
                 item["captions"] = np.stack([spec.caption(sample, int(k)) for k in drawn])
         return item | {name: notes[name] for name in images.NOTES}
+
+    def _latents(self, refs: Sequence[ImageRef], n: int) -> np.ndarray:
+        """float32[j, h, w, c] scaled latents of the images to draw in sample n, drawn anew in every
+        epoch from their moments in the cache."""
+        rng = np.random.default_rng((self.mixture.seed, 5, *self.locate(n)))
+        found = []
+        for ref in refs:
+            rows = self.drawing_cache.lookup(ref)
+            if rows is None:
+                raise BadSample("not_in_drawing_cache", ref.key())
+            found.append(self.spec.drawings.latents.sample(self.drawing_cache.rows[rows[0]], rng))
+        return np.stack(found)
 
     def _cached(self, ref: ImageRef, views: int) -> list[int]:
         """Rows of an image in the cache; [] where it is not there."""

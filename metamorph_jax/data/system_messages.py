@@ -22,6 +22,10 @@ IMAGE_TAGS = (
     "of tasks using natural language.The visual content will be provided with the following "
     "format: <Image>visual content</Image>."
 )
+IMG_TAGS = (
+    "Give the following images in <Img>ImageContent</Img> format. You will be able to see the "
+    "images once I provide it to you. Please generate conversations with appropriate images."
+)
 LLAMA2 = (
     "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, "
     "while being safe.  Your answers should not include any harmful, unethical, racist, sexist, "

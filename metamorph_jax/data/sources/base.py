@@ -10,7 +10,8 @@ from metamorph_jax.files import shown
 
 IMAGE = "<image>"
 VIDEO = "<video>"
-Turn = tuple[str, str]  # (role, text); role: system, user, assistant; text may hold <image> markers
+# (role, text); role: system, user, assistant, or source, target; text may hold <image> markers
+Turn = tuple[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,8 @@ class ImageRef:
         marks: ((name, (x, y, w, h)), ...) boxes to draw into the image, with their names.
         mirror: then, whether left and right change places.
         square: then, whether the image is stretched to a square of its longer side.
+        caption: what the data say that it shows, for decoders that learn it; "" if nothing. The
+            image is the same whatever it says.
     """
 
     path: str
@@ -45,6 +48,7 @@ class ImageRef:
     data: bytes | None = None
     mirror: bool = False
     square: bool = False
+    caption: str = dataclasses.field(default="", compare=False)
 
     @property
     def name(self) -> str:
@@ -81,7 +85,8 @@ class Sample:
     Attributes:
         id: name in the file, for messages only.
         source: name of the source.
-        turns: ((role, text), ...), user first, roles alternate; before it perhaps a system turn.
+        turns: ((role, text), ...), user first, roles alternate; before it perhaps a system turn. Or
+            a source and a target, for data with a wording of its own (`chat_templates.py`).
         images: in the order of their markers.
         kind: of its record, see `kinds.py`.
         where: file, line and id of its record, for messages.
@@ -93,6 +98,13 @@ class Sample:
     images: tuple[ImageRef, ...] = ()
     kind: str = ""
     where: str = ""
+
+    @property
+    def answer_images(self) -> tuple[ImageRef, ...]:
+        """The images in answers."""
+        roles = [role for role, text in self.turns for _ in range(text.count(IMAGE))]
+        pairs = zip(roles, self.images, strict=True)
+        return tuple(ref for role, ref in pairs if role in ("assistant", "target"))
 
     def checked(self, max_images: int) -> "Sample":
         """Itself, or BadSample if the markers don't match the images, or a text isn't one."""

@@ -14,7 +14,7 @@ record, or of its source, names the kind.
 
 import dataclasses
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -76,6 +76,7 @@ class Files:
         documents: options of documents.
         members: images that come in the same tar as the record, by name.
         record_file: the file of the record.
+        blocked: paths of images that no sample may use.
     """
 
     root: str
@@ -83,9 +84,12 @@ class Files:
     documents: Documents = Documents()
     members: Mapping[str, ImageRef] = dataclasses.field(default_factory=dict)
     record_file: str = ""
+    blocked: frozenset[str] = frozenset()
 
     def image(self, path: str, **part) -> ImageRef:
         """The image, or the part of it that `ImageRef` can name, at a path of a record."""
+        if self.blocked and path in self.blocked:
+            raise BadSample("blocked_image", shown(path))
         if isinstance(path, str) and path in self.members:
             return dataclasses.replace(self.members[path], **part)
         return ImageRef(confined(self.root, path), **part)
@@ -101,11 +105,14 @@ class Kind:
             learn the length of a video, or which images of a document are there.
         raw: the record is taken as its file has it, and not as `schema.canonical` gives it. Those
             of such a kind are recognised before all others.
+        open: (path, folder for indices or None) -> records of an official file which this kind
+            reads in its own way; of several samples for each entry, say. None: `open_records`.
     """
 
     matches: Callable[[dict], bool]
     build: Callable[[dict, Files, np.random.Generator], tuple[tuple[Turn, ...], tuple]]
     raw: bool = False
+    open: Callable[[str, str | None], Sequence[dict]] | None = None
 
 
 def paths_of(record: dict) -> list[str]:

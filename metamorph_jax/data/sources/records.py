@@ -75,11 +75,14 @@ class JsonlRecords:
         return len(self.offsets)
 
     def __getitem__(self, k: int) -> dict:
+        return _record(self.read(k), self.where(k))
+
+    def read(self, k: int) -> bytes:
+        """Line k of those that are not empty."""
         if self._fd is None:
             self._fd = os.open(self.path, os.O_RDONLY)
         # pread keeps no file position, so threads may share the descriptor.
-        data = os.pread(self._fd, int(self.lengths[k]), int(self.offsets[k]))
-        return _record(data, self.where(k))
+        return os.pread(self._fd, int(self.lengths[k]), int(self.offsets[k]))
 
     def where(self, k: int) -> str:
         """File and line of record k."""
@@ -271,6 +274,7 @@ class RecordSource:
         kinds: the kinds there are, see `kinds.known`.
         ignore: keys of records that are passed over, see `schema`.
         in_front: whether images go to the front of their messages, see `base.images_in_front`.
+        mirror: probability that an image is mirrored.
     """
 
     name: str
@@ -281,6 +285,7 @@ class RecordSource:
     kinds: Mapping[str, Kind] = dataclasses.field(default_factory=lambda: KINDS)
     ignore: tuple[str, ...] = ()
     in_front: bool = False
+    mirror: float = 0.0
 
     def __len__(self) -> int:
         return len(self.records)
@@ -302,6 +307,7 @@ class RecordSource:
             sample = build(record, self.name, of, rng, self.kind, self.kinds, self.ignore)
             sample = images_in_front(sample) if self.in_front and sample.images else sample
             sample = sample.checked(self.max_images)
+            sample = _mirrored(sample, self.mirror, rng) if self.mirror else sample
         except BadSample as e:
             named = e.detail.startswith(where)
             raise BadSample(e.reason, e.detail if named else f"{where}: {e.detail}") from e
@@ -313,3 +319,13 @@ class RecordSource:
         own = records.file(k) if hasattr(records, "file") else getattr(records, "path", "")
         members = records.members(k) if hasattr(records, "members") else {}
         return dataclasses.replace(self.files, members=members, record_file=own)
+
+
+def _mirrored(sample: Sample, probability: float, rng: np.random.Generator) -> Sample:
+    """The sample with some of its images mirrored, each by a choice of its own."""
+    chosen = rng.random(len(sample.images)) < probability
+    refs = tuple(
+        dataclasses.replace(ref, mirror=ref.mirror != bool(flip))
+        for ref, flip in zip(sample.images, chosen, strict=True)
+    )
+    return dataclasses.replace(sample, images=refs)
