@@ -113,6 +113,10 @@ class CaptionDrawing(MeasuredDrawing):
             best.append(max(group, key=lambda r: -np.inf if r["score"] is None else r["score"]))
         return best
 
+    def failed(self, records: Sequence[Record]) -> int:
+        """Captions without an image."""
+        return len(by_unit(records)) - len(self.chosen(records))
+
 
 @dataclasses.dataclass(frozen=True)
 class Coco30k(CaptionDrawing):

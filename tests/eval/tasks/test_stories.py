@@ -100,11 +100,17 @@ def test_what_was_answered_is_not_asked_again(vist, tmp_path):
     assert len({request.id.partition("/")[0] for request in again.asked}) == 1
 
 
-def test_a_frame_whose_predecessor_was_not_drawn_is_left_out(vist, tmp_path):
-    result = run("vist:frames=2+3", vist, tmp_path, Painter(fails={"1/2"}))
+def test_a_frame_whose_predecessor_was_not_drawn_counts_as_failure(vist, stand_ins, tmp_path):
+    result = run("vist:frames=2+3,clip=x", vist, tmp_path, Painter(fails={"1/2"}))
     assert list(result.failures) == ["1/3"]
     assert "no image was drawn for question 1/2" in result.failures["1/3"]
-    assert result.unparsed == 1 and len(result.records) == 3
+    assert result.unparsed == 1 and result.answered == 3 and len(result.records) == 4
+    assert [record["id"] for record in result.records if record.get("missed")] == ["1/3"]
+    for name in ("100 x CLIP, image-image", "100 x CLIP, image-text"):
+        drawn, whole = result.scores[name], result.scores[f"{name}, failures as 0"]
+        assert whole == pytest.approx(drawn / 2)  # two of four were drawn
+        low, high = result.intervals[f"{name}, failures as 0"]
+        assert low <= whole <= high
 
 
 def test_true_frames_as_history(vist):
