@@ -37,7 +37,7 @@ def add_arguments(parser) -> None:
         help="side that images are brought to before Inception, in papers 64 or 256; none: as they "
         "are (default: 256)")  # fmt: skip
     add("--fid-whole", action="store_true",
-        help="--fid-size is the short side, nothing is cut out, as MiniGPT-5 measures FID")  # fmt: skip
+        help="--fid-size is the short side, nothing is cut out (MiniGPT-5)")  # fmt: skip
     add("--fid-64", action="store_true",
         help="FID at 64 px, too, as MM-Interleaved measures it")  # fmt: skip
     add("--clip", default="", metavar="SPEC", help="CLIP weights: hf:OWNER/NAME or a folder")

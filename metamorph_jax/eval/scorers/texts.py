@@ -1,8 +1,8 @@
 """A sentence against a reference: BLEU and ROUGE-L, as they are meant and as one paper took them.
 
-    BLEU-n           of words, or of characters     Papineni et al. 2002, one sentence, one reference
-    ROUGE-L          of words in their order         as the COCO tools have it (`scorers/captions.py`)
-    ROUGE-L of sets  of words that count once        as the package `rouge` 1.0.1 has it
+    BLEU-n           of words, or of characters: Papineni et al. 2002, one sentence, one reference
+    ROUGE-L          of words in their order, as the COCO tools have it (`scorers/captions.py`)
+    ROUGE-L of sets  of words that count once, as the package `rouge` 1.0.1 has it
 
 MiniGPT-5 (Zheng et al. 2023, arXiv 2310.02239) handed raw strings to a BLEU that expects lists of
 words, and so compared characters; and its ROUGE package counts each word once. Both are kept under
