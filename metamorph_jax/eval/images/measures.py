@@ -1,6 +1,7 @@
 """What a set of drawn images scores.
 
     FID, inception score      Inception      against real images; alone
+    mean FID of single groups Inception      of the few images of each story, say
     feature distance (TOWER)  any tower      against real images; never called FID
     CLIP, image-text          CLIP           with the caption that each was drawn from
     CLIP, image-image         CLIP           with the real image that belongs to each
@@ -104,6 +105,8 @@ class Drawn:
         partners: the real image that belongs to each, as many; likewise.
         real: the set of real images that distances are to; (): no distances.
         failed: images that were to be drawn and were not; None: unknown.
+        groups: what each belongs to, as many; (): there is no mean FID of groups.
+        group: what a group is called.
     """
 
     paths: tuple[str, ...]
@@ -111,6 +114,8 @@ class Drawn:
     partners: tuple[str | None, ...] = ()
     real: tuple[str, ...] = ()
     failed: int | None = None
+    groups: tuple[str, ...] = ()
+    group: str = "groups"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +169,8 @@ def _inception(drawn: Drawn, measures: Measures, found: Scores) -> None:
     if measures.fid_64 and drawn.real:
         pair = [network.gaussian(ImageSet(paths, 64))[0] for paths in (drawn.paths, drawn.real)]
         _distance(measures.reference_fid, *pair, found)
+    if drawn.groups:
+        _groups(network, mine, drawn, measures, found)
     if measures.full_score and measures.fid_size is not None:
         mine = network.features(ImageSet(drawn.paths))
     try:
@@ -171,6 +178,29 @@ def _inception(drawn: Drawn, measures: Measures, found: Scores) -> None:
         found.values.update(zip(measures.score, score, strict=True))
     except DataError as error:
         found.notes.append(f"no {INCEPTION}: {error}")
+
+
+def _groups(network, mine: Features, drawn: Drawn, measures: Measures, found: Scores) -> None:
+    """The mean over groups of the FID between a group's images and the real ones of the same."""
+    name = f"mean FID of single {drawn.group} ({measures.at})"
+    rows = [row for row, i in enumerate(mine.kept) if drawn.partners[i]]
+    real = network.features(measures.images(drawn.partners[mine.kept[row]] for row in rows))
+    pairs: dict[str, list] = {group: [] for group in drawn.groups}
+    for k, vector in zip(real.kept, real.values, strict=True):
+        row = rows[k]
+        pairs[drawn.groups[mine.kept[row]]].append((mine.values[row], vector))
+    whole = [own for own in pairs.values() if len(own) > 1]
+    if whole:
+        distances = [statistics.frechet_distance_of_few(*map(np.stack, zip(*own, strict=True)))
+                     for own in whole]  # fmt: skip
+        found.values[name] = float(np.mean(distances))
+        found.intervals[name] = statistics.interval(distances)
+    few = len(pairs) - len(whole)
+    found.notes.append(
+        f"{name}: of {len(whole)} {drawn.group}; covariances of so few images are singular, so it "
+        "compares only with numbers that were made alike"
+        + (f"; {few} with fewer than two images are left out" if few else "")
+    )
 
 
 def _real(network, drawn: Drawn, measures: Measures, found: Scores) -> statistics.Gaussian | None:

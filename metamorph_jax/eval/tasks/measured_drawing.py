@@ -75,6 +75,11 @@ class MeasuredDrawing(Task):
         """How many images were to be drawn and were not."""
         return len(records) - len(self.chosen(records))
 
+    def groups(self, records: Sequence[Record]) -> tuple[tuple[str, ...], str]:
+        """(what the image of each of these records belongs to, for the mean FID of groups, or (),
+        what a group is called)."""
+        return (), "groups"
+
     # ---- the contract of tasks
 
     def record(self, question: Question, answer: Answer) -> Record:
@@ -118,7 +123,8 @@ class MeasuredDrawing(Task):
         if key not in self._known:
             used = [record["more"]["real"] for record in kept]
             captions = tuple(record["more"]["caption"] for record in kept)
-            drawn = measures.Drawn(paths, captions, tuple(used), self.real(used), key[1])
+            drawn = measures.Drawn(paths, captions, tuple(used), self.real(used), key[1],
+                                   *self.groups(kept))  # fmt: skip
             found = self._known[key] = measures.score(drawn, self.asked)
             for note in found.notes:
                 print(f"{self.name}: {shown(note, 500)}", file=sys.stderr)
