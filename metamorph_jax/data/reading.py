@@ -53,12 +53,18 @@ def text_list(value, where: str) -> list[str]:
     return value
 
 
-def table(path: str, *columns: str) -> Iterator[dict[str, str]]:
-    """The rows of a CSV file, or TSV if that is its extension, by its first line's names."""
+def table(path: str, *columns: str, quoted: bool = True) -> Iterator[dict[str, str]]:
+    """The rows of a CSV file, or TSV if that is its extension, by its first line's names.
+
+    quoted: cells may stand in quotes; otherwise a quote is a character like any other.
+    """
     csv.field_size_limit(MAX_LINE)
     delimiter = "\t" if pathlib.Path(path).suffix.lower() == ".tsv" else ","
+    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
     data = files.read_text(path, MAX_BYTES)
-    reader = csv.DictReader(io.StringIO(data, newline=""), delimiter=delimiter, restval="")
+    reader = csv.DictReader(
+        io.StringIO(data, newline=""), delimiter=delimiter, restval="", quoting=quoting
+    )
     try:
         required(dict.fromkeys(reader.fieldnames or ()), f"{files.shown(path)}, line 1", *columns)
         for row in reader:

@@ -29,6 +29,7 @@ from metamorph_jax.sampling.results import Reply, TextPart, stem
 
 _CHUNK = 32  # batches whose images are written, and whose lengths are sorted, at a time
 _NAMED = 5  # failures of a task that are printed; all of them are in scores.json
+_NOT_DRAWN = "not_drawn"
 
 Failed = Callable[[Request, Exception], None]
 
@@ -87,6 +88,7 @@ class Asking:
     Attributes:
         answers: id of a question -> answer.
         failures: id of a question that could not be asked -> why.
+        missed: ids of those of them that needed an image which the model had not drawn.
         shown: id of a question -> files of its images.
     """
 
@@ -98,6 +100,7 @@ class Asking:
         self.options = decoding(task, options)
         self.answers: dict[str, Answer] = {}
         self.failures: dict[str, str] = {}
+        self.missed: set[str] = set()
         self.shown: dict[str, tuple[str, ...]] = {}
 
     def all(self, questions: Sequence[Question]) -> None:
@@ -145,6 +148,8 @@ class Asking:
                 self.shown[question.id] = places
             except FAULTS as error:
                 failed(request, error)
+                if isinstance(error, BadSample) and error.reason == _NOT_DRAWN:
+                    self.missed.add(question.id)
         ask = self._compared if self.task.form == "choose" else self._generated
         for id, answer in ask({q.id: q for q in questions}, requests, failed):
             self.answers[id] = answer
@@ -194,7 +199,7 @@ class Asking:
         """The file of an image that was drawn for an earlier question."""
         answer = self.answers.get(picture.id)
         if answer is None or not answer.images:
-            raise BadSample("not_drawn", f"no image was drawn for question {picture.id}")
+            raise BadSample(_NOT_DRAWN, f"no image was drawn for question {picture.id}")
         return answer.images[0]
 
     def _place(self, question: Question, number: int) -> pathlib.Path:

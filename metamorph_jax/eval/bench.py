@@ -70,7 +70,8 @@ class Result:
     Attributes:
         task: it.
         questions: how many were asked.
-        records: of those that were answered.
+        records: of those that were answered, and, with "missed", of those that could not be asked
+            because the model had not drawn the image that they need.
         failures: id of a question that could not be asked -> why.
         settings: what the answers depend on.
         scores: metric -> value; intervals: metric -> (low, high); methods: how intervals were
@@ -93,7 +94,12 @@ class Result:
     @property
     def unparsed(self) -> int:
         """Replies that the task, or a judge, could not make sense of."""
-        return sum(record.get("parsed") is False for record in self.records)
+        return sum(r.get("parsed") is False and not r.get("missed") for r in self.records)
+
+    @property
+    def answered(self) -> int:
+        """Questions that have an answer."""
+        return sum(not record.get("missed") for record in self.records)
 
     @property
     def cut(self) -> int:
@@ -118,7 +124,7 @@ class Result:
             "intervals": {name: list(pair) for name, pair in self.intervals.items()},
             "bootstrap": {how: list(names) for how, names in self.methods.items()},
             "without_intervals": self.without_intervals,
-            "questions": self.questions, "answered": len(self.records), "failed": self.reasons,
+            "questions": self.questions, "answered": self.answered, "failed": self.reasons,
             "failures": dict(self.failures), "unparsed": self.unparsed, "cut": self.cut,
             "settings": dict(self.settings), "prompt": self.records[0]["prompt"],
             "files": [str(file) for file in self.files], "seconds": round(self.seconds, 1),
@@ -166,10 +172,12 @@ def _run(task: Task, model: Answering, folder: pathlib.Path, settings: Settings,
     with sound(task):
         records = [
             _record(task, question, asking.answers[question.id], asking.shown[question.id])
-            for question in questions
             if question.id in asking.answers
+            else _record(task, question, Answer(""), ()) | {"missed": True}
+            for question in questions
+            if question.id in asking.answers.keys() | asking.missed
         ]
-    if not records:
+    if not asking.answers:
         why = next(iter(asking.failures.values()), "it has none")
         raise UserError(f"task {task.name}: no question could be answered: {why}")
     if judge is not None and task.judged:

@@ -28,8 +28,8 @@ def table(results: Sequence[Result]) -> str:
         scores = result.scores or {"no scores": float("nan")}
         for metric, value in scores.items():
             first = metric == next(iter(scores))
-            asked = f"{len(result.records):,} of {result.questions:,}"
-            if len(result.records) == result.questions:
+            asked = f"{result.answered:,} of {result.questions:,}"
+            if result.answered == result.questions:
                 asked = f"{result.questions:,}"
             rows.append((
                 shown(result.task.name, 60) if first else "", shown(metric, 60),
@@ -67,7 +67,12 @@ def notes(result: Result) -> list[str]:
         reasons = ", ".join(f"{count:,} {shown(why)}" for why, count in result.reasons.items())
         found.append(f"{name}: {len(result.failures):,} questions could not be asked ({reasons})")
     if result.unparsed:
-        found.append(f"{name}: {result.unparsed:,} replies could not be read as an answer")
+        what = (
+            "have no usable image"
+            if result.task.form == "draw"
+            else "could not be read as an answer"
+        )
+        found.append(f"{name}: {result.unparsed:,} replies {what}")
     if result.cut:
         found.append(f"{name}: {result.cut:,} replies were cut off by the number of new tokens")
     if result.task.judged and (left := sum(r["score"] is None for r in result.records)):
@@ -104,7 +109,7 @@ def _overview(result: Result) -> list[str]:
         result.task.main if result.task.main in result.scores else next(iter(result.scores), "")
     )
     score = number(result.scores[metric]) if metric else "–"
-    return [result.task.name, metric, score, interval(result, metric), f"{len(result.records):,}"]
+    return [result.task.name, metric, score, interval(result, metric), f"{result.answered:,}"]
 
 
 def _task(result: Result) -> list:

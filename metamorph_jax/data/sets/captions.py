@@ -34,6 +34,12 @@ class Captioned:
     domain: str = ""
 
 
+def cleaned(caption: str) -> str:
+    """A caption as BLIP (github.com/salesforce/BLIP) and its heirs clean it: in lower case, with
+    blanks for some punctuation (not for commas, apostrophes and hyphens)."""
+    return re.sub(r"\s{2,}", " ", re.sub(r"[.!\"()*#:;~]", " ", caption.lower())).strip()
+
+
 def karpathy(path: str, splits: Collection[str], key: str, folder: str = "") -> Iterator[Captioned]:
     """The images of these splits, in the order of the file.
 

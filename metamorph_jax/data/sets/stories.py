@@ -5,6 +5,7 @@ VIST (Huang et al. 2016, arXiv 1604.03968), one of
     {train,val,test}.story-in-sequence.json     {split}/<photo_flickr_id>.jpg           as published
     annotations/{split}_formatted_filtered.json images/{split}_images/<image_id>.png    MM-Interleaved
     annotations/{split}_formatted.json          likewise                                GILL
+    {split}_cleaned.json, {split}_image_mapping.json     the paths in the latter        MiniGPT-5
 
 PororoSV and FlintstonesSV as StoryDALL-E (arXiv 2209.06192) hands them out:
 
@@ -130,27 +131,43 @@ def vist(root: str, split: str, text: str = "text") -> Stories:
     """
     root = pathlib.Path(root)
     formatted = [f"annotations/{split}_formatted{end}.json" for end in ("_filtered", "")]
-    path = _there(root, *formatted, f"{split}.story-in-sequence.json")
+    path = _there(root, *formatted, f"{split}.story-in-sequence.json", f"{split}_cleaned.json")
+    if path.endswith("_cleaned.json"):
+        places = reading.json_file(_there(root, f"{split}_image_mapping.json"), dict)
+        rows = reading.json_file(path, dict)
+        return _kept(_vist_ordered(rows, _mapped(root, places), path), files.shown(path))
     table = reading.required(reading.json_file(path, dict), files.shown(path), "annotations")
     rows = table["annotations"]
     if path.endswith("story-in-sequence.json"):
         return _kept(_vist_published(rows, root, split, text, path), files.shown(path))
-    return _kept(_vist_formatted(rows, root, split, path), files.shown(path))
-
-
-def _vist_formatted(rows, root: pathlib.Path, split: str, path: str) -> Iterator[Story]:
     if not isinstance(rows, dict):
         raise FileError(f'{files.shown(path)}: "annotations" is not an object of stories')
+    folder = root / "images" / f"{split}_images"
+    image = lambda id, where: _inside(folder, f"{id}.png", where)  # noqa: E731
+    return _kept(_vist_ordered(rows, image, path), files.shown(path))
+
+
+def _mapped(root: pathlib.Path, places: dict) -> Callable[[str, str], str]:
+    """(id of an image, where it is named) -> its path, by a table of paths; that of no file, if it
+    isn't there."""
+
+    def image(id, where: str) -> str:
+        place = places.get(str(id), f"{id} (not in the table of images)")
+        reading.text_list([place], f"{where}: the path of image {files.shown(id, 60)}")
+        return _inside(root, place, where)
+
+    return image
+
+
+def _vist_ordered(rows: dict, image: Callable[[str, str], str], path: str) -> Iterator[Story]:
     for id, frames in rows.items():
         where = f"{files.shown(path)}, story {files.shown(id, 60)}"
         keys = ("image_id", "sequence_index")
         frames = [reading.required(row, where, *keys, texts=("caption",)) for row in frames]
         frames.sort(key=lambda row: row["sequence_index"])
-        folder = root / "images" / f"{split}_images"
-        yield Story(id, tuple(
-            Frame(row["caption"], _inside(folder, f"{row['image_id']}.png", where))
-            for row in frames
-        ))  # fmt: skip
+        yield Story(
+            id, tuple(Frame(row["caption"], image(row["image_id"], where)) for row in frames)
+        )
 
 
 def _vist_published(rows, root: pathlib.Path, split: str, text: str, path: str) -> Iterator[Story]:

@@ -36,6 +36,8 @@ def add_arguments(parser) -> None:
     add("--fid-size", default="256", metavar="N|none",
         help="side that images are brought to before Inception, in papers 64 or 256; none: as they "
         "are (default: 256)")  # fmt: skip
+    add("--fid-whole", action="store_true",
+        help="--fid-size is the short side, nothing is cut out (MiniGPT-5)")  # fmt: skip
     add("--fid-64", action="store_true",
         help="FID at 64 px, too, as MM-Interleaved measures it")  # fmt: skip
     add("--clip", default="", metavar="SPEC", help="CLIP weights: hf:OWNER/NAME or a folder")
@@ -67,7 +69,7 @@ def run(args) -> int:
         return _run_segmented(args)
     asked = measures.Measures(
         args.inception, args.tower, args.clip, _size(args.fid_size), args.fid_64, args.prefix,
-        args.statistics,
+        args.statistics, args.fid_whole,
     )  # fmt: skip
     _check(args)
     found = measures.score(gather(args.drawn, args.real, args.captions, args.paired), asked)

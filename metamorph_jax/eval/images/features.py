@@ -45,10 +45,12 @@ class ImageSet:
         size: the short side is made this long (bicubic) and the centre is cut out, before anything
             else; None: images stay as they are. 64 and 256 are in use for FID, and give numbers
             that can't be compared with each other.
+        whole: nothing is cut out, and the resize is bilinear (torchvision's `Resize`).
     """
 
     paths: tuple[str, ...]
     size: int | None = None
+    whole: bool = False
 
     @classmethod
     def of_folder(cls, folder: str | os.PathLike, size: int | None = None) -> "ImageSet":
@@ -68,7 +70,18 @@ class ImageSet:
         image = images.decode(images.read_bytes(path), path)
         if self.size is None:
             return image
+        if self.whole:
+            return _resized(image, self.size)
         return Image.fromarray(Preprocess(self.size, "crop")(image))
+
+
+def _resized(image: Image.Image, short: int) -> Image.Image:
+    """The image with this short side; BadSample if it is so long that it would be too large."""
+    w, h = image.size
+    size = (short, int(short * h / w)) if w <= h else (int(short * w / h), short)
+    if size[0] * size[1] > images.MAX_PIXELS:
+        raise BadSample("too_long", f"{w} x {h} pixels with a short side of {short}")
+    return image.resize(size, Image.Resampling.BILINEAR)
 
 
 @dataclasses.dataclass(frozen=True)

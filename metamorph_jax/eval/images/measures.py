@@ -1,13 +1,15 @@
 """What a set of drawn images scores.
 
     FID, inception score      Inception      against real images; alone
+    mean FID of single groups Inception      of the few images of each story, say
     feature distance (TOWER)  any tower      against real images; never called FID
     CLIP, image-text          CLIP           with the caption that each was drawn from
     CLIP, image-image         CLIP           with the real image that belongs to each
 
-CLIP's are mean cosines. `CLIPScore` is 2.5 max(cos, 0); the published one is that of ViT-B/32 with
-the prefix "A photo depicts". A score without the network, its weights, the size of images and the
-prefix means nothing, so `settings` goes wherever scores go.
+CLIP's are mean cosines of the images that there are, and once more with 0 for each image that was
+to be drawn and was not, where that is known. `CLIPScore` is 2.5 max(cos, 0); the published one is
+that of ViT-B/32 with the prefix "A photo depicts". A score without the network, its weights, the
+size of images and the prefix means nothing, so `settings` goes wherever scores go.
 """
 
 import dataclasses
@@ -22,6 +24,7 @@ from metamorph_jax.eval.images.features import Features, ImageSet
 
 TEXT, IMAGE, CLIPSCORE = "CLIP, image-text", "CLIP, image-image", "CLIPScore"
 INCEPTION, DEVIATION = "inception score", "inception score, deviation"
+FAILED = ", failures as 0"  # after the name of a mean that counts images that were not drawn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +42,9 @@ class Measures:
         statistics: .npz of the real images' Inception features, in place of the images themselves
             (`statistics.read_gaussian`), at the same `fid_size`. If it isn't there yet, it is
             written.
+        fid_whole: `fid_size` is the short side (bilinear), and nothing is cut out: MiniGPT-5's
+            numbers are such.
+        full_score: the inception score is of the images as they are, not at `fid_size`.
     """
 
     inception: str = ""
@@ -48,6 +54,8 @@ class Measures:
     fid_64: bool = False
     prefix: str = ""
     statistics: str = ""
+    fid_whole: bool = False
+    full_score: bool = False
 
     def __post_init__(self):
         if self.fid_size is not None and not 1 <= self.fid_size <= 4096:
@@ -57,7 +65,24 @@ class Measures:
     @property
     def fid(self) -> str:
         """The name of FID at this size."""
-        return "FID (images as they are)" if self.fid_size is None else f"FID ({self.fid_size} px)"
+        return f"FID ({self.at})"
+
+    @property
+    def at(self) -> str:
+        """The size of images for FID, in words."""
+        if self.fid_size is None:
+            return "images as they are"
+        return f"{self.fid_size} px" + ", not cut" * self.fid_whole
+
+    @property
+    def score(self) -> tuple[str, str]:
+        """The names of the inception score and of its deviation."""
+        where = " (images as they are)" if self.full_score and self.fid_size is not None else ""
+        return INCEPTION + where, DEVIATION + where
+
+    def images(self, paths: Sequence[str]) -> ImageSet:
+        """A set of images as FID sees them."""
+        return ImageSet(tuple(paths), self.fid_size, self.fid_whole)
 
     @property
     def reference_fid(self) -> str:
@@ -79,12 +104,18 @@ class Drawn:
         captions: that they were drawn from, as many; () or None for one: unknown.
         partners: the real image that belongs to each, as many; likewise.
         real: the set of real images that distances are to; (): no distances.
+        failed: images that were to be drawn and were not; None: unknown.
+        groups: what each belongs to, as many; (): there is no mean FID of groups.
+        group: what a group is called.
     """
 
     paths: tuple[str, ...]
     captions: tuple[str | None, ...] = ()
     partners: tuple[str | None, ...] = ()
     real: tuple[str, ...] = ()
+    failed: int | None = None
+    groups: tuple[str, ...] = ()
+    group: str = "groups"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +145,8 @@ def score(drawn: Drawn, measures: Measures) -> Scores:
     found = Scores({}, {}, [], {}, dataclasses.asdict(measures))
     found.settings["images"] = len(drawn.paths)
     found.settings["real_images"] = len(drawn.real)
+    if drawn.failed is not None:
+        found.settings["not_drawn"] = drawn.failed
     if measures.inception:
         _inception(drawn, measures, found)
     if measures.tower and drawn.real:
@@ -128,7 +161,7 @@ def score(drawn: Drawn, measures: Measures) -> Scores:
 
 def _inception(drawn: Drawn, measures: Measures, found: Scores) -> None:
     network = features.open_inception(measures.inception)
-    mine = network.features(ImageSet(drawn.paths, measures.fid_size))
+    mine = network.features(measures.images(drawn.paths))
     found.bad.update(mine.bad)
     real = _real(network, drawn, measures, found)
     if real is not None:
@@ -136,23 +169,50 @@ def _inception(drawn: Drawn, measures: Measures, found: Scores) -> None:
     if measures.fid_64 and drawn.real:
         pair = [network.gaussian(ImageSet(paths, 64))[0] for paths in (drawn.paths, drawn.real)]
         _distance(measures.reference_fid, *pair, found)
+    if drawn.groups:
+        _groups(network, mine, drawn, measures, found)
+    if measures.full_score and measures.fid_size is not None:
+        mine = network.features(ImageSet(drawn.paths))
     try:
-        mean, deviation = statistics.inception_score(network.logits(mine.values))
-        found.values.update({INCEPTION: mean, DEVIATION: deviation})
+        score = statistics.inception_score(network.logits(mine.values))
+        found.values.update(zip(measures.score, score, strict=True))
     except DataError as error:
         found.notes.append(f"no {INCEPTION}: {error}")
+
+
+def _groups(network, mine: Features, drawn: Drawn, measures: Measures, found: Scores) -> None:
+    """The mean over groups of the FID between a group's images and the real ones of the same."""
+    name = f"mean FID of single {drawn.group} ({measures.at})"
+    rows = [row for row, i in enumerate(mine.kept) if drawn.partners[i]]
+    real = network.features(measures.images(drawn.partners[mine.kept[row]] for row in rows))
+    pairs: dict[str, list] = {group: [] for group in drawn.groups}
+    for k, vector in zip(real.kept, real.values, strict=True):
+        row = rows[k]
+        pairs[drawn.groups[mine.kept[row]]].append((mine.values[row], vector))
+    whole = [own for own in pairs.values() if len(own) > 1]
+    if whole:
+        distances = [statistics.frechet_distance_of_few(*map(np.stack, zip(*own, strict=True)))
+                     for own in whole]  # fmt: skip
+        found.values[name] = float(np.mean(distances))
+        found.intervals[name] = statistics.interval(distances)
+    few = len(pairs) - len(whole)
+    found.notes.append(
+        f"{name}: of {len(whole)} {drawn.group}; covariances of so few images are singular, so it "
+        "compares only with numbers that were made alike"
+        + (f"; {few} with fewer than two images are left out" if few else "")
+    )
 
 
 def _real(network, drawn: Drawn, measures: Measures, found: Scores) -> statistics.Gaussian | None:
     """The Gaussian of the real images, from a file or from them."""
     if os.path.exists(measures.statistics):
-        return statistics.read_gaussian(measures.statistics, measures.fid_size)
+        return statistics.read_gaussian(measures.statistics, measures.fid_size, measures.fid_whole)
     if not drawn.real:
         return None
-    real, bad = network.gaussian(ImageSet(drawn.real, measures.fid_size))
+    real, bad = network.gaussian(measures.images(drawn.real))
     found.bad.update(bad)
     if measures.statistics and real.count > 1:
-        statistics.write_gaussian(measures.statistics, real, measures.fid_size)
+        statistics.write_gaussian(measures.statistics, real, measures.fid_size, measures.fid_whole)
     return real
 
 
@@ -183,8 +243,8 @@ def _clip(drawn: Drawn, measures: Measures, found: Scores) -> None:
     found.bad.update(mine.bad)
     cosine, cut = text_cosines(network, mine, drawn.captions, measures.prefix)
     if len(cosine):
-        _mean(TEXT, cosine, found)
-        _mean(CLIPSCORE, statistics.clipscore(cosine), found)
+        _mean(TEXT, cosine, drawn.failed, found)
+        _mean(CLIPSCORE, statistics.clipscore(cosine), drawn.failed, found)
         if cut:
             found.notes.append(f"{cut} captions were cut to CLIP's {network.length} tokens")
     kept = [(row, drawn.partners[i]) for row, i in enumerate(mine.kept)
@@ -193,7 +253,8 @@ def _clip(drawn: Drawn, measures: Measures, found: Scores) -> None:
         real = network.features(ImageSet(tuple(path for _, path in kept)))
         found.bad.update(real.bad)
         rows = [kept[i][0] for i in real.kept]
-        _mean(IMAGE, statistics.cosines(mine.values[rows], real.values), found)
+        cosine = statistics.cosines(mine.values[rows], real.values)
+        _mean(IMAGE, cosine, drawn.failed, found)
 
 
 def text_cosines(
@@ -209,9 +270,14 @@ def text_cosines(
     return statistics.cosines(images.values[list(rows)], vectors), cut
 
 
-def _mean(name: str, values: np.ndarray, found: Scores) -> None:
-    found.values[name] = float(values.mean())
-    found.intervals[name] = statistics.interval(values)
+def _mean(name: str, values: np.ndarray, failed: int | None, found: Scores) -> None:
+    """Adds the mean of float[N], and where failures are known, the one in which they are zeros."""
+    both = {name: values}
+    if failed is not None:
+        both[name + FAILED] = np.concatenate([values, np.zeros(failed)])
+    for each, numbers in both.items():
+        found.values[each] = float(numbers.mean())
+        found.intervals[each] = statistics.interval(numbers)
 
 
 def as_json(found: Scores) -> dict:

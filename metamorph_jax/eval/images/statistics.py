@@ -88,39 +88,83 @@ class Gaussian:
         )
 
 
-def read_gaussian(path: str | os.PathLike, size: int | None = None) -> Gaussian:
+def read_gaussian(path: str | os.PathLike, size: int | None = None, whole=False) -> Gaussian:
     """The Gaussian of a file of statistics.
 
     Args:
         path: .npz with "mu" float[C] and "sigma" float[C, C], as pytorch-fid writes it, and perhaps
-            "count" (without it, the images are taken to be enough) and "size" (0: as they are).
-        size: that images were to be brought to.
+            "count" (without it, the images are taken to be enough), "size" (0: as they are) and
+            "whole"; or .pt with running sums, as MiniGPT-5 keeps those of CC3M (`_running_sums`).
+        size, whole: of `features.ImageSet`, that images were to be brought to. Files that don't say
+            theirs are taken to be of these.
 
     Raises:
         FileError: it is not such a file, or of another size.
     """
+    if str(path).endswith(".pt"):
+        return _running_sums(path)
+    asked = (size or 0, bool(size and whole))
     try:
         with np.load(files.regular(path), allow_pickle=False) as found:
             mean, covariance = (np.asarray(found[name], np.float64) for name in ("mu", "sigma"))
             count = int(found["count"]) if "count" in found else len(mean) + 1
-            own = int(found["size"]) if "size" in found else size or 0
+            own = int(found["size"]) if "size" in found else asked[0]
+            own = (
+                own,
+                bool(found["whole"]) if "whole" in found else "size" not in found and asked[1],
+            )
     except _DAMAGED as error:
         raise FileError(f"{files.shown(path)} is not a file of statistics (.npz with mu and sigma):"
                         f" {files.shown(error)}") from error  # fmt: skip
-    shaped = mean.ndim == 1 and len(mean) and covariance.shape == mean.shape * 2 and count > 1
-    if not (shaped and np.isfinite(mean).all() and np.isfinite(covariance).all()):
+    if not (_sound(mean, covariance) and count > 1):
         raise FileError(f"{files.shown(path)}: mu {mean.shape} and sigma {covariance.shape} of "
                         f"{count} images are no mean and covariance")  # fmt: skip
-    if own != (size or 0):
-        raise FileError(f"{files.shown(path)} is of images at fid_size {own or None}, not {size}")
+    if own != asked:
+        cut = {True: ", not cut", False: ""}
+        raise FileError(f"{files.shown(path)} is of images at fid_size {own[0] or None}"
+                        f"{cut[own[1]]}, not {size}{cut[asked[1]]}")  # fmt: skip
     return Gaussian(count, mean, covariance * (count - 1))
 
 
-def write_gaussian(path: str | os.PathLike, gaussian: Gaussian, size: int | None = None) -> None:
+def _sound(mean: np.ndarray, covariance: np.ndarray) -> bool:
+    shaped = mean.ndim == 1 and len(mean) and covariance.shape == mean.shape * 2
+    return bool(shaped and np.isfinite(mean).all() and np.isfinite(covariance).all())
+
+
+def _running_sums(path: str | os.PathLike) -> Gaussian:
+    """The Gaussian of a torch file with [sum x, sum x x^T, number] of torchmetrics' features.
+
+    Raises:
+        FileError: it holds something else; or torch is missing.
+    """
+    from metamorph_jax.convert import archives
+
+    archives.check(path)
+    try:
+        import torch
+
+        found = torch.load(files.regular(path), map_location="cpu", weights_only=True)
+        total, outer, count = (np.asarray(part, np.float64) for part in found)
+        count = int(count)
+    except ImportError as error:
+        raise FileError(f"{files.shown(path)}: torch files need the oracle extra") from error
+    except (TypeError, ValueError, RuntimeError, OSError) as error:
+        raise FileError(f"{files.shown(path)} holds no running sums (sum, sum of outer products, "
+                        f"number): {files.shown(error)}") from error  # fmt: skip
+    if not _sound(total, outer) or count < 2:
+        raise FileError(f"{files.shown(path)}: sums {total.shape} and {outer.shape} of {count} "
+                        "images are no statistics")  # fmt: skip
+    mean = total / count
+    return Gaussian(count, mean, outer - count * np.outer(mean, mean))
+
+
+def write_gaussian(
+    path: str | os.PathLike, gaussian: Gaussian, size: int | None = None, whole: bool = False
+) -> None:
     """Writes what `read_gaussian` and pytorch-fid read."""
     named = {"mu": gaussian.mean, "sigma": gaussian.covariance, "count": gaussian.count}
     data = io.BytesIO()
-    np.savez(data, **named, size=size or 0)
+    np.savez(data, **named, size=size or 0, whole=bool(size and whole))
     files.write_whole(path, data.getvalue())
 
 
@@ -148,6 +192,28 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     apart = a.mean - b.mean
     trace = np.trace(first) + np.trace(second) - 2 * np.trace(root)
     return float(apart @ apart + trace)
+
+
+def frechet_distance_of_few(a: np.ndarray, b: np.ndarray) -> float:
+    """`frechet_distance` of two small sets, from their features, without a matrix of all features.
+
+    With centred features A, B, divided by the roots of their numbers less one, C1 = A^T A and
+    C2 = B^T B, so that Tr (C1 C2)^(1/2) is the sum of the singular values of A B^T.
+
+    a, b: float[n, C], float[m, C]
+
+    Raises:
+        DataError: a set has fewer than two images, or features differ in number.
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.shape[1] != b.shape[1]:
+        raise DataError(f"{a.shape[1]} features against {b.shape[1]}: two different networks")
+    if min(len(a), len(b)) < 2:
+        raise DataError(f"a covariance needs at least 2 images, not {min(len(a), len(b))}")
+    apart = a.mean(0) - b.mean(0)
+    a, b = ((x - x.mean(0)) / math.sqrt(len(x) - 1) for x in (a, b))
+    root = np.linalg.svd(a @ b.T, compute_uv=False).sum()
+    return float(apart @ apart + (a**2).sum() + (b**2).sum() - 2 * root)
 
 
 def _quiet_root(linalg, matrix: np.ndarray) -> np.ndarray:

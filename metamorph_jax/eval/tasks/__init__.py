@@ -22,6 +22,7 @@ _HERE = "metamorph_jax.eval.tasks"
 # Name -> module:Class; names in lower case. The folder under the bench root has the same name.
 TASKS = {
     "ade20k": f"{_HERE}.segmentation_drawing:Ade20k",
+    "cc3m": f"{_HERE}.cc3m:CC3M",
     "chartqa": f"{_HERE}.chartqa:ChartQA",
     "coco30k": f"{_HERE}.coco_drawing:Coco30k",
     "coco30k_rows": f"{_HERE}.coco_drawing:Coco30kRows",

@@ -92,6 +92,8 @@ class Question:
             "": the question is its own. Confidence intervals are over units.
         groups: what scores are broken down by: {"category": "color"}. JSON-able.
         more: further fields of the official answer file. JSON-able.
+        literal: the prompt is all that the model reads, in a wording of its own: no chat template
+            is put around it.
     """
 
     id: str
@@ -103,6 +105,7 @@ class Question:
     unit: str = ""
     groups: Mapping[str, str] = dataclasses.field(default_factory=dict)
     more: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    literal: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

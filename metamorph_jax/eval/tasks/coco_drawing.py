@@ -54,6 +54,7 @@ class CaptionDrawing(MeasuredDrawing):
     Attributes:
         count: captions that are drawn from; seed: of their choice.
         prompt: what the model is asked; `{caption}` stands for the caption.
+        literal: without a chat template around it, see `base.Question`.
         candidates: images of each caption, of which the one that CLIP finds most like the caption
             counts.
         protocol: "mm-interleaved" (rows and narratives) asks with the caption alone, at its
@@ -63,6 +64,7 @@ class CaptionDrawing(MeasuredDrawing):
     count: int = 30_000
     seed: int = 0
     prompt: str = "Generate an image of the following: {caption}"
+    literal: bool = False
     candidates: int = 1
     protocol: str = ""
 
@@ -91,7 +93,8 @@ class CaptionDrawing(MeasuredDrawing):
             for k in range(self.candidates):
                 id = f"{caption.id}-{k}" if self.candidates > 1 else caption.id
                 more = {"caption": caption.text, "real": caption.image}
-                yield Question(id, text, gold=caption.text, unit=caption.id, more=more)
+                yield Question(id, text, gold=caption.text, unit=caption.id, more=more,
+                               literal=self.literal)  # fmt: skip
 
     def finish(self, records: Sequence[Record]) -> list[Record]:
         """With "score" the cosine of caption and image, where there is a CLIP."""
@@ -112,6 +115,10 @@ class CaptionDrawing(MeasuredDrawing):
         for group in by_unit([record for record in records if record.get("drawn")]).values():
             best.append(max(group, key=lambda r: -np.inf if r["score"] is None else r["score"]))
         return best
+
+    def failed(self, records: Sequence[Record]) -> int:
+        """Captions without an image."""
+        return len(by_unit(records)) - len(self.chosen(records))
 
 
 @dataclasses.dataclass(frozen=True)

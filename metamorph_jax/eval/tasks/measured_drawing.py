@@ -1,7 +1,10 @@
 """What tasks share whose drawn images are measured by networks: FID, CLIP, inception score.
 
 Of each record, `more` holds the "caption" that was drawn from and the "real" image that belongs to
-it. The measures and their settings are those of `metamorph score` (`eval/images/measures.py`).
+it. CLIP's means are given over the images that were drawn, and once more with 0 for each that was
+not: one that the model declined to draw, or could not because it had not drawn the one before.
+
+The measures and their settings are those of `metamorph score` (`eval/images/measures.py`).
 """
 
 import dataclasses
@@ -21,7 +24,8 @@ MEASURES = tuple(field.name for field in dataclasses.fields(measures.Measures))
 @dataclasses.dataclass(frozen=True)
 class MeasuredDrawing(Task):
     """Attributes:
-    inception, tower, clip, fid_size, fid_64, prefix, statistics: see `measures.Measures`.
+    inception, tower, clip, fid_size, fid_64, prefix, statistics, fid_whole, full_score: see
+        `measures.Measures`.
     """
 
     inception: str = ""
@@ -31,6 +35,8 @@ class MeasuredDrawing(Task):
     fid_64: bool = False
     prefix: str = ""
     statistics: str = ""
+    fid_whole: bool = False
+    full_score: bool = False
 
     form: ClassVar[str] = "draw"
     max_new_tokens: ClassVar[int] = 256
@@ -64,6 +70,15 @@ class MeasuredDrawing(Task):
     def chosen(self, records: Sequence[Record]) -> list[Record]:
         """The records whose images are scored."""
         return [record for record in records if record.get("drawn")]
+
+    def failed(self, records: Sequence[Record]) -> int:
+        """How many images were to be drawn and were not."""
+        return len(records) - len(self.chosen(records))
+
+    def groups(self, records: Sequence[Record]) -> tuple[tuple[str, ...], str]:
+        """(what the image of each of these records belongs to, for the mean FID of groups, or (),
+        what a group is called)."""
+        return (), "groups"
 
     # ---- the contract of tasks
 
@@ -104,14 +119,16 @@ class MeasuredDrawing(Task):
         paths = tuple(record["drawn"][0] for record in kept)
         if not paths:
             return None
-        if paths not in self._known:
+        key = paths, self.failed(records)
+        if key not in self._known:
             used = [record["more"]["real"] for record in kept]
             captions = tuple(record["more"]["caption"] for record in kept)
-            drawn = measures.Drawn(paths, captions, tuple(used), self.real(used))
-            found = self._known[paths] = measures.score(drawn, self.asked)
+            drawn = measures.Drawn(paths, captions, tuple(used), self.real(used), key[1],
+                                   *self.groups(kept))  # fmt: skip
+            found = self._known[key] = measures.score(drawn, self.asked)
             for note in found.notes:
                 print(f"{self.name}: {shown(note, 500)}", file=sys.stderr)
-        return self._known[paths]
+        return self._known[key]
 
     @cached_property
     def _known(self) -> dict:
@@ -120,5 +137,9 @@ class MeasuredDrawing(Task):
 
 def _as_shown(name: str) -> tuple[str, int]:
     """(name in the table, factor) of a measure."""
-    hundred = name in (measures.TEXT, measures.IMAGE, measures.CLIPSCORE)
+    hundred = name.removesuffix(measures.FAILED) in (
+        measures.TEXT,
+        measures.IMAGE,
+        measures.CLIPSCORE,
+    )
     return (f"100 x {name}", 100) if hundred else (name, 1)

@@ -12,13 +12,24 @@ A frame that the model drew stands in the prompts of later ones (`history=drawn`
 are drawn one after another; with `history=true`, true frames do.
 
 Scores: FID, whose name has the size of the images, between all drawn and all true frames, and the
-mean CLIP cosine of each with its true frame. `official/stories.html` shows the stories.
+mean CLIP cosines of each with its true frame and with its caption. `story_fid=true` adds the mean of
+the FIDs of single stories, of at most five images each. `official/stories.html` shows the stories.
+
+`protocol=minigpt5` asks as that paper (Zheng et al. 2023, arXiv 2310.02239) does: every frame, with
+true frames as history. Its variants are
+
+    final step      protocol=minigpt5,frames=last
+    multi-step      protocol=minigpt5, and context=all, text, images or current
+
+Its code draws one of two wordings by chance, of which the first is taken here, and compares images
+with the target of training, a row of image tokens, in place of the caption.
 """  # noqa: E501
 
 import dataclasses
 import hashlib
 import io
 import pathlib
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from functools import cached_property, partial
@@ -45,8 +56,15 @@ from metamorph_jax.eval.tasks.base import (
     one_of,
     write_json,
 )
+from metamorph_jax.eval.tasks.cc3m import DECODED, MEASURED
 from metamorph_jax.eval.tasks.measured_drawing import MeasuredDrawing
 
+MINIGPT5 = (
+    "Give the following images in <Img>ImageContent</Img> format. You will be able to see the "
+    "images once I provide it to you. Please understanding images and generate story.###Human:"
+    "{history} %s ###Assistant:"
+)
+TAGGED = f"<Img>{IMAGE}</Img>"
 CONTEXTS = ("all", "images", "text", "current")
 SHOWN = 48  # stories on the page
 _SIDE = 160  # pixels of a frame on the page, at most
@@ -61,9 +79,14 @@ class StoryDrawing(MeasuredDrawing):
         or numbers from 1, as in "2+4". MM-Interleaved's "all" never has the fifth: 1+2+3+4.
     context: what the model reads, one of `CONTEXTS`.
     history: "drawn" or "true" frames in it.
-    prompt: what the model is asked; `{story}` stands for the context.
+    prompt: what the model is asked; `{story}` stands for the context, or `{history}` for what comes
+        before the caption, with a line break after it if it is not empty, and `{caption}` for that.
+    mark: how a frame is written in `{history}`.
+    literal: the prompt is without a chat template around it, see `base.Question`.
     seed: of the choice of a frame in a clip.
-    protocol: "mm-interleaved" measures FID at 64 px and draws at its guidance of 3.5.
+    story_fid: the mean of the FIDs of single stories, too.
+    protocol: "mm-interleaved" measures FID at 64 px and draws at its guidance of 3.5; "minigpt5" see
+        above.
     """
 
     split: str = "test"
@@ -71,17 +94,31 @@ class StoryDrawing(MeasuredDrawing):
     context: str = "all"
     history: str = "drawn"
     prompt: str = "{story}"
+    mark: str = IMAGE
+    literal: bool = False
     seed: int = 0
+    story_fid: bool = False
     protocol: str = ""
 
-    protocols: ClassVar = {"mm-interleaved": Protocol({"fid_size": 64}, {"guidance": (3.5,)})}
+    scored_by: ClassVar[tuple[str, ...]] = (*MeasuredDrawing.scored_by, "story_fid")
+    protocols: ClassVar = {
+        "mm-interleaved": Protocol({"fid_size": 64}, {"guidance": (3.5,)}),
+        "minigpt5": Protocol({
+            "split": "val", "frames": "all", "history": "true", "literal": True, "mark": TAGGED,
+            "prompt": MINIGPT5 % "Generate an image with the scene description: {caption}",
+            "story_fid": True, **MEASURED,
+        }, DECODED),
+    }  # fmt: skip
     clips: ClassVar[bool] = False
 
     def __post_init__(self):
         super().__post_init__()
         one_of(self, split=sets.SPLITS, context=CONTEXTS, history=("drawn", "true"))
-        if "{story}" not in self.prompt:
-            raise ConfigError(f"task {self.name}: prompt must have {{story}}: {self.prompt!r}")
+        if not ("{story}" in self.prompt or "{caption}" in self.prompt):
+            raise ConfigError(f"task {self.name}: prompt must have {{story}} or {{caption}}: "
+                              f"{self.prompt!r}")  # fmt: skip
+        if self.mark.count(IMAGE) != 1:
+            raise ConfigError(f"task {self.name}: mark must have one {IMAGE}: {self.mark!r}")
         self.targets  # noqa: B018  checks frames
 
     @property
@@ -127,10 +164,28 @@ class StoryDrawing(MeasuredDrawing):
         }  # fmt: skip
         return Question(
             f"{story.id}/{k + 1}",
-            self.prompt.replace("{story}", laid_out(story, k, self.context)),
+            self._prompt(story, k, bool(seen)),
             tuple(self._picture(story, i) for i in seen),
             gold=frame.text, unit=story.id, groups={"frame": str(k + 1)}, more=more,
+            literal=self.literal,
         )  # fmt: skip
+
+    def _prompt(self, story: Story, k: int, seen: bool) -> str:
+        parts = {
+            "{story}": laid_out(story, k, self.context),
+            "{history}": before(story, k, self.context, self.mark),
+            "{caption}": story.frames[k].text,
+        }
+        pattern = "|".join(map(re.escape, parts))
+        prompt = re.sub(pattern, lambda found: parts[found[0]], self.prompt)
+        if prompt.count(IMAGE) != k * seen:
+            raise ConfigError(f"task {self.name}: the prompt shows {prompt.count(IMAGE)} of "
+                              f"{k * seen} frames: {files.shown(prompt, 300)}")  # fmt: skip
+        return prompt
+
+    def groups(self, records: Sequence[Record]) -> tuple[tuple[str, ...], str]:
+        """The stories, where their own FIDs are wanted."""
+        return tuple(r["unit"] for r in records) if self.story_fid else (), "stories"
 
     def _picture(self, story: Story, k: int) -> Picture:
         """Frame k as later questions have it."""
@@ -189,6 +244,22 @@ def laid_out(story: Story, k: int, context: str) -> str:
     return IMAGE * (k if context == "images" else 0) + texts[-1]
 
 
+def before(story: Story, k: int, context: str, mark: str) -> str:
+    """What comes before the caption of frame k, as the context has it, with a line break after it;
+    "" if there is nothing.
+
+    mark: how a frame is written.
+    """
+    texts = [frame.text for frame in story.frames[:k]]
+    told = {
+        "all": "".join(text + mark for text in texts),
+        "images": mark * k,
+        "text": " ".join(texts),
+        "current": "",
+    }[context]
+    return f"{told}\n" if told else ""
+
+
 def _png(path: str, number: int) -> bytes:
     """A frame of a clip as a PNG file."""
     data = io.BytesIO()
@@ -208,8 +279,9 @@ class Vist(StoryDrawing):
 
     title: ClassVar[str] = "VIST, frames of stories"
     files: ClassVar[tuple[File, ...]] = (
-        File("test.story-in-sequence.json", "stories, or annotations/test_formatted_filtered.json",
-             "visionandlanguage.net/VIST, or MM-Interleaved's hub page"),
+        File("test.story-in-sequence.json", "stories, or annotations/test_formatted_filtered.json, "
+             "or val_cleaned.json with val_image_mapping.json",
+             "visionandlanguage.net/VIST, or MM-Interleaved's hub page, or MiniGPT-5's"),
         File("test", "images PHOTO_ID.jpg, or images/test_images/PHOTO_ID.png",
              "visionandlanguage.net/VIST"),
     )  # fmt: skip
@@ -220,7 +292,8 @@ class Vist(StoryDrawing):
 
     def stories(self) -> Stories:
         formatted = (f"annotations/{self.split}_formatted{end}.json" for end in ("_filtered", ""))
-        self.find(*formatted, f"{self.split}.story-in-sequence.json")
+        names = (*formatted, f"{self.split}.story-in-sequence.json", f"{self.split}_cleaned.json")
+        self.find(*names)
         return sets.vist(self.root, self.split, self.text)
 
 

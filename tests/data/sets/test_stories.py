@@ -32,6 +32,17 @@ def test_vist_as_mm_interleaved_lays_it_out(tmp_path):
     assert pathlib.Path(story.frames[3].image).name == "13.png"
 
 
+def test_vist_as_minigpt5_lays_it_out(tmp_path):
+    found = stories.vist(made.cleaned(tmp_path), "val")
+    assert [story.id for story in found.found] == ["1"]
+    assert [frame.text for frame in found.found[0].frames] == [f"frame {k} ." for k in range(5)]
+    assert found.found[0].frames[3].image == str(tmp_path / "val_images" / "000000013.jpg")
+    assert "1: an image is missing, such as" in found.message() and "24 (not in" in found.message()
+    made.put(tmp_path / "val_image_mapping.json", {"10": "../x.jpg"})
+    with pytest.raises(FileError, match="outside"):
+        stories.vist(tmp_path, "val")
+
+
 def test_vist_files_that_are_wrong(tmp_path):
     with pytest.raises(MissingFile, match="no annotations/val_formatted_filtered.json or .*val"):
         stories.vist(tmp_path, "val")

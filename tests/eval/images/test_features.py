@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from metamorph_jax.convert import names
-from metamorph_jax.errors import ConfigError, DataError, MissingFile, WeightError
+from metamorph_jax.errors import BadSample, ConfigError, DataError, MissingFile, WeightError
 from metamorph_jax.eval.images import features
 from metamorph_jax.eval.images.features import Extractor, ImageSet
 from metamorph_jax.eval.images.statistics import cosines
@@ -157,6 +157,19 @@ def test_size_cuts_out_the_centre(tmp_path):
     for size in (8, 64):
         image = np.asarray(ImageSet(path, size).open(path[0]))
         assert image.shape == (size, size, 3) and image[..., 1].max() == 0
+
+
+def test_size_without_a_cut(tmp_path):
+    """The short side is 8, the long one in proportion; as torchvision's `Resize` of an image."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (10, 35, 3), np.uint8))
+    image.save(tmp_path / "wide.png")
+    path = (str(tmp_path / "wide.png"),)
+    found = ImageSet(path, 8, whole=True).open(path[0])
+    exact = image.resize((28, 8), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(exact))
+    Image.new("RGB", (1, 60_000)).save(tmp_path / "line.png")
+    with pytest.raises(BadSample, match="too_long: 1 x 60000"):
+        ImageSet(path, 4096, whole=True).open(str(tmp_path / "line.png"))
 
 
 def test_broken_images_are_left_out_and_named(image_folders, tmp_path, monkeypatch):

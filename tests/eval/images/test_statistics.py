@@ -9,6 +9,8 @@ from metamorph_jax.errors import DataError, FileError
 from metamorph_jax.eval.images import statistics
 from metamorph_jax.eval.images.statistics import Gaussian, frechet_distance, inception_score
 
+from .conftest import ORACLE
+
 RNG = np.random.default_rng(0)
 
 
@@ -58,6 +60,18 @@ def test_distance_of_few_images_is_finite_and_noted():
     assert 0 < frechet_distance(few, more) < 100
     flat = gaussian(np.zeros(8), np.zeros((8, 8)))  # all images the same
     assert frechet_distance(flat, gaussian(np.ones(8), np.zeros((8, 8)))) == pytest.approx(8)
+
+
+def test_distance_of_a_few_images_from_their_features():
+    for n, m, width in ((5, 5, 40), (3, 5, 40), (30, 20, 6)):
+        a, b = RNG.normal(size=(n, width)), RNG.normal(size=(m, width)) * 2 + 1
+        exact = frechet_distance(Gaussian.of(a), Gaussian.of(b))
+        assert statistics.frechet_distance_of_few(a, b) == pytest.approx(exact, rel=1e-6)
+    assert statistics.frechet_distance_of_few(a, a) == pytest.approx(0, abs=1e-9)
+    with pytest.raises(DataError, match="at least 2 images, not 1"):
+        statistics.frechet_distance_of_few(a, b[:1])
+    with pytest.raises(DataError, match="6 features against 5"):
+        statistics.frechet_distance_of_few(a, b[:, :5])
 
 
 def test_what_has_no_distance():
@@ -125,3 +139,30 @@ def test_statistics_in_files(tmp_path):
     for name in ("shapes", "names", "text"):
         with pytest.raises(FileError, match=f"{name}.npz"):
             statistics.read_gaussian(tmp_path / f"{name}.npz")
+
+
+def test_statistics_of_images_that_were_not_cut(tmp_path):
+    one = Gaussian.of(RNG.normal(size=(30, 4)))
+    statistics.write_gaussian(tmp_path / "whole.npz", one, 256, whole=True)
+    assert statistics.read_gaussian(tmp_path / "whole.npz", 256, whole=True).count == 30
+    with pytest.raises(FileError, match="at fid_size 256, not cut, not 256$"):
+        statistics.read_gaussian(tmp_path / "whole.npz", 256)
+    np.savez(tmp_path / "theirs.npz", mu=one.mean, sigma=one.covariance)
+    statistics.read_gaussian(tmp_path / "theirs.npz", 256, whole=True)
+
+
+def test_running_sums_of_torchmetrics(tmp_path):
+    """[sum, sum of outer products, number], as MiniGPT-5 keeps those of CC3M."""
+    torch = pytest.importorskip("torch", reason=ORACLE)
+    x = RNG.normal(size=(30, 4)) + 3
+    sums = [torch.tensor(x.sum(0)), torch.tensor(x.T @ x), torch.tensor(len(x))]
+    torch.save(sums, tmp_path / "real.pt")
+    found, exact = statistics.read_gaussian(tmp_path / "real.pt", 256, True), Gaussian.of(x)
+    assert found.count == 30
+    np.testing.assert_allclose(found.mean, exact.mean)
+    np.testing.assert_allclose(found.covariance, exact.covariance)
+    torch.save(sums[:2], tmp_path / "two.pt")
+    torch.save([sums[1], sums[0], sums[2]], tmp_path / "swapped.pt")
+    for name, message in (("two", "no running sums"), ("swapped", "are no statistics")):
+        with pytest.raises(FileError, match=message):
+            statistics.read_gaussian(tmp_path / f"{name}.pt")

@@ -46,6 +46,67 @@ def test_contexts(vist, context, prompt, images):
     assert question.more["real"].endswith("102.jpg") and question.unit == "1"
 
 
+@pytest.mark.golden
+def test_prompts_of_minigpt5(golden_root):
+    """Those that the published weights have seen, with the first of its two wordings."""
+    case = json.loads((golden_root / "minigpt5" / "datasets.json").read_text())["vist"]
+    task = tasks.make("vist:protocol=minigpt5")
+    wanted = {item["task_name"]: item["source"] for item in case["train_items"]}
+    assert case["stories"]
+    compared = 0
+    for id, rows in case["stories"].items():
+        frames = tuple(sets.Frame(row["caption"], "x.jpg") for row in rows)
+        for k in range(len(frames)):
+            ours = task._question(sets.Story(id, frames), k)
+            assert ours.literal and len(ours.images) == k
+            source = wanted[f"{id}_{k}-gen"]
+            other = "Generate an image with the scene description" not in source
+            compared += not other
+            if not other:
+                assert ours.prompt.replace("<image>", "<ImageHere>") == source
+    assert compared
+
+
+@pytest.mark.parametrize(
+    "context, history, images",
+    [
+        ("all", "[male] saw 100 .(<image>)[male] saw 101 .(<image>)\n", 2),
+        ("images", "(<image>)(<image>)\n", 2),
+        ("text", "[male] saw 100 . [male] saw 101 .\n", 0),
+        ("current", "", 0),
+    ],
+)
+def test_history_and_caption(vist, context, history, images):
+    spec = f"vist:frames=3,context={context},mark=(<image>),prompt={{history}} Draw: {{caption}}"
+    question = next(iter(tasks.make(spec, root=str(vist)).questions()))
+    assert question.prompt == f"{history} Draw: [male] saw 102 ." and len(question.images) == images
+    with pytest.raises(ConfigError, match="mark must have one <image>"):
+        tasks.make("vist:mark=<image><image>", root=str(vist))
+
+
+def test_prompts_must_show_the_frames_of_the_context(vist):
+    task = tasks.make("vist:prompt={caption}", root=str(vist))
+    with pytest.raises(ConfigError, match="shows 0 of 4 frames"):
+        list(task.questions())
+
+
+def test_distances_of_single_stories(vist, stand_ins, tmp_path, capsys):
+    spec = "vist:frames=2+3+4,history=true,inception=x,fid_size=8,fid_whole=true,story_fid=true"
+    result = run(spec, vist, tmp_path, Painter(fails={"2/3"}))
+    name = "mean FID of single stories (8 px, not cut)"
+    each = []
+    for story in ("1", "2"):
+        own = [r for r in result.records if r["unit"] == story and r.get("drawn")]
+        pair = [tuple(r["drawn"][0] for r in own), tuple(r["more"]["real"] for r in own)]
+        sets_ = [INCEPTION.features(ImageSet(paths, 8, True)).values for paths in pair]
+        each.append(statistics.frechet_distance(*map(statistics.Gaussian.of, sets_)))
+    assert result.scores[name] == pytest.approx(np.mean(each), rel=1e-5)
+    assert result.scores["FID (8 px, not cut)"] != pytest.approx(np.mean(each), rel=1e-2)
+    assert "of 2 stories" in capsys.readouterr().err
+    run("vist:frames=3,inception=x,story_fid=true", vist, tmp_path, Painter())
+    assert "2 with fewer than two images are left out" in capsys.readouterr().err
+
+
 def test_which_frames(vist):
     for frames, expected in (("last", [5]), ("all", [1, 2, 3, 4, 5]), ("next", [2, 3, 4, 5]),
                              ("4+2", [2, 4])):  # fmt: skip
@@ -54,7 +115,7 @@ def test_which_frames(vist):
     for wrong in ("6", "2-3", ""):
         with pytest.raises(ConfigError, match="expected last, all, next, or numbers from 1 to 5"):
             tasks.make("vist", root=str(vist), frames=wrong)
-    with pytest.raises(ConfigError, match=r"prompt must have \{story\}"):
+    with pytest.raises(ConfigError, match=r"prompt must have \{story\} or \{caption\}"):
         tasks.make("vist:prompt=draw", root=str(vist))
 
 
@@ -100,11 +161,17 @@ def test_what_was_answered_is_not_asked_again(vist, tmp_path):
     assert len({request.id.partition("/")[0] for request in again.asked}) == 1
 
 
-def test_a_frame_whose_predecessor_was_not_drawn_is_left_out(vist, tmp_path):
-    result = run("vist:frames=2+3", vist, tmp_path, Painter(fails={"1/2"}))
+def test_a_frame_whose_predecessor_was_not_drawn_counts_as_failure(vist, stand_ins, tmp_path):
+    result = run("vist:frames=2+3,clip=x", vist, tmp_path, Painter(fails={"1/2"}))
     assert list(result.failures) == ["1/3"]
     assert "no image was drawn for question 1/2" in result.failures["1/3"]
-    assert result.unparsed == 1 and len(result.records) == 3
+    assert result.unparsed == 1 and result.answered == 3 and len(result.records) == 4
+    assert [record["id"] for record in result.records if record.get("missed")] == ["1/3"]
+    for name in ("100 x CLIP, image-image", "100 x CLIP, image-text"):
+        drawn, whole = result.scores[name], result.scores[f"{name}, failures as 0"]
+        assert whole == pytest.approx(drawn / 2)  # two of four were drawn
+        low, high = result.intervals[f"{name}, failures as 0"]
+        assert low <= whole <= high
 
 
 def test_true_frames_as_history(vist):
