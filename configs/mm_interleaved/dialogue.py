@@ -35,12 +35,12 @@ tuning = load_module(pathlib.Path(__file__).with_name("tuning.py"))
 TUNED = dict(
     steps=5000,
     batch_size=64,
-    optim=tuning.OPTIM,
+    optim=tuning.reading(tuning.OPTIM),
     evals=tuning.tasks(1000, "visdial", protocol=""),
 )
 _DATA = dict(sources=dict(main=tuning.source("visdial")), images=4, length=1024)
 SIZES = {
-    "smoke": (tuning.SMOKE, tuning.size("smoke")),
+    "smoke": (tuning.READING_SMOKE, tuning.size("smoke")),
     "7b": (TUNED, tuning.size("7b", **_DATA)),
     "13b": (TUNED, tuning.size("13b", **_DATA)),
 }

@@ -41,7 +41,7 @@ tuning = load_module(pathlib.Path(__file__).with_name("tuning.py"))
 TUNED = dict(
     steps=10000,
     batch_size=64,
-    optim=tuning.OPTIM,
+    optim=tuning.reading(tuning.OPTIM),
     evals=tuning.tasks(2000, "refcoco"),
 )
 _DATA = dict(
@@ -54,7 +54,7 @@ _DATA = dict(
     order=dict(shares="sqrt_size"),
 )
 SIZES = {
-    "smoke": (tuning.SMOKE, tuning.size("smoke")),
+    "smoke": (tuning.READING_SMOKE, tuning.size("smoke")),
     "7b": (TUNED, tuning.size("7b", **_DATA)),
     "13b": (TUNED, tuning.size("13b", **_DATA)),
 }

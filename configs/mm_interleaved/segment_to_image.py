@@ -44,7 +44,7 @@ _DATA = dict(sources=dict(main=tuning.source("ade20k")), images=4, drawings=2, l
 SIZES = {
     "smoke": (
         dict(tuning.SMOKE, evals=dict(samples=dict(kind="samples", samples=2))),
-        tuning.size("smoke"),
+        tuning.size("smoke", drawings=4),
     ),
     "7b": (TUNED, tuning.size("7b", **_DATA)),
     "13b": (TUNED, tuning.size("13b", **_DATA)),

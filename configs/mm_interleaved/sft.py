@@ -61,7 +61,7 @@ _QUICKSTART = dict(
 SIZES = {
     "smoke": (
         dict(tuning.SMOKE, evals=dict(samples=dict(kind="samples", samples=2))),
-        tuning.size("smoke"),
+        tuning.size("smoke", drawings=4),
     ),
     "quickstart": (
         dict(steps=200, batch_size=1, checkpoint_every=100,

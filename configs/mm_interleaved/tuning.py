@@ -1,7 +1,8 @@
 """What the configs of fine-tuning share: rows of data, and settings.
 
 The rates, steps and batches of fine-tuning were never published; these are our choice. What is
-trained is what pre-training trains (stage `sft`), so that the language model keeps what it knows;
+trained is what pre-training trains (stage `sft`), so that the language model keeps what it knows,
+but without what draws where a config has no images to draw (`model.max_drawings=0`).
 `--config.model.train_llm=true` trains its layers as well. Rows of official files are made by
 
     python -m metamorph_jax.recipes.mm_interleaved.prepare SET --from data/SET \\
@@ -26,7 +27,16 @@ OPTIM = dict(
     warmup=0.03,
     groups=dict(pretrain.OPTIM["groups"], unet=dict(match=UNET, rate=0.5)),
 )
+
+
+def reading(optim: dict) -> dict:
+    """The same for a run that draws nothing, and so trains no UNet."""
+    groups = {name: group for name, group in optim["groups"].items() if name != "unet"}
+    return dict(optim, groups=groups)
+
+
 SMOKE = pretrain.SIZES["smoke"][0]
+READING_SMOKE = dict(SMOKE, optim=reading(SMOKE["optim"]))
 _FOLDER = "data/mm_interleaved"
 
 
@@ -42,7 +52,7 @@ def source(name: str, root: str = "", **more) -> dict:
 
 
 def size(
-    name: str, sources: dict | None = None, images: int = 4, length: int = 512, drawings: int = 1,
+    name: str, sources: dict | None = None, images: int = 4, length: int = 512, drawings: int = 0,
     **more,
 ) -> dict:  # fmt: skip
     """Model and data of a size.
@@ -50,11 +60,12 @@ def size(
     Args:
         name: smoke, which has its own source, or 7b or 13b.
         sources: name -> source, the main one called `main`.
-        images, length: of a row; drawings: so many of its images can be drawn.
+        images, length: of a row; drawings: so many of its images can be drawn; 0: they are read.
         more: other options of `config.data`.
     """
     if name == "smoke":
-        return dict(model=dict(sizes.MODELS[name], max_drawings=4), data=sizes.SMALL_DATA[name])
+        model = dict(sizes.MODELS[name], max_drawings=drawings)
+        return dict(model=model, data=sizes.SMALL_DATA[name])
     data = dict(
         sources=sources,
         row=dict(template="document", length=length, images=images),

@@ -37,7 +37,7 @@ tuning = load_module(pathlib.Path(__file__).with_name("tuning.py"))
 TUNED = dict(
     steps=5000,
     batch_size=64,
-    optim=tuning.OPTIM,
+    optim=tuning.reading(tuning.OPTIM),
     evals=tuning.tasks(1000, "vqav2", "vizwiz"),
 )
 _DATA = dict(
@@ -50,7 +50,7 @@ _DATA = dict(
     order=dict(shares="sqrt_size"),
 )
 SIZES = {
-    "smoke": (tuning.SMOKE, tuning.size("smoke")),
+    "smoke": (tuning.READING_SMOKE, tuning.size("smoke")),
     "7b": (TUNED, tuning.size("7b", **_DATA)),
     "13b": (TUNED, tuning.size("13b", **_DATA)),
 }

@@ -10,6 +10,7 @@ from flax import nnx
 
 from metamorph_jax.convert import load
 from metamorph_jax.errors import UserError, WeightError
+from metamorph_jax.models import build
 from metamorph_jax.models.diffusion.decoder import DiffusionConfig, DiffusionDecoder
 from metamorph_jax.models.diffusion.samplers import Sampler, SamplingConfig, make_sampler
 from metamorph_jax.sampling.trained import load_published, load_trained
@@ -100,7 +101,7 @@ def checked_sampler(sampling: SamplingConfig, decoder: DiffusionConfig, steps: i
 def check_run(workdir: str, steps: int | None) -> None:
     """Raises where `load_image_decoder` would, as far as can be told without reading weights."""
     recipe, cfg, _ = load.open_run(workdir)
-    model = nnx.eval_shape(lambda: recipe.create(cfg, nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: recipe.create(cfg, build.rngs(0)))
     _check_draws(workdir, model)
     sampling = model.cfg.sampling
     checked_sampler(sampling, model.decoder.cfg, sampling.steps if steps is None else steps)

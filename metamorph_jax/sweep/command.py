@@ -262,19 +262,20 @@ def _loss_weights(table: dict) -> dict[str, float]:
     import jax
     from flax import nnx
 
+    from metamorph_jax.models import build
     from metamorph_jax.train.config import resolve
 
     jax.config.update("jax_platforms", "cpu")  # a TPU belongs to the runs
     run = resolve(table)
-    return dict(nnx.eval_shape(lambda: run.recipe.create(run.model, nnx.Rngs(0))).loss_weights)
+    return dict(nnx.eval_shape(lambda: run.recipe.create(run.model, build.rngs(0))).loss_weights)
 
 
 def _metrics_of_model(table: dict) -> set[str]:
     """Names of what the model reports of a batch, without those of single sources."""
     import jax
-    from flax import nnx
 
     from metamorph_jax import sharding
+    from metamorph_jax.models import build
     from metamorph_jax.train.config import resolve
 
     jax.config.update("jax_platforms", "cpu")  # a TPU belongs to the runs
@@ -282,7 +283,7 @@ def _metrics_of_model(table: dict) -> set[str]:
     batch = run.recipe.batch_spec(run.data, run.model, 1)
 
     def measured(batch):
-        return run.recipe.create(run.model, nnx.Rngs(0)).loss_sums(batch, jax.random.key(0))
+        return run.recipe.create(run.model, build.rngs(0)).loss_sums(batch, jax.random.key(0))
 
     with jax.set_mesh(sharding.make_mesh(devices=jax.local_devices()[:1])):
         losses, metrics = jax.eval_shape(measured, batch)

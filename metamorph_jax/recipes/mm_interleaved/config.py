@@ -132,7 +132,8 @@ class Config:
         text_coef, image_coef: weights of the two losses.
         image_mean: what the image loss is a mean over: "images", all that the rows hold, as in the
             reference; "drawings", those that are drawn.
-        max_drawings: K, images of a row that are drawn; a sample of more is skipped.
+        max_drawings: K, images of a row that are drawn; a sample of more is skipped. 0: images are
+            only read, there is no image loss, and what draws them is not trained.
         drop_context: probability that an image is trained with the null condition.
         images_before: how many images before it, in its document, an image is drawn from.
         document_bos: id that begins a document inside of a segment, for rows in which documents
@@ -179,9 +180,9 @@ class Config:
         check_known("dtype", self.dtype, DTYPES)
         check_known("frozen_dtype", self.frozen_dtype, ("auto", *DTYPES))
         check_known("remat", self.remat, llama.REMAT)
-        for name in ("max_drawings", "images_before", "text_chunk"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name, least in (("max_drawings", 0), ("images_before", 1), ("text_chunk", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if not 0 <= self.drop_context <= 1:
             raise ValueError(f"drop_context {self.drop_context} is not between 0 and 1")
         self._check_widths()

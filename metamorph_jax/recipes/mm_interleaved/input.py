@@ -35,16 +35,20 @@ def load_tokenizer(cfg: Config):
 
 
 def input_spec(cfg: Config, read: bool = True) -> InputSpec:
-    """What the model decides about its input: one view per image, and which images are drawn.
+    """What the model decides about its input: one view per image, and which images are drawn, if
+    any are.
 
     Args:
         read: see `vision.input_spec`.
     """
     spec = vision.input_spec(cfg.vision.encoder, read)
     views = dataclasses.replace(spec.views, tokens=cfg.vision.tokens)
+    spec = dataclasses.replace(spec, views=views)
+    if not cfg.max_drawings:
+        return spec
     side, (start,) = cfg.decoder.image_side, markers(cfg).before
     drawings = DrawingSpec(cfg.max_drawings, AfterSupervisedStart(start), Preprocess(side, "halve"))
-    return dataclasses.replace(spec, views=views, drawings=drawings)
+    return dataclasses.replace(spec, drawings=drawings)
 
 
 def open_data(data: DataConfig, cfg: Config, shard: Shard) -> PackedIterator:

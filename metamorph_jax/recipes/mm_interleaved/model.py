@@ -16,28 +16,30 @@ from metamorph_jax.models.heads.context import ContextHead
 from metamorph_jax.models.interleave import place_visual
 from metamorph_jax.models.llm import llama
 from metamorph_jax.models.mmfs import LLMBlock
+from metamorph_jax.models.vision import vit_adapter
 from metamorph_jax.nn.attention import row_mask
 from metamorph_jax.recipes.mm_interleaved import documents
 from metamorph_jax.recipes.mm_interleaved.config import Config, insert_config, llm_config
 from metamorph_jax.recipes.mm_interleaved.visual import VisualTokenizer
-from metamorph_jax.types import TEXT, Batch, Conditioning
+from metamorph_jax.types import TEXT, Batch, Conditioning, Drawings
 
 # The ignore tokens of the UNet's MMFS are constants in the reference, those of the LLM's are not.
-_PRETRAIN = [
-    r"vision\.(?!adapter\.tower\.).*",
-    r"llm\.inserts\..*",
-    r"soi",
-    r"context\..*",
-    r"decoder\.denoiser\.(?!.*ignore_token).*",
-]
+_DRAWING = [r"context\..*", r"decoder\.denoiser\.(?!.*ignore_token).*"]
+_FINEST_MAP = r"up\.|prior\.projections\.0\."  # what makes the map that only the UNet samples
 
 
 def _trained(cfg: Config) -> list[str]:
     """What both stages train, as patterns. Rows for added tokens: of the output only, where input
-    and output are tables of their own."""
+    and output are tables of their own. What draws is left out where nothing is drawn: without
+    gradients it would only decay."""
     table = "embed_tokens" if llm_config(cfg).tied else "lm_head"
     tower = [r"vision\.adapter\.tower\..*"] if cfg.train_tower else []
-    return [*_PRETRAIN, rf"llm\.{table}\.added.*", *tower]
+    unseen = r"tower\."
+    if not cfg.max_drawings and cfg.insert.levels < vit_adapter.STAGES:
+        unseen += f"|{_FINEST_MAP}"
+    reading = [rf"vision\.(?!adapter\.({unseen})).*", r"llm\.inserts\..*", "soi"]
+    drawing = _DRAWING if cfg.max_drawings else []
+    return [*reading, *drawing, rf"llm\.{table}\.added.*", *tower]
 
 
 def _sft_stage(cfg: Config) -> str:
@@ -96,7 +98,9 @@ class MMInterleaved(nnx.Module):
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        return {"text": self.cfg.text_coef, "image": self.cfg.image_coef}
+        """Of the losses; without drawings there is none of images."""
+        image = {"image": self.cfg.image_coef} if self.cfg.max_drawings else {}
+        return {"text": self.cfg.text_coef} | image
 
     # ---- pieces that training and sampling share
 
@@ -148,41 +152,57 @@ class MMInterleaved(nnx.Module):
 
     def loss_counts(self, batch: Batch) -> dict[str, jax.Array]:
         """How many terms the losses are means over: text targets and images, see `image_mean`."""
+        counts = {"text": jnp.sum(batch.text_targets >= 0)}
+        if not self.cfg.max_drawings:
+            return counts
         images = batch.images.valid
         if self.cfg.image_mean == "drawings":
             images = batch.drawings.valid
-        return {"text": jnp.sum(batch.text_targets >= 0), "image": jnp.sum(images)}
+        return counts | {"image": jnp.sum(images)}
 
     def loss_sums(self, batch: Batch, key: jax.Array):
         """({"text", "image"}: sums over text targets and drawings, metrics)."""
         keys = jax.random.split(key, 3)
         reading = self.hidden(batch, keys[0])
-        condition, counted = self.conditions(batch, reading, keys[1])
         tables, bias = self.llm.head_tables(), self.llm.head_bias()
         text, metrics = losses.text_loss_of(
             reading.states, *tables, batch, self.cfg.text_chunk, bias
         )
+        sums = {"text": text}
+        if self.cfg.max_drawings:
+            sums["image"], more = self._image_loss(batch, reading, keys[1:])
+            metrics |= more
+        return sums, jax.tree.map(jax.lax.stop_gradient, metrics)
+
+    def _image_loss(self, batch: Batch, reading: "Reading", keys) -> tuple[jax.Array, dict]:
+        """(sum over drawings, metrics: the plain error, also of each source).
+
+        Args:
+            keys: for the context head, and for the decoder.
+        """
+        condition, counted = self.conditions(batch, reading, keys[0])
         pixels = batch.drawings.pixels
         loss, error = self.decoder.losses(
-            pixels.reshape(-1, *pixels.shape[2:]), condition, keys[2],
+            pixels.reshape(-1, *pixels.shape[2:]), condition, keys[1],
             null=self.context.null_condition(), drop=self.cfg.drop_context,
         )  # fmt: skip
         loss = jnp.where(counted, loss.reshape(counted.shape), 0.0)
         error = jnp.where(counted, error.reshape(counted.shape), 0.0)
         weight = counted.astype(jnp.float32)
         sources = jnp.take_along_axis(batch.sources, batch.drawings.start, axis=1)
-        metrics |= {"image_loss": (error.sum(), weight.sum())}
+        metrics = {"image_loss": (error.sum(), weight.sum())}
         metrics |= losses.by_source(error, weight, sources, batch.source_names, "image_loss")
-        sums = {"text": text, "image": loss.sum()}
-        return sums, jax.tree.map(jax.lax.stop_gradient, metrics)
+        return loss.sum(), metrics
 
     def work(self, batch: Batch) -> tuple[Work, ...]:
         """The matrix products of a training step on a batch (shapes are enough)."""
         rows, length = batch.tokens.shape
-        images, drawings = batch.images.valid.shape[1], batch.drawings.valid.shape[1]
+        images = batch.images.valid.shape[1]
         of_text = llama.work(self.llm.cfg, rows, length, self.llm.insert, images)
         seen = self._work_of_reading(rows * images, batch.images.pixels.shape[2:])
-        return (*of_text, *seen, *self._work_of_drawing(rows, length, drawings))
+        if not self.cfg.max_drawings:
+            return (*of_text, *seen)
+        return (*of_text, *seen, *self._work_of_drawing(rows, length, batch.drawings))
 
     def _work_of_reading(self, count: int, image: tuple[int, ...]) -> list[Work]:
         """Of the visual tokenizer on so many images."""
@@ -199,9 +219,9 @@ class MMInterleaved(nnx.Module):
             Work("resampler", rest, "vision.resampler", 1, again(rest, cfg.resampler.remat)),
         ]  # fmt: skip
 
-    def _work_of_drawing(self, rows: int, length: int, drawings: int) -> list[Work]:
-        """Of context head, autoencoder and denoiser, on so many drawings of each row."""
-        cfg, shape = self.cfg.decoder, jax.ShapeDtypeStruct
+    def _work_of_drawing(self, rows: int, length: int, drawings: Drawings) -> list[Work]:
+        """Of context head, autoencoder and denoiser, on the drawings of rows of this length."""
+        cfg, shape, drawings = self.cfg.decoder, jax.ShapeDtypeStruct, drawings.valid.shape[1]
         at = shape((1, drawings), jnp.int32)
         states = shape((1, length, self.llm.cfg.width), jnp.float32)
         read = lambda m, x, start, begin: m.context(x, start, begin)  # noqa: E731

@@ -28,6 +28,7 @@ from metamorph_jax.data import tokenizers
 from metamorph_jax.data.chat import Chat
 from metamorph_jax.data.config import DataConfig, RowConfig
 from metamorph_jax.errors import ConfigError, FileError
+from metamorph_jax.models import build
 from metamorph_jax.models.llm.llama import Llama
 from metamorph_jax.models.vision.vit import ViT
 from metamorph_jax.recipes.mm_interleaved import keys
@@ -311,7 +312,7 @@ def _plain_llms(model: MMInterleaved, tensors: Mapping):
         transformers.LlamaConfig(**fields, attn_implementation="eager")
     )
     compare.fill(theirs, own)
-    ours = nnx.eval_shape(lambda: Llama(cfg, rngs=nnx.Rngs(0)))
+    ours = nnx.eval_shape(lambda: Llama(cfg, rngs=build.rngs(0)))
     llama_names.load_llama(ours, own)
     return theirs, ours
 

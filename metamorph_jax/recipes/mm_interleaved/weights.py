@@ -56,7 +56,7 @@ def load_decoder(model: MMInterleaved, cfg: Config) -> None:
 
 def initialize(model: MMInterleaved, batches: Sequence[Batch]) -> None:
     """Before the first step: standardises the pixels of a decoder without autoencoder."""
-    if model.cfg.weights or not batches:
+    if model.cfg.weights or not model.cfg.max_drawings:
         return
     drawn = [np.asarray(b.drawings.pixels)[np.asarray(b.drawings.valid)] for b in batches]
     if any(map(len, drawn)):

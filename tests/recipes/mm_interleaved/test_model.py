@@ -17,7 +17,7 @@ from metamorph_jax.recipe import Shard
 from metamorph_jax.recipes import mm_interleaved as recipe
 from metamorph_jax.recipes.mm_interleaved.config import insert_config
 from metamorph_jax.train.state import trained_filter
-from tests.recipes.mm_interleaved.tiny import TINY, change, make_batch
+from tests.recipes.mm_interleaved.tiny import TINY, change, fast, make, make_batch
 
 
 def outline(cfg):
@@ -77,6 +77,47 @@ def test_frozen_weights_are_small():
     assert {x.dtype for x in jax.tree.leaves(nnx.state(outline(TINY), nnx.Param))} == {
         jnp.dtype("float32")
     }
+
+
+def reads_alone(trained_names: set[str]) -> set[str]:
+    """Without what draws, and what makes the map that only the UNet samples."""
+    drawing = ("decoder.", "context.", "vision.adapter.up.", "vision.adapter.prior.projections.0.")
+    return {n for n in trained_names if not n.startswith(drawing)}
+
+
+def test_a_model_that_only_reads():
+    """Its text loss is that of one that draws; its step has no work of drawing."""
+    both, alone = make_batch(), dataclasses.replace(make_batch(), drawings=None)
+    model, found, flops, trained = make(), [], [], []
+    for cfg, batch in ((TINY, both), (change(TINY, max_drawings=0), alone)):
+        model.cfg = cfg
+        graph, weights = nnx.split(model)
+
+        def sums(weights, batch, graph=graph):
+            return nnx.merge(graph, weights).loss_sums(batch, jax.random.key(3))[0]
+
+        step = fast(sums).lower(weights, batch).compile()
+        found.append(step(weights, batch))
+        flops.append({w.part: w.forward for w in model.work(batch)})
+        flops[-1]["step"] = step.cost_analysis()["flops"]
+        trained.append(names(nnx.state(model, trained_filter(recipe.STAGES["sft"](cfg)))))
+        assert model.loss_counts(batch).keys() == model.loss_weights.keys() == found[-1].keys()
+    assert found[1].keys() == {"text"} and float(found[1]["text"]) == float(found[0]["text"])
+    assert trained[1] == reads_alone(trained[0]) != trained[0]
+    spared = {part: work for part, work in flops[0].items() if part not in flops[1]}
+    assert spared.keys() == {"context", "denoiser"}
+    assert flops[0]["step"] - flops[1]["step"] > sum(spared.values())
+
+
+def test_input_of_a_model_that_only_reads():
+    cfg = change(TINY, max_drawings=0)
+    assert recipe.input_spec(cfg).drawings is None
+    spec = recipe.batch_spec(DataConfig(row=RowConfig(length=64, images=4)), cfg, 3)
+    assert spec.drawings is None and spec.images.pixels.shape[1] == 4
+    model = outline(cfg)
+    recipe.initialize(model, [spec])  # has no images to measure
+    with pytest.raises(ValueError, match="max_drawings must be at least 0, not -1"):
+        change(TINY, max_drawings=-1)
 
 
 @pytest.mark.parametrize(("mean", "images"), [("images", 4), ("drawings", 3)])
