@@ -127,3 +127,18 @@ def test_an_image_that_no_moments_are_of(config, tmp_path):
     assert stream.fixed_choices and stream[1]["drawings"].shape == (2, *SHAPE)
     assert isinstance(stream.drawing_cache, cache.ArrayCache)
     assert len(stream.drawing_cache) == 3  # the image of the question is not drawn
+
+
+def test_rows_that_were_made_elsewhere(config, tmp_path):
+    """They are kept where the image is the same; what is missing is computed."""
+    sources, spec = pipeline.open_sources(config), spec_of()
+    wanted = cache.moment_spec(spec.drawings)
+    refs = [ImageRef(str(tmp_path / f"{k}.png")) for k in (1, 2)]
+    rows = np.full((2, *wanted.shape), [[[[5]]], [[[6]]]], np.float32)
+    for again in (rows, rows + 1):
+        found = cache.put(config.cache.drawings, wanted, zip(refs, again, strict=True))
+        assert len(found) == 2
+    pipeline.fill_drawing_cache(config, spec, sources, lambda: moments_of)
+    found = pipeline.open_drawing_cache(config, spec)
+    assert len(found) == 3 and found.rows[0].min() == 5 and found.rows[1].max() == 6
+    np.testing.assert_allclose(found.rows[2], moments_of(pixels_of(config, 3))[0], atol=1e-6)
