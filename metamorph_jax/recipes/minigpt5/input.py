@@ -5,9 +5,10 @@ import dataclasses
 from metamorph_jax.convert import specs, vision
 from metamorph_jax.convert.load import WORKDIR
 from metamorph_jax.data import pipeline, tokenizers
-from metamorph_jax.data.chat import IGNORE, Chat
+from metamorph_jax.data.chat import Chat
 from metamorph_jax.data.config import DataConfig, DrawingSpec, InputSpec
 from metamorph_jax.data.images import Preprocess
+from metamorph_jax.data.interleave import in_answers
 from metamorph_jax.data.packing import PackedIterator
 from metamorph_jax.data.views import Single
 from metamorph_jax.recipe import Shard
@@ -28,11 +29,6 @@ def load_tokenizer(cfg: Config):
     return found
 
 
-def in_answers(labels, sentinels):
-    """The rule of which images are drawn: those of answers."""
-    return labels[sentinels] != IGNORE
-
-
 def input_spec(cfg: Config, read: bool = True) -> InputSpec:
     """What the model decides about its input: one view per image that is read; images of answers
     are drawn, and vokens stand in their places.
@@ -44,7 +40,7 @@ def input_spec(cfg: Config, read: bool = True) -> InputSpec:
     inside = cfg.qformer.resampler
     drawings = DrawingSpec(
         cfg.max_drawings, in_answers, Preprocess(cfg.decoder.image_side, "pad"),
-        ids=voken_ids(cfg),
+        ids=voken_ids(cfg), unlearnt=tuple(range(1, cfg.unsupervised_tail + 1)),
     )  # fmt: skip
     views = Single(inside.queries, spec.views.preprocess)
     return dataclasses.replace(spec, views=views, feature_width=inside.width, drawings=drawings)
