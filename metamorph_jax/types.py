@@ -56,7 +56,8 @@ class Drawings:
         start: int32[B, J] column of the row whose state the drawing is conditioned on.
         pixels: uint8[B, J, h, w, 3], or None when latents are given.
         latents: float32[B, J, h, w, c] of the autoencoder, scaled, or None.
-        captions: int32[B, J, L'] ids of the text encoder for a caption loss, or None.
+        captions: int32[B, J, L'] ids of the text encoder for a caption loss, -1 where a drawing has
+            none; or None.
     """
 
     valid: Array

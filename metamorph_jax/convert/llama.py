@@ -214,13 +214,14 @@ def published(fields: Mapping) -> list[str]:
 
 
 STACKED = ("layers",)
+_OURS = ("inserts", "prefix")  # parts of a `Llama` that no published model has
 
 
 def _is_published(path, value) -> bool:
     """nnx filter: the parameters that a published model of the family has."""
     path = tuple(map(str, path))
     biases = (("lm_head", "bias"), ("lm_head", "added_bias"))
-    return isinstance(value, nnx.Param) and path[0] != "inserts" and path not in biases
+    return isinstance(value, nnx.Param) and path[0] not in _OURS and path not in biases
 
 
 def published_name(key: str) -> str:

@@ -5,8 +5,10 @@ scheduler/  compared        text_encoder/  the null condition: its output for th
 """
 
 import pathlib
+from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -17,6 +19,7 @@ from metamorph_jax.errors import ConfigError
 from metamorph_jax.models.build import build
 from metamorph_jax.models.diffusion.clip_text import CLIPTextModel
 from metamorph_jax.models.diffusion.schedule import Schedule
+from metamorph_jax.models.diffusion.vae import AutoencoderKL, VAEConfig
 
 
 def load_parts(spec: str, schedule: Schedule, unet: nnx.Module | None, vae: nnx.Module | None):
@@ -43,6 +46,26 @@ def load_parts(spec: str, schedule: Schedule, unet: nnx.Module | None, vae: nnx.
         diffusion.load_unet(unet, hf.Tensors(folder / "unet"))
     if vae is not None:
         diffusion.load_vae(vae, hf.Tensors(folder / "vae"))
+
+
+def moment_function(spec: str, cfg: VAEConfig) -> Callable[[np.ndarray], np.ndarray]:
+    """pixels uint8[N, h, w, 3] -> moments float32[N, h', w', 2c] of a folder's autoencoder (mean,
+    logarithm of the variance), compiled, for filling caches. Pixels are scaled to [-1, 1].
+
+    It runs on the first device of this process.
+
+    Raises:
+        ConfigError: the folder's autoencoder has another structure.
+    """
+    mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
+    fill = lambda vae: load_parts(spec, Schedule(), None, vae)  # noqa: E731
+    graph, weights = nnx.split(build(lambda rngs: AutoencoderKL(cfg, rngs), mesh, 0, fill=fill))
+
+    @jax.jit
+    def compute(weights, pixels):
+        return nnx.merge(graph, weights).moments(pixels.astype(jnp.float32) / 127.5 - 1)
+
+    return lambda pixels: np.asarray(compute(weights, pixels))
 
 
 def _changes(ours, folder: pathlib.Path, read, where: str) -> list[str]:

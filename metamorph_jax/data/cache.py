@@ -198,6 +198,20 @@ def build(
     return ArrayCache(folder, spec), bad
 
 
+def put(root: str, spec: CacheSpec, found: Iterable[tuple[ImageRef, np.ndarray]]) -> ArrayCache:
+    """Adds rows that were made elsewhere, one for each image; those that are there stay."""
+    folder = _prepare(root, spec)
+    good, length = _good_lines(folder, spec)
+    known = {entry["key"]: (entry["size"], entry["time"]) for entry in good}
+    with _Writer(folder, spec, good, length, None, 64) as writer:
+        for ref, row in found:
+            size, time = stamp(ref.path)
+            if known.get(ref.key()) != (size, time):
+                writer.add({"key": ref.key(), "size": size, "time": time}, row[None])
+        writer.finish()
+    return ArrayCache(folder, spec)
+
+
 class _Reader:
     """Images out of one file -> (index entry, pixels or what is wrong) of each.
 
@@ -262,7 +276,7 @@ class _Writer:
         self.index.write(_line({**entry, "row": -1, "bad": reason}))
 
     def add(self, entry: dict, pixels: np.ndarray) -> None:
-        """pixels: uint8[views, h, w, 3] of one image."""
+        """pixels: uint8[views, h, w, 3] of one image, or its rows if there is no `compute`."""
         several = {"views": len(pixels)} if len(pixels) > 1 else {}
         self.entries.append({**entry, "row": self.next, **several})
         self.next += len(pixels)

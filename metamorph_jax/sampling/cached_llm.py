@@ -14,6 +14,8 @@ On a mesh, heads, hidden units and vocabulary are sharded over "tensor", rows ov
 Fused kernels are then ordered by shard ([q0 k0 v0 q1 k1 v1] on two), so that splitting their
 product moves nothing, and the cache has rows and heads as two axes, [B, K, H, S].
 
+Where the model has a `Prefix`, its keys and values are kept once for each layer, beside the cache.
+
 Where the model has an `Insert`, its blocks run as in training, on rows. What they read of an image
 is projected once, when the image is placed, and kept beside the cache (`PlacedImages`).
 """
@@ -34,6 +36,7 @@ from jax.sharding import PartitionSpec as P
 from metamorph_jax import sharding
 from metamorph_jax.models import lora
 from metamorph_jax.models.llm.llama import Insert, LlamaConfig
+from metamorph_jax.models.prefix import before
 from metamorph_jax.nn import quantized, rope
 from metamorph_jax.nn.attention import attend
 from metamorph_jax.nn.linear import in_bfloat16
@@ -181,11 +184,12 @@ class CachedLLM:
         mask = real[:, None, :] & (order[:, None] >= order[None, :])
         keys, values = [], []
 
-        def mix(_, q, k, v):
+        def mix(_, q, k, v, prefix):
             k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
             keys.append(self._cut(jnp.pad(k, ((0, 0), (0, 0), (0, 0), (0, slots - L)))))
             values.append(self._cut(jnp.pad(v, ((0, 0), (0, 0), (0, slots - L), (0, 0)))))
-            return attend(q, k.transpose(0, 3, 1, 2), v.transpose(0, 2, 1, 3), mask)
+            k, v = k.transpose(0, 3, 1, 2), v.transpose(0, 2, 1, 3)
+            return attend(q, *before(prefix, k, v, mask))
 
         positions = jnp.broadcast_to(order, embeds.shape[:2])
         x = self._run(weights, embeds, positions, mix, images)
@@ -228,11 +232,12 @@ class CachedLLM:
         mask = jnp.arange(S) <= positions[:, :, None]
         kept = ([], [])
 
-        def mix(i, q, k, v):
+        def mix(i, q, k, v, prefix):
             kept[0].append(self._local(_append_keys, keys[i], k, slots))
             kept[1].append(self._local(_append_values, values[i], v, slots))
             k, v = (x.reshape(*q.shape[:1], -1, *x.shape[-2:]) for x in (kept[0][i], kept[1][i]))
-            return attend(q, k.transpose(0, 3, 1, 2), v.transpose(0, 2, 1, 3), mask)
+            k, v = k.transpose(0, 3, 1, 2), v.transpose(0, 2, 1, 3)
+            return attend(q, *before(prefix, k, v, mask))
 
         x = self._run(weights, embeds, positions, mix, images)
         return *kept, x
@@ -246,10 +251,10 @@ class CachedLLM:
         mask = jnp.arange(values[0].shape[-2]) <= length[:, None]
         kept = ([], [])
 
-        def mix(i, q, k, v):
+        def mix(i, q, k, v, prefix):
             kept[0].append(self._local(_write_keys, keys[i], k, length))
             kept[1].append(self._local(_write_values, values[i], v, length))
-            return attend_cached(q, kept[0][i], kept[1][i], mask)
+            return attend_cached(q, kept[0][i], kept[1][i], mask, prefix)
 
         x = self._run(weights, embed[:, None], length[:, None], mix, images)
         return *kept, norm(x, weights["norm"], self.cfg.norm_eps)
@@ -257,8 +262,8 @@ class CachedLLM:
     def _run(self, weights: dict, embeds, positions, mix: Callable, images):
         """All layers on embeds: float[B, L, D], as columns float[D, B * L].
 
-        `mix(layer, q, k, v)` attends with q: [B, L, N, H], k and v: [B, L, K, H] and keeps what it
-        must.
+        `mix(layer, q, k, v, prefix)` attends with q: [B, L, N, H], k and v: [B, L, K, H] and keeps
+        what it must; the prefix is (keys, values) of the layer, [n, K, H] each, or None.
         """
         cfg = self.cfg
         freq = rope.frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
@@ -295,7 +300,8 @@ class CachedLLM:
         q, k, v = (part.reshape(B, L, -1, H) for part in parts)
         if cfg.qk_norm:
             q, k = rms_norm(q, w["q_norm"], cfg.norm_eps), rms_norm(k, w["k_norm"], cfg.norm_eps)
-        mixed = mix(rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v)
+        prefix = (w["prefix"]["k"], w["prefix"]["v"]) if "prefix" in w else None
+        mixed = mix(rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v, prefix)
         x = x + linear(w["o"], once(mixed.reshape(B * L, -1).T))
         if insert is not None:
             x = x + insert(x)
@@ -404,6 +410,8 @@ class CachedLLM:
         """Where a leaf of the weights lies."""
         heads = "tensor" if self.head_shards > 1 else None
         mlp = "tensor" if self.mlp_shards > 1 else None
+        if name == "prefix":
+            return P(None, heads, None)
         cut = {"qkv": heads, "gate_up": mlp, "table": "tensor", "head": "tensor"}
         matrix = leaf in ("w", "codes", "blocks")
         if name in cut:
@@ -510,23 +518,43 @@ def norm(x, scale, eps):
     return once((y * scale[:, None]).astype(x.dtype))
 
 
-def attend_cached(q, keys, values, mask):
-    """Attention of one query a row over the cache.
+def attend_cached(q, keys, values, mask, prefix=None):
+    """Attention of one query a row over the cache, and over a prefix that all rows see.
 
     Args:
         q: float[B, 1, N, H].
         keys, values: [B * K, H, S] and [B * K, S, H], or [B, K, H, S] and [B, K, S, H].
         mask: bool[B, S], True where a row may look.
+        prefix: (keys, values), [n, K, H] each, or None.
 
     Returns:
         float[B, 1, N, H].
     """
     B, _, N, H = q.shape
+    if prefix is not None:
+        return _attend_with_prefix(q, keys, values, mask, *prefix)
     q = once((q * H**-0.5).reshape(*keys.shape[:-2], -1, H))
     scores = jnp.einsum("...GH,...HS->...GS", q, keys, preferred_element_type=jnp.float32)
     weights = _softmax(scores.reshape(B, N, -1), mask).astype(values.dtype)
     weights = once(weights).reshape(scores.shape)
     return jnp.einsum("...GS,...SH->...GH", weights, values).reshape(B, 1, N, H)
+
+
+def _attend_with_prefix(q, keys, values, mask, first_keys, first_values):
+    """As `attend_cached`. Scores are joined, and not the keys: the cache stays where it is."""
+    B, _, N, H = q.shape
+    n, K, _ = first_keys.shape
+    q = once((q * H**-0.5).reshape(*keys.shape[:-2], -1, H))
+    scores = jnp.einsum("...GH,...HS->...GS", q, keys, preferred_element_type=jnp.float32)
+    first = jnp.einsum("BKGH,nKH->BKGn", q.reshape(B, K, -1, H), first_keys.astype(q.dtype),
+                       preferred_element_type=jnp.float32)  # fmt: skip
+    both = jnp.concatenate([first.reshape(B, N, n), scores.reshape(B, N, -1)], axis=-1)
+    mask = jnp.pad(mask, ((0, 0), (n, 0)), constant_values=True)
+    weights = once(_softmax(both, mask).astype(values.dtype))
+    first, weights = weights[..., :n].reshape(first.shape), weights[..., n:].reshape(scores.shape)
+    out = jnp.einsum("...GS,...SH->...GH", weights, values).reshape(B, 1, N, H)
+    first = jnp.einsum("BKGn,nKH->BKGH", first, first_values.astype(values.dtype))
+    return out + first.reshape(B, 1, N, H)
 
 
 def _softmax(scores, mask):
@@ -557,8 +585,9 @@ def take_over(llm, weights: str = "auto", mesh: Mesh | None = None) -> tuple[Cac
         array when tied and kept alike}; norm; layers: a dict each, with {w: [out, in]} for a
         kernel, beside it b: [out] where there is a bias and scale: float32[out] where w is int8.
         With "nf4", codes: uint8[out, n], two a byte, and blocks: float32[out, in / 64] stand in
-        place of w, and the output table is int8. Where the model has an insert, inserts: a state
-        for each of its blocks, kernels as the model computes.
+        place of w, and the output table is int8. Where the model has a prefix, a layer has it as
+        prefix: {k, v: [n, K, H]}. Where it has an insert, inserts: a state for each of its blocks,
+        kernels as the model computes.
 
     Raises:
         ValueError: on an unknown kind of weights.
@@ -607,6 +636,8 @@ class _Taking:
         for name, module in norms.items():
             for layer, scale in zip(layers, self._rows(module.scale), strict=True):
                 layer[name] = scale
+        for layer, prefix in zip(layers, self._prefixes(llm.prefix), strict=False):
+            layer["prefix"] = prefix
         table, head = self._tables(llm)
         (norm_scale,) = self._rows(llm.norm.scale, stacked=False)
         weights = {"table": table, "head": head, "norm": norm_scale, "layers": layers}
@@ -681,6 +712,20 @@ class _Taking:
         _give_up(variable)
         split = lambda x: [x[i] for i in range(len(x))] if stacked else [x]  # noqa: E731
         return self._run(object(), split, (value,), P(None))
+
+    def _prefixes(self, prefix) -> list[dict]:
+        """The keys and values of each layer; [] without a prefix."""
+        if prefix is None:
+            return []
+        graph, state = nnx.split(prefix)
+
+        def make(state):
+            both = nnx.merge(graph, state)()
+            k, v = (x.astype(self.compute) for x in both)
+            return [{"k": k[i], "v": v[i]} for i in range(self.cfg.layers)]
+
+        specs = [self._specs("prefix", {"k": 0, "v": 0})] * self.cfg.layers
+        return self._run(object(), make, (state,), specs)
 
     def _blocks(self, inserts) -> list[nnx.State]:
         """The blocks of the insert, one by one."""

@@ -57,8 +57,13 @@ class Frame:
 
 @dataclasses.dataclass(frozen=True)
 class Story:
+    """Attributes:
+    fault: what is wrong with it, where its frames can't be read.
+    """
+
     id: str
     frames: tuple[Frame, ...]
+    fault: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,10 +88,12 @@ def _kept(stories: Iterator[Story], where: str) -> Stories:
     """Those of five frames whose images are there.
 
     Raises:
-        FileError: none is left.
+        FileError: none is left, or one can't be read.
     """
     found, first, counts = [], {}, collections.Counter()
     for story in stories:
+        if story.fault:
+            raise FileError(story.fault)
         gone = next((f.image for f in story.frames if not pathlib.Path(f.image).is_file()), None)
         if len(story.frames) == FRAMES and gone is None:
             found.append(story)
@@ -132,19 +139,39 @@ def vist(root: str, split: str, text: str = "text") -> Stories:
     root = pathlib.Path(root)
     formatted = [f"annotations/{split}_formatted{end}.json" for end in ("_filtered", "")]
     path = _there(root, *formatted, f"{split}.story-in-sequence.json", f"{split}_cleaned.json")
-    if path.endswith("_cleaned.json"):
-        places = reading.json_file(_there(root, f"{split}_image_mapping.json"), dict)
-        rows = reading.json_file(path, dict)
-        return _kept(_vist_ordered(rows, _mapped(root, places), path), files.shown(path))
+    return _kept(vist_file(path, text), files.shown(path))
+
+
+def vist_file(path: str, text: str = "text") -> Iterator[Story]:
+    """All stories of one of VIST's files, of whatever length; images may be missing.
+
+    Args:
+        path: of a file whose name is one of those in the module's docstring, in its folder.
+        text: see `vist`.
+
+    Raises:
+        FileError: the file is missing or damaged, or has another name.
+    """
+    file = pathlib.Path(path)
+    split = re.split(r"[_.]", file.name)[0]
+    if file.name.endswith("_cleaned.json"):
+        places = reading.json_file(_there(file.parent, f"{split}_image_mapping.json"), dict)
+        return _vist_ordered(reading.json_file(path, dict), _mapped(file.parent, places), path)
+    published = file.name.endswith(".story-in-sequence.json")
+    if not published and "_formatted" not in file.name:
+        raise FileError(
+            f"{files.shown(path)} is none of VIST's files: expected SPLIT_cleaned.json, "
+            "SPLIT_formatted.json, SPLIT_formatted_filtered.json or SPLIT.story-in-sequence.json"
+        )
     table = reading.required(reading.json_file(path, dict), files.shown(path), "annotations")
     rows = table["annotations"]
-    if path.endswith("story-in-sequence.json"):
-        return _kept(_vist_published(rows, root, split, text, path), files.shown(path))
+    if published:
+        return _vist_published(rows, file.parent, split, text, path)
     if not isinstance(rows, dict):
         raise FileError(f'{files.shown(path)}: "annotations" is not an object of stories')
-    folder = root / "images" / f"{split}_images"
+    folder = file.parent.parent / "images" / f"{split}_images"
     image = lambda id, where: _inside(folder, f"{id}.png", where)  # noqa: E731
-    return _kept(_vist_ordered(rows, image, path), files.shown(path))
+    return _vist_ordered(rows, image, path)
 
 
 def _mapped(root: pathlib.Path, places: dict) -> Callable[[str, str], str]:
@@ -160,14 +187,24 @@ def _mapped(root: pathlib.Path, places: dict) -> Callable[[str, str], str]:
 
 
 def _vist_ordered(rows: dict, image: Callable[[str, str], str], path: str) -> Iterator[Story]:
-    for id, frames in rows.items():
+    """Stories of rows with caption, image_id and sequence_index, in the order of the latter."""
+    for id, steps in rows.items():
         where = f"{files.shown(path)}, story {files.shown(id, 60)}"
-        keys = ("image_id", "sequence_index")
-        frames = [reading.required(row, where, *keys, texts=("caption",)) for row in frames]
-        frames.sort(key=lambda row: row["sequence_index"])
-        yield Story(
-            id, tuple(Frame(row["caption"], image(row["image_id"], where)) for row in frames)
-        )
+        try:
+            found = _ordered(steps if isinstance(steps, list) else [steps], where)
+            frames = (Frame(row["caption"], image(row["image_id"], where)) for row in found)
+            yield Story(id, tuple(frames))
+        except FileError as error:
+            yield Story(id, (), str(error))
+
+
+def _ordered(steps: list, where: str) -> list[dict]:
+    """The steps of a story in their order; FileError if they aren't any."""
+    keys = ("image_id", "sequence_index")
+    rows = [reading.required(row, where, *keys, texts=("caption",)) for row in steps]
+    if any(type(row["sequence_index"]) not in (int, float) for row in rows):
+        raise FileError(f"{where}: a sequence_index is not a number")
+    return sorted(rows, key=lambda row: row["sequence_index"])
 
 
 def _vist_published(rows, root: pathlib.Path, split: str, text: str, path: str) -> Iterator[Story]:

@@ -63,4 +63,8 @@ class QFormer(nnx.Module):
         Args:
             mask: bool[N, T] tokens that are there, or None for all.
         """
-        return self.proj(self.resampler(self.norm(tokens), mask))
+        return self.proj(self.features(tokens, mask))
+
+    def features(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """float[N, queries, width of the resampler]: what is projected; arguments as above."""
+        return self.resampler(self.norm(tokens), mask)

@@ -1,9 +1,10 @@
 """CLIP's text tower as Stable Diffusion uses it (`CLIPTextModel`): causal, pre-norm.
 
 Learning Transferable Visual Models From Natural Language Supervision (Radford et al. 2021).
-The pipelines give no padding mask, so padding is attended like any other id. Stable Diffusion 1.5
-reads the last hidden state; 2.1 the penultimate one after the final norm (its published tower
-lacks the last layer, so the last state is the right one there, too).
+The pipelines give no padding mask, so padding is attended like any other id; with a mask it is
+hidden (MiniGPT-5's caption loss). Stable Diffusion 1.5 reads the last hidden state; 2.1 the
+penultimate one after the final norm (its published tower lacks the last layer, so the last state is
+the right one there, too).
 """
 
 import dataclasses
@@ -92,10 +93,11 @@ class CLIPAttention(nnx.Module):
         self.v_proj = linear(width, width, rngs, cfg.dtype)
         self.out_proj = linear(width, width, rngs, cfg.dtype)
 
-    def __call__(self, x):
+    def __call__(self, x, mask=None):
         parts = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         q, k, v = (y.reshape(*y.shape[:2], self.heads, -1) for y in parts)
-        out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
+        seen = None if mask is None else mask[:, None, None]
+        out = jax.nn.dot_product_attention(q, k, v, mask=seen, is_causal=True, implementation="xla")
         return self.out_proj(out.reshape(x.shape))
 
 
@@ -116,8 +118,8 @@ class CLIPEncoderLayer(nnx.Module):
         self.layer_norm2 = LayerNorm(cfg.hidden_size, rngs, cfg.dtype, cfg.layer_norm_eps)
         self.mlp = CLIPMLP(cfg, rngs)
 
-    def __call__(self, x):
-        x = x + self.self_attn(self.layer_norm1(x))
+    def __call__(self, x, mask=None):
+        x = x + self.self_attn(self.layer_norm1(x), mask)
         return x + self.mlp(self.layer_norm2(x))
 
 
@@ -153,20 +155,36 @@ class CLIPTextOutput:
     penultimate: jnp.ndarray
 
 
+def end_id(cfg: CLIPTextConfig) -> int:
+    """The id that ends a text. Old published configs say 2, although it is the largest."""
+    return cfg.vocab_size - 1 if cfg.eos_token_id == 2 else cfg.eos_token_id
+
+
+def not_padding(ids, cfg: CLIPTextConfig):
+    """bool[B, L] of ids int[B, L]: those up to the first that ends the text, which is seen, too."""
+    ends = ids == end_id(cfg)
+    return jnp.cumsum(ends, axis=1) - ends == 0
+
+
+def without_text(ids, cfg: CLIPTextConfig):
+    """int[B, L]: the ids of the empty text, padded with 0, of ids that begin with the start id."""
+    at = jnp.arange(ids.shape[1])
+    return jnp.where(at == 0, ids, jnp.where(at == 1, end_id(cfg), 0))
+
+
 class CLIPTextModel(nnx.Module):
     def __init__(self, cfg: CLIPTextConfig, rngs: nnx.Rngs):
         self.cfg = cfg
         self.text_model = CLIPTextTransformer(cfg, rngs)
 
-    def __call__(self, ids) -> CLIPTextOutput:
-        """ids: int[B, L]."""
+    def __call__(self, ids, mask=None) -> CLIPTextOutput:
+        """ids: int[B, L]; mask: bool[B, L] which of them are seen, or None for all."""
         cfg, model = self.cfg, self.text_model
         x = model.embeddings(ids).astype(cfg.dtype)
         hidden = [x]
         for layer in model.encoder.layers:
-            hidden.append(layer(hidden[-1]))
+            hidden.append(layer(hidden[-1], mask))
         last = model.final_layer_norm(hidden[-1])
-        # Old published configurations say 2 although the end id is the vocabulary's largest.
-        end = ids if cfg.eos_token_id == 2 else (ids == cfg.eos_token_id).astype(jnp.int32)
+        end = (ids == end_id(cfg)).astype(jnp.int32)
         pooled = jnp.take_along_axis(last, jnp.argmax(end, axis=-1)[:, None, None], axis=1)[:, 0]
         return CLIPTextOutput(last, pooled, tuple(hidden), model.final_layer_norm(hidden[-2]))

@@ -3,12 +3,13 @@ Qwen3 by norms of queries and keys.
 
 Touvron et al. 2023 (arXiv 2307.09288), Grattafiori et al. 2024 (arXiv 2407.21783). Pre-norm
 decoder with grouped-query attention, SwiGLU and rotary positions. Names follow the published
-checkpoints. Three things are our own:
+checkpoints. Four things are our own:
 
 * Layers are stacked on a leading axis and scanned. This is the forward pass of training; decoding
   has its own, with a cache, in `sampling/cached_llm.py`.
 * Tokens that a recipe adds (start and end of an image) are leaves of their own, `added`, so that
   they can be trained while the tables they extend stay frozen. Id `vocab_size + j` is row j.
+* A `Prefix` (`models/prefix.py`) stands before the keys and values of every layer.
 * An `Insert` puts blocks between attention and MLP of some layers, as MM-Interleaved does.
 """
 
@@ -23,8 +24,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from metamorph_jax.config import check_numbers
 from metamorph_jax.flops import Work
+from metamorph_jax.models.prefix import Prefix, PrefixConfig, before
 from metamorph_jax.nn import rope
-from metamorph_jax.nn.attention import attend
+from metamorph_jax.nn.attention import Segments, attend, packed_mask
 from metamorph_jax.nn.linear import gathering_dot_general
 from metamorph_jax.nn.norms import RMSNorm
 from metamorph_jax.sharding import constrain
@@ -260,8 +262,9 @@ class Attention(nnx.Module):
             self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps, rngs=rngs)
             self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps, rngs=rngs)
 
-    def __call__(self, x, cos, sin, mask):
-        """float[B, L, D] of x: float[B, L, D]."""
+    def __call__(self, x, cos, sin, mask, prefix=None):
+        """float[B, L, D] of x: float[B, L, D]; `prefix`: keys and values before all others, see
+        `models.prefix.before`."""
         B, L, _ = x.shape
         H = self.cfg.head_dim
         q = self.q_proj(x).reshape(B, L, -1, H)
@@ -271,6 +274,7 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
         q = constrain(q, "act_batch", "act_len", "act_heads", None)
+        k, v, mask = before(prefix, k, v, mask)
         mixed = checkpoint_name(attend(q, k, v, mask).reshape(B, L, -1), "attention")
         return self.o_proj(mixed)
 
@@ -311,10 +315,11 @@ class Layer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(cfg.width, cfg.norm_eps, rngs=rngs)
         self.mlp = MLP(cfg, rngs=rngs)
 
-    def __call__(self, x, cos, sin, mask, insert=None):
-        """float[B, L, D] of x: float[B, L, D]; `insert` maps such states to what is added."""
+    def __call__(self, x, cos, sin, mask, insert=None, prefix=None):
+        """float[B, L, D] of x: float[B, L, D]; `insert` maps such states to what is added, `prefix`
+        is this layer's."""
         x = checkpoint_name(x, "layer_input")
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, prefix)
         if insert is not None:
             x = x + insert(x)
         x = x + self.mlp(self.post_attention_layernorm(x))
@@ -365,9 +370,22 @@ class Head(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """The model; with an `insert`, its blocks are stacked in `inserts`."""
+    """The model; with an `insert`, its blocks are stacked in `inserts`.
 
-    def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs, insert: Insert | None = None):
+    Raises:
+        ValueError: both an insert and a prefix are asked for.
+    """
+
+    def __init__(
+        self,
+        cfg: LlamaConfig,
+        *,
+        rngs: nnx.Rngs,
+        insert: Insert | None = None,
+        prefix: PrefixConfig | None = None,
+    ):
+        if insert is not None and prefix is not None:
+            raise ValueError("a language model with an insert has no prefix")
         self.cfg, self.insert = cfg, insert
         self.embed_tokens = Embed(cfg, rngs=rngs)
         self.layers = nnx.vmap(lambda r: Layer(cfg, rngs=r))(rngs.split(cfg.layers))
@@ -377,6 +395,8 @@ class Llama(nnx.Module):
         if insert is not None:
             make = nnx.vmap(lambda r: insert.block(insert.cfg, rngs=r))
             self.inserts = make(rngs.split(insert.count(cfg.layers)))
+        shape = (cfg.layers, cfg.kv_heads, cfg.head_dim)
+        self.prefix = None if prefix is None else Prefix(prefix, cfg.width, shape, rngs=rngs)
 
     def __call__(self, embeds: jax.Array, positions: jax.Array, mask, extra=None) -> jax.Array:
         """Runs the layers and the final norm.
@@ -396,14 +416,20 @@ class Llama(nnx.Module):
         x = constrain(embeds.astype(jnp.dtype(self.cfg.dtype)), "act_batch", "act_len", "act_embed")
         graph, weights = nnx.split(self.layers)
 
-        def layer(x, weights, insert=None):
-            return nnx.merge(graph, weights)(x, cos, sin, mask, insert)
+        prefix = None
+        if self.prefix is not None:
+            prefix = self.prefix()
+            # The kernel for packed rows has no place for keys that belong to no segment.
+            mask = packed_mask(mask.numbers) if isinstance(mask, Segments) else mask
+
+        def layer(x, weights, insert=None, prefix=None):
+            return nnx.merge(graph, weights)(x, cos, sin, mask, insert, prefix)
 
         if self.insert is None:
-            body = lambda x, w: (layer(x, w), None)  # noqa: E731
+            body = lambda x, w: (layer(x, w[0], prefix=w[1]), None)  # noqa: E731
             if self.cfg.remat != "none":
                 body = jax.checkpoint(body, policy=REMAT[self.cfg.remat], prevent_cse=False)
-            x, _ = jax.lax.scan(body, x, weights)
+            x, _ = jax.lax.scan(body, x, (weights, prefix))
         else:
             x = self._with_inserts(x, layer, weights, extra)
         return self.norm(x)

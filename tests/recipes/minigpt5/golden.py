@@ -61,3 +61,9 @@ class Case:
             assert (list(found.shape), str(found.dtype)) == (shape, kind), f"{self.name}: {name}"
         left = ({*listed} | {*self.arrays}) - self.arrays.read
         assert not left, f"{self.name}: arrays that no test reads: {sorted(left)}"
+
+
+def names(config, prefix: str) -> list[str]:
+    """The cases that start with `prefix`; `config` is pytest's, for `pytest_generate_tests`."""
+    root = pathlib.Path(config.getoption("--golden-root"))
+    return [name for name in descriptors(root) if name.startswith(prefix)]

@@ -1,0 +1,30 @@
+"""Captions of images to draw, in ids of an image decoder's text encoder (`DrawingSpec.caption`)."""
+
+import dataclasses
+
+import numpy as np
+
+from metamorph_jax.data.sources.base import Sample
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionIds:
+    """Ids of a caption as Stable Diffusion's pipelines make them: start, text, end, and padding.
+
+    Attributes:
+        tokenizer: of the transformers library, one of CLIP's.
+        length: ids of a caption; a longer one is cut before its end id.
+    """
+
+    tokenizer: object
+    length: int
+
+    def __call__(self, sample: Sample, k: int) -> np.ndarray:
+        """int32[length] of the caption of image k of a sample; -1 where it has none."""
+        text = sample.images[k].caption
+        return np.full(self.length, -1, np.int32) if not text else self.of(text)
+
+    def of(self, text: str) -> np.ndarray:
+        """int32[length] of a text."""
+        options = dict(padding="max_length", truncation=True, max_length=self.length)
+        return np.array(self.tokenizer(text, **options)["input_ids"], np.int32)

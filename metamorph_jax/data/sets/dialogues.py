@@ -1,0 +1,113 @@
+"""MMDialog (Feng et al. 2023, arXiv 2211.05719): dialogues between two people who share images.
+
+    {train,valid,test}/conversations.json    JSON lines, in spite of its name
+    {train,valid,test}/<media key>.jpg       keys are numbers, often negative
+
+    {"conversation_id": 1, "conversation": [{"turn": [{"__TEXT__": "My kite"}, {"__MEDIA__": "-12"}]},
+                                            {"turn": [{"__TEXT__": "So red!"}]}]}
+
+The speakers take turns. Of a turn with several images the first counts.
+"""  # noqa: E501
+
+import dataclasses
+
+import numpy as np
+
+from metamorph_jax import files
+from metamorph_jax.data.sources import index_files
+from metamorph_jax.data.sources.records import JsonlRecords
+from metamorph_jax.errors import BadSample
+
+_VERSION = 1  # of how turns are counted
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """Attributes:
+    text: what is said, "" if nothing.
+    image: name of the file of the image, or "".
+    """
+
+    text: str
+    image: str = ""
+
+
+def turns_of(record: dict) -> list[Turn]:
+    """The turns of a dialogue.
+
+    Raises:
+        BadSample: it isn't one.
+    """
+    listed = record.get("conversation")
+    if not isinstance(listed, list):
+        raise BadSample("bad_record", "no list `conversation`")
+    return [_turn(turn, number) for number, turn in enumerate(listed)]
+
+
+def _turn(turn, number: int) -> Turn:
+    parts = turn.get("turn") if isinstance(turn, dict) else None
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+        raise BadSample("bad_record", f"turn {number} has no list `turn` of objects")
+    texts = [part["__TEXT__"] for part in parts if "__TEXT__" in part]
+    keys = [part["__MEDIA__"] for part in parts if "__MEDIA__" in part]
+    if not all(isinstance(value, str) for value in (*texts, *keys)):
+        raise BadSample("bad_record", f"turn {number}: `__TEXT__` and `__MEDIA__` must be texts")
+    return Turn(" ".join(texts), f"{keys[0]}.jpg" if keys else "")
+
+
+class DialogueTurns:
+    """A record for each turn but the first, to be learnt from those before it.
+
+    A record is {"id": "<conversation>_<turn>", "turn": its number, "turns": list of `Turn` up to
+    it}. A line that is not a dialogue, or of fewer than two turns, is one record that is bad. How
+    many turns a line has is counted once, and kept beside the file.
+    """
+
+    def __init__(self, path: str, index_dir: str | None = None):
+        self.path, self.lines = path, JsonlRecords(path, index_dir)
+        self._index_dir = index_dir
+        turns = self._counts()
+        self.ends = np.cumsum(np.maximum(turns - 1, 1))
+
+    def __reduce__(self):  # worker processes read the files themselves
+        return DialogueTurns, (self.path, self._index_dir)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def __getitem__(self, k: int) -> dict:
+        line, number = self._at(k)
+        record = self.lines[line]
+        turns = turns_of(record)
+        if len(turns) < 2:
+            raise BadSample("short_dialogue", f"{len(turns)} turns, expected 2 or more")
+        id_ = f"{record.get('conversation_id', line)}_{number + 1}"
+        return {"id": id_, "turn": number + 1, "turns": turns[: number + 2]}
+
+    def where(self, k: int) -> str:
+        """File and line of record k, and which turn it is."""
+        line, number = self._at(k)
+        return f"{self.lines.where(line)} turn {number + 1}"
+
+    def _at(self, k: int) -> tuple[int, int]:
+        line = int(np.searchsorted(self.ends, k, side="right"))
+        return line, k - (int(self.ends[line - 1]) if line else 0)
+
+    def _counts(self) -> np.ndarray:
+        """int64[lines]: turns of each dialogue, 0 where a line isn't one."""
+        places = index_files.places(self.path, self._index_dir, "turns")
+        stat = files.regular(self.path).stat()
+        stamp = [_VERSION, stat.st_size, stat.st_mtime_ns]
+        for place in places:
+            found = index_files.load(place, stamp, ("turns",))
+            if found is not None and found[0].shape == (len(self.lines),):
+                return found[0].astype(np.int64)
+        turns = np.array([self._count(k) for k in range(len(self.lines))], np.int64)
+        index_files.save(places, stamp, {"turns": turns})
+        return turns
+
+    def _count(self, k: int) -> int:
+        try:
+            return len(turns_of(self.lines[k]))
+        except BadSample:
+            return 0
