@@ -5,8 +5,9 @@
       vqa_train.jsonl                one sample per image, each question about it a turn
       vqa_test.jsonl                 the same for the held-out split
       questions_test.jsonl           the held-out questions, one per line, with answer and type
-      draw_train.jsonl               "Draw a teal circle." -> image, one sample per image
-      draw_test.jsonl                24 requests in wordings that training never saw
+      draw_train.jsonl               "Draw a teal circle." -> image, one sample per image of a pair
+                                     of colour and shape that is not in HELD_OUT
+      draw_test.jsonl                24 requests in wordings that training never saw, one per pair
       labels.json                    {"train": {"17": ["teal", "circle"]}, "test": ...}
       manifest.json                  parameters and counts; if they match, nothing is rewritten
 
@@ -33,8 +34,15 @@ COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 SPLITS = ("train", "test")
 ANSWERS = ("yes", "no", *COLORS, *SHAPES)
-FORMAT = 3  # raise when the files' contents change for the same parameters
+FORMAT = 4  # raise when the files' contents change for the same parameters
 
+# Pairs that are asked about in training like all others, but never drawn.
+HELD_OUT = (
+    ("blue", "triangle"),
+    ("red", "rectangle"),
+    ("teal", "circle"),
+    ("yellow", "rectangle"),
+)
 # Requests seen in training, and those kept for the test. {a} is "a"/"an".
 TRAIN_WORDINGS = (
     "Draw {a} {color} {shape}.",
@@ -156,12 +164,15 @@ def draw_request(color: str, shape: str, wording: str) -> str:
 
 
 def draw_requests(wordings=TEST_WORDINGS) -> list[dict]:
-    """One request for every colour x shape, wordings taken in turn: {id, prompt, color, shape}."""
+    """One request for every colour x shape, wordings taken in turn: {id, prompt, color, shape,
+    held_out}."""
     out = []
     for i, (color, shape) in enumerate((c, s) for c in COLORS for s in SHAPES):
         prompt = draw_request(color, shape, wordings[i % len(wordings)])
         name = f"draw-{color}-{shape}"
-        out.append({"id": name, "prompt": prompt, "color": color, "shape": shape})
+        held_out = (color, shape) in HELD_OUT
+        out.append({"id": name, "prompt": prompt, "color": color, "shape": shape,
+                    "held_out": held_out})  # fmt: skip
     return out
 
 
@@ -179,7 +190,8 @@ def prepare(root, source=None, train_images: int = 0, test_images: int = 0,
     source, data = pathlib.Path(source), QuickstartData(pathlib.Path(root))
     wanted = {"train": int(train_images), "test": int(test_images)}
     parameters = {"format": FORMAT, "images": wanted, "seed": int(seed), "wordings":
-                  [*TRAIN_WORDINGS, *TEST_WORDINGS, DRAW_REPLY]}  # fmt: skip
+                  [*TRAIN_WORDINGS, *TEST_WORDINGS, DRAW_REPLY], "held_out":
+                  [list(pair) for pair in HELD_OUT]}  # fmt: skip
     if _done(data, parameters):
         return data
     data.manifest.unlink(missing_ok=True)
@@ -204,7 +216,8 @@ def prepare(root, source=None, train_images: int = 0, test_images: int = 0,
         }
         if split == "train":
             drawn = [_draw_sample(image, *truth[image], seed)
-                     for image in chosen if None not in truth[image]]  # fmt: skip
+                     for image in chosen
+                     if None not in truth[image] and truth[image] not in HELD_OUT]  # fmt: skip
             write_lines(data.draw_train, drawn)
         else:
             write_lines(data.questions_test, [

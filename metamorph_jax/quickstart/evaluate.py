@@ -3,7 +3,7 @@
 Answers: held-out questions about held-out images, one question per prompt, greedy. Visual tokens:
 24 requests in held-out wordings, read by a linear probe. Drawings: the decoder draws an image from
 each of these sets of tokens with two seeds, none picked, and a small classifier reads its colour
-and shape.
+and shape. Four of the 24 pairs of colour and shape were never drawn in training (`data.HELD_OUT`).
 """
 
 import dataclasses
@@ -170,6 +170,7 @@ def evaluate(
         "accuracy": accuracy(rows),
         "tokens_right": float(tokens_right.mean()),
         "drawings_right": float(right.mean()),
+        "held_out_right": float(right[[r["held_out"] for r in requests]].mean()),
         "judges": judged,
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -81,6 +81,12 @@ def targets(result: dict, timings, goals) -> list[report.Target]:
             goals["drawings_right"],
             note="24 requests × 2 seeds, none picked",
         ),
+        report.Target(
+            "Of these, pairs of colour and shape that training never drew",
+            result["held_out_right"],
+            goals["held_out_right"],
+            note="4 requests × 2 seeds",
+        ),
         report.Target("Time without downloads", minutes, goals["minutes"], "min", at_most=True),
     ]
 

@@ -128,3 +128,35 @@ def configs_folder(recipe: str = "metamorph") -> pathlib.Path:
             "only the installed package"
         )
     return folder
+
+
+def located_config(file: str, size: str, seed: int, data: pathlib.Path, features: pathlib.Path):
+    """The config of a stage, `configs/FILE.py`, with the paths of a workdir.
+
+    Sources and evaluations are those of its size quickstart, at smoke size, too.
+
+    Args:
+        file: "RECIPE/STAGE".
+        size: "quickstart" or "smoke".
+        data, features: folders with the files of the sources, and with the cache of features.
+    """
+    from metamorph_jax import config
+
+    path = f"{configs_folder(file.split('/')[0]).parent / file}.py"
+    table, full = (config.load_config(f"{path}:{name}") for name in (size, "quickstart"))
+    table.seed = seed
+    with table.unlocked():
+        table.data.sources, table.evals = full.data.sources, full.evals
+        if full.data.cache.features:
+            table.data.cache.features = str(features)
+    held = [table.data, *(one.data for one in table.evals.values())]
+    for source in (source for one in held for source in one.get("sources", {}).values()):
+        source.path = str(data / pathlib.Path(source.path).name)
+    if size == "smoke":
+        for one in table.evals.values():
+            one.update(every=3, batches=2)
+    if bfloat16_is_faster():
+        table.matmul_precision = "bfloat16"
+        if "remat" in table.model:
+            table.model.remat = "full"  # then a forward pass is cheap, memory is not
+    return table

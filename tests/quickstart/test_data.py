@@ -80,9 +80,10 @@ def test_files(source, tmp_path):
 
     drawn = qd.read_jsonl(data.draw_train)
     labels = json.loads(data.labels.read_text())["train"]
-    assert len(drawn) == 48
+    assert len(drawn) == 48 - 2 * len(qd.HELD_OUT)
     for sample in drawn:
         color, shape = labels[sample["image"].split("/")[2].removesuffix(".png")]
+        assert (color, shape) not in qd.HELD_OUT
         request, reply = (turn["value"] for turn in sample["conversations"])
         assert color in request and shape in request and reply.count("<image>") == 1
 
@@ -101,6 +102,7 @@ def test_no_test_image_or_wording_in_training_files(source, tmp_path):
     requests = qd.read_jsonl(data.draw_test)
     assert len(requests) == len({(r["color"], r["shape"]) for r in requests}) == 24
     assert not seen & {request["prompt"] for request in requests}
+    assert {(r["color"], r["shape"]) for r in requests if r["held_out"]} == set(qd.HELD_OUT)
     assert not set(qd.TRAIN_WORDINGS) & set(qd.TEST_WORDINGS)
 
 
