@@ -116,10 +116,16 @@ class Writer:
             write_json(folder / f"{stem}.safetensors.index.json", index)
         return total
 
-    def torch_file(self, file: pathlib.Path, tensors: names.Lazy) -> int:
+    def torch_file(
+        self, file: pathlib.Path, tensors: names.Lazy, beside: Mapping | None = None
+    ) -> int:
         """Writes a torch file, for public code that reads no other; returns bytes of all tensors.
 
         All tensors are in memory at once.
+
+        Args:
+            beside: what stands beside `state_dict`, which has the tensors then; None: there is
+                nothing but the tensors.
 
         Raises:
             ImportError: torch is not installed.
@@ -139,7 +145,7 @@ class Writer:
                 raise WeightError(f"{fault} in {key}: it can't be written as {kind}")
             out[key] = torch.from_numpy(array).to(getattr(torch, self.torch_dtype))
             self.progress(key, out[key].nbytes)
-        torch.save(out, file)
+        torch.save(out if beside is None else {"state_dict": out, **beside}, file)
         return sum(tensor.nbytes for tensor in out.values())
 
     @property

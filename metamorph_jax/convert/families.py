@@ -107,6 +107,7 @@ class RunForm:
         of_checkpoint: (spec of published weights, fields of their config.json, {} if they have
             none) -> the recipe's (`Config`, `Data`) with which they generate, or None if they are
             no whole model of it.
+        keeps_adapters: `reference` takes the model with its adapters; else they are merged first.
     """
 
     save: Callable[[pathlib.Path, Any, Source, Writer], int]
@@ -119,6 +120,7 @@ class RunForm:
     beside: str = ""
     published_config: Callable[[pathlib.Path], Any] = lambda folder: None
     of_checkpoint: Callable[[str, Mapping], tuple[Any, Any] | None] = lambda spec, fields: None
+    keeps_adapters: bool = False
 
 
 def published_run(folder: pathlib.Path):

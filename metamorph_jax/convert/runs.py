@@ -32,7 +32,8 @@ def write(workdir, folder, to: str, dtype: str, most: int, decoder=None, title: 
     kind = export.DTYPES["f32" if dtype == "same" else dtype]
     recipe, cfg, model, values = _load(workdir)
     print(f"workdir:{workdir}: recipe {values['recipe']}; writing {kind}", flush=True)
-    form, model = families.run_form(recipe), lora.merged(model)
+    form = families.run_form(recipe)
+    model = model if to == "reference" and form.keeps_adapters else lora.merged(model)
     source, licence = form.source(cfg, _data(recipe, values)), licence_of_spec(form.base(cfg))
     progress = Progress("writing", bytes_of(model))
     writer = export.Writer(kind, most, progress)

