@@ -168,7 +168,7 @@ def _batched(items: Iterable, size: int) -> Iterator[list]:
         yield part
 
 
-def _compiled(module: nnx.Module, call: Callable) -> Callable:
+def compiled(module: nnx.Module, call: Callable) -> Callable:
     """x -> call(module, x) as numpy, on the module's devices; compiled for batches of powers of two
     up to `BATCH`."""
     graph, weights = nnx.split(module)
@@ -191,7 +191,7 @@ def _compiled(module: nnx.Module, call: Callable) -> Callable:
     return run
 
 
-def _build(make: Callable, fill: Callable) -> nnx.Module:
+def built(make: Callable, fill: Callable) -> nnx.Module:
     mesh = sharding.make_mesh({"data": -1}, jax.local_devices())
     return build(make, mesh, 0, fill)
 
@@ -215,10 +215,10 @@ def open_inception(path: str | os.PathLike) -> Inception:
     """The Inception network from a file of its weights (`convert/inception.py`)."""
     tensors = inception.open_weights(path)
     fill = lambda model: inception.load_inception(model, tensors)  # noqa: E731
-    model = _build(lambda rngs: InceptionV3(rngs=rngs), fill)
+    model = built(lambda rngs: InceptionV3(rngs=rngs), fill)
     prepare = lambda image: resize(np.asarray(image))  # noqa: E731
     head = np.asarray(model.fc.kernel[...])
-    return Inception("Inception-v3 of 2015", prepare, _compiled(model, lambda m, x: m(x)), head)
+    return Inception("Inception-v3 of 2015", prepare, compiled(model, lambda m, x: m(x)), head)
 
 
 def open_tower(spec: str) -> Extractor:
@@ -226,8 +226,8 @@ def open_tower(spec: str) -> Extractor:
     cfg = vit.config_from_hf(specs.tower_fields(spec), whole=False)
     cfg, prepare = _with_preprocessing(spec, cfg)
     tensors = specs.tower_tensors(spec)
-    tower = _build(lambda rngs: ViT(cfg, rngs=rngs), lambda m: vit.load_vit(m, tensors))
-    return Extractor(spec, prepare, _compiled(tower, lambda m, x: m.image_vector(x)))
+    tower = built(lambda rngs: ViT(cfg, rngs=rngs), lambda m: vit.load_vit(m, tensors))
+    return Extractor(spec, prepare, compiled(tower, lambda m, x: m.image_vector(x)))
 
 
 def _with_preprocessing(spec: str, cfg: ViTConfig) -> tuple[ViTConfig, Preprocess]:
@@ -276,12 +276,12 @@ def open_clip(spec: str) -> Clip:
     cfg = dataclasses.replace(cfg, vision=tower)
     tensors = hf.Tensors(folder)
     tokenizer = tokenizers.load(folder)
-    model = _build(lambda rngs: CLIP(cfg, rngs=rngs), lambda m: clip.load_clip(m, tensors))
+    model = built(lambda rngs: CLIP(cfg, rngs=rngs), lambda m: clip.load_clip(m, tensors))
     return Clip(
         spec,
         prepare,
-        _compiled(model, lambda m, x: m.image_features(x)),
+        compiled(model, lambda m, x: m.image_features(x)),
         tokenizer,
         cfg.text.max_position_embeddings,
-        _compiled(model, lambda m, x: m.text_features(x)),
+        compiled(model, lambda m, x: m.text_features(x)),
     )

@@ -85,8 +85,8 @@ class StoryDrawing(MeasuredDrawing):
     literal: the prompt is without a chat template around it, see `base.Question`.
     seed: of the choice of a frame in a clip.
     story_fid: the mean of the FIDs of single stories, too.
-    protocol: "mm-interleaved" measures FID at 64 px and draws at its guidance of 3.5; for "minigpt5"
-        see the module's docstring.
+    protocol: "mm-interleaved" measures FID at 64 px and draws at its guidance of 3.5; "minigpt5" is
+        described above.
     """
 
     split: str = "test"
