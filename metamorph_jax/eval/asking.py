@@ -141,7 +141,8 @@ class Asking:
         asked = self.task.reply if told else {}
         requests = []
         for question in questions:
-            request = Request(question.id, question.prompt, (), question.video, **asked)
+            request = Request(question.id, question.prompt, (), question.video,
+                              literal=question.literal, **asked)  # fmt: skip
             try:
                 places = tuple(self._file(question, k) for k in range(len(question.images)))
                 requests.append(checked(dataclasses.replace(request, images=places)))

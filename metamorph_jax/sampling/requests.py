@@ -13,6 +13,7 @@ import numpy as np
 from metamorph_jax import files
 from metamorph_jax.data import images
 from metamorph_jax.data.chat import LONGEST
+from metamorph_jax.data.chat_templates import SOURCE
 from metamorph_jax.data.config import MAX_FRAMES
 from metamorph_jax.data.sources import kinds, video
 from metamorph_jax.data.sources.base import IMAGE, VIDEO, Sample, Turn
@@ -41,6 +42,8 @@ class Request:
         mode: what is asked for, of `MODES`, where the model doesn't decide it on its own; "" leaves
             it to the model.
         rounds: with mode "both", how many times text or an image is added; 0 for no limit.
+        literal: the prompt is all that the model reads, in a wording of its own: no chat template
+            is put around it. Without `before`.
     """
 
     id: str
@@ -52,6 +55,7 @@ class Request:
     before: tuple[Turn, ...] = ()
     mode: str = ""
     rounds: int = 0
+    literal: bool = False
 
     @property
     def name(self) -> str:
@@ -76,6 +80,8 @@ def checked(request: Request) -> Request:
             raise ValueError("a text has half of a surrogate pair (\\ud800 … \\udfff)") from None
     if len(request.prompt) > LONGEST:
         raise ValueError(f"the prompt has {len(request.prompt)} characters, at most {LONGEST}")
+    if request.literal and request.before:
+        raise ValueError("a literal prompt has no turns before it")
     if not (request.prompt.strip() or request.images or request.video):
         raise ValueError("the prompt is empty")
     if not all(isinstance(path, str) and path for path in request.images):
@@ -297,6 +303,8 @@ def as_sample(
         record["image"] = [os.path.abspath(path) for path in paths]
     where = kinds.Files(os.path.abspath(os.sep), frames)  # a user may name any file
     made = kinds.build(record, "", where, np.random.default_rng(0))
+    if request.literal:
+        made = dataclasses.replace(made, turns=((SOURCE, made.turns[-1][1]),))
     return made.checked(max(len(made.images), 1))
 
 

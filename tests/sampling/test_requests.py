@@ -1,9 +1,11 @@
 """Prompts from a file, and where their images stand."""
 
+import dataclasses
 import json
 import os
 
 import pytest
+from PIL import Image
 
 from metamorph_jax.errors import BadSample, FileError
 from metamorph_jax.sampling.requests import Request, as_sample, place, read_requests
@@ -62,6 +64,17 @@ def test_mode_and_rounds(tmp_path):
              {"prompt": "c", "rounds": True}, {"prompt": "d", "mode": ["text"]}]  # fmt: skip
     file.write_text("\n".join(map(json.dumps, lines)))
     assert read_requests(str(file)) == ([Request("1", "a", mode="both", rounds=3)], 3)
+
+
+def test_a_literal_prompt_is_a_source(tmp_path):
+    """Which no chat template is put around, see `data/chat_templates.py`."""
+    image = tmp_path / "1.png"
+    Image.new("RGB", (8, 8)).save(image)
+    request = Request("1", "Human:<image> Draw.", (str(image),), literal=True)
+    made = as_sample(request)
+    assert made.turns == (("source", "Human:<image> Draw."),) and len(made.images) == 1
+    with pytest.raises(ValueError, match="no turns before"):
+        as_sample(dataclasses.replace(request, before=(("system", "Hello."),)))
 
 
 def test_annotations(tmp_path, capsys):

@@ -120,6 +120,15 @@ def measured(
     return rows
 
 
+def rouge_l(candidate: str, reference: str) -> float:
+    """ROUGE-L of words between blanks, 0 to 1, with the COCO tools' weight of recall (1.2)."""
+    check_tools("python")
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    ours, theirs = (" ".join(text.split()) for text in (candidate, reference))
+    return float(Rouge().calc_score([ours], [theirs]))
+
+
 def ciders(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
     """CIDEr-D of each image (0 to 10), with the document frequencies of these images."""
     from pycocoevalcap.cider.cider import Cider

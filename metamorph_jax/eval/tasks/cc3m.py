@@ -7,7 +7,7 @@ Captions are cleaned as BLIP cleans them (`data/sets/captions.py`). Many of the 
 are dead, and every paper scores what it could fetch: rows whose image is not there are left out,
 and how many is printed.
 
-FID is to all images in `val`. `protocol=minigpt5` does as that paper (Zheng et al. 2023, arXiv
+FID is to all images in `val`. `protocol=minigpt-5` does as that paper (Zheng et al. 2023, arXiv
 2310.02239): the bare caption is the prompt, text is sampled, FID is at a short side of 256 px
 without a cut, the inception score of images in full size. Its published code counts no image that
 was not drawn; here both means are given. It reads images through another resize (TensorFlow 1's, in
@@ -38,7 +38,7 @@ DECODED = {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 2.0, "guidanc
 class CC3M(CaptionDrawing):
     """Attributes:
     count: captions that are drawn from, the first of the file.
-    protocol: "minigpt5" asks, decodes and measures as its paper does.
+    protocol: "minigpt-5" asks, decodes and measures as its paper does.
     """
 
     count: int = 1_000_000
@@ -49,7 +49,7 @@ class CC3M(CaptionDrawing):
         File("val", "the images", _SOURCE),
     )
     protocols: ClassVar = {
-        "minigpt5": Protocol({"prompt": "{caption}", "literal": True, **MEASURED}, DECODED)
+        "minigpt-5": Protocol({"prompt": "{caption}", "literal": True, **MEASURED}, DECODED)
     }
 
     def captions(self) -> list[Caption]:

@@ -15,11 +15,11 @@ Scores: FID, whose name has the size of the images, between all drawn and all tr
 mean CLIP cosines of each with its true frame and with its caption. `story_fid=true` adds the mean of
 the FIDs of single stories, of at most five images each. `official/stories.html` shows the stories.
 
-`protocol=minigpt5` asks as that paper (Zheng et al. 2023, arXiv 2310.02239) does: every frame, with
+`protocol=minigpt-5` asks as that paper (Zheng et al. 2023, arXiv 2310.02239) does: every frame, with
 true frames as history. Its variants are
 
-    final step      protocol=minigpt5,frames=last
-    multi-step      protocol=minigpt5, and context=all, text, images or current
+    final step      protocol=minigpt-5,frames=last
+    multi-step      protocol=minigpt-5, and context=all, text, images or current
 
 Its code draws one of two wordings by chance, of which the first is taken here, and compares images
 with the target of training, a row of image tokens, in place of the caption.
@@ -85,8 +85,8 @@ class StoryDrawing(MeasuredDrawing):
     literal: the prompt is without a chat template around it, see `base.Question`.
     seed: of the choice of a frame in a clip.
     story_fid: the mean of the FIDs of single stories, too.
-    protocol: "mm-interleaved" measures FID at 64 px and draws at its guidance of 3.5; "minigpt5" is
-        described above.
+    protocol: "mm-interleaved" measures FID at 64 px and draws at its guidance of 3.5, "minigpt-5"
+        is described above.
     """
 
     split: str = "test"
@@ -103,7 +103,7 @@ class StoryDrawing(MeasuredDrawing):
     scored_by: ClassVar[tuple[str, ...]] = (*MeasuredDrawing.scored_by, "story_fid")
     protocols: ClassVar = {
         "mm-interleaved": Protocol({"fid_size": 64}, {"guidance": (3.5,)}),
-        "minigpt5": Protocol({
+        "minigpt-5": Protocol({
             "split": "val", "frames": "all", "history": "true", "literal": True, "mark": TAGGED,
             "prompt": MINIGPT5 % "Generate an image with the scene description: {caption}",
             "story_fid": True, **MEASURED,

@@ -2,12 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from metamorph_jax.eval.images import statistics
 from metamorph_jax.eval.images.statistics import Gaussian
-from metamorph_jax.eval.scorers import texts
+from metamorph_jax.eval.scorers import replies, texts
 
 pytestmark = pytest.mark.golden
 
@@ -30,6 +31,39 @@ def test_sentences(metrics):
             assert texts.bleu(ours, theirs, n) == pytest.approx(wanted, abs=0), case
         words = texts.bleu(ours.split(), theirs.split(), 1)
         assert words == pytest.approx(case["bleu_1_word_level"]), case
+
+
+def test_dialogues(metrics):
+    """The whole way from rows to means over dialogues, with the networks' vectors given."""
+    rows, vectors = metrics["mmdialog_rows"], metrics["clip_features_used"]
+    assert rows
+
+    def compare(kind, table):
+        look = lambda one: np.array([table[kind + key] for key in one])  # noqa: E731
+        return lambda ours, theirs: statistics.cosines(look(ours), look(theirs))
+
+    ours, theirs = ([replies.said(row[key]) for row in rows] for key in ("pred_text", "gt_text"))
+    texts_ = replies.elements(compare("t:", vectors), ours, theirs)
+    drawn, real = ([row[key] or "" for row in rows] for key in ("pred_image", "gt_image"))
+    images = replies.elements(compare("", vectors), drawn, real)
+    alike = replies.elements(compare("", metrics["sbert_features"]), ours, theirs)
+    dialogues: dict[str, list] = {}
+    for k, row in enumerate(rows):
+        found = replies.text_scores(ours[k], theirs[k])
+        if found:
+            found[replies.SENTENCES] = 0.0 if isinstance(alike[k], str) else alike[k]
+        turn = {"texts": found, "elements": [texts_[k], images[k]]}
+        dialogues.setdefault(row["task_name"].split("_")[0], []).append(turn)
+    scores = [replies.of_dialogue(turns) for turns in dialogues.values()]
+    names = {
+        "overall_bleu_score_1": replies.BLEU[2], "overall_bleu_score_2": replies.BLEU[3],
+        "overall_rouge_l_score": replies.ROUGE_OF_SETS, "overall_sbert_score": replies.SENTENCES,
+        "overall_clip_f1": replies.RELEVANCE,
+    }  # fmt: skip
+    assert metrics["result"].keys() == names.keys()
+    for key, name in names.items():
+        mean = np.mean([score[name] for score in scores])
+        assert mean == pytest.approx(metrics["result"][key], rel=1e-6), key
 
 
 def test_distance_and_inception_score(golden_root):

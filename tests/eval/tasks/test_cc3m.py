@@ -61,7 +61,7 @@ def test_questions(root, capsys):
     assert not found[1].literal and found[2].gold == "two cats one asleep"
     assert "1 captions are left out" in capsys.readouterr().err
     assert len(list(tasks.make("cc3m:count=2", root=str(root)).questions())) == 2
-    task = tasks.make("cc3m:protocol=minigpt5", root=str(root))
+    task = tasks.make("cc3m:protocol=minigpt-5", root=str(root))
     first = next(iter(task.questions()))
     assert first.prompt == "a red kite" and first.literal
     assert task.main == "FID (256 px, not cut)" and task.decoding["guidance"] == (7.5,)
@@ -73,7 +73,7 @@ def test_questions(root, capsys):
 
 def test_scores(root, stand_ins, tmp_path):
     """FID to all images of the folder; failures count; the score is of images in full size."""
-    spec, out = "cc3m:protocol=minigpt5,inception=x,clip=y,fid_size=16", tmp_path / "out"
+    spec, out = "cc3m:protocol=minigpt-5,inception=x,clip=y,fid_size=16", tmp_path / "out"
     result = run(spec, root, out, Painter(fails={"2"}))
     assert result.unparsed == 1 and next(iter(result.scores)) == "FID (16 px, not cut)"
     drawn = tuple(record["drawn"][0] for record in result.records if record.get("drawn"))
@@ -86,7 +86,7 @@ def test_scores(root, stand_ins, tmp_path):
         mean = result.scores[f"100 x CLIP, {name}"]
         failed = result.scores[f"100 x CLIP, {name}, failures as 0"]
         assert failed == pytest.approx(mean * 3 / 4)
-    told = json.loads((out / "cc3m-protocol=minigpt5,inception=x,clip=y,fid_size=16" / "official"
+    told = json.loads((out / "cc3m-protocol=minigpt-5,inception=x,clip=y,fid_size=16" / "official"
                        / "scores.json").read_text())  # fmt: skip
     assert told["settings"]["not_drawn"] == 1
     assert "10 parts needs as many images" in " ".join(told["notes"])

@@ -50,7 +50,7 @@ def test_contexts(vist, context, prompt, images):
 def test_prompts_of_minigpt5(golden_root):
     """Those that the published weights have seen, with the first of its two wordings."""
     case = json.loads((golden_root / "minigpt5" / "datasets.json").read_text())["vist"]
-    task = tasks.make("vist:protocol=minigpt5")
+    task = tasks.make("vist:protocol=minigpt-5")
     wanted = {item["task_name"]: item["source"] for item in case["train_items"]}
     assert case["stories"]
     compared = 0
