@@ -55,6 +55,12 @@ def _turn(turn, number: int) -> Turn:
     return Turn(" ".join(texts), f"{keys[0]}.jpg" if keys else "")
 
 
+def recent(number: int) -> int:
+    """The first of the turns from which MiniGPT-5 (Zheng et al. 2023, arXiv 2310.02239) predicts
+    turn `number`: after an answer, only the last question and that answer are left."""
+    return max(number - (3 if number % 2 else 2), 0)
+
+
 class DialogueTurns:
     """A record for each turn but the first, to be learnt from those before it.
 

@@ -40,6 +40,7 @@ TASKS = {
     "lncoco": f"{_HERE}.coco_drawing:LnCoco",
     "made_images": f"{_HERE}.made_images:MadeImages",
     "mmbench": f"{_HERE}.mmbench:MMBench",
+    "mmdialog": f"{_HERE}.mmdialog:MMDialog",
     "mme": f"{_HERE}.mme:MME",
     "mmmu": f"{_HERE}.mmmu:MMMU",
     "mmvet": f"{_HERE}.mmvet:MMVet",

@@ -27,7 +27,7 @@ import numpy as np
 
 from metamorph_jax.data.sets import stories
 from metamorph_jax.data.sets.captions import cleaned
-from metamorph_jax.data.sets.dialogues import DialogueTurns
+from metamorph_jax.data.sets.dialogues import DialogueTurns, recent
 from metamorph_jax.data.sources import documents
 from metamorph_jax.data.sources.base import IMAGE, ImageRef
 from metamorph_jax.data.sources.kinds import KINDS as COMMON
@@ -214,7 +214,7 @@ class Dialogue:
         """The turn, from the last question and answer before it."""
         number, turns = record["turn"], record["turns"]
         refs = [self._image(turn, k, files) for k, turn in enumerate(turns)]
-        first = _first_turn(number)
+        first = recent(number)
         pieces = [wordings.DIALOGUE_SYSTEM]
         for k in range(first, number):
             read = [wordings.READ] if refs[k] else []
@@ -239,12 +239,6 @@ class Dialogue:
         if self.ids is not None and len(self.ids(turn.text)) > LONGEST_TURN:
             raise BadSample("long_turn", f"turn {number}: more than {LONGEST_TURN} tokens")
         return ref
-
-
-def _first_turn(number: int) -> int:
-    """The first of the turns that turn `number` is learnt from: after an answer, only the last
-    question and that answer are left of what was said."""
-    return max(number - (3 if number % 2 else 2), 0)
 
 
 # ---- one's own
