@@ -71,6 +71,14 @@ class BadSample(Exception):
         return (BadSample, (self.reason, self.detail))
 
 
+class BadImage(BadSample):
+    """An image of a sample that can't be used; `image` is its `ImageRef`, as a whole file."""
+
+    def __init__(self, reason: str, detail: str, image):
+        super().__init__(reason, detail)
+        self.image = image
+
+
 class DataError(UserError, ValueError):
     """Nothing in the data can be used, or they are not those that a run began with."""
 

@@ -47,10 +47,11 @@ _QUESTIONS = ("vqav2", "okvqa", "textvqa", "vizwiz")
 _BOXES = ("refcoco", "refcoco+", "refcocog")
 SOURCES = dict(
     main=source("llava", "llava/images/coco/train2017"),
-    interleaved=dict(path="data/comm/*.jsonl", root="data/comm", kind="comm"),
+    interleaved=dict(path="data/comm/*.jsonl", root="data/comm", kind="comm",
+                     documents=dict(max_images=4)),  # so many are drawn in a row
     coco_draw=source("coco_draw", _COCO),
     **{name: source(name) for name in (_COCO, *_QUESTIONS, *_BOXES)},
-)
+)  # fmt: skip
 TUNED = dict(steps=10000, batch_size=64, optim=tuning.OPTIM)
 _DATA = dict(sources=SOURCES, images=8, drawings=4, length=1024, order=dict(shares="sqrt_size"))
 # The questions and requests of MetaMorph's quick start, in the template of pre-training.

@@ -30,7 +30,7 @@ from metamorph_jax.data import images
 from metamorph_jax.data.config import DrawingSpec, InputSpec
 from metamorph_jax.data.sources.base import ImageRef
 from metamorph_jax.data.views import Views
-from metamorph_jax.errors import BadSample, DataError, MissingFile
+from metamorph_jax.errors import BadImage, BadSample, DataError, MissingFile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,14 +132,14 @@ class ArrayCache:
     def lookup(self, ref: ImageRef) -> range | None:
         """Rows of an image's views; None if it isn't cached or its file has changed.
 
-        An image that was bad when the cache was built raises BadSample for the same reason.
+        An image that was bad when the cache was built raises BadImage for the same reason.
         """
         now = stamp(ref.path)
         entry = self._index.get(ref.key())
         if entry is None or (entry["size"], entry["time"]) != now:
             return None
         if "bad" in entry:
-            raise BadSample(entry["bad"], ref.key())
+            raise BadImage(entry["bad"], ref.key(), ref.file())
         return range(entry["row"], _end(entry))
 
 

@@ -216,12 +216,10 @@ def _once(config: DataConfig) -> DataConfig:
 
 
 def _one(stream: SampleStream, n: int) -> _Found:
-    item = stream[n]
+    item, sample, broken = stream.read(n)
     found = _Found(n, item["source"], reason=item.get("bad", ""), detail=item.get("detail", ""))
-    try:
-        sample = stream.sample(n)
-    except (BadSample, OSError, ValueError, KeyError, TypeError, IndexError):
-        return found  # it is bad, and the stream has said why
+    if sample is None:
+        return found
     found.kind = sample.kind
     notes = collections.Counter({note: item.get(note, 0) for note in ("cut", "transparent")})
     try:
@@ -231,6 +229,7 @@ def _one(stream: SampleStream, n: int) -> _Found:
         found.reason, found.detail = e.reason, f"{sample.where}: {e.detail}"
     if not found.reason:
         found.notes = [(note, sample.where) for note in ("cut", "transparent") if notes[note]]
+        found.notes += [("broken_images", f"{sample.where}: {one}") for one in broken]
         found.notes += [
             ("misnamed", f"{sample.where}: {ref.name}")
             for ref in sample.images

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from metamorph_jax import files
 from metamorph_jax.data.sources.base import ImageRef
 from metamorph_jax.data.sources.video import decode_frames, probe
-from metamorph_jax.errors import BadSample, FileError, MissingFile
+from metamorph_jax.errors import BadImage, BadSample, FileError, MissingFile
 from metamorph_jax.files import shown
 
 MAX_PIXELS = 64_000_000
@@ -500,7 +500,8 @@ def load(
         background: see `ImageConfig`.
 
     Raises:
-        BadSample: one of them can't be used.
+        BadImage: one of them can't be used.
+        BadSample: a video can't.
     """
     counts = collections.Counter() if counts is None else counts
     frames: dict[str, list[int]] = collections.defaultdict(list)
@@ -511,14 +512,15 @@ def load(
     decoded: dict[ImageRef, Image.Image] = {}
     out = []
     for ref in refs:
+        file = ref.file()
         if ref.frame is not None:
             image = Image.fromarray(videos[ref.path][ref.frame])
         else:
-            file = ref.file()
             if file not in decoded:
-                data = read_ref(ref)
-                counts["misnamed"] += misnamed(ref.name, data[:16])
-                decoded[file] = decode(data, ref.name, max_pixels, background, counts)
+                with _of_image(file):
+                    data = read_ref(ref)
+                    counts["misnamed"] += misnamed(ref.name, data[:16])
+                    decoded[file] = decode(data, ref.name, max_pixels, background, counts)
             image = decoded[file]
         if ref.box is not None:
             image = image.crop(crop_box(image.size, ref.box, ref.name))
@@ -532,8 +534,18 @@ def load(
     return out
 
 
+@contextlib.contextmanager
+def _of_image(file: ImageRef) -> Iterator[None]:
+    """What is wrong in here is that image."""
+    try:
+        yield
+    except BadSample as e:
+        raise BadImage(e.reason, e.detail, file) from e
+
+
 def sizes(refs: Sequence[ImageRef], max_pixels: int = MAX_PIXELS) -> list[tuple[int, int]]:
-    """(width, height) of the images of one sample, from the headers of their files."""
+    """(width, height) of the images of one sample, from the headers of their files; errors are
+    those of `load`."""
     known: dict[ImageRef, tuple[int, int]] = {}
     out = []
     for ref in refs:
@@ -541,7 +553,7 @@ def sizes(refs: Sequence[ImageRef], max_pixels: int = MAX_PIXELS) -> list[tuple[
         if file not in known and ref.frame is not None:
             known[file] = probe(ref.path).size
         elif file not in known:
-            with _opened(read_ref(ref), ref.name, max_pixels) as image:
+            with _of_image(file), _opened(read_ref(ref), ref.name, max_pixels) as image:
                 known[file] = image.size
         size = known[file]
         if ref.box is not None:

@@ -26,7 +26,7 @@ from metamorph_jax.errors import ConfigError, DataError, TooManyBadSamples
 from metamorph_jax.types import TEXT, Batch, Drawings, Images
 
 # What is counted of samples that are used; all other counts are of samples that are not.
-USED = ("cut", *NOTES)
+USED = ("cut", "broken_images", *NOTES)
 
 
 class Size(NamedTuple):

@@ -20,7 +20,7 @@ def lines(stream: SampleStream, n: int) -> Iterator[str]:
     "reads" is what is given, "learns" what the model is trained to say; likewise "sees" and "draws"
     for images. Texts are escaped.
     """
-    item, sample = stream[n], stream.sample(n)
+    item, sample, _ = stream.read(n)
     size = f"{len(item['tokens'])} positions" + (", cut here" if item["cut"] else "")
     yield f"{sample.where} ({stream.sources[item['source']].name}, {sample.kind}): {size}"
     learnt = np.zeros(len(item["tokens"]), bool)

@@ -17,7 +17,7 @@ from metamorph_jax.data.chat import SENTINEL, Chat, Encoded
 from metamorph_jax.data.config import DataConfig, InputSpec
 from metamorph_jax.data.interleave import Place, Row, build_row, read_place, text_place
 from metamorph_jax.data.sources.base import ImageRef, Sample
-from metamorph_jax.errors import BadSample
+from metamorph_jax.errors import BadImage, BadSample
 from metamorph_jax.files import shown
 
 ENDLESS = 2**62
@@ -121,10 +121,10 @@ class SampleStream:
 
     A good item holds `index`, `source`, the arrays of a `Row` and, of the V views of its images,
     `cache` int64[V] (row in the cache, -1 if the view is in `pixels`) and `pixels` uint8[v, h, w,
-    3]; `cut` is 1 if its end did not fit into a row, and `misnamed` and `transparent` count images;
-    if it has j images to draw, `drawing_starts` int32[j], `drawings` uint8[j, h, w, 3] or latents
-    float32[j, h, w, c], and perhaps `captions` int32[j, L']. A bad item holds `index`, `source`,
-    `bad` (the reason) and `detail`.
+    3]; `cut` is 1 if its end did not fit into a row, and `misnamed`, `transparent` and
+    `broken_images` (which were left out) count images; if it has j images to draw, `drawing_starts`
+    int32[j], `drawings` uint8[j, h, w, 3] or latents float32[j, h, w, c], and perhaps `captions`
+    int32[j, L']. A bad item holds `index`, `source`, `bad` (the reason) and `detail`.
 
     Args:
         sources: objects with `name`, `len` and `sample(k, rng) -> Sample`.
@@ -171,20 +171,31 @@ class SampleStream:
         source, epoch, k = self.locate(n)
         return f"{self.sources[source].name} record {k} epoch {epoch}"
 
-    def sample(self, n: int) -> Sample:
+    def sample(self, n: int, broken: frozenset[ImageRef] = frozenset()) -> Sample:
+        """Sample n, without images that are broken, which it must spare.
+
+        Raises:
+            BadSample: it can't be used.
+        """
         source, epoch, k = self.locate(n)
         if self.fixed_choices:
             epoch = 0
-        return self.sources[source].sample(k, choices(self.mixture.seed, source, epoch, k))
+        more = {"broken": broken} if broken else {}
+        return self.sources[source].sample(k, choices(self.mixture.seed, source, epoch, k), **more)
 
     def __getitem__(self, n: int) -> dict:
+        return self.read(n)[0]
+
+    def read(self, n: int) -> tuple[dict, Sample | None, list[BadImage]]:
+        """(the item, the sample that it was made of or None, images that were left out of it)."""
         n = int(n)
         source, _, k = self.locate(n)
-        where = ""
+        where, sample, broken = "", None, []
         try:
             sample = self.sample(n)
             where = sample.where
-            return {"index": n, "source": source, **self._item(sample, n)}
+            item, sample = self._spared(n, sample, broken)
+            return {"index": n, "source": source, **item}, sample, broken
         except BadSample as e:
             reason, detail = e.reason, e.detail
         except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
@@ -192,7 +203,26 @@ class SampleStream:
             reason, detail = f"error_{type(e).__name__}", str(e) if where else f"record {k}: {e}"
         if where:
             detail = f"{where}: {detail}" if detail else where
-        return {"index": n, "source": source, "bad": reason, "detail": shown(detail, 1000)}
+        item = {"index": n, "source": source, "bad": reason, "detail": shown(detail, 1000)}
+        return item, sample, broken
+
+    def _spared(self, n: int, sample: Sample, broken: list[BadImage]) -> tuple[dict, Sample]:
+        """What `_item` makes of sample n, and the sample; images that it spares and that can't be
+        used are left out of it, and added to `broken`.
+
+        What is left is what it would be if these were not there, random choices included.
+        """
+        while True:
+            try:
+                return self._item(sample, n) | {"broken_images": len(broken)}, sample
+            except BadImage as error:
+                if not sample.spares or any(error.image == one.image for one in broken):
+                    raise
+                broken.append(error)
+            try:
+                sample = self.sample(n, frozenset(one.image for one in broken))
+            except BadSample as error:
+                raise (broken[-1] if error.reason == "no_images" else error) from error
 
     def _item(self, sample: Sample, n: int) -> dict:
         """Sizes of the images -> row -> pixels: what does not fit is never decoded."""
@@ -252,7 +282,10 @@ class SampleStream:
         if drawn.any():
             places, first = self.spec.drawings.places, int(row.image_starts[drawn].min())
             if drawn.sum() > places and self.config.row.packing != "concat":
-                raise BadSample("too_many_drawings", f"{drawn.sum()}, a row holds {places}")
+                raise BadSample(
+                    "too_many_drawings",
+                    f"{drawn.sum()} images to draw, max_drawings of the model is {places}",
+                )
             if first == 0:
                 raise BadSample("nothing_to_draw_from", "no text before an image to draw")
         elif not (targets or (row.text_targets >= 0).any()):

@@ -2,6 +2,7 @@
 
 import base64
 import collections
+import dataclasses
 import hashlib
 import json
 
@@ -10,6 +11,7 @@ import pytest
 
 from metamorph_jax.data import images
 from metamorph_jax.data.chat import Chat, Markers
+from metamorph_jax.data.check import check_stream
 from metamorph_jax.data.config import (
     DataConfig,
     DrawingSpec,
@@ -20,6 +22,7 @@ from metamorph_jax.data.config import (
 )
 from metamorph_jax.data.images import Preprocess
 from metamorph_jax.data.interleave import AfterSupervisedStart
+from metamorph_jax.data.packing import PackedIterator
 from metamorph_jax.data.pipeline import make_stream, open_sources
 from metamorph_jax.data.show import lines
 from metamorph_jax.data.sources import documents, kinds
@@ -205,6 +208,96 @@ def test_a_conversation_is_still_one(root):
     said = [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "A"}]
     record = {"image": "a.png", "caption": "c", "conversations": said}
     assert read(record, root).kind == "image"
+
+
+def damaged(tmp_path):
+    """A document of each kind with three images, of which the second one is cut off, and a pair."""
+    whole = png(31)
+    for name, data in (("x.png", whole), ("y.png", whole[:-30]), ("z.png", png(32))):
+        (tmp_path / name).write_bytes(data)
+    named = ["x.png", "y.png", "z.png"]
+    page = {"images": [None, *named], "texts": ["A page.", None, None, None]}
+    step = [{"type": "image", "image_path": name} for name in named]
+    return {
+        "mmc4": mmc4(*[(name, k, 0.5) for k, name in enumerate(named)]),
+        "obelics": page,
+        "omnicorpus": page | {"valid_image": [True] * 3},
+        "comm": {"title": "T", "step_info": [step]},
+        "pair": {"image": "y.png", "caption": "A kite"},
+    }
+
+
+def stream_of(records, tmp_path, **options):
+    path = tmp_path / "damaged.jsonl"
+    write_jsonl(path, records)
+    own = Documents(drop_single=0.0, image_first=0.0, **options)
+    config = DataConfig(
+        (SourceConfig(str(path), "d", documents=own),),
+        OrderConfig(epochs=1, shuffle=False), row=RowConfig("document", length=64, images=4),
+    )  # fmt: skip
+    drawings = DrawingSpec(4, AfterSupervisedStart(1000), Preprocess(6))
+    spec = InputSpec(Single(2, Preprocess(8)), drawings=drawings)
+    chat = Chat(Ends(), "document", markers=Markers((1000,)))
+    return make_stream(config, spec, chat, open_sources(config, documents.KINDS))
+
+
+@pytest.mark.parametrize("kind", ["mmc4", "obelics", "omnicorpus", "comm"])
+def test_a_broken_image_is_left_out_of_its_document(kind, tmp_path):
+    """As one that is not there is; the document is lost only where that is asked for."""
+    record = damaged(tmp_path)[kind]
+    found, sample, broken = stream_of([record], tmp_path).read(0)
+    assert sample.kind == kind and names(sample) == ["x", "z"]
+    assert [(one.reason, one.image.path) for one in broken] == [
+        ("truncated", str(tmp_path / "y.png"))
+    ]
+    assert found["broken_images"] == 1 and len(found["pixels"]) == 2
+    (tmp_path / "y.png").unlink()
+    without = stream_of([record], tmp_path)[0]
+    assert without.keys() == found.keys() and without["broken_images"] == 0
+    for name in found.keys() - {"broken_images"}:
+        np.testing.assert_array_equal(found[name], without[name])
+    damaged(tmp_path)
+    lost = stream_of([record], tmp_path, drop_broken=False)[0]
+    assert lost["bad"] == "truncated" and "y.png" in lost["detail"]
+
+
+def test_broken_images_are_counted_and_named(tmp_path):
+    """Of a pair, of a document of nothing else, and of one that can do without it."""
+    records = damaged(tmp_path)
+    alone = {"images": [None, "y.png"], "texts": ["Alone.", None]}
+    stream = stream_of([records["pair"], alone, records["obelics"]], tmp_path)
+    (pair, page, used) = (stream[n] for n in range(3))
+    assert pair["bad"] == page["bad"] == "truncated"
+    assert "y.png" in pair["detail"] and "y.png" in page["detail"]
+    packed = PackedIterator(
+        stream, lambda n: iter([pair, page, used]), stream.config, stream.spec, 1
+    )
+    assert next(packed).images.valid.sum() == 2
+    assert packed.skipped == {"d/truncated": 2, "d/broken_images": 1}
+    problems = {p["reason"]: p for p in check_stream(stream)["problems"]}
+    assert problems["truncated"]["count"] == 2 and not problems["truncated"]["used"]
+    (left,) = problems["broken_images"]["examples"]
+    assert problems["broken_images"]["used"] and "line 3" in left and "y.png" in left
+
+
+def test_a_document_of_too_many_images_to_draw_is_named(tmp_path):
+    """It is skipped as a whole; with `max_images` as many as a row has places are kept."""
+    for name in "abcde":
+        make_image(ord(name)).save(tmp_path / f"{name}.png")
+    page = {"images": [None, *(f"{name}.png" for name in "abcde")], "texts": ["A.", *[None] * 5]}
+    item = stream_of([page], tmp_path)[0]
+    assert item["bad"] == "too_many_images"  # a row of this test holds four
+    stream = stream_of([page], tmp_path)
+    few = dataclasses.replace(stream.spec.drawings, places=3)
+    stream.spec = dataclasses.replace(stream.spec, drawings=few)
+    stream.config = dataclasses.replace(
+        stream.config, row=RowConfig("document", length=64, images=6)
+    )
+    item = stream[0]
+    assert item["bad"] == "too_many_drawings"
+    assert item["detail"].endswith("5 images to draw, max_drawings of the model is 3")
+    kept = stream_of([page], tmp_path, max_images=3)[0]
+    assert len(kept["drawings"]) == 3
 
 
 def test_training_rows_of_documents(root, tmp_path):

@@ -90,6 +90,7 @@ class Sample:
         images: in the order of their markers.
         kind: of its record, see `kinds.py`.
         where: file, line and id of its record, for messages.
+        spares: whether it goes without images that can't be used, as a document of the web does.
     """
 
     id: str
@@ -98,6 +99,7 @@ class Sample:
     images: tuple[ImageRef, ...] = ()
     kind: str = ""
     where: str = ""
+    spares: bool = False
 
     @property
     def answer_images(self) -> tuple[ImageRef, ...]:

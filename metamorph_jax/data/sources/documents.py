@@ -14,7 +14,8 @@ Options are in `kinds.Documents`; the defaults are MM-Interleaved's.
 
 An image is looked for by its name in the tar of the record, else below the root: by its path, and
 for an address by the SHA-256 of that, with or without an extension. Images that are not there are
-left out of documents, since many of those on the web are gone.
+left out of documents, since many of those on the web are gone; so are those that can't be decoded
+(`Documents.drop_broken`).
 """
 
 import base64
@@ -51,11 +52,19 @@ def turns_of(text: str, options: Documents) -> tuple[Turn, ...]:
 
 
 def find(files: Files, name: str) -> ImageRef | None:
-    """The image that a document names, or None if it isn't there.
+    """The image that a document names, or None if it isn't there, or is broken.
 
     Raises:
         BadSample: it is named by something else than a path or an address.
     """
+    return _unbroken(_located(files, name), files)
+
+
+def _unbroken(ref: ImageRef | None, files: Files) -> ImageRef | None:
+    return None if ref in files.broken else ref
+
+
+def _located(files: Files, name: str) -> ImageRef | None:
     if not isinstance(name, str) or not name:
         raise BadSample("bad_path", f"an image is {shown(repr(name), 60)}, expected a path")
     if name in files.members:
@@ -140,7 +149,8 @@ def _of_info(info: dict, files: Files) -> ImageRef | None:
     """The image of an entry of `image_info`; tars may hold it as base64."""
     inline = info.get("image_base64")
     if inline and isinstance(inline, str):
-        return ImageRef(files.record_file, data=base64.b64decode(inline, validate=True))
+        ref = ImageRef(files.record_file, data=base64.b64decode(inline, validate=True))
+        return _unbroken(ref, files)
     return find(files, info.get("image_name") or info.get("image_url") or info.get("raw_url"))
 
 
@@ -230,9 +240,9 @@ def pair(record: dict, files: Files, rng: np.random.Generator) -> Found:
 
 
 KINDS = {
-    "mmc4": Kind(is_mmc4, mmc4, raw=True),
-    "comm": Kind(is_comm, comm, raw=True),
-    "omnicorpus": Kind(is_omnicorpus, obelics, raw=True),
-    "obelics": Kind(is_obelics, obelics, raw=True),
+    "mmc4": Kind(is_mmc4, mmc4, raw=True, spares=True),
+    "comm": Kind(is_comm, comm, raw=True, spares=True),
+    "omnicorpus": Kind(is_omnicorpus, obelics, raw=True, spares=True),
+    "obelics": Kind(is_obelics, obelics, raw=True, spares=True),
     "pair": Kind(is_pair, pair, raw=True),
 }

@@ -41,6 +41,8 @@ class Documents:
         lower: write captions of images in lower case.
         caption: key of the caption; "" is the first of `caption`, `txt`, `text`.
         learn_before: learn the text before the first image as well; otherwise it is only read.
+        drop_broken: an image of a document that can't be decoded is left out, as one that is not
+            there is; otherwise the document is bad.
         cut_at, row_images: with `row.packing="concat"`, those of this source; "" and 0 take
             `row.cut_at` and `row.images`, which no source can exceed.
     """
@@ -52,6 +54,7 @@ class Documents:
     lower: bool = True
     caption: str = ""
     learn_before: bool = True
+    drop_broken: bool = True
     cut_at: str = ""
     row_images: int = 0
 
@@ -77,6 +80,7 @@ class Files:
         members: images that come in the same tar as the record, by name.
         record_file: the file of the record.
         blocked: paths of images that no sample may use.
+        broken: images that are known not to be usable, which documents leave out.
     """
 
     root: str
@@ -85,6 +89,7 @@ class Files:
     members: Mapping[str, ImageRef] = dataclasses.field(default_factory=dict)
     record_file: str = ""
     blocked: frozenset[str] = frozenset()
+    broken: frozenset[ImageRef] = frozenset()
 
     def image(self, path: str, **part) -> ImageRef:
         """The image, or the part of it that `ImageRef` can name, at a path of a record."""
@@ -107,12 +112,14 @@ class Kind:
             of such a kind are recognised before all others.
         open: (path, folder for indices or None) -> records of an official file which this kind
             reads in its own way; of several samples for each entry, say. None: `open_records`.
+        spares: a sample can go without some of its images: `build` leaves out `Files.broken`.
     """
 
     matches: Callable[[dict], bool]
     build: Callable[[dict, Files, np.random.Generator], tuple[tuple[Turn, ...], tuple]]
     raw: bool = False
     open: Callable[[str, str | None], Sequence[dict]] | None = None
+    spares: bool = False
 
 
 def paths_of(record: dict) -> list[str]:
@@ -279,4 +286,5 @@ def build(
         raise BadSample("bad_record", f"not a record of kind {kind}: {what}") from e
     if "system" in read and not raw and turns[0][0] != "system":
         turns = (("system", read["system"]), *turns)
-    return Sample(str(record.get("id", "")), source, turns, images, kind)
+    spares = kinds[kind].spares and files.documents.drop_broken
+    return Sample(str(record.get("id", "")), source, turns, images, kind, spares=spares)

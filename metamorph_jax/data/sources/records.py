@@ -12,7 +12,7 @@ import numpy as np
 
 from metamorph_jax import files
 from metamorph_jax.data.sources import index_files, shards
-from metamorph_jax.data.sources.base import Sample, images_in_front
+from metamorph_jax.data.sources.base import ImageRef, Sample, images_in_front
 from metamorph_jax.data.sources.kinds import KINDS, Files, Kind, build
 from metamorph_jax.data.sources.parquet import ParquetRecords
 from metamorph_jax.data.sources.tars import TarRecords
@@ -290,8 +290,13 @@ class RecordSource:
     def __len__(self) -> int:
         return len(self.records)
 
-    def sample(self, k: int, rng: np.random.Generator) -> Sample:
+    def sample(
+        self, k: int, rng: np.random.Generator, broken: frozenset[ImageRef] = frozenset()
+    ) -> Sample:
         """Sample k; every random choice (wording, frames) comes from `rng`.
+
+        Args:
+            broken: images that can't be used, for a sample that `spares` them.
 
         Raises:
             BadSample: the record can't be used; the detail begins with its file, line and id.
@@ -303,7 +308,7 @@ class RecordSource:
                 raise BadSample("bad_record", "not an object")
             if "id" in record:
                 where += f", id {files.shown(repr(record['id']), 80)}"
-            of = self._files(k)
+            of = dataclasses.replace(self._files(k), broken=broken)
             sample = build(record, self.name, of, rng, self.kind, self.kinds, self.ignore)
             sample = images_in_front(sample) if self.in_front and sample.images else sample
             sample = sample.checked(self.max_images)
