@@ -152,12 +152,13 @@ class Painter:
 
     Attributes:
         sampling: how it draws where nothing else is asked for.
+        weights: of the parts.
     """
 
     def __init__(self, parts: MMInterleaved):
         self.cfg = cfg = parts.cfg
         self.sampling = cfg.sampling
-        self._graph, self._weights = nnx.split(parts)
+        self._graph, self.weights = nnx.split(parts)
         sampling, decoder = cfg.sampling, cfg.decoder
         sampler = checked_sampler(sampling, decoder, sampling.steps)
 
@@ -180,8 +181,8 @@ class Painter:
     def see(self, pixels: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
         """(float32[n, P, D] visual tokens, maps float32[n, side, side, C]) of uint8[n, h, w, 3]."""
         n = len(pixels)
-        with jax.set_mesh(sharding.mesh_of(self._weights)):
-            found = jax.device_get(self._see(self._weights, _filled(pixels)))
+        with jax.set_mesh(sharding.mesh_of(self.weights)):
+            found = jax.device_get(self._see(self.weights, _filled(pixels)))
         return jax.tree.map(lambda x: np.asarray(x, np.float32)[:n], found)
 
     def no_maps(self, count: int) -> tuple[np.ndarray, ...]:
@@ -214,8 +215,8 @@ class Painter:
         inputs = (states, start[:, None].astype(np.int32), np.zeros((n, 1), np.int32), stacked,
                   mask, np.asarray(seeds, np.uint32))  # fmt: skip
         inputs = jax.tree.map(_filled, inputs)
-        with jax.set_mesh(sharding.mesh_of(self._weights)):
-            images = np.asarray(self._draw(self._weights, *inputs, guidance=float(guidance)))[:n]
+        with jax.set_mesh(sharding.mesh_of(self.weights)):
+            images = np.asarray(self._draw(self.weights, *inputs, guidance=float(guidance)))[:n]
         if not np.isfinite(images).all():
             raise WeightError(
                 f"an image came out with values that are not finite (guidance {guidance:g}): the "
@@ -259,6 +260,16 @@ class DrawingGenerator(Generator):
         super().__init__(loop, lambda text: DrawingPolicy(text, soi), prompts)
         self.painter = self.image_decoder = painter
         self.soi = soi
+
+    def renew(self, other: "DrawingGenerator") -> None:
+        """See `Generator.renew`."""
+        super().renew(other)
+        self.painter.weights = other.painter.weights
+
+    def release(self) -> None:
+        """See `Generator.release`."""
+        super().release()
+        self.painter.weights = None
 
     # ---- prompts
 

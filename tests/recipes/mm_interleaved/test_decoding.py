@@ -133,6 +133,20 @@ def test_states_are_those_of_training(generator, image):
     assert reply.segments[1].complete and reply.segments[1].drawn == drawn
 
 
+def test_new_weights_are_those_of_all_parts(generator, image):
+    """An evaluation during training keeps the generator, and gives it the weights of each step."""
+    asked = [Request("a", "<image>A kite", (image,), mode="image")]
+    fresh = recipe.generator(make(seed=1), TINY, DATA)
+    embeds = [one.prompt(asked[0], P + 2).embeds for one in (generator, fresh)]
+    assert not np.allclose(*embeds)
+    kept = recipe.generator(make(), TINY, DATA)
+    kept.release()
+    assert kept.painter.weights is None
+    kept.renew(fresh)
+    np.testing.assert_array_equal(kept.prompt(asked[0], P + 2).embeds, embeds[1])
+    assert kept.painter.weights is fresh.painter.weights
+
+
 def test_an_image_alone(generator, image):
     """Each request gets its own, whatever is drawn beside it."""
     asked = [Request("a", "A kite", mode="image"), Request("b", "A red", (), mode="image")]
