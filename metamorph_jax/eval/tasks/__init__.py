@@ -59,6 +59,7 @@ TASKS = {
     "textvqa": f"{_HERE}.vqa:TextVQA",
     "visdial": f"{_HERE}.visdial:VisDial",
     "vist": f"{_HERE}.stories:Vist",
+    "vist_narration": f"{_HERE}.narration:Narration",
     "vizwiz": f"{_HERE}.vqa:VizWiz",
     "vqav2": f"{_HERE}.vqa:VQAv2",
     "vstar": f"{_HERE}.vstar:VStar",

@@ -196,7 +196,8 @@ class MMDialog(MeasuredDrawing):
 
     def record(self, question: Question, answer: Answer) -> Record:
         said = replies.said(answer.text)
-        return {"score": None, "parsed": bool(said or answer.images), "said": said}
+        return {"score": None, "parsed": bool(said or answer.images), "said": said,
+                "document": answer.document or answer.text}  # fmt: skip
 
     def finish(self, records: Sequence[Record]) -> list[Record]:
         """With "texts", text scores of the turn, and "elements", of its text and its image; as

@@ -52,6 +52,7 @@ from metamorph_jax.eval.tasks.base import (
     Protocol,
     Question,
     Record,
+    Task,
     by_unit,
     one_of,
     write_json,
@@ -65,6 +66,13 @@ MINIGPT5 = (
     "{history} %s ###Assistant:"
 )
 TAGGED = f"<Img>{IMAGE}</Img>"
+VIST_FILES = (
+    File("test.story-in-sequence.json", "stories, or annotations/test_formatted_filtered.json, "
+         "or val_cleaned.json with val_image_mapping.json",
+         "visionandlanguage.net/VIST, or MM-Interleaved's hub page, or MiniGPT-5's"),
+    File("test", "images PHOTO_ID.jpg, or images/test_images/PHOTO_ID.png",
+         "visionandlanguage.net/VIST"),
+)  # fmt: skip
 CONTEXTS = ("all", "images", "text", "current")
 SHOWN = 48  # stories on the page
 _SIDE = 160  # pixels of a frame on the page, at most
@@ -128,14 +136,7 @@ class StoryDrawing(MeasuredDrawing):
     @property
     def targets(self) -> tuple[int, ...]:
         """Indices, from 0, of the frames that are drawn."""
-        named = {"last": (FRAMES - 1,), "all": range(FRAMES), "next": range(1, FRAMES)}
-        if self.frames in named:
-            return tuple(named[self.frames])
-        numbers = self.frames.split("+")
-        if not all(n in map(str, range(1, FRAMES + 1)) for n in numbers):
-            raise ConfigError(f"task {self.name}: frames={files.shown(self.frames)}, expected "
-                              f"last, all, next, or numbers from 1 to {FRAMES}: 2+4")  # fmt: skip
-        return tuple(sorted({int(number) - 1 for number in numbers}))
+        return numbered(self.name, self.frames)
 
     def stories(self) -> Stories:
         """All stories of the split."""
@@ -150,10 +151,7 @@ class StoryDrawing(MeasuredDrawing):
 
     @cached_property
     def _stories(self) -> Stories:
-        found = self.stories()
-        if found.left_out:
-            print(f"{self.name}: {found.message()}", file=sys.stderr)
-        return found
+        return told(self, self.stories())
 
     def _question(self, story: Story, k: int) -> Question:
         frame = story.frames[k]
@@ -234,6 +232,40 @@ class StoryDrawing(MeasuredDrawing):
         ]
 
 
+def numbered(task: str, frames: str) -> tuple[int, ...]:
+    """Indices, from 0, of the frames that a text names: last, all, next, or numbers as in "2+4".
+
+    Raises:
+        ConfigError: with the name of the task.
+    """
+    named = {"last": (FRAMES - 1,), "all": range(FRAMES), "next": range(1, FRAMES)}
+    if frames in named:
+        return tuple(named[frames])
+    numbers = frames.split("+")
+    if not all(n in map(str, range(1, FRAMES + 1)) for n in numbers):
+        raise ConfigError(f"task {task}: frames={files.shown(frames)}, expected last, all, next, "
+                          f"or numbers from 1 to {FRAMES}: 2+4")  # fmt: skip
+    return tuple(sorted({int(number) - 1 for number in numbers}))
+
+
+def vist_stories(task: Task, split: str, text: str) -> Stories:
+    """The stories of VIST's files in a task's folder, see `data/sets/stories.py`.
+
+    Raises:
+        MissingFile: naming the task.
+    """
+    formatted = (f"annotations/{split}_formatted{end}.json" for end in ("_filtered", ""))
+    task.find(*formatted, f"{split}.story-in-sequence.json", f"{split}_cleaned.json")
+    return sets.vist(task.root, split, text)
+
+
+def told(task: Task, found: Stories) -> Stories:
+    """The stories; what was left out is printed."""
+    if found.left_out:
+        print(f"{task.name}: {found.message()}", file=sys.stderr)
+    return found
+
+
 def laid_out(story: Story, k: int, context: str) -> str:
     """The story up to the caption of frame k, as the context has it."""
     texts = [frame.text for frame in story.frames[: k + 1]]
@@ -278,23 +310,14 @@ class Vist(StoryDrawing):
     text: str = "text"
 
     title: ClassVar[str] = "VIST, frames of stories"
-    files: ClassVar[tuple[File, ...]] = (
-        File("test.story-in-sequence.json", "stories, or annotations/test_formatted_filtered.json, "
-             "or val_cleaned.json with val_image_mapping.json",
-             "visionandlanguage.net/VIST, or MM-Interleaved's hub page, or MiniGPT-5's"),
-        File("test", "images PHOTO_ID.jpg, or images/test_images/PHOTO_ID.png",
-             "visionandlanguage.net/VIST"),
-    )  # fmt: skip
+    files: ClassVar[tuple[File, ...]] = VIST_FILES
 
     def __post_init__(self):
         super().__post_init__()
         one_of(self, text=("text", "original_text"))
 
     def stories(self) -> Stories:
-        formatted = (f"annotations/{self.split}_formatted{end}.json" for end in ("_filtered", ""))
-        names = (*formatted, f"{self.split}.story-in-sequence.json", f"{self.split}_cleaned.json")
-        self.find(*names)
-        return sets.vist(self.root, self.split, self.text)
+        return vist_stories(self, self.split, self.text)
 
 
 @dataclasses.dataclass(frozen=True)
