@@ -97,7 +97,7 @@ def load(
             had, all others share the rows.
         weights: how the language model's are kept: "auto" (as it computes), "float32", "bfloat16",
             "int8" or "nf4" (4 bits).
-        steps: of the diffusion sampler; None: as the config of `decoder` says.
+        steps: of the diffusion sampler; None: as the config of what draws says.
         options: of the recipe's generator, e.g. `force_end=True`.
 
     Raises:
@@ -112,4 +112,6 @@ def load(
         )
     if decoder is not None:
         generator.image_decoder = load_image_decoder(str(decoder), steps)
+    elif steps is not None:
+        generator.set_steps(steps)
     return Model(generator)

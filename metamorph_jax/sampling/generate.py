@@ -126,7 +126,7 @@ def add_decoding_arguments(parser) -> None:
     group = parser.add_argument_group("images")
     group.add_argument(
         "--guidance", type=float, nargs="+", metavar="SCALE",
-        help="draw once with each (default: config.model.sampling of --decoder)",
+        help="draw once with each (default: config.model.sampling of what draws)",
     )  # fmt: skip
     group.add_argument("--steps", type=int, help="of the diffusion sampler (default: likewise)")
 
@@ -258,6 +258,8 @@ def load(args):
         generator.prompts = dataclasses.replace(generator.prompts, length=args.context)
     if drawing is not None:
         generator.image_decoder = drawing
+    elif args.steps is not None:
+        generator.set_steps(args.steps)
     return generator
 
 

@@ -22,7 +22,7 @@ from metamorph_jax.data.config import MAX_FRAMES, ImageConfig
 from metamorph_jax.data.interleave import build_row, read_place
 from metamorph_jax.data.sources.base import Turn
 from metamorph_jax.data.views import Views
-from metamorph_jax.errors import WeightError
+from metamorph_jax.errors import UserError, WeightError
 from metamorph_jax.sampling import beam, likelihood
 from metamorph_jax.sampling.beam import Beams
 from metamorph_jax.sampling.likelihood import Likelihood
@@ -275,6 +275,17 @@ class Generator:
             self._project = jax.jit(lambda weights, x: whole(merged(weights).project(x)))
         held = (loop.weights, self._encoder)
         self._outline = jax.tree.map(lambda x: (x.shape, str(x.dtype)), held)
+
+    def set_steps(self, steps: int) -> None:
+        """Has images drawn in so many steps of the diffusion sampler.
+
+        Raises:
+            UserError: nothing draws, or the sampler can't make so many.
+        """
+        if self.image_decoder is None:
+            raise UserError("steps of the diffusion sampler need a model that draws: give its "
+                            "image decoder, too (--decoder)")  # fmt: skip
+        self.image_decoder.set_steps(steps)
 
     def renew(self, other: "Generator") -> None:
         """Takes the weights of another generator of the same model; what is compiled stays.

@@ -35,7 +35,7 @@ class DrawingModel(Protocol):
 
 
 class ImageDecoder:
-    """A drawing model, compiled once for each guidance and number of images.
+    """A drawing model, compiled once for each guidance, number of steps and number of images.
 
     Args:
         steps: of the sampler; None: as the model's config says.
@@ -48,18 +48,21 @@ class ImageDecoder:
     """
 
     def __init__(self, model: DrawingModel, steps: int | None = None):
-        own: SamplingConfig = model.cfg.sampling
-        steps = own.steps if steps is None else steps
-        self._shape = model.decoder.cfg.sample_shape
-        sampler = checked_sampler(own, model.decoder.cfg, steps)
-        self.sampling = dataclasses.replace(own, steps=steps)
+        self.sampling: SamplingConfig = model.cfg.sampling
+        self._decoder: DiffusionConfig = model.decoder.cfg
+        sampler = self.set_steps(self.sampling.steps if steps is None else steps)
         graph, self._weights = nnx.split(model)
 
-        def draw(weights, features, noise, guidance):
+        def draw(weights, features, noise, steps, guidance):
             model = nnx.merge(graph, weights)
             return model.draw(features, noise, sampler, steps=steps, guidance=guidance)
 
-        self._draw = jax.jit(draw, static_argnames="guidance")
+        self._draw = jax.jit(draw, static_argnames=("steps", "guidance"))
+
+    def set_steps(self, steps: int) -> Sampler:
+        """The sampler, which draws in so many steps from now on; see `with_steps`."""
+        self.sampling, sampler = with_steps(self.sampling, self._decoder, steps)
+        return sampler
 
     def draw(self, features: np.ndarray, guidance: float | None, seed: int) -> np.ndarray:
         """uint8[h, w, 3] of float[P, C]."""
@@ -74,8 +77,9 @@ class ImageDecoder:
         guidance = float(self.sampling.guidance if guidance is None else guidance)
         if not np.isfinite(features).all():
             raise WeightError("the visual tokens of an image are not finite, so it is not drawn")
-        noise = jax.random.normal(jax.random.key(seed), (len(features), *self._shape))
-        images = np.asarray(self._draw(self._weights, features, noise, guidance=guidance))
+        shape, steps = self._decoder.sample_shape, self.sampling.steps
+        noise = jax.random.normal(jax.random.key(seed), (len(features), *shape))
+        images = np.asarray(self._draw(self._weights, features, noise, steps, guidance))
         if not np.isfinite(images).all():
             raise WeightError(
                 f"an image came out with values that are not finite (guidance {guidance:g}) and is "
@@ -84,8 +88,10 @@ class ImageDecoder:
         return np.round(images * 255).astype(np.uint8)
 
 
-def checked_sampler(sampling: SamplingConfig, decoder: DiffusionConfig, steps: int) -> Sampler:
-    """The sampler of a drawing model.
+def with_steps(
+    sampling: SamplingConfig, decoder: DiffusionConfig, steps: int
+) -> tuple[SamplingConfig, Sampler]:
+    """(how a drawing model draws in so many steps, its sampler).
 
     Raises:
         UserError: it can't make so many steps of the schedule that the model was trained with.
@@ -95,7 +101,7 @@ def checked_sampler(sampling: SamplingConfig, decoder: DiffusionConfig, steps: i
         sampler.checked_table(decoder.schedule, steps)
     except ValueError as error:
         raise UserError(f"--steps (or config.model.sampling.steps): {error}") from error
-    return sampler
+    return dataclasses.replace(sampling, steps=steps), sampler
 
 
 def check_run(workdir: str, steps: int | None) -> None:
@@ -104,7 +110,7 @@ def check_run(workdir: str, steps: int | None) -> None:
     model = nnx.eval_shape(lambda: recipe.create(cfg, build.rngs(0)))
     _check_draws(workdir, model)
     sampling = model.cfg.sampling
-    checked_sampler(sampling, model.decoder.cfg, sampling.steps if steps is None else steps)
+    with_steps(sampling, model.decoder.cfg, sampling.steps if steps is None else steps)
     checkpoint.export_shapes(workdir)
 
 

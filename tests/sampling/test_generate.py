@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from metamorph_jax import cli, options
+from metamorph_jax import api, cli, options
 from metamorph_jax.recipes import decoder
 from metamorph_jax.recipes.decoder.config import pixels
 from metamorph_jax.sampling import generate, trained
@@ -181,6 +181,22 @@ def test_steps_are_checked_before_a_model_loads(workdir, tmp_path, monkeypatch):
         with pytest.raises(cli.UserError, match=f"{steps} steps"):
             _run(workdir, "--prompt", "x", "--decoder", tmp_path, "--out", tmp_path / "out",
                  "--steps", steps)  # fmt: skip
+
+
+def test_steps_are_those_of_whatever_draws(workdir, loaded, tmp_path, monkeypatch):
+    """A model that draws on its own takes them; one that can't draw says so."""
+    with pytest.raises(cli.UserError, match="need a model that draws"):
+        _run(workdir, "--prompt", "x", "--steps", 7)
+
+    class Draws:
+        def set_steps(self, steps):
+            taken.append(steps)
+
+    taken = []
+    monkeypatch.setattr(loaded, "image_decoder", Draws())
+    assert _run(workdir, "--prompt", "x", "--steps", 7, "--max-new-tokens", 2) == 0
+    monkeypatch.setattr(api, "load_generator", lambda *_, **__: loaded)
+    assert api.load(workdir, steps=9).generator is loaded and taken == [7, 9]
 
 
 def test_it_says_when_nothing_was_drawn(workdir, loaded, tmp_path, monkeypatch, capsys):

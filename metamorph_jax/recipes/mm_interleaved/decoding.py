@@ -28,6 +28,7 @@ from metamorph_jax.convert import specs
 from metamorph_jax.convert.export import listed_eos
 from metamorph_jax.data.chat import Chat
 from metamorph_jax.errors import WeightError
+from metamorph_jax.models.diffusion.samplers import Sampler
 from metamorph_jax.recipe import Shown
 from metamorph_jax.recipes.mm_interleaved.input import input_spec, load_tokenizer, markers
 from metamorph_jax.recipes.mm_interleaved.model import MMInterleaved
@@ -36,7 +37,7 @@ from metamorph_jax.recipes.mm_interleaved.sources import KINDS
 from metamorph_jax.sampling import samples
 from metamorph_jax.sampling.cached_llm import take_over
 from metamorph_jax.sampling.generator import Drawn, Generator, Options, Prompt, Prompts
-from metamorph_jax.sampling.image_decoder import checked_sampler
+from metamorph_jax.sampling.image_decoder import with_steps
 from metamorph_jax.sampling.loop import Loop, RowImages, State
 from metamorph_jax.sampling.policy import Emission, Model, Policy, Step, TextPolicy
 from metamorph_jax.sampling.requests import Request
@@ -145,7 +146,8 @@ def embedded(ids, soi: int, model: Model):
 class Painter:
     """Draws images from states of the language model, and reads them again.
 
-    Its compiled functions take so many images at a time as a power of two.
+    Its compiled functions take so many images at a time as a power of two. Drawing is compiled once
+    for each guidance and number of steps.
 
     Args:
         parts: the model without its language model.
@@ -157,26 +159,30 @@ class Painter:
 
     def __init__(self, parts: MMInterleaved):
         self.cfg = cfg = parts.cfg
-        self.sampling = cfg.sampling
+        self.sampling, decoder = cfg.sampling, cfg.decoder
+        sampler = self.set_steps(cfg.sampling.steps)
         self._graph, self.weights = nnx.split(parts)
-        sampling, decoder = cfg.sampling, cfg.decoder
-        sampler = checked_sampler(sampling, decoder, sampling.steps)
 
         def see(weights, pixels):
             return nnx.merge(self._graph, weights).read(pixels)
 
-        def draw(weights, states, start, begin, maps, mask, seeds, guidance):
+        def draw(weights, states, start, begin, maps, mask, seeds, steps, guidance):
             model = nnx.merge(self._graph, weights)
             condition = model.context(states, start, begin)
             condition = dataclasses.replace(condition, maps=maps, maps_mask=mask)
             one = lambda seed: jax.random.normal(jax.random.key(seed), decoder.sample_shape)  # noqa: E731
             return model.decoder.sample(
-                condition, model.context.null_condition(), sampler, steps=sampling.steps,
+                condition, model.context.null_condition(), sampler, steps=steps,
                 guidance=guidance, noise=jax.vmap(one)(seeds),
             )  # fmt: skip
 
         self._see = jax.jit(see)
-        self._draw = jax.jit(draw, static_argnames="guidance")
+        self._draw = jax.jit(draw, static_argnames=("steps", "guidance"))
+
+    def set_steps(self, steps: int) -> Sampler:
+        """The sampler, which draws in so many steps from now on; see `with_steps`."""
+        self.sampling, sampler = with_steps(self.sampling, self.cfg.decoder, steps)
+        return sampler
 
     def see(self, pixels: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
         """(float32[n, P, D] visual tokens, maps float32[n, side, side, C]) of uint8[n, h, w, 3]."""
@@ -216,7 +222,8 @@ class Painter:
                   mask, np.asarray(seeds, np.uint32))  # fmt: skip
         inputs = jax.tree.map(_filled, inputs)
         with jax.set_mesh(sharding.mesh_of(self.weights)):
-            images = np.asarray(self._draw(self.weights, *inputs, guidance=float(guidance)))[:n]
+            images = self._draw(self.weights, *inputs, self.sampling.steps, float(guidance))
+            images = np.asarray(images)[:n]
         if not np.isfinite(images).all():
             raise WeightError(
                 f"an image came out with values that are not finite (guidance {guidance:g}): the "

@@ -7,6 +7,7 @@ from flax import nnx
 from PIL import Image
 
 from metamorph_jax.data.config import DataConfig, RowConfig
+from metamorph_jax.errors import UserError
 from metamorph_jax.recipes import mm_interleaved as recipe
 from metamorph_jax.recipes.mm_interleaved.decoding import DrawingPolicy
 from metamorph_jax.sampling.generator import Drawn, Options
@@ -160,6 +161,18 @@ def test_an_image_alone(generator, image):
     np.testing.assert_allclose(
         next(iter(again.segments[0].drawn.values())).astype(int), pixels[1].astype(int), atol=1
     )
+    # In another number of steps it is another image; each number is compiled once.
+    compiled = generator.painter._draw._cache_size
+    before = compiled()
+    for steps, more in ((1, 1), (2, 1), (1, 1)):
+        generator.set_steps(steps)
+        (reply,) = generator.generate(asked[1:], Options(P + 2, batch_size=2))
+        drawn = next(iter(reply.segments[0].drawn.values())).astype(int)
+        assert (np.abs(drawn - pixels[1]).max() <= 1) == (steps == 2)
+        assert generator.image_decoder.sampling.steps == steps and compiled() == before + more
+    with pytest.raises(UserError, match=r"--steps .*: 1001 steps"):
+        generator.set_steps(1001)
+    generator.set_steps(2)
     # No room for the tokens of an image: it is cut off, and not drawn.
     (cut,) = generator.generate(asked[:1], Options(P))
     assert [part.complete for part in cut.segments] == [False] and not cut.images
