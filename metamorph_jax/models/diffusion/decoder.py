@@ -12,7 +12,7 @@ halves of guidance look at the same images (MM-Interleaved).
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from metamorph_jax.models.diffusion.schedule import Schedule
 from metamorph_jax.models.diffusion.unet import UNet, UNetConfig
 from metamorph_jax.models.diffusion.unet_mmfs import UNetMMFS, UNetMMFSConfig
 from metamorph_jax.models.diffusion.vae import AutoencoderKL, VAEConfig
-from metamorph_jax.types import Conditioning
+from metamorph_jax.types import Batch, Conditioning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +118,13 @@ class DiffusionDecoder(nnx.Module):
             pixels = np.asarray(images).reshape(-1, 3) / 127.5 - 1
             self.pixel_mean[...] = jnp.asarray(pixels.mean(0), jnp.float32)
             self.pixel_scale[...] = jnp.asarray(1 / np.maximum(pixels.std(0), 1e-2), jnp.float32)
+
+    def set_statistics_of(self, batches: Sequence[Batch]) -> None:
+        """The same, on the images that batches have drawn, if there are any."""
+        drawn = [b.drawings for b in batches if b.drawings is not None]
+        images = [np.asarray(d.pixels)[np.asarray(d.valid)] for d in drawn if d.pixels is not None]
+        if any(map(len, images)):
+            self.set_statistics(np.concatenate(images))
 
     # ---- images and what is diffused
 

@@ -52,6 +52,8 @@ class Config:
         text_chunk: positions multiplied with the output table at a time.
         train_fc: the stage "mls" trains all of the mapper, as it must where there was no stage
             "uas" before it.
+        train_connector, train_decoder: both stages train the Q-Former with its projection, and the
+            denoiser, too; for models that have no pretrained ones.
         lora, prefix: what the stage "mls" adapts the language model with: adapters, or keys and
             values before all others; None: nothing.
         dtype: that language model and Q-Former compute in.
@@ -82,6 +84,8 @@ class Config:
     max_drawings: int = 4
     text_chunk: int = 512
     train_fc: bool = False
+    train_connector: bool = False
+    train_decoder: bool = False
     lora: LoraConfig | None = None
     prefix: PrefixConfig | None = None
     dtype: str = "float32"

@@ -11,6 +11,7 @@ from metamorph_jax.data.images import Preprocess
 from metamorph_jax.data.interleave import in_answers
 from metamorph_jax.data.packing import PackedIterator
 from metamorph_jax.data.views import Single
+from metamorph_jax.errors import ConfigError
 from metamorph_jax.recipe import Shard
 from metamorph_jax.recipes.minigpt5.config import Config, added_names, llm_config, voken_ids
 from metamorph_jax.recipes.minigpt5.sources import KINDS
@@ -47,7 +48,16 @@ def input_spec(cfg: Config, read: bool = True) -> InputSpec:
 
 
 def open_data(data: DataConfig, cfg: Config, shard: Shard) -> PackedIterator:
-    """The batches of one shard."""
+    """The batches of one shard.
+
+    Raises:
+        ConfigError: a cache is asked for what the connector gives, which is trained.
+    """
+    if data.cache.features and cfg.train_connector:
+        raise ConfigError(
+            "config.data.cache.features holds what the connector makes of images, but "
+            'config.model.train_connector trains it: set the folder to ""'
+        )
     vision.report_changes(data.images, cfg.vision)
     chat = Chat.of(load_tokenizer(cfg), data.row)
     sources = pipeline.open_sources(data, KINDS)

@@ -29,16 +29,27 @@ def _mapper(cfg: Config) -> str:
     return r"mapper\..*" if cfg.mapper.learned_queries else r"mapper\.(?!queries).*"
 
 
+def _both(cfg: Config) -> list[str]:
+    """What both stages train."""
+    parts = [_ROWS]
+    parts += [r"connector\..*"] if cfg.train_connector else []
+    return parts + ([r"decoder\.denoiser\..*"] if cfg.train_decoder else [])
+
+
+def _uas_stage(cfg: Config) -> str:
+    return "|".join([*_both(cfg), _mapper(cfg)])
+
+
 def _mls_stage(cfg: Config) -> str:
     """Without an encoder-decoder, all of the mapper: nothing else of it would be trained."""
     whole = cfg.train_fc or cfg.mapper.kind != "transformer"
-    parts = [_ROWS, _mapper(cfg) if whole else r"mapper\.(encoder|decoder)\..*"]
+    parts = [*_both(cfg), _mapper(cfg) if whole else r"mapper\.(encoder|decoder)\..*"]
     parts += [r"llm\..*\.lora_[ab]"] if cfg.lora is not None else []
     parts += [r"llm\.prefix\..*"] if cfg.prefix is not None else []
     return "|".join(parts)
 
 
-STAGES = {"uas": lambda cfg: f"{_ROWS}|{_mapper(cfg)}", "mls": _mls_stage}
+STAGES = {"uas": _uas_stage, "mls": _mls_stage}
 
 
 class MiniGPT5(nnx.Module):
@@ -62,10 +73,11 @@ class MiniGPT5(nnx.Module):
     # ---- pieces that training and sampling share
 
     def visual_features(self, pixels: jax.Array) -> jax.Array:
-        """float32[N, P, C] what the Q-Former makes of images uint8[N, h, w, 3]. It is frozen, as
-        the tower is, so these may come from a cache."""
-        found = self.connector.features(self.vision(pixels))
-        return jax.lax.stop_gradient(found.astype(jnp.float32))
+        """float32[N, P, C] what the Q-Former makes of images uint8[N, h, w, 3]. Where it is frozen,
+        as the tower is, these may come from a cache."""
+        seen = jax.lax.stop_gradient(self.vision(pixels))
+        found = self.connector.features(seen).astype(jnp.float32)
+        return found if self.cfg.train_connector else jax.lax.stop_gradient(found)
 
     def project(self, features: jax.Array) -> jax.Array:
         """float[..., D] embeddings of visual tokens float[..., C]."""
@@ -168,7 +180,7 @@ class MiniGPT5(nnx.Module):
         return (*of_text, *self._work_of_reading(batch.images), *self._work_of_drawing(drawings))
 
     def _work_of_reading(self, images: Images) -> list[Work]:
-        """Of tower and connector, which get no gradients."""
+        """Of tower, which gets no gradients, and connector."""
         count = images.valid.shape[0] * images.valid.shape[1]
         if not count:
             return []
@@ -181,7 +193,7 @@ class MiniGPT5(nnx.Module):
             tower = run(lambda m, x: m.vision(x), one)
             connector += run(lambda m, x: m.visual_features(x), one) - tower
             found.append(Work("tower", tower, "vision.tower", 0))
-        return [*found, Work("connector", connector, "connector", 0)]
+        return [*found, Work("connector", connector, "connector", int(self.cfg.train_connector))]
 
     def _work_of_drawing(self, count: int) -> list[Work]:
         """Of mapper, denoiser, autoencoder and text encoder on so many drawings."""
@@ -226,11 +238,13 @@ def captioned(drawings: Drawings) -> jax.Array:
     return drawings.valid & (drawings.captions[..., 0] >= 0)
 
 
-# The matrices that no stage trains.
-_FROZEN = re.compile(
-    r"(vision|connector|decoder|text_encoder)\..*\.(kernel|embedding)"
-    r"|llm\.(layers\..*\.kernel|embed_tokens\.embedding|lm_head\.kernel)"
-)
+def _frozen(cfg: Config) -> str:
+    """Names of the matrices that no stage trains, as a pattern."""
+    parts = ["vision", "text_encoder", r"decoder\.vae"]
+    parts += [] if cfg.train_connector else ["connector"]
+    parts += [] if cfg.train_decoder else [r"decoder\.denoiser"]
+    llm = r"llm\.(layers\..*\.kernel|embed_tokens\.embedding|lm_head\.kernel)"
+    return rf"({'|'.join(parts)})\..*\.(kernel|embedding)|{llm}"
 
 
 def create(cfg: Config, rngs: nnx.Rngs) -> MiniGPT5:
@@ -239,7 +253,8 @@ def create(cfg: Config, rngs: nnx.Rngs) -> MiniGPT5:
     llama.init_added_tokens(model.llm)
     lora.adapt(model, cfg.lora, "none", False, rngs=rngs)
     dtype = jnp.dtype(cfg.dtype if cfg.frozen_dtype == "auto" else cfg.frozen_dtype)
+    frozen = re.compile(_frozen(cfg))
     for path, variable in nnx.iter_graph(model):
-        if isinstance(variable, nnx.Param) and _FROZEN.fullmatch(".".join(map(str, path))):
+        if isinstance(variable, nnx.Param) and frozen.fullmatch(".".join(map(str, path))):
             variable.set_raw_value(variable.get_raw_value().astype(dtype))
     return model

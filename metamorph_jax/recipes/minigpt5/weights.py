@@ -38,4 +38,6 @@ def load_stable_diffusion(model: MiniGPT5, cfg: Config) -> None:
 
 
 def initialize(model: MiniGPT5, batches: Sequence[Batch]) -> None:
-    """Before the first step; nothing to adapt to the data."""
+    """Before the first step: standardises the pixels of a decoder without autoencoder."""
+    if not model.cfg.weights:
+        model.decoder.set_statistics_of(batches)

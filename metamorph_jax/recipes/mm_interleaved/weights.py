@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import jax
-import numpy as np
 
 from metamorph_jax.convert import hf, load, names, specs, stable_diffusion, start
 from metamorph_jax.convert.vision import load_vision
@@ -56,8 +55,5 @@ def load_decoder(model: MMInterleaved, cfg: Config) -> None:
 
 def initialize(model: MMInterleaved, batches: Sequence[Batch]) -> None:
     """Before the first step: standardises the pixels of a decoder without autoencoder."""
-    if model.cfg.weights or not model.cfg.max_drawings:
-        return
-    drawn = [np.asarray(b.drawings.pixels)[np.asarray(b.drawings.valid)] for b in batches]
-    if any(map(len, drawn)):
-        model.decoder.set_statistics(np.concatenate(drawn))
+    if not model.cfg.weights:
+        model.decoder.set_statistics_of(batches)
