@@ -44,6 +44,12 @@ class Config:
         sd_weights: folder or "hf:OWNER/NAME" with unet/, vae/ and text_encoder/ of Stable
             Diffusion, or "random".
         tokenizer: "" is the one that belongs to `llm_weights`.
+        caption_tokenizer: of the text encoder; "" is the one beside `sd_weights`.
+        caption_pad: id that captions are padded with: 0 in Stable Diffusion 2, in 1 the end id.
+        old_rows_shrink: what both tables of the language model are multiplied with, but for the
+            added rows, where its own weights are loaded. The reference's weight decay acts on rows
+            that it does not train: in stage 1 on CC3M, some 118,000 steps at 1e-5 on average with a
+            decay of 0.01, they shrink to 0.988. 1 leaves them as they are.
         unsupervised_tail: vokens that are not learnt as text, those after the first. The reference
             learns the first and the last of its eight; 7 leaves the first alone.
         text_coef, image_coef, caption_coef: weights of the losses; with 0, one is not computed.
@@ -52,6 +58,8 @@ class Config:
         text_chunk: positions multiplied with the output table at a time.
         train_fc: the stage "mls" trains all of the mapper, as it must where there was no stage
             "uas" before it.
+        train_connector, train_denoiser: all stages train the Q-Former and its projection, or the
+            denoiser, too, as they must where these are not pretrained.
         lora, prefix: what the stage "mls" adapts the language model with: adapters, or keys and
             values before all others; None: nothing.
         dtype: that language model and Q-Former compute in.
@@ -74,6 +82,9 @@ class Config:
     weights: str = ""
     sd_weights: str = "random"
     tokenizer: str = ""
+    caption_tokenizer: str = ""
+    caption_pad: int = 0
+    old_rows_shrink: float = 1.0
     unsupervised_tail: int = 6
     text_coef: float = 0.01
     image_coef: float = 1.0
@@ -82,6 +93,8 @@ class Config:
     max_drawings: int = 4
     text_chunk: int = 512
     train_fc: bool = False
+    train_connector: bool = False
+    train_denoiser: bool = False
     lora: LoraConfig | None = None
     prefix: PrefixConfig | None = None
     dtype: str = "float32"
@@ -99,6 +112,8 @@ class Config:
         for name in ("text_coef", "image_coef", "caption_coef"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        if not 0 < self.old_rows_shrink <= 1:
+            raise ValueError(f"old_rows_shrink {self.old_rows_shrink} is not between 0 and 1")
         if not 0 <= self.drop_condition <= 1:
             raise ValueError(f"drop_condition {self.drop_condition} is not between 0 and 1")
         if not 0 <= self.unsupervised_tail < self.vokens:

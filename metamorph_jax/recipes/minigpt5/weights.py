@@ -2,8 +2,12 @@
 
 from collections.abc import Sequence
 
+import jax.numpy as jnp
+
 from metamorph_jax.convert import clip_text, hf, load, specs, stable_diffusion, start
 from metamorph_jax.convert.vision import load_vision
+from metamorph_jax.models.build import is_open
+from metamorph_jax.models.llm import llama
 from metamorph_jax.recipes.minigpt5.config import Config
 from metamorph_jax.recipes.minigpt5.model import MiniGPT5
 from metamorph_jax.recipes.minigpt5.published import load_whole
@@ -22,8 +26,20 @@ def load_pretrained(model: MiniGPT5, cfg: Config) -> None:
         load_whole(model, cfg, hf.find(cfg.weights))
     else:
         start.load_llm(model.llm, cfg.llm, cfg.llm_weights)
+        if cfg.old_rows_shrink != 1:
+            shrink_old_rows(model.llm, cfg.old_rows_shrink)
         load_vision(model.vision, cfg.vision)
         load_stable_diffusion(model, cfg)
+
+
+def shrink_old_rows(llm: llama.Llama, factor: float) -> None:
+    """Multiplies the tables, in place, but for the rows of added tokens; tables of shapes without
+    values stay as they are."""
+    tables = [llm.embed_tokens.embedding] + ([] if llm.cfg.tied else [llm.lm_head.kernel])
+    for table in tables:
+        if not is_open(table):
+            value = table.get_raw_value()
+            table.set_raw_value((value.astype(jnp.float32) * factor).astype(value.dtype))
 
 
 def load_stable_diffusion(model: MiniGPT5, cfg: Config) -> None:
