@@ -57,7 +57,13 @@ def pytest_unconfigure():
 
 # Their programs are large, and run once or twice: LLVM takes longer than it saves.
 LARGE_PROGRAMS = (
-    *("recipes/test_contract.py", "recipes/mm_interleaved", "recipes/metamorph", "recipes/decoder"),
+    *(
+        "recipes/test_contract.py",
+        "recipes/mm_interleaved",
+        "recipes/minigpt5",
+        "recipes/metamorph",
+        "recipes/decoder",
+    ),
     *("models/llm", "models/vision", "models/connectors", "models/heads", "models/test_"),
     *("models/diffusion/test_decoder.py", "models/diffusion/test_unet_mmfs.py"),
     *("nn/test_deformable.py", "sampling/test_inserted.py"),

@@ -166,10 +166,11 @@ def not_padding(ids, cfg: CLIPTextConfig):
     return jnp.cumsum(ends, axis=1) - ends == 0
 
 
-def without_text(ids, cfg: CLIPTextConfig):
-    """int[B, L]: the ids of the empty text, padded with 0, of ids that begin with the start id."""
+def without_text(ids, cfg: CLIPTextConfig, pad: int = 0):
+    """int[B, L]: the ids of the empty text, padded with `pad`, of ids that begin with the start
+    id."""
     at = jnp.arange(ids.shape[1])
-    return jnp.where(at == 0, ids, jnp.where(at == 1, end_id(cfg), 0))
+    return jnp.where(at == 0, ids, jnp.where(at == 1, end_id(cfg), pad))
 
 
 class CLIPTextModel(nnx.Module):

@@ -33,17 +33,28 @@ class Config:
         llm_weights: "random", "pkg:NAME", "hf:OWNER/NAME", or a folder.
         vision: tower of the images that are read; all of its tokens are kept.
         qformer: from the tower's tokens to visual tokens.
-        qformer_weights: a file or folder with Q-Former and projection (BLIP-2's and MiniGPT-4's,
-            separated by a comma), or "random".
+        qformer_weights: files, folders or "hf:OWNER/NAME" with the Q-Former and the norm before it
+            (BLIP-2's `blip2_pretrained_flant5xxl.pth`) and the projection (MiniGPT-4's
+            `prerained_minigpt4_7b.pth`, the published spelling), separated by a comma; or "random".
         mapper: from the states of vokens to the context of the image decoder.
         decoder: denoiser, autoencoder, schedule and loss.
         text_encoder: of the captions, for the caption loss; None for a model without.
         sampling: how images are drawn unless asked otherwise.
         weights: the whole model from a checkpoint ("hf:…" or a folder) or from an earlier stage
             ("workdir:PATH"); "" for none. Takes the place of the parts' weights.
+        stage1_weights: a file of what stage 1 trained (`stage1_cc3m.ckpt`, or added rows and mapper
+            alone), over all weights above; "" for none. One on the hub is "hf:OWNER/NAME/FILE".
+        stage2_weights: a file of what stage 2 trained, over that of `stage1_weights`, without which
+            a published one is not complete; it needs the same `lora`; "" for none.
         sd_weights: folder or "hf:OWNER/NAME" with unet/, vae/ and text_encoder/ of Stable
             Diffusion, or "random".
         tokenizer: "" is the one that belongs to `llm_weights`.
+        caption_tokenizer: of the text encoder; "" is the one beside `sd_weights`.
+        caption_pad: id that captions are padded with: 0 in Stable Diffusion 2, in 1 the end id.
+        old_rows_shrink: what both tables of the language model are multiplied with, but for the
+            added rows, where its own weights are loaded. The reference's weight decay acts on rows
+            that it does not train: in stage 1 on CC3M, some 118,000 steps at 1e-5 on average with a
+            decay of 0.01, they shrink to 0.988. 1 leaves them as they are.
         unsupervised_tail: vokens that are not learnt as text, those after the first. The reference
             learns the first and the last of its eight; 7 leaves the first alone.
         text_coef, image_coef, caption_coef: weights of the losses; with 0, one is not computed.
@@ -52,8 +63,8 @@ class Config:
         text_chunk: positions multiplied with the output table at a time.
         train_fc: the stage "mls" trains all of the mapper, as it must where there was no stage
             "uas" before it.
-        train_connector, train_decoder: both stages train the Q-Former with its projection, and the
-            denoiser, too; for models that have no pretrained ones.
+        train_connector, train_denoiser: all stages train the Q-Former and its projection, or the
+            denoiser, too, as they must where these are not pretrained.
         lora, prefix: what the stage "mls" adapts the language model with: adapters, or keys and
             values before all others; None: nothing.
         dtype: that language model and Q-Former compute in.
@@ -74,8 +85,13 @@ class Config:
     text_encoder: CLIPTextConfig | None = CLIPTextConfig.sd21(eos_token_id=49407)
     sampling: SamplingConfig = SamplingConfig("pndm", 50, 7.5)
     weights: str = ""
+    stage1_weights: str = ""
+    stage2_weights: str = ""
     sd_weights: str = "random"
     tokenizer: str = ""
+    caption_tokenizer: str = ""
+    caption_pad: int = 0
+    old_rows_shrink: float = 1.0
     unsupervised_tail: int = 6
     text_coef: float = 0.01
     image_coef: float = 1.0
@@ -85,7 +101,7 @@ class Config:
     text_chunk: int = 512
     train_fc: bool = False
     train_connector: bool = False
-    train_decoder: bool = False
+    train_denoiser: bool = False
     lora: LoraConfig | None = None
     prefix: PrefixConfig | None = None
     dtype: str = "float32"
@@ -103,6 +119,8 @@ class Config:
         for name in ("text_coef", "image_coef", "caption_coef"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        if not 0 < self.old_rows_shrink <= 1:
+            raise ValueError(f"old_rows_shrink {self.old_rows_shrink} is not between 0 and 1")
         if not 0 <= self.drop_condition <= 1:
             raise ValueError(f"drop_condition {self.drop_condition} is not between 0 and 1")
         if not 0 <= self.unsupervised_tail < self.vokens:

@@ -21,30 +21,23 @@ from metamorph_jax.nn.attention import row_mask
 from metamorph_jax.recipes.minigpt5.config import Config, llm_config
 from metamorph_jax.types import Batch, Conditioning, Drawings, Images
 
-_ROWS = r"llm\.(embed_tokens|lm_head)\.added"
 
-
-def _mapper(cfg: Config) -> str:
-    """All of the mapper that is ever trained."""
-    return r"mapper\..*" if cfg.mapper.learned_queries else r"mapper\.(?!queries).*"
-
-
-def _both(cfg: Config) -> list[str]:
+def _always(cfg: Config) -> list[str]:
     """What both stages train."""
-    parts = [_ROWS]
+    parts = [r"llm\.(embed_tokens|lm_head)\.added"]
     parts += [r"connector\..*"] if cfg.train_connector else []
-    return parts + ([r"decoder\.denoiser\..*"] if cfg.train_decoder else [])
+    return parts + ([r"decoder\.denoiser\..*"] if cfg.train_denoiser else [])
 
 
 def _uas_stage(cfg: Config) -> str:
-    return "|".join([*_both(cfg), _mapper(cfg)])
+    return "|".join([*_always(cfg), r"mapper\..*"])
 
 
 def _mls_stage(cfg: Config) -> str:
     """Without an encoder-decoder, all of the mapper: nothing else of it would be trained."""
     whole = cfg.train_fc or cfg.mapper.kind != "transformer"
-    parts = [*_both(cfg), _mapper(cfg) if whole else r"mapper\.(encoder|decoder)\..*"]
-    parts += [r"llm\..*\.lora_[ab]"] if cfg.lora is not None else []
+    parts = [*_always(cfg), r"mapper\..*" if whole else r"mapper\.(encoder|decoder)\..*"]
+    parts += [r".*\.lora_[ab]"] if cfg.lora is not None else []
     parts += [r"llm\.prefix\..*"] if cfg.prefix is not None else []
     return "|".join(parts)
 
@@ -75,8 +68,7 @@ class MiniGPT5(nnx.Module):
     def visual_features(self, pixels: jax.Array) -> jax.Array:
         """float32[N, P, C] what the Q-Former makes of images uint8[N, h, w, 3]. Where it is frozen,
         as the tower is, these may come from a cache."""
-        seen = jax.lax.stop_gradient(self.vision(pixels))
-        found = self.connector.features(seen).astype(jnp.float32)
+        found = self.connector.features(self.vision(pixels)).astype(jnp.float32)
         return found if self.cfg.train_connector else jax.lax.stop_gradient(found)
 
     def project(self, features: jax.Array) -> jax.Array:
@@ -126,7 +118,8 @@ class MiniGPT5(nnx.Module):
             captions: int32[N, P] ids, padded behind their end; kept: bool[N].
         """
         cfg = self.cfg.text_encoder
-        ids = jnp.where(kept[:, None], captions, clip_text.without_text(captions, cfg))
+        empty = clip_text.without_text(captions, cfg, self.cfg.caption_pad)
+        ids = jnp.where(kept[:, None], captions, empty)
         found = self.text_encoder(ids, clip_text.not_padding(ids, cfg)).last
         return jax.lax.stop_gradient(found.astype(jnp.float32))
 
@@ -180,7 +173,7 @@ class MiniGPT5(nnx.Module):
         return (*of_text, *self._work_of_reading(batch.images), *self._work_of_drawing(drawings))
 
     def _work_of_reading(self, images: Images) -> list[Work]:
-        """Of tower, which gets no gradients, and connector."""
+        """Of tower and connector, before which nothing is trained."""
         count = images.valid.shape[0] * images.valid.shape[1]
         if not count:
             return []
@@ -193,7 +186,7 @@ class MiniGPT5(nnx.Module):
             tower = run(lambda m, x: m.vision(x), one)
             connector += run(lambda m, x: m.visual_features(x), one) - tower
             found.append(Work("tower", tower, "vision.tower", 0))
-        return [*found, Work("connector", connector, "connector", int(self.cfg.train_connector))]
+        return [*found, Work("connector", connector, "connector", 0)]
 
     def _work_of_drawing(self, count: int) -> list[Work]:
         """Of mapper, denoiser, autoencoder and text encoder on so many drawings."""
@@ -238,13 +231,13 @@ def captioned(drawings: Drawings) -> jax.Array:
     return drawings.valid & (drawings.captions[..., 0] >= 0)
 
 
-def _frozen(cfg: Config) -> str:
-    """Names of the matrices that no stage trains, as a pattern."""
+def _frozen(cfg: Config) -> re.Pattern:
+    """Names of the matrices that no stage trains."""
     parts = ["vision", "text_encoder", r"decoder\.vae"]
     parts += [] if cfg.train_connector else ["connector"]
-    parts += [] if cfg.train_decoder else [r"decoder\.denoiser"]
+    parts += [] if cfg.train_denoiser else [r"decoder\.denoiser"]
     llm = r"llm\.(layers\..*\.kernel|embed_tokens\.embedding|lm_head\.kernel)"
-    return rf"({'|'.join(parts)})\..*\.(kernel|embedding)|{llm}"
+    return re.compile(rf"({'|'.join(parts)})\..*\.(kernel|embedding)|{llm}")
 
 
 def create(cfg: Config, rngs: nnx.Rngs) -> MiniGPT5:
@@ -253,7 +246,7 @@ def create(cfg: Config, rngs: nnx.Rngs) -> MiniGPT5:
     llama.init_added_tokens(model.llm)
     lora.adapt(model, cfg.lora, "none", False, rngs=rngs)
     dtype = jnp.dtype(cfg.dtype if cfg.frozen_dtype == "auto" else cfg.frozen_dtype)
-    frozen = re.compile(_frozen(cfg))
+    frozen = _frozen(cfg)
     for path, variable in nnx.iter_graph(model):
         if isinstance(variable, nnx.Param) and frozen.fullmatch(".".join(map(str, path))):
             variable.set_raw_value(variable.get_raw_value().astype(dtype))
