@@ -73,9 +73,10 @@ def _drawings(cfg: Config, read: bool) -> DrawingSpec:
         identity = f"{vae} {cfg.sd_weights}"
         latents = LatentSpec(cfg.decoder.sample_shape, vae.scaling_factor, identity)
     captions, length = None, 0
-    if cfg.learns_captions and cfg.sd_weights != specs.RANDOM:
+    if cfg.learns_captions and (cfg.caption_tokenizer or cfg.sd_weights != specs.RANDOM):
         length = cfg.text_encoder.max_position_embeddings
-        captions = CaptionIds(_caption_tokenizer(cfg) if read else None, length)
+        tokenizer = _caption_tokenizer(cfg) if read else None
+        captions = CaptionIds(tokenizer, length, cfg.caption_pad)
     return DrawingSpec(
         cfg.max_drawings,
         in_answers,
@@ -90,11 +91,13 @@ def _drawings(cfg: Config, read: bool) -> DrawingSpec:
 
 def _caption_tokenizer(cfg: Config):
     """The tokenizer of the text encoder."""
+    if cfg.caption_tokenizer:
+        return specs.tokenizer(cfg.caption_tokenizer)
     folder = hf.find(cfg.sd_weights) / "tokenizer"
     if not folder.is_dir():
         raise ConfigError(
-            f"{cfg.sd_weights} has no tokenizer/, which the caption loss needs: "
-            "set config.model.caption_coef to 0, or name a folder that has one"
+            f"{cfg.sd_weights} has no tokenizer/, which the caption loss needs: name one in "
+            "config.model.caption_tokenizer, or set config.model.caption_coef to 0"
         )
     return tokenizers.load(folder)
 
@@ -103,8 +106,13 @@ def open_data(data: DataConfig, cfg: Config, shard: Shard) -> PackedIterator:
     """The batches of one shard; caches are filled first with what is missing in them.
 
     Raises:
-        ConfigError: a cache is asked for of a part whose weights are random.
+        ConfigError: a cache is asked for of a part that is trained, or whose weights are random.
     """
+    if data.cache.features and cfg.train_connector:
+        raise ConfigError(
+            "config.model.train_connector has no use for config.data.cache.features, which holds "
+            'what a frozen Q-Former gives: set the folder to ""'
+        )
     spec = input_spec(cfg)
     chat = Chat.of(load_tokenizer(cfg), data.row)
     found = pipeline.open_sources(data, sources.kinds(chat.encode))

@@ -430,9 +430,8 @@ def test_own_conversations(tmp_path):
     ])  # fmt: skip
 
     class Captions:
-        def __call__(self, text, padding, truncation, max_length):
-            ids = [58, *map(ord, text)][: max_length - 1]
-            return {"input_ids": [*ids, 59, *[0] * (max_length - 1 - len(ids))]}
+        def __call__(self, text, truncation, max_length):
+            return {"input_ids": [*[58, *map(ord, text)][: max_length - 1], 59]}
 
     spec = spec_of(caption=CaptionIds(Captions(), 5), caption_length=5)
     stream = stream_of(tmp_path / "own.jsonl", "auto", spec=spec)
