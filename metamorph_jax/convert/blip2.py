@@ -231,6 +231,17 @@ def export_qformer(connector: QFormer) -> names.Lazy:
     return names.lazy_torch_dict(connector, rename=rename)
 
 
+def qformer_for_transformers(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The Q-Former's tensors by the names of `Blip2QFormerModel`, from those of LAVIS."""
+    out = {}
+    for key, value in tensors.items():
+        name = key.removeprefix(QFORMER + "bert.").replace(
+            "attention.self.", "attention.attention."
+        )
+        out[re.sub(r"^embeddings\.LayerNorm\.", "layernorm.", name)] = value
+    return out
+
+
 def published_qformer(cfg: PerceiverConfig) -> list[str]:
     """The names of a connector's tensors, `llama_proj` included."""
     found = [QUERIES, *_both(NORM[:-1], PROJ[:-1], f"{QFORMER}bert.embeddings.LayerNorm")]

@@ -20,6 +20,7 @@ import re
 from collections.abc import Mapping
 
 import numpy as np
+from flax import nnx
 
 from metamorph_jax.convert import fused, names
 from metamorph_jax.models.heads.mapper import Mapper, MapperConfig
@@ -61,23 +62,29 @@ def _whole(key: str) -> str | None:
     return found and f"{found[1]}in_proj_{found[2]}"
 
 
-def load_mapper(mapper: Mapper, tensors: Mapping[str, np.ndarray]) -> None:
+def load_mapper(mapper: Mapper, tensors: Mapping[str, np.ndarray], whole: bool = True) -> None:
     """Fills the mapper in place.
 
     Args:
         tensors: published name -> array, of the mapper alone.
+        whole: with `fc` and queries; else the transformer alone.
 
     Raises:
         WeightError: names or shapes don't fit.
     """
     view = fused.split(tensors, _parts)
-    names.load_torch_dict(mapper, view, stacked=STACKED, rename=rename)
+    names.load_torch_dict(mapper, view, stacked=STACKED, rename=rename, only=_chosen(whole))
 
 
-def export_mapper(mapper: Mapper) -> names.Lazy:
+def export_mapper(mapper: Mapper, whole: bool = True) -> names.Lazy:
     """Published name -> array; the inverse of `load_mapper`."""
-    found = names.lazy_torch_dict(mapper, stacked=STACKED, rename=rename)
+    found = names.lazy_torch_dict(mapper, stacked=STACKED, rename=rename, only=_chosen(whole))
     return fused.joined(found, _whole)
+
+
+def _chosen(whole: bool):
+    """nnx filter: all parameters, or those of the transformer."""
+    return nnx.All(nnx.Param, lambda path, _: whole or f"{path[0]}." in _NORMS)
 
 
 def published(cfg: MapperConfig) -> list[str]:
