@@ -33,14 +33,19 @@ class Config:
         llm_weights: "random", "pkg:NAME", "hf:OWNER/NAME", or a folder.
         vision: tower of the images that are read; all of its tokens are kept.
         qformer: from the tower's tokens to visual tokens.
-        qformer_weights: a file or folder with Q-Former and projection (BLIP-2's and MiniGPT-4's,
-            separated by a comma), or "random".
+        qformer_weights: files, folders or "hf:OWNER/NAME" with the Q-Former and the norm before it
+            (BLIP-2's `blip2_pretrained_flant5xxl.pth`) and the projection (MiniGPT-4's
+            `prerained_minigpt4_7b.pth`, the published spelling), separated by a comma; or "random".
         mapper: from the states of vokens to the context of the image decoder.
         decoder: denoiser, autoencoder, schedule and loss.
         text_encoder: of the captions, for the caption loss; None for a model without.
         sampling: how images are drawn unless asked otherwise.
         weights: the whole model from a checkpoint ("hf:…" or a folder) or from an earlier stage
             ("workdir:PATH"); "" for none. Takes the place of the parts' weights.
+        stage1_weights: a file of what stage 1 trained (`stage1_cc3m.ckpt`, or added rows and mapper
+            alone), over all weights above; "" for none. One on the hub is "hf:OWNER/NAME/FILE".
+        stage2_weights: a file of what stage 2 trained, over that of `stage1_weights`, without which
+            a published one is not complete; it needs the same `lora`; "" for none.
         sd_weights: folder or "hf:OWNER/NAME" with unet/, vae/ and text_encoder/ of Stable
             Diffusion, or "random".
         tokenizer: "" is the one that belongs to `llm_weights`.
@@ -80,6 +85,8 @@ class Config:
     text_encoder: CLIPTextConfig | None = CLIPTextConfig.sd21(eos_token_id=49407)
     sampling: SamplingConfig = SamplingConfig("pndm", 50, 7.5)
     weights: str = ""
+    stage1_weights: str = ""
+    stage2_weights: str = ""
     sd_weights: str = "random"
     tokenizer: str = ""
     caption_tokenizer: str = ""

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from metamorph_jax.convert import clip_text, hf, load, specs, stable_diffusion, start
+from metamorph_jax.convert import blip2, clip_text, hf, load, peft, specs, stable_diffusion, start
 from metamorph_jax.convert.vision import load_vision
 from metamorph_jax.models.build import is_open
 from metamorph_jax.models.llm import llama
+from metamorph_jax.recipes.minigpt5.checkpoints import load_stages
 from metamorph_jax.recipes.minigpt5.config import Config
 from metamorph_jax.recipes.minigpt5.model import MiniGPT5
 from metamorph_jax.recipes.minigpt5.published import load_whole
@@ -15,21 +16,40 @@ from metamorph_jax.types import Batch
 
 
 def load_pretrained(model: MiniGPT5, cfg: Config) -> None:
-    """Fills the model, in place, with the weights that the config names.
+    """Fills the model, in place, with the weights that the config names: of its parts or of all of
+    it, and over them with what was trained.
 
     Raises:
-        ConfigError: what lies beside the weights says other things than the config.
+        ConfigError: what lies beside the weights says other things than the config, or a file is
+            of another stage than the one that it is named for.
     """
     if cfg.weights.startswith(load.WORKDIR):
         load.load_workdir(model, cfg.weights.removeprefix(load.WORKDIR))
     elif cfg.weights:
         load_whole(model, cfg, hf.find(cfg.weights))
     else:
-        start.load_llm(model.llm, cfg.llm, cfg.llm_weights)
+        start.load_llm(model.llm, cfg.llm, cfg.llm_weights, cut=True)
         if cfg.old_rows_shrink != 1:
             shrink_old_rows(model.llm, cfg.old_rows_shrink)
         load_vision(model.vision, cfg.vision)
+        load_connector(model, cfg)
         load_stable_diffusion(model, cfg)
+    load_stages(model, cfg)
+    if cfg.lora is not None and cfg.lora.weights and model.cfg.lora == cfg.lora:
+        peft.load_peft(model.llm, cfg.lora.weights)
+
+
+def load_connector(model: MiniGPT5, cfg: Config) -> None:
+    """Fills what `cfg.qformer_weights` has: norm and Q-Former, the linear after them, or both."""
+    if cfg.qformer_weights == specs.RANDOM:
+        return
+    for spec in cfg.qformer_weights.split(","):
+        tensors = hf.Tensors(hf.find(spec))
+        if blip2.QUERIES in blip2.plainly(tensors):
+            whole = any(key.startswith(blip2.PROJ) for key in tensors)
+            blip2.load_qformer(model.connector, tensors, whole)
+        else:
+            blip2.load_proj(model.connector, tensors)
 
 
 def shrink_old_rows(llm: llama.Llama, factor: float) -> None:
