@@ -14,10 +14,12 @@ class CaptionIds:
     Attributes:
         tokenizer: of the transformers library, one of CLIP's.
         length: ids of a caption; a longer one is cut before its end id.
+        padding: id behind the end.
     """
 
     tokenizer: object
     length: int
+    padding: int = 0
 
     def __call__(self, sample: Sample, k: int) -> np.ndarray:
         """int32[length] of the caption of image k of a sample; -1 where it has none."""
@@ -26,5 +28,7 @@ class CaptionIds:
 
     def of(self, text: str) -> np.ndarray:
         """int32[length] of a text."""
-        options = dict(padding="max_length", truncation=True, max_length=self.length)
-        return np.array(self.tokenizer(text, **options)["input_ids"], np.int32)
+        found = self.tokenizer(text, truncation=True, max_length=self.length)["input_ids"]
+        ids = np.full(self.length, self.padding, np.int32)
+        ids[: len(found)] = found
+        return ids

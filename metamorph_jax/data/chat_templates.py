@@ -342,7 +342,7 @@ TEMPLATES = {
         _captions("plain"),
         _captions("v0_plain"),
         _document("document"),
-        _voken("minigpt5", messages.IMG_TAGS),
+        _voken("vokens", messages.IMG_TAGS),
         _in_line("mpt", messages.MPT),
         _in_line("chatml_direct", messages.ANSWER),
         _in_line("mistral_direct", messages.ANSWER),

@@ -45,7 +45,7 @@ def config(tmp_path):
     ])  # fmt: skip
     return DataConfig(
         sources=(SourceConfig(str(tmp_path / "a.jsonl")),),
-        row=RowConfig("minigpt5", length=300, images=2, packing="pad"),
+        row=RowConfig("vokens", length=300, images=2, packing="pad"),
         order=OrderConfig(epochs=2, shuffle=False),
         cache=CacheConfig(drawings=str(tmp_path / "cache")),
     )
@@ -84,11 +84,11 @@ def test_moments_from_a_cache(config):
 
     sources = pipeline.open_sources(config)
     with pytest.raises(MissingFile, match="no cache in"):
-        pipeline.make_pipeline(config, spec, Chat(Ends(), "minigpt5"), sources, Shard(2))
+        pipeline.make_pipeline(config, spec, Chat(Ends(), "vokens"), sources, Shard(2))
     for _ in range(2):
         pipeline.fill_drawing_cache(config, spec, sources, make)
     assert len(calls) == 1
-    chat = Chat(Ends(), "minigpt5")
+    chat = Chat(Ends(), "vokens")
     batches = pipeline.make_pipeline(config, spec, chat, sources, Shard(2))
     state = batches.get_state()
     first, second = next(batches), next(batches)
@@ -122,7 +122,7 @@ def test_an_image_that_no_moments_are_of(config, tmp_path):
     sources = pipeline.open_sources(config)
     pipeline.fill_drawing_cache(config, spec_of(), sources, lambda: moments_of)
     make_image(9).save(tmp_path / "1.png")
-    stream = pipeline.make_stream(config, spec_of(), Chat(Ends(), "minigpt5"), sources)
+    stream = pipeline.make_stream(config, spec_of(), Chat(Ends(), "vokens"), sources)
     assert stream[0]["bad"] == "not_in_drawing_cache" and "1.png" in stream[0]["detail"]
     assert stream.fixed_choices and stream[1]["drawings"].shape == (2, *SHAPE)
     assert isinstance(stream.drawing_cache, cache.ArrayCache)

@@ -27,6 +27,9 @@ class Words:
         names = {id: word for word, id in self.known.items()}
         return " ".join(names.get(int(i), f"[{i}]") for i in ids)
 
+    def get_vocab(self):
+        return {}
+
     def convert_tokens_to_ids(self, token):
         return {"<s>": BOS, "</s>": 2}.get(token)
 

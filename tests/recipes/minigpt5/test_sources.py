@@ -2,6 +2,7 @@
 
 import collections
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ V8 = "".join(f"[IMG{k}]" for k in range(8))
 def data_of(path, kind, **more):
     config = DataConfig(
         sources=(SourceConfig(str(path), kind=kind, blocked=more.pop("blocked", "")),),
-        row=RowConfig("minigpt5", length=512, images=8),
+        row=RowConfig("vokens", length=512, images=8),
         order=OrderConfig(epochs=1, shuffle=False),
         **more,
     )
@@ -56,7 +57,7 @@ def spec_of(**more):
 
 
 def stream_of(path, kind, tokenizer=None, spec=None, **more):
-    chat = Chat(tokenizer or made.Words(), "minigpt5")
+    chat = Chat(tokenizer or made.Words(), "vokens")
     config = data_of(path, kind, **more)
     found = pipeline.open_sources(config, sources.kinds(chat.encode))
     return pipeline.make_stream(config, spec or spec_of(), chat, found)
@@ -160,7 +161,7 @@ def test_mmdialog_golden(golden, tmp_path):
     case = golden["mmdialog"]
     path = made.mmdialog(tmp_path, case["conversations"])
     made.pictures(tmp_path, *case["existing_images"])
-    chat = Chat(made.Words(), "minigpt5")
+    chat = Chat(made.Words(), "vokens")
     check_items(opened(path, "mmdialog", chat), case["train_items"], tmp_path)
     check_items(opened(path, "mmdialog_test", chat), case["test_items"], tmp_path)
 
@@ -217,11 +218,11 @@ def test_ids_are_those_of_the_slow_tokenizer(golden_root):
     begins like a text of its own. Whatever the tokenizer's own setting is."""
     from transformers import PreTrainedTokenizerFast
 
-    cases = json.loads((golden_root.parent / "recipes/minigpt5/slow_ids.json").read_text())
+    cases = json.loads(pathlib.Path(__file__).with_name("slow_ids.json").read_text())
     for file in ("tokenizer.json", "tokenizer_legacy.json"):
         path = str(golden_root / "llava/tokenizer" / file)
         names = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-        chat = Chat(PreTrainedTokenizerFast(tokenizer_file=path, **names), "minigpt5")
+        chat = Chat(PreTrainedTokenizerFast(tokenizer_file=path, **names), "vokens")
         for case in cases:
             turns = [("source", case["source"].replace("<ImageHere>", IMAGE)),
                      ("target", case["target"].replace(V8, IMAGE))]  # fmt: skip
@@ -232,7 +233,7 @@ def test_ids_are_those_of_the_slow_tokenizer(golden_root):
 
 def test_turns_are_written_as_dialogues_are():
     """A conversation of several turns has the ids of a dialogue's turns up to there."""
-    chat, told = Chat(made.Words(), "minigpt5"), wordings.DIALOGUE_SYSTEM
+    chat, told = Chat(made.Words(), "vokens"), wordings.DIALOGUE_SYSTEM
     turns = [("user", f"hello there {IMAGE}"), ("assistant", "nice photo"), ("user", "and yours?"),
              ("assistant", f"here it is {IMAGE}")]  # fmt: skip
     source = (f"{told} ###Human: hello there <Img>{IMAGE}</Img> ###Assistant: nice photo "
@@ -327,7 +328,7 @@ def test_wording_follows_seed_and_epoch(tmp_path):
     made.pictures(tmp_path, *(f"val_images/{k}.jpg" for k in range(5)))
     config = data_of(path, "vist")
     found = pipeline.open_sources(config, sources.kinds())
-    chat = Chat(made.Words(), "minigpt5")
+    chat = Chat(made.Words(), "vokens")
 
     def texts(seed, epochs=3):
         order = OrderConfig(seed=seed, epochs=epochs)
@@ -405,7 +406,7 @@ def test_training_and_tests_share_no_cut(tmp_path):
     """What is kept beside a file is how many turns it has, before any of them is cut."""
     long = " ".join("x" * 51)
     path = made.mmdialog(tmp_path, [[made.turn("a"), made.turn(long), made.turn("b")]])
-    chat = Chat(made.Words(), "minigpt5")
+    chat = Chat(made.Words(), "vokens")
     for kind, count in (("mmdialog_test", 2), ("mmdialog", 0), ("mmdialog_test", 2)):
         assert len(samples_of(opened(path, kind, chat))[0]) == count
     assert samples_of(opened(path, "mmdialog", chat))[1] == {"long_turn": 2}
@@ -429,9 +430,8 @@ def test_own_conversations(tmp_path):
     ])  # fmt: skip
 
     class Captions:
-        def __call__(self, text, padding, truncation, max_length):
-            ids = [58, *map(ord, text)][: max_length - 1]
-            return {"input_ids": [*ids, 59, *[0] * (max_length - 1 - len(ids))]}
+        def __call__(self, text, truncation, max_length):
+            return {"input_ids": [*[58, *map(ord, text)][: max_length - 1], 59]}
 
     spec = spec_of(caption=CaptionIds(Captions(), 5), caption_length=5)
     stream = stream_of(tmp_path / "own.jsonl", "auto", spec=spec)
@@ -473,9 +473,9 @@ def test_batches_resume(tmp_path):
     steps, mapping = made.five_steps()
     path = made.vist(tmp_path, steps, mapping)
     made.pictures(tmp_path, *mapping.values())
-    chat, found = Chat(made.Words(), "minigpt5"), None
+    chat, found = Chat(made.Words(), "vokens"), None
     config = DataConfig(
-        sources=(SourceConfig(path, kind="vist"),), row=RowConfig("minigpt5", length=256, images=8),
+        sources=(SourceConfig(path, kind="vist"),), row=RowConfig("vokens", length=256, images=8),
         images=ImageConfig(mirror=0.5),
     )  # fmt: skip
     found = pipeline.open_sources(config, sources.kinds())
