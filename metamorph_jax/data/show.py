@@ -35,22 +35,44 @@ def lines(stream: SampleStream, n: int) -> Iterator[str]:
     for at in item.get("drawing_starts", np.zeros(0, int)) + 1:
         if at < len(learnt) and of_image[at] >= 0:  # it is read as well
             learnt[of_image == of_image[at]] = True
+    unread = _unread(stream, item)
+    for k, columns in unread.items():
+        of_image[columns], learnt[columns] = -2 - k, True
     keys = zip(of_image.tolist(), learnt.tolist(), strict=True)
     for (view, taught), group in itertools.groupby(enumerate(keys), key=lambda pair: pair[1]):
         at = [position for position, _ in group]
-        if view < 0:
+        if view < -1:
+            name = _named(sample.images[-2 - view])
+            yield f"  draws  {name} ({len(at)} tokens in its stead)"
+        elif view < 0:
             text = _text(stream.chat, item["tokens"][at].tolist())
             yield f"  {'learns' if taught else 'reads':<7}{shown(repr(text), _MOST)}"
         else:
             verb = "draws" if taught else "sees"
-            yield f"  {verb:<7}{_name(sample, view, item)} ({len(at)} visual tokens)"
+            read = [ref for k, ref in enumerate(sample.images) if k not in unread]
+            yield f"  {verb:<7}{_name(read, view, item)} ({len(at)} visual tokens)"
 
 
-def _name(sample, view: int, item: dict) -> str:
-    """The image that a view belongs to, where each image has one; else the number of the view."""
-    if len(item["view_starts"]) != len(sample.images) and view >= len(sample.images):
+def _unread(stream: SampleStream, item: dict) -> dict[int, slice]:
+    """Which images of a sample are drawn but not read -> columns of the tokens in their stead."""
+    drawings = stream.spec.drawings
+    if drawings is None or not drawings.ids or "drawn" not in item:
+        return {}
+    starts = (item["drawing_starts"] + 1).tolist()
+    pairs = zip(item["drawn"].tolist(), starts, strict=True)
+    return {k: slice(start, start + len(drawings.ids)) for k, start in pairs}
+
+
+def _name(read, view: int, item: dict) -> str:
+    """The image, of those that are read, that a view belongs to, where each has one; else the
+    number of the view."""
+    if len(item["view_starts"]) != len(read) and view >= len(read):
         return f"view {view}"
-    ref = sample.images[view]
+    return _named(read[view])
+
+
+def _named(ref) -> str:
+    """The file of an image, and which part of it."""
     frame = f" frame {ref.frame}" if ref.frame is not None else ""
     box = f" box {ref.box}" if ref.box else " with boxes" if ref.marks else ""
     return shown(os.path.basename(ref.name) + frame + box)

@@ -122,9 +122,10 @@ class SampleStream:
     A good item holds `index`, `source`, the arrays of a `Row` and, of the V views of its images,
     `cache` int64[V] (row in the cache, -1 if the view is in `pixels`) and `pixels` uint8[v, h, w,
     3]; `cut` is 1 if its end did not fit into a row, and `misnamed`, `transparent` and
-    `broken_images` (which were left out) count images; if it has j images to draw, `drawing_starts`
-    int32[j], `drawings` uint8[j, h, w, 3] or latents float32[j, h, w, c], and perhaps `captions`
-    int32[j, L']. A bad item holds `index`, `source`, `bad` (the reason) and `detail`.
+    `broken_images` (which were left out) count images; if it has j images to draw, `drawn` int[j],
+    which of its images, `drawing_starts` int32[j], `drawings` uint8[j, h, w, 3] or latents
+    float32[j, h, w, c], and perhaps `captions` int32[j, L']. A bad item holds `index`, `source`,
+    `bad` (the reason) and `detail`.
 
     Args:
         sources: objects with `name`, `len` and `sample(k, rng) -> Sample`.
@@ -314,7 +315,7 @@ class SampleStream:
             item["pixels"] = np.concatenate([self.views.pixels(image[k]) for k in fresh])
         if len(drawn):
             spec = self.spec.drawings
-            item["drawing_starts"] = row.image_starts[drawn] - 1
+            item["drawing_starts"], item["drawn"] = row.image_starts[drawn] - 1, drawn
             if self.drawing_cache is None:
                 item["drawings"] = np.stack([spec.preprocess(image[k]) for k in drawn.tolist()])
             else:

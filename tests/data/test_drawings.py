@@ -1,5 +1,7 @@
 """Images to draw inside rows: tokens in their stead, captions, and moments from a cache."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -17,6 +19,7 @@ from metamorph_jax.data.config import (
 )
 from metamorph_jax.data.images import Preprocess
 from metamorph_jax.data.interleave import build_row, in_answers, read_place, text_place
+from metamorph_jax.data.show import lines
 from metamorph_jax.data.sources.base import IMAGE, ImageRef
 from metamorph_jax.data.views import Single
 from metamorph_jax.errors import ConfigError, MissingFile
@@ -142,3 +145,18 @@ def test_rows_that_were_made_elsewhere(config, tmp_path):
     found = pipeline.open_drawing_cache(config, spec)
     assert len(found) == 3 and found.rows[0].min() == 5 and found.rows[1].max() == 6
     np.testing.assert_allclose(found.rows[2], moments_of(pixels_of(config, 3))[0], atol=1e-6)
+
+
+def test_as_it_is_shown(config, tmp_path):
+    """What is drawn is named, wherever it stands among images that are read."""
+    turns = conversation("draw", f"here {IMAGE}", f"{IMAGE} more", "done")
+    write_jsonl(tmp_path / "a.jsonl", [{"image": ["0.png", "1.png"], "conversations": turns}])
+    config = dataclasses.replace(config, cache=CacheConfig())
+    sources = pipeline.open_sources(config)
+    stream = pipeline.make_stream(config, spec_of(), Chat(Ends(), "vokens"), sources)
+    shown = [line.strip() for line in lines(stream, 0)][1:]
+    assert [line.split()[0] for line in shown] == [
+        "reads", "learns", "draws", "learns", "reads", "sees", "reads", "learns"
+    ]  # fmt: skip
+    assert shown[2] == "draws  0.png (3 tokens in its stead)"
+    assert shown[5] == "sees   1.png (2 visual tokens)"

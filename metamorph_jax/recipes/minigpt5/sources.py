@@ -160,7 +160,7 @@ class StorySteps:
     def where(self, k: int) -> str:
         """File, story and step of record k."""
         story, step, _ = self._at(k)
-        return f"{self.path} story {story.id} step {step}"
+        return f"{shown(self.path)} story {shown(story.id, 60)} step {step}"
 
     def _at(self, k: int) -> tuple[stories.Story, int, str]:
         number = int(np.searchsorted(self.ends, k, side="right"))
@@ -235,7 +235,7 @@ class Dialogue:
             raise BadSample("text_is_image", f"turn {number} names an image in place of a text")
         ref = files.image(turn.image) if turn.image else None
         if ref is not None and not os.path.exists(ref.path):
-            raise BadSample("missing", f"turn {number}: {turn.image}")
+            raise BadSample("missing", f"turn {number}: {shown(turn.image)}")
         if self.ids is not None and len(self.ids(turn.text)) > LONGEST_TURN:
             raise BadSample("long_turn", f"turn {number}: more than {LONGEST_TURN} tokens")
         return ref
