@@ -26,7 +26,9 @@ setup(
     description="Models that read and draw, in JAX: visual-predictive instruction tuning",
     license="Apache-2.0",
     packages=find_packages(include=["metamorph_jax", "metamorph_jax.*"]),
-    package_data={"metamorph_jax": ["**/*.html", "**/*.css", "instruct/prompts/*/*.txt"]},
+    package_data={
+        "metamorph_jax": ["**/*.html", "**/*.css", "**/*.js", "instruct/prompts/*/*.txt"]
+    },
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10.2",

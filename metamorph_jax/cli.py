@@ -22,6 +22,11 @@ COMMANDS = {
     "chat": ("metamorph_jax.sampling.chat", "talk with a model, which is loaded once"),
     "demo": ("metamorph_jax.sampling.demo.command", "talk with a model, or two, in the browser"),
     "eval": ("metamorph_jax.eval.command", "score a model on benchmarks"),
+    "eval pairs": (
+        "metamorph_jax.eval.people.pairs_command",
+        "write a page on which people compare two models",
+    ),
+    "eval votes": ("metamorph_jax.eval.people.votes_command", "score what people answered there"),
     "score": ("metamorph_jax.eval.images.command", "FID, CLIP score and the like of drawn images"),
     "report": ("metamorph_jax.eval.run_report", "write the page of a run: curves, data, samples"),
     "sweep": ("metamorph_jax.sweep.command", "train the runs that a config lists and compare them"),

@@ -43,6 +43,8 @@ OPTIONS = {
     "chat": _MODEL,
     "demo": dict(**_MODEL, beside=_IN, beside_decoder=_SPEC),
     "eval": dict(**_MODEL, bench_root=_IN, judge=_SPEC, judge_config=_CONFIG),
+    "eval pairs": dict(first=_IN, second=_IN, out=_FOLDER),
+    "eval votes": dict(key=_IN, answers=_IN, json=_FILE),
     "score": dict(
         drawn=_IN,
         real=_IN,
@@ -64,6 +66,10 @@ _LABELS = {
     ("convert", "source"): "--from",
     ("report", "workdir"): "WORKDIR",
     ("score", "drawn"): "DRAWN",
+    ("eval pairs", "first"): "FIRST",
+    ("eval pairs", "second"): "SECOND",
+    ("eval votes", "key"): "KEY",
+    ("eval votes", "answers"): "ANSWERS",
 }
 # Folders that a config names.
 CONFIG = (

@@ -280,7 +280,7 @@ def _record(task: Task, question: Question, answer: Answer, images: Sequence[str
     if answer.choice is not None:
         common |= {"choice": answer.choice, "likelihoods": list(answer.likelihoods)}
     if answer.images:
-        common["drawn"] = list(answer.images)
+        common |= {"drawn": list(answer.images), "document": answer.document}
     return common | task.record(question, answer)
 
 

@@ -189,15 +189,15 @@ class MMDialog(MeasuredDrawing):
             style.written(turns[first:k], first),
             tuple(places[t.image] for t in turns[first:k] if t.image),
             gold=turn.text, unit=id, literal=style.literal,
-            more={"turn": k, "caption": None, "real": places.get(turn.image)},
+            more={"turn": k, "caption": None, "real": places.get(turn.image),
+                  "given": [(t.text, places.get(t.image, "")) for t in turns[:k]]},
         )  # fmt: skip
 
     # ---- scores
 
     def record(self, question: Question, answer: Answer) -> Record:
         said = replies.said(answer.text)
-        return {"score": None, "parsed": bool(said or answer.images), "said": said,
-                "document": answer.document or answer.text}  # fmt: skip
+        return {"score": None, "parsed": bool(said or answer.images), "said": said}
 
     def finish(self, records: Sequence[Record]) -> list[Record]:
         """With "texts", text scores of the turn, and "elements", of its text and its image; as

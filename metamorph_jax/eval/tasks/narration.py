@@ -156,15 +156,20 @@ class Narration(Task):
             prompt,
             tuple(f.image for f in (*shown, *[frame] * self.seen)),
             gold=frame.text, unit=story.id, groups={"frame": str(k + 1)},
-            more={"story": story.id, "frame": k + 1}, literal=style.literal,
+            more={"story": story.id, "frame": k + 1, "given": self._given(story, k)},
+            literal=style.literal,
         )  # fmt: skip
+
+    def _given(self, story: Story, k: int) -> list[tuple[str, str]]:
+        """What comes before, as people are shown it, see `people/documents.py`."""
+        pairs = [(frame.text, frame.image) for frame in story.frames[:k]]
+        return [*pairs, *[("", story.frames[k].image)] * self.seen]
 
     # ---- scores
 
     def record(self, question: Question, answer: Answer) -> Record:
         said = " ".join(replies.said(answer.text).split())
-        return {"score": None, "parsed": bool(said), "said": said,
-                "document": answer.document or answer.text}  # fmt: skip
+        return {"score": None, "parsed": bool(said), "said": said}
 
     def finish(self, records: Sequence[Record]) -> list[Record]:
         """With "measured", the numbers of each sentence (its ROUGE-L is the "score"), and "alike",

@@ -1,0 +1,1 @@
+"""Two models compared by people: pages on which they choose, and the score of their answers."""
