@@ -187,11 +187,11 @@ def _from_gguf(spec: str, file, folder: pathlib.Path, dtype: str, most: int, tit
 
 
 def _from_folder(spec: str, where, folder: pathlib.Path, dtype: str, most: int, title: str) -> int:
-    from metamorph_jax.convert import export, families, hf, llama
+    from metamorph_jax.convert import export, families, llama
     from metamorph_jax.convert.card import licence_of, write_card
     from metamorph_jax.data import tokenizers
 
-    fields = hf.read_config(where)
+    fields = families.read_config(where)
     tokenizers.check_all(pathlib.Path(where))
     family = families.of_fields(fields, spec)
     tensors = family.read(where)

@@ -16,7 +16,7 @@ from typing import Any
 from metamorph_jax import recipe
 from metamorph_jax.convert import export, hf
 from metamorph_jax.convert.export import Source, Writer
-from metamorph_jax.errors import UserError
+from metamorph_jax.errors import MissingFile, UserError
 from metamorph_jax.files import shown
 
 # Modules of this folder with a table `FAMILIES` of parts.
@@ -59,6 +59,8 @@ class Family:
         published: fields of config.json -> every key of the published checkpoint.
         reference: the library to compare with.
         read: folder -> published name -> array.
+        recognised: folder without a config.json -> the fields that one would have, or None if it
+            doesn't hold this family's files; for checkpoints that were published without.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Family:
     reference: Reference
     save: Callable[["Family", pathlib.Path, Any, Source, Writer], int] = export.save_part
     read: Callable[[pathlib.Path], Mapping] = hf.Tensors
+    recognised: Callable[[pathlib.Path], dict | None] = lambda folder: None
 
     def write(self, folder: pathlib.Path, module, source: Source, writer: Writer) -> int:
         """Writes a folder of this family; see `save`."""
@@ -203,18 +206,29 @@ def of_fields(fields: Mapping, where: str = "config.json") -> Family:
     raise ValueError(f"{where}: model type {kind!r} is not supported; known: {', '.join(kinds)}")
 
 
+def read_config(folder: str | pathlib.Path) -> dict:
+    """The fields of a folder's config.json, or those that belong to files published without one.
+
+    Raises:
+        MissingFile: it has none, and is not recognised by its files either; for a diffusers
+            pipeline, which has one in each of its subfolders, these are listed.
+    """
+    folder = pathlib.Path(folder)
+    if (folder / "config.json").is_file():
+        return hf.read_config(folder)
+    for family in known().values():
+        if (fields := family.recognised(folder)) is not None:
+            return fields
+    parts = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    hint = f"; name one of its parts: {', '.join(parts)}" if parts else ""
+    raise MissingFile(f"no config.json in {folder}{hint}")
+
+
 def detect(folder: str | pathlib.Path) -> Family:
     """The family of a checkpoint folder, by its config.json.
 
     Raises:
-        FileNotFoundError: without a config.json; for a diffusers pipeline, which has one in each
-            of its subfolders, these are listed.
+        MissingFile: as `read_config`.
         ValueError: for a model type that is not ours.
     """
-    folder = pathlib.Path(folder)
-    file = folder / "config.json"
-    if not file.is_file():
-        parts = sorted(path.parent.name for path in folder.glob("*/config.json"))
-        hint = f"; name one of its parts: {', '.join(parts)}" if parts else ""
-        raise FileNotFoundError(f"no config.json in {folder}{hint}")
-    return of_fields(hf.read_config(folder), str(file))
+    return of_fields(read_config(folder), str(pathlib.Path(folder) / "config.json"))

@@ -95,7 +95,7 @@ def _parts(folder: pathlib.Path) -> list[tuple[str, families.Family, pathlib.Pat
 
 
 def _of_folder(title: str, family: families.Family, folder: pathlib.Path) -> Pair:
-    fields, theirs = hf.read_config(folder), lambda: of_folder(family, folder)
+    fields, theirs = families.read_config(folder), lambda: of_folder(family, folder)
     return Pair(title, family, fields, family.read(folder), theirs, family.reference.library)
 
 

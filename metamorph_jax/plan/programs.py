@@ -125,7 +125,7 @@ def generate_step(
         devices: to compile for.
         rows_per_device: decoded together, default 1.
         length: slots of the cache.
-        weights: form of the language model's weights, see `cached_llm.take_over`.
+        weights: form of the language model's weights, see `llm_weights.take_over`.
 
     Raises:
         ConfigError: the recipe has no language model.
@@ -183,7 +183,7 @@ def _mesh_to_generate(cfg, devices):
 
 def _taken_over(llama, weights: str, mesh):
     """(functions, shapes) that `take_over` gives for a language model of shapes."""
-    from metamorph_jax.sampling.cached_llm import take_over
+    from metamorph_jax.sampling.llm_weights import take_over
 
     graph, leaves = nnx.split(llama)
     made = []

@@ -118,7 +118,7 @@ class Loop:
     """Decodes with one model; keep it, for it holds the compiled loops.
 
     Args:
-        llm, weights: see `cached_llm.take_over`.
+        llm, weights: see `llm_weights.take_over`.
         parts: weights of the recipe's other modules, for its policy.
         mesh: that the weights lie on; None: one device, wherever they are.
         keeps_states: have the state hold the hidden states of all that was read.

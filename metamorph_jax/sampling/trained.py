@@ -21,8 +21,8 @@ from metamorph_jax.files import shown
 from metamorph_jax.models import build
 from metamorph_jax.models.llm.llama import Llama
 from metamorph_jax.nn.quantized import METHODS
-from metamorph_jax.sampling.cached_llm import kernel_dtype
 from metamorph_jax.sampling.generator import Generator
+from metamorph_jax.sampling.llm_weights import kernel_dtype
 
 
 def load_trained(workdir: str):

@@ -21,7 +21,7 @@ from metamorph_jax.convert.llama import (
     published,
 )
 from metamorph_jax.models.llm import llama
-from metamorph_jax.sampling import cached_llm, loop, policy
+from metamorph_jax.sampling import llm_weights, loop, policy
 from tests.recipes.minigpt5 import golden
 
 ORACLE = "needs the oracle extra: pip install 'metamorph_jax[oracle]'"
@@ -103,7 +103,7 @@ def test_transformers_loads_the_export_and_answers_alike(kind, tmp_path):
 
 def decode(llm, prompts, new):
     """Greedy ids of the decoding loop around a language model alone; it is taken over."""
-    model, weights = cached_llm.take_over(llm)
+    model, weights = llm_weights.take_over(llm)
     results = loop.Loop(model, weights)(prompts, new, policy.TextPolicy(), buckets=(8,))
     return [r.ids.tolist() for r in results]
 

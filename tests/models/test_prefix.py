@@ -15,7 +15,8 @@ from flax import nnx
 from metamorph_jax.models.llm import llama
 from metamorph_jax.models.prefix import Prefix, PrefixConfig
 from metamorph_jax.nn.attention import Segments, attend, row_mask
-from metamorph_jax.sampling.cached_llm import attend_cached, take_over
+from metamorph_jax.sampling.cached_llm import attend_cached
+from metamorph_jax.sampling.llm_weights import take_over
 from tests.devices import virtual
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -158,7 +159,7 @@ MESH = """
 import jax, numpy as np
 from tests.models.test_prefix import ids, make
 from metamorph_jax import sharding
-from metamorph_jax.sampling.cached_llm import take_over
+from metamorph_jax.sampling.llm_weights import take_over
 from metamorph_jax.sampling.loop import Loop
 from metamorph_jax.sampling.policy import TextPolicy
 

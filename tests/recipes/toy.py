@@ -28,8 +28,8 @@ from metamorph_jax.models.llm import llama
 from metamorph_jax.nn.attention import row_mask
 from metamorph_jax.recipe import Shard
 from metamorph_jax.sampling import samples
-from metamorph_jax.sampling.cached_llm import take_over
 from metamorph_jax.sampling.generator import Generator, Prompts
+from metamorph_jax.sampling.llm_weights import take_over
 from metamorph_jax.sampling.loop import Loop
 from metamorph_jax.types import Batch
 

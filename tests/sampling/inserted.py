@@ -13,7 +13,7 @@ from metamorph_jax.models.llm import llama
 from metamorph_jax.models.llm.llama import Insert, Llama
 from metamorph_jax.models.mmfs import LLMBlock, MMFSConfig
 from metamorph_jax.nn import quantized
-from metamorph_jax.sampling.cached_llm import take_over
+from metamorph_jax.sampling.llm_weights import take_over
 
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 fast = partial(jax.jit, compiler_options=FAST)

@@ -13,9 +13,9 @@ from metamorph_jax.convert.llama import config_from_hf, load_llama
 from metamorph_jax.models.llm import llama
 from metamorph_jax.sampling import beam, generate
 from metamorph_jax.sampling.beam import Beams
-from metamorph_jax.sampling.cached_llm import take_over
 from metamorph_jax.sampling.conversation import Conversation
 from metamorph_jax.sampling.generator import Options
+from metamorph_jax.sampling.llm_weights import take_over
 from metamorph_jax.sampling.loop import Loop
 from metamorph_jax.sampling.policy import StoppingPolicy, TextPolicy
 from metamorph_jax.sampling.requests import Request

@@ -9,7 +9,8 @@ from flax import nnx
 
 from metamorph_jax.models.llm import llama
 from metamorph_jax.nn.attention import attend
-from metamorph_jax.sampling.cached_llm import attend_cached, product, take_over
+from metamorph_jax.sampling.cached_llm import attend_cached, product
+from metamorph_jax.sampling.llm_weights import take_over
 
 
 @pytest.mark.parametrize("group", [1, 2, 3])

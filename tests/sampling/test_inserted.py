@@ -12,7 +12,8 @@ from flax import nnx
 
 from metamorph_jax.sampling import beam, likelihood
 from metamorph_jax.sampling.beam import Beams
-from metamorph_jax.sampling.cached_llm import PlacedImages, take_over
+from metamorph_jax.sampling.cached_llm import PlacedImages
+from metamorph_jax.sampling.llm_weights import take_over
 from metamorph_jax.sampling.loop import Loop, RowImages
 from metamorph_jax.sampling.policy import TextPolicy
 from tests.devices import virtual

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from metamorph_jax.models.llm import llama
-from metamorph_jax.sampling.cached_llm import take_over
+from metamorph_jax.sampling.llm_weights import take_over
 from metamorph_jax.sampling.loop import Loop
 from metamorph_jax.sampling.policy import Step, TextPolicy
 from metamorph_jax.sampling.segments import BROKEN, NOTHING

@@ -82,7 +82,7 @@ print("same")
 
 MEMORY = """
 import gc, math
-from metamorph_jax.sampling import cached_llm
+from metamorph_jax.sampling import llm_weights
 
 def held(devices):
     gc.collect()
@@ -102,14 +102,14 @@ devices = jax.devices()[:2]
 before = held(devices)
 largest = max(map(on_each, jax.tree.leaves(nnx.state(model))))
 peak = before
-original = cached_llm._Taking._run
+original = llm_weights._Taking._run
 def watched(self, *args):
     global peak
     out = original(self, *args)
     peak = max(peak, held(devices))
     return out
-cached_llm._Taking._run = watched
-llm, weights = cached_llm.take_over(model.llm, "float32", mesh)
+llm_weights._Taking._run = watched
+llm, weights = llm_weights.take_over(model.llm, "float32", mesh)
 after = held(devices)
 print(before, largest, peak, after)
 assert peak <= before + 1.5 * largest, (before, largest, peak)

@@ -14,8 +14,8 @@ from metamorph_jax.recipes.llava.model import Llava
 from metamorph_jax.recipes.llava.published import generation_fields
 from metamorph_jax.recipes.llava.sources import KINDS
 from metamorph_jax.sampling import samples
-from metamorph_jax.sampling.cached_llm import take_over
 from metamorph_jax.sampling.generator import Generator, Prompts
+from metamorph_jax.sampling.llm_weights import take_over
 from metamorph_jax.sampling.loop import Loop
 from metamorph_jax.sampling.policy import StoppingPolicy, TextPolicy
 

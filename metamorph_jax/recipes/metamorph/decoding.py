@@ -28,8 +28,9 @@ from metamorph_jax.recipes.metamorph.published import generation_fields, load_to
 from metamorph_jax.recipes.metamorph.sources import KINDS
 from metamorph_jax.recipes.metamorph.wordings import look_first
 from metamorph_jax.sampling import samples
-from metamorph_jax.sampling.cached_llm import once, take_over
+from metamorph_jax.sampling.cached_llm import once
 from metamorph_jax.sampling.generator import Generator, Prompts
+from metamorph_jax.sampling.llm_weights import take_over
 from metamorph_jax.sampling.loop import Loop
 from metamorph_jax.sampling.policy import BROKEN, Emission, Model, Policy, Step, TextPolicy
 from metamorph_jax.sampling.segments import VISUAL, Result, read_record

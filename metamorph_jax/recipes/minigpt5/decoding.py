@@ -12,8 +12,8 @@ from metamorph_jax.recipes.minigpt5.model import MiniGPT5
 from metamorph_jax.recipes.minigpt5.published import base
 from metamorph_jax.recipes.minigpt5.sources import KINDS
 from metamorph_jax.sampling import samples
-from metamorph_jax.sampling.cached_llm import take_over
 from metamorph_jax.sampling.generator import Generator, Prompts
+from metamorph_jax.sampling.llm_weights import take_over
 from metamorph_jax.sampling.loop import Loop
 
 

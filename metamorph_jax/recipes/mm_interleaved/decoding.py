@@ -35,9 +35,9 @@ from metamorph_jax.recipes.mm_interleaved.model import MMInterleaved
 from metamorph_jax.recipes.mm_interleaved.published import base
 from metamorph_jax.recipes.mm_interleaved.sources import KINDS
 from metamorph_jax.sampling import samples
-from metamorph_jax.sampling.cached_llm import take_over
 from metamorph_jax.sampling.generator import Drawn, Generator, Options, Prompt, Prompts
 from metamorph_jax.sampling.image_decoder import with_steps
+from metamorph_jax.sampling.llm_weights import take_over
 from metamorph_jax.sampling.loop import Loop, RowImages, State
 from metamorph_jax.sampling.policy import Emission, Model, Policy, Step, TextPolicy
 from metamorph_jax.sampling.requests import Request

@@ -11,6 +11,7 @@ every `*.bin` of a folder.
 
 import dataclasses
 import pathlib
+import sys
 from collections.abc import Mapping
 
 import numpy as np
@@ -27,7 +28,7 @@ from metamorph_jax.convert.vit_adapter import PREFIX as CLIP
 from metamorph_jax.data import tokenizers
 from metamorph_jax.data.chat import Chat
 from metamorph_jax.data.config import DataConfig, RowConfig
-from metamorph_jax.errors import ConfigError, FileError
+from metamorph_jax.errors import ConfigError, FileError, HubError
 from metamorph_jax.models import build
 from metamorph_jax.models.llm.llama import Llama
 from metamorph_jax.models.vision.vit import ViT
@@ -119,19 +120,33 @@ def of_checkpoint(spec: str, fields: Mapping) -> tuple[Config, DataConfig] | Non
         where = folder_of(hf.find(spec))
         if not _has_published_names(where):
             return None
-        tokenizer = str(where) if tokenizers.is_in(where) else _VICUNA
-        vision = dataclasses.replace(Config().vision, dtype="bfloat16")
-        cfg = Config(weights=spec, tokenizer=tokenizer, vision=vision, dtype="bfloat16")
+        vision = dataclasses.replace(PUBLISHED.vision, dtype="bfloat16")
+        cfg = dataclasses.replace(
+            PUBLISHED, weights=spec, tokenizer=_tokenizer_of(where), vision=vision, dtype="bfloat16"
+        )
         return cfg, DataConfig(row=_row(_PUBLISHED_ROW))
     if not FAMILY.matches(fields):
         return None
     cfg = config_from_hf(fields, export.computing_dtype(fields))
-    cfg = dataclasses.replace(cfg, weights=spec, tokenizer=spec)
+    there = tokenizers.is_in(hf.find(spec))
+    cfg = dataclasses.replace(cfg, weights=spec, tokenizer=spec if there else _VICUNA)
     length = min(llm_config(cfg).max_positions, export.LONGEST)
-    return cfg, DataConfig(row=_row({"length": length} | (recognised(specs.tokenizer(spec)) or {})))
+    template = recognised(specs.tokenizer(spec)) if there else None
+    return cfg, DataConfig(row=_row({"length": length} | (template or {})))
 
 
+PUBLISHED = Config()  # what the published files are
 _PUBLISHED_ROW = {"length": 2048, "images": 30}
+
+
+def fields_of_published(folder: pathlib.Path) -> dict | None:
+    """What a config.json beside the published files would say; None if the folder has others."""
+    return config_to_hf(PUBLISHED) if _has_published_names(folder_of(folder)) else None
+
+
+def _tokenizer_of(folder: pathlib.Path) -> str:
+    """Spec of the tokenizer beside the published files, or Vicuna's, as they come without one."""
+    return str(folder) if tokenizers.is_in(folder) else _VICUNA
 
 
 def _row(options: dict) -> RowConfig:
@@ -226,9 +241,15 @@ def _write_tokenizer(folder: pathlib.Path, model: MMInterleaved, source: Source)
 
 
 def _save_published(family, folder, model, source: Source, writer: Writer) -> int:
-    """What `metamorph convert` makes of a checkpoint; as `save`."""
-    if source.tokenizer is None and source.folder is not None and tokenizers.is_in(source.folder):
-        source = dataclasses.replace(source, tokenizer=tokenizers.load(source.folder))
+    """What `metamorph convert` makes of a checkpoint; as `save`. Without a tokenizer in its folder,
+    it is written without one if Vicuna's can't be had."""
+    if source.tokenizer is None and source.folder is not None:
+        try:
+            tokenizer = specs.tokenizer(_tokenizer_of(folder_of(source.folder)))
+            source = dataclasses.replace(source, tokenizer=tokenizer)
+        except HubError as error:
+            print(f"written without a tokenizer, which is that of {_VICUNA}: {error}",
+                  file=sys.stderr, flush=True)  # fmt: skip
     return save(folder, model, source, writer)
 
 
@@ -324,7 +345,7 @@ def create(cfg: Config, *, rngs: nnx.Rngs) -> MMInterleaved:
     return model_of(cfg, rngs)
 
 
-SIZES = {"mm-interleaved-13b": Config()}
+SIZES = {"mm-interleaved-13b": PUBLISHED}
 FAMILY = Family(
     KIND,
     (KIND,),
@@ -338,6 +359,7 @@ FAMILY = Family(
     Reference(read, _compare, library="transformers and diffusers, part by part"),
     _save_published,
     read,
+    fields_of_published,
 )
 RUN = RunForm(save, source, ("llm",), base, save_reference, of_checkpoint=of_checkpoint)
 FAMILIES = (RUN, FAMILY)

@@ -18,8 +18,8 @@ from metamorph_jax.recipes import mm_interleaved as recipe
 from metamorph_jax.recipes.mm_interleaved.keys import export_mm_interleaved
 from metamorph_jax.sampling import beam, likelihood
 from metamorph_jax.sampling.beam import Beams
-from metamorph_jax.sampling.cached_llm import take_over
 from metamorph_jax.sampling.likelihood import Block
+from metamorph_jax.sampling.llm_weights import take_over
 from metamorph_jax.sampling.loop import Loop, RowImages
 from metamorph_jax.sampling.policy import TextPolicy
 from metamorph_jax.train.state import trained_filter

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from metamorph_jax.convert import check, export, families, hf, specs
-from metamorph_jax.errors import ConfigError, WeightError
+from metamorph_jax.convert import check, command, export, families, hf, specs
+from metamorph_jax.errors import ConfigError, HubError, MissingFile, WeightError
 from metamorph_jax.models import build
 from metamorph_jax.models.diffusion.decoder import DiffusionConfig
 from metamorph_jax.models.diffusion.vae import VAEConfig
@@ -289,6 +289,30 @@ def test_published_files_are_recognised(folder, tmp_path):
     for text in ("{}", '{"weight_map": {"lm_head.weight": "a.bin"}}', "[", '{"weight_map": [1]}'):
         (tmp_path / "pytorch_model.bin.index.json").write_text(text)
         assert not families.is_whole_without_config(tmp_path)
+
+
+def test_published_files_are_converted(folder, tensors, tmp_path, monkeypatch, capsys):
+    """Though they have no config.json; what is written has one, and is used like any other."""
+
+    def offline(spec):
+        raise HubError(f"{spec} can't be had")
+
+    monkeypatch.setattr(published, "PUBLISHED", SMALL)
+    monkeypatch.setattr(specs, "tokenizer", offline)
+    assert families.detect(folder) is published.FAMILY
+    out = tmp_path / "out"
+    assert command.convert(str(folder), str(out)) > 0
+    assert (
+        "without a tokenizer, which is that of hf:lmsys/vicuna-13b-v1.3" in capsys.readouterr().err
+    )
+    name, cfg, _ = families.whole_checkpoint(str(out))
+    assert name == "mm_interleaved" and cfg.insert == SMALL.insert and cfg.weights == str(out)
+    assert cfg.tokenizer == "hf:lmsys/vicuna-13b-v1.3"
+    filled = abstract()
+    published.load_whole(filled, SMALL, out)
+    same(dict(keys.export_mm_interleaved(filled)), tensors)
+    with pytest.raises(MissingFile, match="no config.json in"):
+        command.convert(str(tmp_path), str(tmp_path / "other"))
 
 
 def write(save, folder, model, dtype="F32", most=10**9):
