@@ -77,6 +77,8 @@ class Chat:
         close: the special token that ends an answer, or None.
         stop: ids that end an answer when they come one after another; () where nothing
             but the tokenizer's EOS does.
+        stops: all ways in which a model may write that: a text that begins with a blank also
+            without it, which are other ids.
         specials: special token of the template -> its id.
 
     Special tokens come from the template and the markers alone: where a message spells one out
@@ -127,7 +129,9 @@ class Chat:
         self._texts = TextIds(tokenizer, names, template.in_context)
         self.stop = (self.close,) if closing else ()
         if template.stop:
-            self.stop = tuple(self._texts.parts(["a", template.stop])[1])
+            self.stop = self._stop(template.stop)
+        bare = self._stop(template.stop.lstrip(" ")) if template.stop else ()
+        self.stops = tuple(dict.fromkeys(stop for stop in (self.stop, bare) if stop))
         self._after_image = self._name(markers.after[-1:]) if template.in_context else ""
         self._official = self._official_masks(official) if official else None
 
@@ -145,6 +149,10 @@ class Chat:
     def encode(self, text: str, before: str = "") -> list[int]:
         """Ids of text in which nothing is a special token, see `TextIds`."""
         return self._texts(text, before)
+
+    def _stop(self, text: str) -> tuple[int, ...]:
+        """Ids of text after a word."""
+        return tuple(self._texts.parts(["a", text])[1])
 
     def _special(self, token: str) -> int:
         id_ = self.tokenizer.convert_tokens_to_ids(str(token))
@@ -313,9 +321,9 @@ class Chat:
         return bool(self.template.image_reply) and one and reply not in turns[1:2]
 
     def is_closed(self, ids: np.ndarray) -> bool:
-        """Whether an answer, int32[n], ends with what ends answers (`stop`)."""
-        n = len(self.stop)
-        return n > 0 and tuple(np.asarray(ids)[-n:].tolist()) == self.stop
+        """Whether an answer, int32[n], ends with what ends answers (`stops`)."""
+        last = np.asarray(ids).tolist()
+        return any(tuple(last[-len(stop) :]) == stop for stop in self.stops)
 
     def next_prompt(self, text: str, closed: bool) -> np.ndarray:
         """int32[n]: what stands between an answer and the next one, of a conversation so far.

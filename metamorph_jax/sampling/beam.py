@@ -228,7 +228,7 @@ class _Choice:
             step=s.step + 1,
             ids=_take(ids, going_on),
             scores=scores,
-            seen=self.policy.remember(seen, token.reshape(-1)),
+            seen=TextPolicy.remember(self.policy, seen, token.reshape(-1)),
         )
         return dataclasses.replace(s, searching=self.goes_on(s, budget)), order
 

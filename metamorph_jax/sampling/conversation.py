@@ -146,7 +146,7 @@ class Conversation:
         """int32[1, n] ids that the reply begins with."""
         if draw and not self.generator.draws:
             raise ValueError("this model writes text only: it can't be asked to draw")
-        return np.array([self.generator.prompts.chat.markers.before if draw else ()], np.int32)
+        return np.array([self.generator.image_start if draw else ()], np.int32)
 
     def _next(self, turns) -> np.ndarray:
         ((_, text),) = turns

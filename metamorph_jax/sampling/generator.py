@@ -131,6 +131,7 @@ class Prompts:
     def eos(self) -> tuple[int, ...]:
         """Ids that end a reply."""
         ends = {self.chat.close, self.tokenizer.eos_token_id, *self.ends}
+        ends |= {stop[0] for stop in self.chat.stops if len(stop) == 1}
         return tuple(sorted(ends - {None}))
 
     def row(
@@ -346,7 +347,17 @@ class Generator:
             stream, draw: see `generate`.
         """
         self.check(options)
-        requests = list(requests)
+        groups: dict[tuple, list[Request]] = {}
+        for request in requests:
+            if options.beams > 1 and request.mode in ("image", "both"):
+                failed(request, ValueError("beam search writes text only: it draws no image"))
+                continue
+            groups.setdefault((request.mode, request.rounds), []).append(request)
+        for group in groups.values():
+            yield from self._replies(group, options, failed, stream, draw)
+
+    def _replies(self, requests: Sequence[Request], options: Options, failed, stream, draw):
+        """`replies` to requests of one mode, which are decoded together."""
         size = min(options.batch_size, max(len(requests), 1))
         budget = self.budget(options)
         policy = self.policy_of(options, requests)
@@ -406,8 +417,17 @@ class Generator:
         return self.loop.finish(state, policy, stream)
 
     def policy_of(self, options: Options, requests: Sequence[Request] = ()) -> Policy:
-        """The policy with which these requests are answered."""
+        """The policy with which these requests, which ask for the same, are answered."""
         return self.policy(options.text(self.prompts.eos))
+
+    def scales(self, options: Options) -> tuple[float, ...]:
+        """The scales of guidance with which the image decoder draws an image."""
+        return options.guidance or (self.image_decoder.sampling.guidance,)
+
+    @property
+    def image_start(self) -> tuple[int, ...]:
+        """Ids with which an image begins, for replies that are to begin with one."""
+        return self.prompts.chat.markers.before
 
     @property
     def draws(self) -> bool:
@@ -550,8 +570,9 @@ class Generator:
             drawn = own.images[number] if own and number < len(own.images) else {}
             if draw and self.image_decoder is not None and segment.complete:
                 one = self.image_decoder.draw
-                for scale in options.guidance or (self.image_decoder.sampling.guidance,):
-                    drawn[scale] = one(segment.features, scale, seed + number)
+                for scale in self.scales(options):
+                    if scale not in drawn:
+                        drawn[scale] = one(segment.features, scale, seed + number)
             parts.append(ImagePart(segment.features, segment.complete, drawn))
         return Reply(tuple(parts), result.ended)
 

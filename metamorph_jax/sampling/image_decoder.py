@@ -2,12 +2,14 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from flax import nnx
 
+from metamorph_jax import sharding
 from metamorph_jax.convert import load
 from metamorph_jax.errors import UserError, WeightError
 from metamorph_jax.models import build
@@ -42,6 +44,7 @@ class ImageDecoder:
 
     Attributes:
         sampling: how it draws where nothing else is asked for.
+        weights: of the model.
 
     Raises:
         UserError: the sampler can't make so many steps.
@@ -51,13 +54,22 @@ class ImageDecoder:
         self.sampling: SamplingConfig = model.cfg.sampling
         self._decoder: DiffusionConfig = model.decoder.cfg
         sampler = self.set_steps(self.sampling.steps if steps is None else steps)
-        graph, self._weights = nnx.split(model)
+        graph, self.weights = nnx.split(model)
 
         def draw(weights, features, noise, steps, guidance):
             model = nnx.merge(graph, weights)
-            return model.draw(features, noise, sampler, steps=steps, guidance=guidance)
+            images = model.draw(features, noise, sampler, steps=steps, guidance=guidance)
+            return sharding.constrain(images, None, None, None, None)
 
-        self._draw = jax.jit(draw, static_argnames=("steps", "guidance"))
+        def draw_each(weights, features, seeds, steps, guidance):
+            features = sharding.constrain(features, "act_batch", None, None)
+            shape = self._decoder.sample_shape
+            noise = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(seeds)
+            return draw(weights, features, noise, steps, guidance)
+
+        self._draw, self._draw_each = (
+            jax.jit(one, static_argnames=("steps", "guidance")) for one in (draw, draw_each)
+        )
 
     def set_steps(self, steps: int) -> Sampler:
         """The sampler, which draws in so many steps from now on; see `with_steps`."""
@@ -74,12 +86,31 @@ class ImageDecoder:
         Raises:
             WeightError: an image would have values that are not finite.
         """
+        shape = self._decoder.sample_shape
+        noise = jax.random.normal(jax.random.key(seed), (len(features), *shape))
+        return self._run(self._draw, features, noise, guidance)
+
+    def draw_each(
+        self, features: np.ndarray, guidance: float | None, seeds: Sequence[int]
+    ) -> np.ndarray:
+        """As `draw_many`, each image from its own seed, as `draw` draws it.
+
+        Compiled at numbers of images that are powers of two.
+        """
+        n = len(features)
+        more = (1 << max(n - 1, 0).bit_length()) - n
+        filled = np.concatenate([features, *[features[:1]] * more])
+        seeds = np.array([*seeds, *[0] * more], np.uint32)
+        return self._run(self._draw_each, filled, seeds, guidance)[:n]
+
+    def _run(self, draw, features: np.ndarray, chance, guidance: float | None) -> np.ndarray:
+        """uint8[n, h, w, 3], of a compiled function and what it draws noise from."""
         guidance = float(self.sampling.guidance if guidance is None else guidance)
         if not np.isfinite(features).all():
             raise WeightError("the visual tokens of an image are not finite, so it is not drawn")
-        shape, steps = self._decoder.sample_shape, self.sampling.steps
-        noise = jax.random.normal(jax.random.key(seed), (len(features), *shape))
-        images = np.asarray(self._draw(self._weights, features, noise, steps, guidance))
+        with jax.set_mesh(sharding.mesh_of(self.weights)):
+            images = draw(self.weights, features, chance, self.sampling.steps, guidance)
+        images = np.asarray(images)
         if not np.isfinite(images).all():
             raise WeightError(
                 f"an image came out with values that are not finite (guidance {guidance:g}) and is "

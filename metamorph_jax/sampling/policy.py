@@ -150,7 +150,8 @@ class TextPolicy:
         ids = self.forced(self.choose(memory, hidden, step, model), step)
         no = jnp.zeros(ids.shape, bool)
         none = jnp.zeros((len(ids), 0), jnp.float32)
-        return self.remember(memory, ids), Emission(ids, none, model.embed(ids), no, self.ends(ids))
+        emitted = Emission(ids, none, model.embed(ids), no, self.finishes(memory, ids))
+        return self.remember(memory, ids), emitted
 
     def read(self, record, values, ended: bool) -> Result:
         words = [token for token in record.tolist() if token >= 0 and token not in self.eos]
@@ -190,6 +191,10 @@ class TextPolicy:
         """bool: whether ids are among `eos`, or `BROKEN`."""
         return jnp.isin(ids, jnp.array((*self.eos, BROKEN), jnp.int32))
 
+    def finishes(self, memory, ids) -> jax.Array:
+        """bool[B]: whether rows end with these ids, before which they have this memory."""
+        return self.ends(ids)
+
     def completes(self, ids, count) -> jax.Array:
         """bool[...]: whether the first `count` of int32[..., M] ids end a row as a whole."""
         return jnp.zeros(ids.shape[:-1], bool)
@@ -205,41 +210,63 @@ class StoppingPolicy(TextPolicy):
     """Text that also ends at a text, for models that were not taught an id that ends a turn.
 
     Attributes:
-        stop: ids that end a row when they come one after another (`Chat.stop`).
+        stops: each of them ids that end a row when they come one after another (`Chat.stops`).
     """
 
-    stop: tuple[int, ...] = ()
+    stops: tuple[tuple[int, ...], ...] = ()
 
     def init(self, rows: int, prompt_ids, vocabulary: int):
         """(see `TextPolicy.init`, int32[B, n] the last ids of each row)."""
-        last = jnp.full((rows, len(self.stop)), -1, jnp.int32)
+        last = jnp.full((rows, max(map(len, self.stops))), -1, jnp.int32)
         return super().init(rows, prompt_ids, vocabulary), last
 
-    def emit(self, memory, hidden, step: Step, model: Model):
-        seen, last = memory
-        seen, emitted = super().emit(seen, hidden, step, model)
-        last = jnp.concatenate([last[:, 1:], emitted.ids[:, None]], axis=1)
-        stopped = (last == jnp.array(self.stop, jnp.int32)).all(axis=1)
-        return (seen, last), dataclasses.replace(emitted, stop=emitted.stop | stopped)
+    def choose(self, memory, hidden, step: Step, model: Model) -> jax.Array:
+        return super().choose(memory[0], hidden, step, model)
+
+    def remember(self, memory, ids):
+        return super().remember(memory[0], ids), _with_last(memory[1], ids)
+
+    def finishes(self, memory, ids) -> jax.Array:
+        last = _with_last(memory[1], ids)
+        found = [(last[:, -len(stop) :] == jnp.array(stop)).all(axis=1) for stop in self.stops]
+        return super().finishes(memory, ids) | jnp.stack(found).any(axis=0)
 
     def completes(self, ids, count) -> jax.Array:
-        n, M = len(self.stop), ids.shape[-1]
-        if n > M:
-            return super().completes(ids, count)
-        last = jax.lax.dynamic_slice_in_dim(ids, jnp.maximum(count - n, 0), n, ids.ndim - 1)
-        return (last == jnp.array(self.stop, jnp.int32)).all(axis=-1) & (count >= n)
+        found = super().completes(ids, count)
+        for stop in self.stops:
+            n = len(stop)
+            if n <= ids.shape[-1]:
+                at, axis = jnp.maximum(count - n, 0), ids.ndim - 1
+                last = jax.lax.dynamic_slice_in_dim(ids, at, n, axis)
+                found |= (last == jnp.array(stop, jnp.int32)).all(axis=-1) & (count >= n)
+        return found
 
     @property
     def endings(self) -> int:
-        return len(self.eos) + 1
+        return len(self.eos) + len(self.stops)
 
     def read(self, record, values, ended: bool) -> Result:
-        """The text up to the stop."""
-        n, ids = len(self.stop), record.tolist()
-        starts = (k for k in range(len(ids) - n + 1) if tuple(ids[k : k + n]) == self.stop)
-        at = next(starts, len(ids))
+        """The text up to the first stop."""
+        ids = record.tolist()
+        at = next((k for k in range(len(ids)) if self._stops_at(ids, k)), len(ids))
         result = super().read(record[:at], values[:at], ended or at < len(ids))
         return dataclasses.replace(result, ids=record, record=record)
+
+    def _stops_at(self, ids: list[int], k: int) -> bool:
+        return any(tuple(ids[k : k + len(stop)]) == stop for stop in self.stops)
+
+
+def stopping(text: TextPolicy, stops: tuple[tuple[int, ...], ...]) -> TextPolicy:
+    """Text that ends at one of these stops, too; those of a single id are among its `eos`."""
+    longer = tuple(stop for stop in stops if len(stop) > 1)
+    fields = {field.name: getattr(text, field.name) for field in dataclasses.fields(TextPolicy)}
+    fields["eos"] = tuple(sorted({*text.eos, *(stop[0] for stop in stops if len(stop) == 1)}))
+    return StoppingPolicy(**fields, stops=longer) if longer else TextPolicy(**fields)
+
+
+def _with_last(last, ids):
+    """int32[B, n] the last ids of rows that emit these ids: int32[B] now."""
+    return jnp.concatenate([last[:, 1:], ids[:, None]], axis=1)
 
 
 def sound(logits: jax.Array, axis: int) -> jax.Array:
@@ -249,5 +276,5 @@ def sound(logits: jax.Array, axis: int) -> jax.Array:
 
 __all__ = [
     *("BROKEN", "Emission", "Model", "NOTHING", "Policy", "Step"),
-    *("StoppingPolicy", "TextPolicy", "sound"),
+    *("StoppingPolicy", "TextPolicy", "sound", "stopping"),
 ]

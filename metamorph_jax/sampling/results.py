@@ -107,7 +107,7 @@ class Stream:
     def __init__(self, generator, file=None):
         chat = generator.prompts.chat
         self._tokenizer, self._file = generator.prompts.tokenizer, file or sys.stdout
-        self._starts, self._ends = set(chat.markers.before), set(chat.markers.after)
+        self._starts, self._ends = set(generator.image_start), set(chat.markers.after)
         self._hidden = self._starts | self._ends | set(generator.prompts.eos)
         self._ids, self._shown, self._images = [], "", 0
 

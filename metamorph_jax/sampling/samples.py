@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from metamorph_jax.data import images, pipeline
+from metamorph_jax.data.chat_templates import SOURCE
 from metamorph_jax.data.config import InputConfig
 from metamorph_jax.data.sources.base import ImageRef, Sample
 from metamorph_jax.data.sources.kinds import Kind
@@ -112,7 +113,8 @@ def _turns(sample: Sample) -> tuple[str, str]:
 def _request(name: str, sample: Sample) -> Request:
     question, _ = _turns(sample)
     refs = sample.images[: question.count(IMAGE)]
-    return Request(name, question, tuple(ref.path for ref in refs))
+    literal = sample.turns[0][0] == SOURCE
+    return Request(name, question, tuple(ref.path for ref in refs), literal=literal)
 
 
 def _shown(sample: Sample, request: Request, reply: str, drawn: Sequence) -> Shown:

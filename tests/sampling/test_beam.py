@@ -121,7 +121,7 @@ def test_a_beam_ends_with_its_stop(pair, eos):
         return torch.tensor([tuple(row[-2:]) == stop for row in ids.tolist()])
 
     wanted = theirs(model, prompts, budget, beams, TextPolicy(eos=eos), [criterion])
-    found = ours(loop, prompts, budget, beams, StoppingPolicy(eos=eos, stop=stop))
+    found = ours(loop, prompts, budget, beams, StoppingPolicy(eos=eos, stops=(stop,)))
     for row, reply in zip(wanted, found, strict=True):
         n = len(reply.record)
         assert reply.record.tolist() == row[:n] and {*row[n:]} <= {-1, 59}  # its padding

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from metamorph_jax.sampling.policy import Step, StoppingPolicy
+from metamorph_jax.sampling.policy import Step, StoppingPolicy, TextPolicy, stopping
 from metamorph_jax.sampling.text import row_keys
 
 
@@ -35,16 +35,25 @@ def emitted(policy, rows):
 
 
 def test_a_row_ends_at_ids_one_after_another():
-    """`4 5` ends a row, `5 4`, `4 6 5` or a 4 of the prompt don't; an eos id still does."""
-    rows = [[5, 1, 4, 5], [5, 4, 6, 5], [4, 4, 5, 9], [1, 7, 4, 6]]
+    """`4 5` and `8 1 1` end a row, `5 4`, `4 6 5` or a 4 of the prompt don't; an eos id still does."""
+    rows = [[5, 1, 4, 5], [5, 4, 6, 5], [4, 4, 5, 9], [1, 7, 4, 6], [9, 8, 1, 1], [8, 1, 6, 1]]
     for penalty in (1.0, 1.5):
-        policy = StoppingPolicy(eos=(7,), stop=(4, 5), repetition_penalty=penalty)
+        policy = StoppingPolicy(eos=(7,), stops=((4, 5), (8, 1, 1)), repetition_penalty=penalty)
         stops = emitted(policy, rows)
-        assert [np.flatnonzero(row).tolist() for row in stops.T] == [[3], [], [2], [1]]
+        assert [np.flatnonzero(row).tolist() for row in stops.T] == [[3], [], [2], [1], [3], []]
+
+
+def test_a_stop_of_one_id_is_an_end():
+    text = TextPolicy(eos=(7,), min_new_tokens=2)
+    assert stopping(text, ((5,),)) == TextPolicy(eos=(5, 7), min_new_tokens=2)
+    assert stopping(text, ((5,), (1, 2))) == StoppingPolicy(
+        eos=(5, 7), min_new_tokens=2, stops=((1, 2),)
+    )
+    assert stopping(text, ()) == text
 
 
 def test_the_text_of_a_reply_leaves_the_stop_out():
-    policy = StoppingPolicy(eos=(7,), stop=(4, 5))
+    policy = StoppingPolicy(eos=(7,), stops=((6, 6, 6), (4, 5)))
     for record, text, ended in (
         ([1, 2, 4, 5], [1, 2], True),
         ([1, 4], [1, 4], False),

@@ -1,6 +1,5 @@
 """How a LLaVA model answers: text only."""
 
-import dataclasses
 import functools
 
 import numpy as np
@@ -17,7 +16,7 @@ from metamorph_jax.sampling import samples
 from metamorph_jax.sampling.generator import Generator, Prompts
 from metamorph_jax.sampling.llm_weights import take_over
 from metamorph_jax.sampling.loop import Loop
-from metamorph_jax.sampling.policy import StoppingPolicy, TextPolicy
+from metamorph_jax.sampling.policy import stopping
 
 
 def make_loop(model: Llava, weights: str = "auto") -> Loop:
@@ -44,16 +43,8 @@ def generator(model: Llava, cfg, data, *, weights: str = "auto") -> Generator:
                       frames=data.frames, ends=ends)  # fmt: skip
     reads = None if model.vision.tower is None else encoder
     width = model.vision.feature_shape[1]
-    policy = functools.partial(_policy, chat.stop if chat.close is None else ())
+    policy = functools.partial(stopping, stops=chat.stops)
     return Generator(loop, policy, prompts, reads, width, newline)
-
-
-def _policy(stop: tuple[int, ...], text: TextPolicy) -> TextPolicy:
-    """Text, which ends at `stop` where the chat template closes answers by a text."""
-    if not stop:
-        return text
-    fields = {field.name: getattr(text, field.name) for field in dataclasses.fields(text)}
-    return StoppingPolicy(**fields, stop=stop)
 
 
 def show(model: Llava, cfg, data, count: int) -> list[Shown]:

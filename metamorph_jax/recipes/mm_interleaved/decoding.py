@@ -312,14 +312,6 @@ class DrawingGenerator(Generator):
             return dataclasses.replace(text, eos=tuple(sorted({*text.eos, self.soi})))
         return DrawingPolicy(text, self.soi, mode, rounds)
 
-    def replies(self, requests, options: Options, failed, stream=None, draw: bool = True):
-        """See `Generator.replies`; requests of one mode are decoded together."""
-        groups: dict[tuple, list[Request]] = {}
-        for request in requests:
-            groups.setdefault((request.mode, request.rounds), []).append(request)
-        for group in groups.values():
-            yield from super().replies(group, options, failed, stream, draw)
-
     def decode(
         self, embeds, budgets, policy: Policy, drawn: Sequence[Drawn], options: Options,
         stream=None, draw: bool = True, **prompts,
