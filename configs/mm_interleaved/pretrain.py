@@ -64,6 +64,14 @@ OPTIM = dict(
         unet=dict(match=r"decoder\.denoiser\.unet\..*", rate=0.1),
     ),
 )
+# Of the quick start, where the UNet is new as well.
+SMALL_OPTIM = dict(
+    learning_rate=1e-3,
+    warmup=0.05,
+    b2=0.99,
+    ema_decay=0.99,
+    groups=dict(OPTIM["groups"], unet=dict(match=r"decoder\.denoiser\.unet\..*", rate=2.0)),
+)
 PUBLISHED = dict(steps=15000, batch_size=128, optim=OPTIM)
 _DATA = dict(
     sources=SOURCES,
@@ -79,8 +87,8 @@ SIZES = {
         dict(model=dict(sizes.MODELS["smoke"], max_drawings=4), data=sizes.SMALL_DATA["smoke"]),
     ),
     "quickstart": (
-        dict(steps=400, batch_size=1, checkpoint_every=100, initial_batches=8,
-             optim=dict(OPTIM, learning_rate=3e-4, warmup=0.05)),
+        dict(steps=300, batch_size=1, checkpoint_every=100, initial_batches=8,
+             optim=SMALL_OPTIM),
         dict(model=dict(sizes.MODELS["quickstart"], max_drawings=8),
              data=sizes.SMALL_DATA["quickstart"]),
     ),

@@ -54,6 +54,7 @@ SOURCES = dict(
 )  # fmt: skip
 TUNED = dict(steps=10000, batch_size=64, optim=tuning.OPTIM)
 _DATA = dict(sources=SOURCES, images=8, drawings=4, length=1024, order=dict(shares="sqrt_size"))
+_SMALL_OPTIM = tuning.pretrain.SMALL_OPTIM
 # The questions and requests of MetaMorph's quick start, in the template of pre-training.
 _QUICKSTART = dict(
     sizes.SMALL_DATA["quickstart"],
@@ -65,9 +66,13 @@ SIZES = {
         tuning.size("smoke", drawings=4),
     ),
     "quickstart": (
-        dict(steps=200, batch_size=1, checkpoint_every=100,
-             optim=dict(tuning.OPTIM, learning_rate=1e-4)),
-        dict(model=dict(sizes.MODELS["quickstart"], max_drawings=8), data=_QUICKSTART),
+        # The language model has never seen an image, so it is trained, too.
+        dict(steps=300, batch_size=1, checkpoint_every=100,
+             optim=dict(_SMALL_OPTIM, learning_rate=5e-4,
+                        groups=dict(llm=dict(match=r"llm\.(layers|norm)\..*", rate=0.3),
+                                    **_SMALL_OPTIM["groups"]))),
+        dict(model=dict(sizes.MODELS["quickstart"], max_drawings=8, train_llm=True),
+             data=_QUICKSTART),
     ),
     "7b": (TUNED, tuning.size("7b", **_DATA)),
     "13b": (TUNED, tuning.size("13b", **_DATA)),

@@ -30,14 +30,6 @@ pretrain, sizes = tuning.pretrain, tuning.sizes
 
 TUNED = dict(steps=10000, batch_size=64, optim=tuning.OPTIM)
 _DATA = dict(sources=dict(main=tuning.source("vist")), images=8, drawings=4, length=1024)
-# A UNet from scratch on blocks of 4 x 4 pixels, that predicts the image itself. Most of the noise
-# levels are high (`snr_shift`): in flat images, that is where the positions of things are decided.
-# A language model costs more than this UNet does, so each image is trained at several of them.
-_DECODER = dict(
-    schedule=dict(prediction_type="sample", beta_schedule="squaredcos_cap_v2", snr_shift=0.125),
-    velocity_cap=5.0,
-    noise_draws=4,
-)
 _SMALL = dict(images=dict(max_frames=12), row=dict(template="document", length=384, images=12))
 SIZES = {
     "smoke": (
@@ -47,12 +39,8 @@ SIZES = {
     ),
     "quickstart": (
         dict(steps=300, batch_size=1, checkpoint_every=100, initial_batches=8,
-             optim=dict(learning_rate=1e-3, warmup=0.05, b2=0.99, ema_decay=0.99,
-                        groups=dict(pretrain.OPTIM["groups"],
-                                    unet=dict(match=tuning.UNET, rate=2.0)))),
-        dict(model=common.merged(sizes.MODELS["quickstart"],
-                                 dict(max_drawings=8, decoder=_DECODER, image_mean="drawings",
-                                      text_coef=0.1)),
+             optim=pretrain.SMALL_OPTIM),
+        dict(model=dict(sizes.MODELS["quickstart"], max_drawings=8, text_coef=0.1),
              data=dict(_SMALL, sources=dict(main=dict(path="stories/data/train.jsonl")))),
     ),
     "7b": (TUNED, tuning.size("7b", **_DATA)),

@@ -64,7 +64,7 @@ def add_arguments(parser) -> None:
         "systems-smoke)",
     )  # fmt: skip
     group.add_argument(
-        "--only", metavar="NAME,…", help="some of them: metamorph, llava, mm_interleaved"
+        "--only", metavar="NAME,…", help="some of them: metamorph, llava, minigpt5, mm_interleaved"
     )
 
 

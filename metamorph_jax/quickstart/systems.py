@@ -46,6 +46,7 @@ class System:
 SYSTEMS = {
     "metamorph": System("MetaMorph"),
     "llava": System("LLaVA", ("llava/stage1", "llava/stage2"), draws=False),
+    "minigpt5": System("MiniGPT-5", ("minigpt5/stage1", "minigpt5/stage2")),
     "mm_interleaved": System("MM-Interleaved", ("mm_interleaved/pretrain", "mm_interleaved/sft")),
 }
 
@@ -74,7 +75,8 @@ class SystemsRun(Steps):
         names: of the systems; seeds: of each.
     """
 
-    minutes = {"data": 2, "metamorph": 45, "llava": 20, "mm_interleaved": 30, "judged": 5}
+    minutes = {"data": 2, "metamorph": 45, "llava": 20, "minigpt5": 30, "mm_interleaved": 30,
+               "judged": 5}  # fmt: skip
     file = "systems.json"
     names: tuple[str, ...] = tuple(SYSTEMS)
     seeds: range = range(3)
