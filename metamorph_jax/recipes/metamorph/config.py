@@ -6,6 +6,7 @@ from metamorph_jax import losses
 from metamorph_jax.config import check_known
 from metamorph_jax.convert import specs
 from metamorph_jax.models.connectors.mlp import linear_widths
+from metamorph_jax.models.heads.visual_flow import FlowConfig
 from metamorph_jax.models.heads.visual_regression import HIDDEN_LAYERS
 from metamorph_jax.models.llm import llama
 from metamorph_jax.models.lora import LoraConfig
@@ -26,10 +27,12 @@ class Config:
             stage ("workdir:PATH"); "" for none. Takes the place of `llm_weights` and
             `vision.weights`.
         tokenizer: "" is the one that belongs to `llm_weights`.
-        connector, head: kinds of `connectors/mlp.py` and `heads/visual_regression.py`; head "none"
-            for a model that reads images only (LLaVA).
-        visual_loss: "auto" (cosine; L1 if features aren't normalised; softmax cross-entropy if
-            they are distributions) or one of `losses.VISUAL_LOSSES`.
+        connector, head: kinds of `connectors/mlp.py` and `heads/visual_regression.py`; head "flow"
+            for one that samples visual tokens (`heads/visual_flow.py`), "none" for a model that
+            reads images only (LLaVA).
+        flow: of the head "flow".
+        visual_loss: of heads that regress: "auto" (cosine; L1 if features aren't normalised;
+            softmax cross-entropy if they are distributions) or one of `losses.VISUAL_LOSSES`.
         visual_coef, use_vision_ar: weight of the visual loss; without the latter it is only logged.
         visual_dropout: share of answer images whose visual tokens are hidden from the input, all
             of them or some, see `hidden_tokens` (targets stay). A model that reads true tokens
@@ -57,6 +60,7 @@ class Config:
     tokenizer: str = ""
     connector: str = "mlp2x_gelu"
     head: str = "mlp"
+    flow: FlowConfig = FlowConfig()
     visual_loss: str = "auto"
     visual_coef: float = 1.0
     use_vision_ar: bool = True
@@ -77,7 +81,7 @@ class Config:
         check_known("connector_tokens", self.connector_tokens, ("none", "added", "all"))
         check_known("vpit_tokens", self.vpit_tokens, ("none", "added", "all"))
         check_known("frozen_weights", self.frozen_weights, ("none", *quantized.METHODS))
-        check_known("head", self.head, ("none", *HIDDEN_LAYERS))
+        check_known("head", self.head, ("none", "flow", *HIDDEN_LAYERS))
         check_known("dtype", self.dtype, DTYPES)
         check_known("remat", self.remat, llama.REMAT)
         linear_widths(self.connector, 1, 1)  # raises for an unknown connector

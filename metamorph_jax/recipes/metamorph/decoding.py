@@ -1,8 +1,8 @@
 """How a MetaMorph model decodes interleaved text and visual tokens.
 
 In text mode the hidden state gives logits and an id; after the start id a row is in image mode,
-where the state gives the next visual token (head) and that token's embedding (connector) is read
-next; after P of them the row writes text again.
+where the state gives the next visual token (the head regresses or samples it) and that token's
+embedding (connector) is read next; after P of them the row writes text again.
 
     emitted     A   <   o   o   o   o   >   B  eos        (P = 4)
     mode        t   t   i   i   i   i   t   t   t
@@ -54,7 +54,7 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True)
-class RegressionPolicy:
+class VisualPolicy:
     """After the start id, P visual tokens; eos ids are looked at in text mode only.
 
     Attributes:
@@ -81,7 +81,7 @@ class RegressionPolicy:
 
     def emit(self, memory: Memory, hidden, step: Step, model: Model):
         drawing = memory.drawing & step.active  # never more than P tokens: `full` ends the mode
-        z, projected = self.next_visual(drawing, hidden, model)
+        z, projected = self.next_visual(drawing, hidden, step, model)
         ids = self.text_ids(step.active & ~drawing, memory, hidden, step, model)
         starts = ~drawing & (ids == self.parts.start)
         count = memory.count + drawing
@@ -104,7 +104,7 @@ class RegressionPolicy:
 
     # ---- pieces that `ReferencePolicy` shares
 
-    def next_visual(self, drawing, hidden, model: Model):
+    def next_visual(self, drawing, hidden, step: Step, model: Model):
         """(float32[B, C] next visual tokens, float[B, D] their embeddings).
 
         Zeros if no row draws.
@@ -112,7 +112,8 @@ class RegressionPolicy:
 
         def draw(hidden):
             parts = self.parts.merged(model.parts)
-            z = parts.predict_visual(hidden.T).astype(jnp.float32)
+            keys = jax.vmap(jax.random.fold_in, (0, None))(step.keys, 1)  # text takes the others
+            z = parts.predict_visual(hidden.T, keys).astype(jnp.float32)
             return z, parts.project(z).astype(hidden.dtype)
 
         def no_draw(hidden):
@@ -135,7 +136,7 @@ class RegressionPolicy:
 
 
 @dataclasses.dataclass(frozen=True)
-class ReferencePolicy(RegressionPolicy):
+class ReferencePolicy(VisualPolicy):
     """As the public reference decodes, including its known bugs.
 
     One token more than the budget. The count of visual tokens is reset by the end id only. In image
@@ -148,7 +149,7 @@ class ReferencePolicy(RegressionPolicy):
     def emit(self, memory: Memory, hidden, step: Step, model: Model):
         drawing = memory.drawing & step.active
         visual = drawing & (memory.count < self.parts.tokens)
-        z, projected = self.next_visual(drawing, hidden, model)
+        z, projected = self.next_visual(drawing, hidden, step, model)
         hidden = once(jnp.where(drawing, projected.T, hidden))
         ids = self.text_ids(step.active, memory, hidden, step, model)
         starts = ~drawing & (ids == self.parts.start)
@@ -212,12 +213,12 @@ def make_policy(
     Args:
         parts: of the model, None if it emits text only.
         text: how text ids are chosen.
-        force_end: see `RegressionPolicy`.
+        force_end: see `VisualPolicy`.
         parity: reproduce the reference decoder, including its known bugs.
     """
     if parts is None:
         return text
-    return (ReferencePolicy if parity else RegressionPolicy)(text, parts, force_end)
+    return (ReferencePolicy if parity else VisualPolicy)(text, parts, force_end)
 
 
 def generator(

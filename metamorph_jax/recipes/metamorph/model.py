@@ -9,6 +9,7 @@ from metamorph_jax.errors import ConfigError
 from metamorph_jax.flops import Work
 from metamorph_jax.models import lora
 from metamorph_jax.models.connectors.mlp import Connector
+from metamorph_jax.models.heads.visual_flow import FlowHead
 from metamorph_jax.models.heads.visual_regression import VisualHead
 from metamorph_jax.models.interleave import place_visual
 from metamorph_jax.models.llm import llama
@@ -42,6 +43,15 @@ def _vpit_stage(cfg: Config) -> str:
 STAGES = {"connector": _connector_stage, "vpit": _vpit_stage}
 
 
+def _head(cfg: Config, D: int, C: int, rngs: nnx.Rngs) -> VisualHead | FlowHead | None:
+    """The vision head, from states to visual tokens. Channels of unit vectors are 1 / sqrt(C)."""
+    if cfg.head == "none":
+        return None
+    if cfg.head == "flow":
+        return FlowHead(cfg.flow, D, C, C**0.5 if cfg.vision.normalize else 1.0, rngs=rngs)
+    return VisualHead(cfg.head, D, C, cfg.dtype, rngs=rngs)
+
+
 class MetaMorph(nnx.Module):
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -50,9 +60,7 @@ class MetaMorph(nnx.Module):
         width = self.vision.feature_shape[1]
         self.connector = Connector(cfg.connector, width, llm.width, cfg.dtype, rngs=rngs)
         self.llm = llama.Llama(llm, rngs=rngs)
-        has_head = cfg.head != "none"
-        head = VisualHead(cfg.head, llm.width, width, cfg.dtype, rngs=rngs) if has_head else None
-        self.head = head
+        self.head = _head(cfg, llm.width, width, rngs)
 
     @property
     def image_start(self) -> int:
@@ -78,11 +86,16 @@ class MetaMorph(nnx.Module):
         """float[..., D] embeddings of visual tokens float[..., C]."""
         return self.connector(visual)
 
-    def predict_visual(self, hidden: jax.Array) -> jax.Array:
-        """float32[..., C] next visual token from hidden states float[..., D], normalised."""
+    def predict_visual(self, hidden: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+        """float32[..., C] next visual token from hidden states float[..., D], normalised.
+
+        Args:
+            keys: keys[N] for a head that samples, which takes float[N, D].
+        """
         if self.head is None:
             raise ValueError('head "none": this model reads images and predicts none')
-        return self.vision.normalize(self.head(hidden))
+        flow = isinstance(self.head, FlowHead)
+        return self.vision.normalize(self.head.sample(hidden, keys) if flow else self.head(hidden))
 
     def embed_text(self, tokens: jax.Array) -> jax.Array:
         """float[..., D] of ids."""
@@ -135,11 +148,11 @@ class MetaMorph(nnx.Module):
         text, metrics = losses.text_loss_of(hidden, *tables, batch, self.cfg.text_chunk)
         sums = {"text": text}
         if "visual" in self.loss_weights:
-            sums["visual"], more = model._visual_loss(hidden, visual, batch)
+            sums["visual"], more = model._visual_loss(hidden, visual, batch, key)
             metrics |= more
         return sums, jax.tree.map(jax.lax.stop_gradient, metrics)
 
-    def _visual_loss(self, hidden: jax.Array, visual: jax.Array, batch: Batch):
+    def _visual_loss(self, hidden: jax.Array, visual: jax.Array, batch: Batch, key):
         """(sum over the visual targets, metrics); without gradients where its weight is 0.
 
         The sum is NaN when a row has more targets than `max_visual_targets`, so that targets
@@ -147,13 +160,12 @@ class MetaMorph(nnx.Module):
 
         Args:
             hidden: float[B, L, D]; visual: float32[B, I * P, C].
+            key: for a head that samples; None: always the same.
         """
-        kind = self.cfg.loss_kind
         at, target, valid, where = losses.take_targets(
             hidden, visual, batch.visual_targets, self.cfg.max_visual_targets
         )
-        predicted = self.predict_visual(at)
-        each = losses.visual_loss(predicted, target, valid, kind)
+        each, predicted = self._visual_losses(at, target, valid, key)
         wanted = jnp.sum(batch.visual_targets >= 0)
         total = jnp.where(wanted > valid.sum(), jnp.nan, each.sum())
         if not self.loss_weights["visual"]:
@@ -164,12 +176,24 @@ class MetaMorph(nnx.Module):
             "visual_loss": (total, n),
             "visual_cosine_floor": (losses.constant_cosine(target, valid) * n, n),
         }
-        if kind != "cosine":
+        if predicted is not None and self.cfg.loss_kind != "cosine":
             metrics["visual_cosine"] = (jnp.sum(losses.cosine(predicted, target) * valid), n)
         sources = jnp.take_along_axis(batch.sources, where, axis=1)
         counts = valid.astype(jnp.float32)
         by_source = losses.by_source(each, counts, sources, batch.source_names, "visual_loss")
         return total, metrics | by_source
+
+    def _visual_losses(self, states: jax.Array, target: jax.Array, valid: jax.Array, key):
+        """(float32[B, M] loss of each visual token, what a head that regresses predicted or None).
+
+        Args:
+            states: float[B, M, D]; target: float32[B, M, C]; valid: bool[B, M].
+        """
+        if isinstance(self.head, FlowHead):
+            key = jax.random.fold_in(jax.random.key(0) if key is None else key, 2)
+            return jnp.where(valid, self.head.losses(states, target, key), 0.0), None
+        predicted = self.predict_visual(states)
+        return losses.visual_loss(predicted, target, valid, self.cfg.loss_kind), predicted
 
     def param_group(self, path: tuple[str, ...]) -> str:
         """Part of a parameter: tower, connector, llm, tokens (new rows), head or lora."""
@@ -188,9 +212,11 @@ class MetaMorph(nnx.Module):
         found = llama.work(self.llm.cfg, rows, length)
         found += encoder.work(self, batch.images, self.cfg.train_tower)
         if batch.images.valid.size and "visual" in self.loss_weights:
-            one = jax.ShapeDtypeStruct((1, 1, self.llm.cfg.width), jnp.float32)
+            widths = self.llm.cfg.width, self.feature_shape[1]
+            one = [jax.ShapeDtypeStruct((1, 1, width), jnp.float32) for width in widths]
+            run = lambda m, x, z: m._visual_losses(x, z, jnp.ones((1, 1), bool), None)[0]  # noqa: E731
             predicting = rows * (self.cfg.max_visual_targets or length)
-            forward = predicting * flops.of_function(self, lambda m, x: m.predict_visual(x), one)
+            forward = predicting * flops.of_function(self, run, *one)
             counts = bool(self.loss_weights["visual"])
             found += (Work("visual head", forward, "head" if counts else "", int(counts)),)
         return found

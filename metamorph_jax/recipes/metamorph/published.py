@@ -5,6 +5,7 @@
     reducer     model.vision_tower.{token,channel}_mixing.{weight,bias}      mlpmixer only; our names
     connector   model.mm_projector.{0,2,…}.{weight,bias}, one linear: model.mm_projector.…
     head        vision_head.{0,2[,4]}.{weight,bias},      one linear: vision_head.…
+                a head that samples, which the public one doesn't have: vision_head.NAME, our names
 
 Dropped on purpose: `model.vision_proj`, which never had a gradient.
 
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from metamorph_jax.config import build
 from metamorph_jax.convert import agree, compare, families, hf, names, specs, vision, vit
 from metamorph_jax.convert import llama as llama_names
 from metamorph_jax.convert.chat_template import recognised
@@ -45,6 +47,8 @@ from metamorph_jax.data.chat import END_TOKEN, START_TOKEN, Chat, Markers
 from metamorph_jax.data.config import DataConfig, RowConfig
 from metamorph_jax.data.images import preprocess_from_hf
 from metamorph_jax.errors import ConfigError, WeightError
+from metamorph_jax.models.heads.visual_flow import FlowConfig, FlowHead
+from metamorph_jax.models.heads.visual_regression import VisualHead
 from metamorph_jax.models.vision.encoder import VisionConfig
 from metamorph_jax.models.vision.vit import SIZES as TOWER_SIZES
 from metamorph_jax.models.vision.vit import ViT, ViTConfig
@@ -58,6 +62,11 @@ DROPPED = ("model.vision_proj.",)
 OWN = (REDUCER, CONNECTOR, HEAD, *DROPPED)  # TOWER starts with REDUCER; the rest is the llm's
 
 
+def _head_names(head: VisualHead | FlowHead) -> Callable[[str], str]:
+    """Our names of a head's parameters to published ones."""
+    return sequential(head.linears) if isinstance(head, VisualHead) else lambda key: key
+
+
 def sequential(linears) -> Callable[[str], str]:
     """Our `linears.i` are items 0, 2, 4 … of a torch Sequential; a single one has no number."""
     if len(linears) == 1:
@@ -67,11 +76,9 @@ def sequential(linears) -> Callable[[str], str]:
 
 def _parts(model: nnx.Module):
     """(prefix, module, rename) of what is neither tower nor llm."""
-    parts = [(REDUCER, model.vision.reducer, lambda key: key)]
-    for prefix, part in ((CONNECTOR, model.connector), (HEAD, model.head)):
-        if part is not None:
-            parts.append((prefix, part, sequential(part.linears)))
-    return parts
+    parts = [(REDUCER, model.vision.reducer, lambda key: key),
+             (CONNECTOR, model.connector, sequential(model.connector.linears))]  # fmt: skip
+    return parts + ([] if model.head is None else [(HEAD, model.head, _head_names(model.head))])
 
 
 def read(folder: pathlib.Path) -> Mapping[str, np.ndarray]:
@@ -164,6 +171,7 @@ def config_from_hf(fields: Mapping, dtype: str = "float32") -> Config:
         vision=vision,
         connector=fields.get("mm_projector_type", "mlp2x_gelu"),
         head=fields.get("vision_head_type", "mlp"),
+        flow=build(FlowConfig, fields.get("vision_head_flow", {}), "config.json: vision_head_flow"),
         visual_coef=float(fields.get("vision_coef", 1.0)),
         use_vision_ar=fields.get("use_vision_ar", True),
         dtype=dtype,
@@ -188,21 +196,25 @@ def config_to_hf(cfg: Config) -> dict:
     llm, vision, tower = llm_config(cfg), cfg.vision, cfg.vision.vit
     if llm.added_tokens != _ADDED:
         raise ValueError(f"{llm.added_tokens} added tokens; MetaMorph's two were expected")
-    fields = llama_names.config_to_hf(llm) | {
-        "architectures": ["MetaMorphLlamaForCausalLM"],
-        "model_type": "metamorph_llama",
-        "mm_hidden_size": vision.feature_shape[1],
-        "mm_projector_type": cfg.connector,
-        "mm_use_im_start_end": True,
-        "mm_use_im_patch_token": False,
-        "vision_head_type": cfg.head,
-        "num_image_tokens": vision.tokens,
-        "image_token_reduction": vision.reduction,
-        "normalize_vision": vision.normalize,
-        "apply_softmax": vision.softmax,
-        "vision_coef": cfg.visual_coef,
-        "use_vision_ar": cfg.use_vision_ar,
-    }
+    fields = (
+        llama_names.config_to_hf(llm)
+        | {
+            "architectures": ["MetaMorphLlamaForCausalLM"],
+            "model_type": "metamorph_llama",
+            "mm_hidden_size": vision.feature_shape[1],
+            "mm_projector_type": cfg.connector,
+            "mm_use_im_start_end": True,
+            "mm_use_im_patch_token": False,
+            "vision_head_type": cfg.head,
+            "num_image_tokens": vision.tokens,
+            "image_token_reduction": vision.reduction,
+            "normalize_vision": vision.normalize,
+            "apply_softmax": vision.softmax,
+            "vision_coef": cfg.visual_coef,
+            "use_vision_ar": cfg.use_vision_ar,
+        }
+        | ({"vision_head_flow": dataclasses.asdict(cfg.flow)} if cfg.head == "flow" else {})
+    )
     if tower is None:
         return fields | {"mm_vision_tower": "none"}
     fields["mm_vision_tower"] = "siglip/CLIP-ViT-SO400M-14-384"
@@ -220,7 +232,10 @@ def published(fields: Mapping) -> list[str]:
     count = int(kind[3 : kind.index("x_")]) if kind.endswith("x_gelu") else 1
     count = {"identity": 0, "mlpsoftmax": 2}.get(kind, count)
     keys += _sequential_keys(CONNECTOR, count)
-    keys += _sequential_keys(HEAD, {"mlp": 2, "mlp2x_gelu": 3}.get(cfg.head, 1))
+    if cfg.head == "flow":
+        keys += _flow_keys(cfg.flow.depth)
+    else:
+        keys += _sequential_keys(HEAD, {"mlp": 2, "mlp2x_gelu": 3}.get(cfg.head, 1))
     if cfg.vision.reduce.reduces and cfg.vision.reduction == "mlpmixer":
         keys += [
             f"{REDUCER}{k}_mixing.{x}" for k in ("token", "channel") for x in ("weight", "bias")
@@ -229,6 +244,12 @@ def published(fields: Mapping) -> list[str]:
         own = vit.PREFIXES[tower.layout]
         keys += [TOWER + k.removeprefix(own) for k in vit.published(vit.config_to_hf(tower))]
     return keys
+
+
+def _flow_keys(depth: int) -> list[str]:
+    linears = ["embed", "state", "time_1", "time_2", "modulation", "out"]
+    linears += [f"blocks.{n}.{part}" for n in range(depth) for part in ("modulation", "fc1", "fc2")]
+    return [f"{HEAD}null", *(f"{HEAD}{x}.{leaf}" for x in linears for leaf in ("weight", "bias"))]
 
 
 def _sequential_keys(prefix: str, count: int) -> list[str]:
@@ -341,10 +362,11 @@ def _of_parts(folder: pathlib.Path, fields: Mapping, dtype: str) -> Config:
         made_by = {"tower": f"{tower.layout}-tiny", "tower_options": options(tower)}
     visual = {ours: stated[key] for ours, key in _VISUAL.items()}
     head = folder / "head" / "config.json"
-    kind = hf.read_config(folder / "head").get("kind", "mlp") if head.is_file() else "none"
+    said = hf.read_config(folder / "head") if head.is_file() else {"kind": "none"}
+    flow = build(FlowConfig, said.get("flow", {}), f"{head}: flow")
     vision = VisionConfig(**made_by, **visual, dtype=dtype)
     return Config(llm="tiny", llm_options=options(llm), vision=vision, connector=stated["kind"],
-                  head=kind, dtype=dtype)  # fmt: skip
+                  head=said.get("kind", "mlp"), flow=flow, dtype=dtype)  # fmt: skip
 
 
 # ---- family
@@ -375,7 +397,8 @@ def _compare(model: MetaMorph, tensors: Mapping, rng) -> compare.Rows:
         ("connector", model.connector, CONNECTOR, torch.nn.Softmax(-1) if softmax else gelu),
         ("head", model.head, HEAD, gelu),
     ):
-        if part is not None and len(part.linears):
+        # A head that samples is ours alone: torch has nothing to compare it with.
+        if part is not None and not isinstance(part, FlowHead) and len(part.linears):
             rows[name] = _compare_linears(part, prefix, between, tensors, rng)
     return rows
 
@@ -472,9 +495,12 @@ def save(folder: pathlib.Path, model: MetaMorph, source: Source, writer: Writer)
         visual |= {"tower_layer": layer, "tower_final_norm": tower.final_norm}
     parts = [("connector", CONNECTOR, model.connector, {"kind": cfg.connector, "in": C, "out": D})]
     if model.head is not None:
-        parts.append(("head", HEAD, model.head, {"kind": cfg.head, "in": D, "out": C}))
+        kind = {"kind": cfg.head, "in": D, "out": C}
+        kind |= {"flow": dataclasses.asdict(cfg.flow)} if cfg.head == "flow" else {}
+        parts.append(("head", HEAD, model.head, kind))
     for name, prefix, part, what in parts:
-        tensors = names.lazy_torch_dict(part, prefix, rename=sequential(part.linears))
+        rename = _head_names(part) if name == "head" else sequential(part.linears)
+        tensors = names.lazy_torch_dict(part, prefix, rename=rename)
         if name == "connector":  # what stands between tower and connector goes with it
             tensors.update(names.lazy_torch_dict(model.vision.reducer, REDUCER))
         total += writer.weights(folder / name, tensors)

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
+from metamorph_jax.models.heads.visual_flow import FlowConfig
 from metamorph_jax.models.vision.encoder import VisionConfig
 from metamorph_jax.nn import quantized
 from metamorph_jax.nn.rope import RopeScaling
@@ -235,6 +236,28 @@ def test_batched_equals_single(model, decoder, sampler):
         )
         _same(result, alone)
         assert len(result.record) == budgets[i] or result.ended
+
+
+def test_a_head_that_samples_draws_by_each_row_s_seed(model):
+    """The same image whatever else is in the batch, another one with another seed."""
+    flow = FlowConfig(width=32, depth=1, steps=4, guidance=1.5)
+    own = recipe.create(dataclasses.replace(model.cfg, head="flow", flow=flow), nnx.Rngs(0))
+    spread = np.random.default_rng(0)
+    for _, leaf in nnx.iter_graph(own.head):
+        if isinstance(leaf, nnx.Param):
+            value = leaf.get_raw_value()
+            leaf.set_raw_value(value + 0.1 * spread.standard_normal(value.shape, np.float32))
+    decoder = prepare(own)
+    _, prompts = _prompts(own, [5, 9, 5])
+    prompts[2] = prompts[0]
+    forced = _force(decoder, [[0], [3], [0]], 10)
+    together = decoder(prompts, 10, forced_ids=forced, seeds=[0, 1, 2])
+    assert [int((one.record == VISUAL).sum()) for one in together] == [4, 4, 4]
+    for i, result in enumerate(together[:2]):
+        (alone,) = decoder(prompts[i : i + 1], 10, seeds=[i], forced_ids=forced[i : i + 1])
+        _same(result, alone)
+        np.testing.assert_allclose(np.linalg.norm(result.vectors, axis=1), 1, atol=1e-5)
+    assert not np.allclose(together[0].vectors, together[2].vectors, atol=1e-2)
 
 
 def test_streaming_gives_the_same(model, decoder):

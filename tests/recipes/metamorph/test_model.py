@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from metamorph_jax.models.heads.visual_flow import FlowConfig
 from metamorph_jax.recipes import metamorph as recipe
 from metamorph_jax.recipes.metamorph.model import hidden_tokens
 from metamorph_jax.train.state import trained_filter
@@ -192,6 +193,27 @@ def test_every_option_trains(options):
         assert not {n for n in silent if n.startswith(("connector", "head"))}, silent
     hidden = jnp.ones((1, 3, model.llm.cfg.width))
     assert model.predict_visual(hidden).shape == (1, 3, model.feature_shape[1])
+
+
+def test_a_head_that_samples_trains():
+    """Every part of it, with another loss for another key, and no NaN without answer images."""
+    cfg = change(TINY, head="flow", flow=FlowConfig(width=16, depth=2, draws=2, drop_state=0.3))
+    model, batch = make(cfg), make_batch()
+    for block in (*model.head.blocks, model.head):
+        block.modulation.kernel[...] += 0.1
+    model.head.out.kernel[...] += 0.1
+    pattern = trained_filter(recipe.STAGES["vpit"](cfg))
+    loss, metrics, found = grads(model, batch, pattern)
+    assert np.isfinite(loss) and "visual_cosine" not in metrics
+    assert not {n for n, g in found.items() if n.startswith(("connector", "head")) and not g.any()}
+    of_key = lambda n: model.loss_sums(batch, jax.random.key(n))[0]["visual"]  # noqa: E731
+    assert of_key(0) != of_key(1) and of_key(0) == of_key(0)
+    empty, _, _ = grads(model, make_batch(answers=False), pattern)
+    assert np.isfinite(empty)
+    parts = {work.part: work for work in model.work(batch)}
+    with_one_draw = change(cfg, flow=dataclasses.replace(cfg.flow, draws=1))
+    other = {work.part: work for work in make(with_one_draw).work(batch)}
+    assert parts["visual head"].forward == 2 * other["visual head"].forward > 0
 
 
 def test_full_size_by_shapes():

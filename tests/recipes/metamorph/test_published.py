@@ -8,6 +8,7 @@ from flax import nnx
 
 from metamorph_jax.convert import check, oracles
 from metamorph_jax.errors import WeightError
+from metamorph_jax.models.heads.visual_flow import FlowConfig
 from metamorph_jax.models.vision.vit import SIZES as TOWER_SIZES
 from metamorph_jax.models.vision.vit import ViTConfig
 from metamorph_jax.recipes import metamorph as recipe
@@ -56,8 +57,9 @@ def test_full_size_has_exactly_the_reference_s_tensors():
     [{}, {"vision": {"tower_options": {"select_layer": -2}}},
      {"head": "mlp2x_gelu", "connector": "mlp3x_gelu"},
      {"head": "single", "connector": "linear"}, {"vision": {"reduction": "mlpmixer"}},
+     {"head": "flow", "flow": FlowConfig(width=16, depth=2, steps=5)},
      {"vision": {"tower": "none", "feature_width": 32, "tower_options": {}}}],
-    ids=["default", "not whole", "deep", "single", "mlpmixer", "no tower"],
+    ids=["default", "not whole", "deep", "single", "mlpmixer", "flow", "no tower"],
 )  # fmt: skip
 def test_all_kinds_survive_both_ways(changes):
     cfg = change(WHOLE, **changes)
@@ -66,7 +68,9 @@ def test_all_kinds_survive_both_ways(changes):
     fields = json.loads(json.dumps(metamorph.config_to_hf(cfg)))
     assert sorted(out) == sorted(metamorph.published(fields))
     assert metamorph.config_to_hf(metamorph.config_from_hf(fields)) == fields
-    again = abstract(metamorph.config_from_hf(fields))
+    read = metamorph.config_from_hf(fields)
+    assert (read.head, read.flow) == (cfg.head, cfg.flow)
+    again = abstract(read)
     metamorph.load_metamorph(again, out | {"model.vision_proj.weight": np.zeros((2, 2))})
     for key, value in metamorph.export_metamorph(again).items():
         assert value.tobytes() == out[key].tobytes(), key
