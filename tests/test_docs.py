@@ -118,7 +118,7 @@ def test_options_that_pages_name_exist(page):
             nodes = [n.get(part) for n in nodes if hasattr(n, "get") and part in n]
         return bool(nodes)
 
-    for path in re.findall(r"`config\.(?!json`)([a-z_]+(?:\.[a-z_]+)*)", page.read_text()):
+    for path in re.findall(r"`config\.(?!json`)([a-z_]\w*(?:\.[a-z_]\w*)*)", page.read_text()):
         assert known(path), f"{page.name}: config.{path}"
 
 
