@@ -110,14 +110,15 @@ def test_options_that_pages_name_exist(page):
     decoder = load_config(f"{ROOT}/configs/metamorph/decoder.py:smoke")
     llava = load_config(f"{ROOT}/configs/llava/stage2.py:smoke")
     mm_interleaved = load_config(f"{ROOT}/configs/mm_interleaved/sft.py:smoke")
+    minigpt5 = load_config(f"{ROOT}/configs/minigpt5/stage2.py:smoke")
 
     def known(path):
-        nodes = [config, decoder, llava, mm_interleaved]
+        nodes = [config, decoder, llava, mm_interleaved, minigpt5]
         for part in path.split("."):
             nodes = [n.get(part) for n in nodes if hasattr(n, "get") and part in n]
         return bool(nodes)
 
-    for path in re.findall(r"`config\.(?!json`)([a-z_]+(?:\.[a-z_]+)*)", page.read_text()):
+    for path in re.findall(r"`config\.(?!json`)([a-z_]\w*(?:\.[a-z_]\w*)*)", page.read_text()):
         assert known(path), f"{page.name}: config.{path}"
 
 

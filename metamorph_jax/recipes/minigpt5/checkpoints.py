@@ -27,7 +27,7 @@ from metamorph_jax.files import shown
 from metamorph_jax.models import lora
 from metamorph_jax.models.llm.llama import Llama
 from metamorph_jax.recipes.minigpt5 import keys
-from metamorph_jax.recipes.minigpt5.config import Config
+from metamorph_jax.recipes.minigpt5.config import Config, is_trained_part
 from metamorph_jax.recipes.minigpt5.model import MiniGPT5
 
 FIRST, SECOND = "config.model.stage1_weights", "config.model.stage2_weights"
@@ -45,10 +45,31 @@ def load_stages(model: MiniGPT5, cfg: Config) -> None:
         ConfigError: a file is of another stage, or of a model with other options.
         WeightError: names or shapes don't fit.
     """
-    if cfg.stage1_weights:
-        _load_first(model, cfg.stage1_weights)
-    if cfg.stage2_weights:
-        _load_second(model, cfg, cfg.stage2_weights)
+    first, second = cfg.stage1_weights, cfg.stage2_weights
+    if is_trained_part(cfg.weights):
+        if stage_of(_read(cfg.weights), cfg.weights) == 2:
+            second = cfg.weights
+        else:
+            first = cfg.weights
+            _check_complete(cfg)
+    if first:
+        _load_first(model, first)
+    if second:
+        complete = bool(first or cfg.weights and not is_trained_part(cfg.weights))
+        _load_second(model, cfg, second, complete)
+
+
+def _check_complete(cfg: Config) -> None:
+    """Raises ConfigError where a file of stage 1 is named as the whole of a model of stage 2."""
+    asked = {"lora": cfg.lora is not None and not cfg.lora.weights,
+             "prefix": cfg.prefix is not None}  # fmt: skip
+    lacking = [name for name, wanted in asked.items() if wanted]
+    if lacking and not cfg.stage2_weights:
+        raise ConfigError(
+            f"{cfg.weights} is of stage 1: it has nothing of config.model.{lacking[0]}, which this "
+            f"config asks for. To start stage 2 from it, name it as {FIRST}; to use it as it is, "
+            f"set config.model.{lacking[0]}=None"
+        )
 
 
 def stage_of(tensors: Mapping[str, np.ndarray], spec: str) -> int:
@@ -89,7 +110,8 @@ def _load_first(model: MiniGPT5, spec: str) -> None:
     _fill(model, tensors, spec, whole=True)
 
 
-def _load_second(model: MiniGPT5, cfg: Config, spec: str) -> None:
+def _load_second(model: MiniGPT5, cfg: Config, spec: str, complete: bool) -> None:
+    """`complete`: all of the mapper has been read from another file."""
     tensors = _read(spec)
     if stage_of(tensors, spec) == 1:
         raise ConfigError(
@@ -98,7 +120,7 @@ def _load_second(model: MiniGPT5, cfg: Config, spec: str) -> None:
         )
     _check_adaptation(cfg, tensors, spec)
     whole = any(key.startswith(_KEPT) for key in tensors)
-    if not whole and not cfg.stage1_weights and not cfg.weights:
+    if not whole and not complete:
         raise ConfigError(
             f"{spec} lacks {mapper.FC}* and {mapper.QUERIES}, which stage 2 leaves as they are: "
             f"name the stage-1 file that it started from as {FIRST} (of the published ones, that "

@@ -41,7 +41,8 @@ class Config:
         text_encoder: of the captions, for the caption loss; None for a model without.
         sampling: how images are drawn unless asked otherwise.
         weights: the whole model from a checkpoint ("hf:…" or a folder) or from an earlier stage
-            ("workdir:PATH"); "" for none. Takes the place of the parts' weights.
+            ("workdir:PATH"); "" for none. Takes the place of the parts' weights. A file of what was
+            trained (`…ckpt`) does not: it is read over them, see below.
         stage1_weights: a file of what stage 1 trained (`stage1_cc3m.ckpt`, or added rows and mapper
             alone), over all weights above; "" for none. One on the hub is "hf:OWNER/NAME/FILE".
         stage2_weights: a file of what stage 2 trained, over that of `stage1_weights`, without which
@@ -184,3 +185,8 @@ def voken_ids(cfg: Config) -> tuple[int, ...]:
 def added_names(cfg: Config) -> list[str]:
     """Names in the tokenizer of the rows that are added to the token tables."""
     return [*(f"[IMG{n}]" for n in range(cfg.vokens)), PLACEHOLDER]
+
+
+def is_trained_part(spec: str) -> bool:
+    """Whether weights are a file of what was trained, and no whole model."""
+    return spec.endswith((".ckpt", ".pt", ".pth", ".bin", ".safetensors"))

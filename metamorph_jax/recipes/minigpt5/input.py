@@ -23,20 +23,28 @@ from metamorph_jax.models.connectors.qformer import QFormer
 from metamorph_jax.models.vision.encoder import VisionEncoder
 from metamorph_jax.recipe import Shard
 from metamorph_jax.recipes.minigpt5 import sources
-from metamorph_jax.recipes.minigpt5.config import Config, added_names, llm_config, voken_ids
+from metamorph_jax.recipes.minigpt5.config import (
+    Config,
+    added_names,
+    is_trained_part,
+    llm_config,
+    voken_ids,
+)
 from metamorph_jax.types import Batch
 
 _WHITE = (1.0, 1.0, 1.0)
 
 
 def load_tokenizer(cfg: Config):
-    """The tokenizer that the config names, or that of its weights.
+    """The tokenizer that the config names, or that of its weights; files of what was trained have
+    none.
 
     Raises:
         ConfigError: it has ids that the model's table doesn't have.
     """
-    whole = "" if cfg.weights.startswith(WORKDIR) else cfg.weights
-    found = specs.tokenizer(cfg.tokenizer or whole or cfg.llm_weights)
+    named = [s for s in (cfg.tokenizer, cfg.weights) if s and not is_trained_part(s)]
+    named = [s for s in named if not s.startswith(WORKDIR)]
+    found = specs.tokenizer((*named, cfg.llm_weights)[0])
     tokenizers.check_ids(found, llm_config(cfg).vocab_size, added_names(cfg))
     return found
 

