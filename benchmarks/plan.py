@@ -20,6 +20,7 @@ FOLDER = ROOT / "benchmarks/plans"
 VPIT, CONNECTOR, DECODER = (f"configs/metamorph/{n}.py" for n in ("vpit", "connector", "decoder"))
 LLAVA, ANYRES = "configs/llava/stage2.py", "configs/llava/anyres.py"
 INTERLEAVED = "configs/mm_interleaved/pretrain.py"
+VOKENS, VOKEN_STORIES = (f"configs/minigpt5/{n}.py" for n in ("stage1", "stage2_vist"))
 ALONE = "benchmarks/llm_only.py"
 # name -> config, topology, rows per device, options to change
 PLANS = {
@@ -47,6 +48,13 @@ PLANS = {
     "mm-interleaved-13b-v5e-256": (f"{INTERLEAVED}:13b", "v5e-256", 1, {}),
     "mm-interleaved-13b-v5p-64": (f"{INTERLEAVED}:13b", "v5p-64", 4, {}),
     "mm-interleaved-smoke-v5e-8": (f"{INTERLEAVED}:smoke", "v5e-8", 1, {}),
+    "minigpt5-stage1-7b-v5e-16": (f"{VOKENS}:7b", "v5e-16", 1, {}),
+    "minigpt5-stage1-7b-v5p-16": (f"{VOKENS}:7b", "v5p-16", 2, {}),
+    "minigpt5-stage1-7b-h100-1": (f"{VOKENS}:7b", "h100:1", 16, {"accumulate": 8}),
+    "minigpt5-stage2-7b-v5e-16": (f"{VOKEN_STORIES}:7b", "v5e-16", 1, {}),
+    "minigpt5-stage2-7b-v5p-16": (f"{VOKEN_STORIES}:7b", "v5p-16", 2, {}),
+    "minigpt5-stage2-7b-h100-1": (f"{VOKEN_STORIES}:7b", "h100:1", 16, {"accumulate": 8}),
+    "minigpt5-smoke-v5e-8": (f"{VOKENS}:smoke", "v5e-8", 1, {}),
     "vpit-smoke-v5e-8": (f"{VPIT}:smoke", "v5e-8", 2, {}),
     "decoder-smoke-v5e-4": (f"{DECODER}:smoke", "v5e-4", 2, {}),
 }

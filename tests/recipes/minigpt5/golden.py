@@ -12,6 +12,20 @@ import numpy as np
 from safetensors.numpy import load_file
 
 FOLDER = "minigpt5"
+# First letters of a case's name -> the test file that reads every case that starts so.
+READERS = {
+    "eva_vit": "tests/models/vision/test_vit.py",
+    "qformer": "tests/models/connectors/test_qformer.py",
+    "vocab_extension": "tests/convert/test_llama.py",
+    "mapper": "tests/models/heads/test_mapper.py",
+    "image_splice": "tests/recipes/minigpt5/test_golden.py",
+    "train_": "tests/recipes/minigpt5/test_golden.py",
+    "generate_forced": "tests/recipes/minigpt5/test_golden.py",
+    "preprocess": "tests/data/test_images.py",
+    "datasets": "tests/recipes/minigpt5/test_sources.py",
+    "fid_is_math": "tests/eval/scorers/test_golden_minigpt5.py",
+    "metrics": "tests/eval/scorers/test_golden_minigpt5.py",
+}
 
 
 def descriptors(root: pathlib.Path) -> dict[str, dict]:
