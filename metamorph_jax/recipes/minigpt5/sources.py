@@ -132,7 +132,9 @@ class StorySteps:
     """The samples of VIST's stories: of each step one that is drawn from its text; of those after
     the first, also one whose text and image come next, and one whose text tells of the image.
 
-    A record is {"id": "<story>_<step>-<task>", "task": …, "frames": those up to the step}.
+    A record is {"id": "<story>_<step>-<task>", "task": …, "frames": those up to the step}. Images
+    are named from the folder of the set, which is the source's `root`: the one that the file is in,
+    or, if that is `annotations`, the one above.
 
     Args:
         training: whether there are the two latter.
@@ -140,7 +142,11 @@ class StorySteps:
 
     def __init__(self, path: str, training: bool = True):
         self.path, self.training = path, training
-        self.stories = list(stories.vist_file(os.path.abspath(path)))
+        whole = os.path.abspath(path)
+        self.stories = list(stories.vist_file(whole))
+        self.folder = os.path.dirname(whole)
+        if "_formatted" in os.path.basename(whole):
+            self.folder = os.path.dirname(self.folder)
         lengths = np.array([len(story.frames) for story in self.stories], np.int64)
         self.ends = np.cumsum(np.maximum(3 * lengths - 2 if training else lengths, 1))
 
@@ -154,7 +160,10 @@ class StorySteps:
         story, step, task = self._at(k)
         if story.fault or not story.frames:
             raise BadSample("bad_record", story.fault or "a story without steps")
-        frames = story.frames[: step + 1]
+        frames = [
+            dataclasses.replace(frame, image=os.path.relpath(frame.image, self.folder))
+            for frame in story.frames[: step + 1]
+        ]
         return {"id": f"{story.id}_{step}-{task}", "task": task, "frames": frames}
 
     def where(self, k: int) -> str:
