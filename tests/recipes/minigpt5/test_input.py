@@ -1,6 +1,7 @@
 """What a MiniGPT-5 model reads: its specs, batches, and what caches hold."""
 
 import dataclasses
+import pathlib
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ from flax import nnx
 from PIL import Image
 from safetensors.numpy import save_file
 
+from metamorph_jax.config import build, load_config
 from metamorph_jax.convert import blip2, families, specs, vit
 from metamorph_jax.convert.export import Source, Writer
 from metamorph_jax.data.config import (
@@ -16,6 +18,7 @@ from metamorph_jax.data.config import (
     DataConfig,
     ImageConfig,
     OrderConfig,
+    ReadingConfig,
     RowConfig,
     SourceConfig,
 )
@@ -28,6 +31,7 @@ from metamorph_jax.recipes.minigpt5 import input as inputs
 from metamorph_jax.recipes.minigpt5 import moments, voken_ids
 from tests.recipes.minigpt5 import made, tiny
 
+CONFIGS = pathlib.Path(__file__).parents[3] / "configs/minigpt5"
 pytestmark = pytest.mark.usefixtures("quick_compile")
 VAE = VAEConfig.tiny(sample_size=8, block_out_channels=(8, 8))
 LATENT = DiffusionConfig(
@@ -213,3 +217,37 @@ def test_moments_of_the_reference_script(tokenizers, stories, latent, vae, tmp_p
     assert moments.take(data, latent, folder) == 4
     batches = inputs.open_data(data, latent, Shard(13))
     assert len(batches.samples.drawing_cache) == 5 and next(batches).drawings.valid.sum() == 9
+
+
+def _official(root):
+    """The files that the configs of published stages name, in their folders."""
+    folder = root / "data/minigpt5"
+    for name in ("cc3m", "vist", "mmdialog/train", "mmdialog/valid"):
+        (folder / name).mkdir(parents=True)
+    for split in ("train", "val"):
+        made.cc3m(folder / "cc3m", ["red", "blue"])
+        (folder / "cc3m/cc3m_val.tsv").rename(folder / f"cc3m/cc3m_{split}.tsv")
+        steps, mapping = made.five_steps()
+        made.vist(folder / "vist", steps, mapping)
+        made.pictures(folder / "vist", *mapping.values())
+        for name in ("cleaned", "image_mapping"):
+            (folder / f"vist/val_{name}.json").rename(folder / f"vist/{split}_{name}.json")
+    for split in ("train", "valid"):
+        made.mmdialog(folder / f"mmdialog/{split}", [[made.turn("a", "-1"), made.turn("b", "2")]])
+        made.pictures(folder / f"mmdialog/{split}", "-1.jpg", "2.jpg")
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2_vist", "stage2_mmdialog"])
+def test_published_configs_read_official_files(stage, tokenizers, tmp_path, monkeypatch):
+    """As the sets come, in the folders that the configs name; so do their evaluations."""
+    config = load_config(f"{CONFIGS}/{stage}.py:7b").to_dict()
+    _official(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    held_out = config["data"] | config["evals"]["validation"]["data"]
+    for values in (config["data"], held_out):
+        data = build(DataConfig, values, "config.data")
+        data = dataclasses.replace(data, reading=ReadingConfig())
+        batches = inputs.open_data(data, tiny.TINY, Shard(1))
+        batch = next(batches)
+        assert batch.drawings.valid.any() and not batches.skipped
+        assert (batch.images.valid.shape[1] == 0) == (stage == "stage1")
