@@ -508,3 +508,34 @@ def test_stories_of_other_layouts(tmp_path):
     good, bad = samples_of(source)
     assert good and not bad and all(ref.path.startswith(f"{tmp_path}/other/images/")
                                     for sample in good for ref in sample.images)  # fmt: skip
+
+
+def test_answers_one_by_one(tmp_path):
+    """Each is learnt from what came before it, written as dialogues are; what an earlier one has
+    drawn is read."""
+    made.pictures(tmp_path, "a.png", "b.png", "c.png")
+    turns = conversation(f"{IMAGE} redder", f"So: {IMAGE}", "and blue?", IMAGE)
+    write_jsonl(tmp_path / "own.jsonl", [
+        {"image": ["a.png", "b.png", "c.png"], "conversations": turns, "captions": ["", "r", "b"]},
+        {"conversations": conversation("q"), "system": "S"},
+        {"conversations": conversation("q", "a"), "system": "S"},
+        {"conversations": 7},
+        {"image": ["a.png", "b.png"], "conversations": turns},
+    ])  # fmt: skip
+    good, bad = samples_of(opened(tmp_path / "own.jsonl", "answers"))
+    assert bad == {"bad_record": 2, "marker_mismatch": 2}
+    told, tag = wordings.DIALOGUE_SYSTEM, "<Img><ImageHere></Img>"
+    first = f"{told} ###Human: {tag} redder ###Assistant:"
+    assert [text_of(sample) for sample in good] == [
+        (first, f"So: {V8} ###"),
+        (f"{first} So: {tag} ###Human: and blue? ###Assistant:", f"{V8} ###"),
+        ("S ###Human: q ###Assistant:", "a ###"),
+    ]
+    assert [[ref.caption for ref in sample.images] for sample in good] == [
+        ["", "r"], ["", "r", "b"], []
+    ]  # fmt: skip
+    chat = Chat(made.Words(), "vokens")
+    whole = chat.conversation([("user", f"{IMAGE} redder"), ("assistant", f"So: {IMAGE}")])
+    alone = chat.conversation(good[0].turns)
+    assert whole.ids.tolist() == alone.ids.tolist()
+    assert whole.labels.tolist() == alone.labels.tolist()
