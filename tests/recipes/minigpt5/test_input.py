@@ -132,7 +132,7 @@ def test_features_of_the_cache(tokenizers, stories, tmp_path):
     path = str(tmp_path / "blip2.safetensors")
     save_file({key: np.ascontiguousarray(tensors[key]) for key in tensors}, path)
     encoder = dataclasses.replace(tiny.TINY.vision, weights=path)
-    cfg = dataclasses.replace(tiny.TINY, vision=encoder, qformer_weights=f"{path},proj.pth")
+    cfg = dataclasses.replace(tiny.TINY, vision=encoder, qformer_weights=path)
     plain = dataclasses.replace(
         data_of(stories), order=OrderConfig(shuffle=False, fixed_choices=True)
     )
@@ -251,3 +251,12 @@ def test_published_configs_read_official_files(stage, tokenizers, tmp_path, monk
         batch = next(batches)
         assert batch.drawings.valid.any() and not batches.skipped
         assert (batch.images.valid.shape[1] == 0) == (stage == "stage1")
+
+
+def test_captions_need_a_tokenizer(tokenizers, latent, tmp_path):
+    """Of the folder of the image decoder, when data are opened; other uses of the spec don't."""
+    path = made.cc3m(tmp_path, ["a"])
+    cfg = dataclasses.replace(latent, text_encoder=tiny.TINY.text_encoder)
+    assert inputs.input_spec(cfg).drawings.caption_length == 6
+    with pytest.raises(ConfigError, match="has no tokenizer/.*config.model.caption_tokenizer"):
+        inputs.open_data(data_of((SourceConfig(path, kind="cc3m"),)), cfg, Shard(1))
