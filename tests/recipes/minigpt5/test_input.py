@@ -27,6 +27,7 @@ from metamorph_jax.models.diffusion.decoder import DiffusionConfig
 from metamorph_jax.models.diffusion.unet import UNetConfig
 from metamorph_jax.models.diffusion.vae import AutoencoderKL, VAEConfig
 from metamorph_jax.recipe import Shard
+from metamorph_jax.recipes import minigpt5 as recipe
 from metamorph_jax.recipes.minigpt5 import input as inputs
 from metamorph_jax.recipes.minigpt5 import moments, voken_ids
 from tests.recipes.minigpt5 import made, tiny
@@ -192,6 +193,10 @@ def test_latents_of_the_cache(tokenizers, stories, latent, vae, tmp_path):
     mean, logvar = np.split(of_values(pixels[:, 0] / np.float32(127.5) - 1), 2, -1)
     noise = (batch.drawings.latents[:, 0] / VAE.scaling_factor - mean) / np.exp(logvar / 2)
     assert batch.drawings.valid[:, 0].all() and 0.7 < noise.std() < 1.3
+    model = nnx.eval_shape(lambda: recipe.create(latent, nnx.Rngs(0)))
+    names = [{work.part for work in model.work(inputs.batch_spec(one, latent, 2))}
+             for one in (data, plain)]  # fmt: skip
+    assert names[1] - names[0] == {"autoencoder"} and not names[0] - names[1]
 
 
 def test_moments_of_the_reference_script(tokenizers, stories, latent, vae, tmp_path, capsys):
