@@ -170,7 +170,7 @@ def stage2(name: str, **changes) -> dict:
 def rows(length: int, images: int) -> dict:
     """Options of `config.data` for published prompts: rows, and images mirrored by chance."""
     return dict(
-        row=dict(template="minigpt5", length=length, images=images),
+        row=dict(template="vokens", length=length, images=images),
         images=dict(mirror=0.5, max_frames=min(images, 1)),
         reading=dict(workers=16),
     )

@@ -36,7 +36,7 @@ common = load_module(pathlib.Path(__file__).parents[1] / "common.py")
 sizes = load_module(pathlib.Path(__file__).with_name("sizes.py"))
 
 _FOLDER = "data/minigpt5/cc3m"
-_VALIDATION = dict(path=f"{_FOLDER}/val.tsv", root=f"{_FOLDER}/val", kind="cc3m_test")
+_VALIDATION = dict(path=f"{_FOLDER}/cc3m_val.tsv", kind="cc3m_test")
 # Vokens have the learning rate as it is.
 GROUPS = dict(mapper=dict(match=r"mapper\..*", rate=10.0))
 PUBLISHED = dict(
@@ -75,9 +75,7 @@ SIZES = {
             model=sizes.MODELS["7b"],
             data=dict(
                 sizes.rows(length=128, images=0),
-                sources=dict(
-                    main=dict(path=f"{_FOLDER}/train.tsv", root=f"{_FOLDER}/train", kind="cc3m")
-                ),
+                sources=dict(main=dict(path=f"{_FOLDER}/cc3m_train.tsv", kind="cc3m")),
             ),
         ),
     ),

@@ -30,9 +30,7 @@ _FOLDER = "data/minigpt5/mmdialog"
 
 
 def _source(split: str) -> dict:
-    return dict(
-        path=f"{_FOLDER}/{split}/conversations.json", root=f"{_FOLDER}/{split}", kind="mmdialog"
-    )
+    return dict(path=f"{_FOLDER}/{split}/conversations.json", kind="mmdialog")
 
 
 PUBLISHED = dict(
@@ -45,7 +43,7 @@ PUBLISHED = dict(
         validation=dict(
             every=25_000,
             batches=64,
-            data=dict(sources=dict(main=_source("validation")), images=dict(mirror=0.0)),
+            data=dict(sources=dict(main=_source("valid")), images=dict(mirror=0.0)),
         )
     ),
     keep_best="evals.validation.loss",

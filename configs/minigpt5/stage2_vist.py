@@ -31,7 +31,7 @@ common = load_module(pathlib.Path(__file__).parents[1] / "common.py")
 sizes = load_module(pathlib.Path(__file__).with_name("sizes.py"))
 
 _FOLDER = "data/minigpt5/vist"
-_VALIDATION = dict(path=f"{_FOLDER}/val_cleaned.json", root=f"{_FOLDER}/val", kind="vist")
+_VALIDATION = dict(path=f"{_FOLDER}/val_cleaned.json", kind="vist")
 PUBLISHED = dict(
     steps=18_600,
     batch_size=16,
@@ -58,11 +58,7 @@ SIZES = {
             model=sizes.stage2("7b"),
             data=dict(
                 sizes.rows(length=768, images=10),
-                sources=dict(
-                    main=dict(
-                        path=f"{_FOLDER}/train_cleaned.json", root=f"{_FOLDER}/train", kind="vist"
-                    )
-                ),
+                sources=dict(main=dict(path=f"{_FOLDER}/train_cleaned.json", kind="vist")),
             ),
         ),
     ),

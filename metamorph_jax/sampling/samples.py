@@ -1,6 +1,7 @@
 """The first samples of a data set, put to a model: what it answers, beside what the data answer."""
 
 import collections
+import dataclasses
 import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -70,12 +71,14 @@ def tell(skipped: collections.Counter[str], asked: int) -> None:
 def first(
     data: InputConfig, kinds: Mapping[str, Kind], count: int, skipped: collections.Counter[str]
 ) -> Iterator[Sample]:
-    """The first samples that can be asked again: with whole image files and an answer.
+    """The first samples that can be asked again: with whole image files, as they are, and an
+    answer.
 
     Args:
         skipped: gets the others, "source/reason" -> number.
     """
-    sources = pipeline.open_sources(data, kinds)
+    unchanged = dataclasses.replace(data.images, mirror=0.0)
+    sources = pipeline.open_sources(dataclasses.replace(data, images=unchanged), kinds)
     looked = range(min(max(map(len, sources)), LOOKED_AT * count))
     usable = (
         _usable(source, number, k, data, skipped)

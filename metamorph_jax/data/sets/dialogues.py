@@ -11,14 +11,9 @@ The speakers take turns. Of a turn with several images the first counts.
 
 import dataclasses
 
-import numpy as np
-
-from metamorph_jax import files
-from metamorph_jax.data.sources import index_files
 from metamorph_jax.data.sources.records import JsonlRecords
+from metamorph_jax.data.sources.split import SplitRecords
 from metamorph_jax.errors import BadSample
-
-_VERSION = 1  # of how turns are counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,24 +60,22 @@ class DialogueTurns:
     """A record for each turn but the first, to be learnt from those before it.
 
     A record is {"id": "<conversation>_<turn>", "turn": its number, "turns": list of `Turn` up to
-    it}. A line that is not a dialogue, or of fewer than two turns, is one record that is bad. How
-    many turns a line has is counted once, and kept beside the file.
+    it}. A line that is not a dialogue, or of fewer than two turns, is one record that is bad.
     """
 
     def __init__(self, path: str, index_dir: str | None = None):
-        self.path, self.lines = path, JsonlRecords(path, index_dir)
-        self._index_dir = index_dir
-        turns = self._counts()
-        self.ends = np.cumsum(np.maximum(turns - 1, 1))
+        self.path, self._index_dir = path, index_dir
+        self.lines = JsonlRecords(path, index_dir)
+        self.split = SplitRecords(self.lines, _learnt, "turn", index_dir)
 
     def __reduce__(self):  # worker processes read the files themselves
         return DialogueTurns, (self.path, self._index_dir)
 
     def __len__(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
+        return len(self.split)
 
     def __getitem__(self, k: int) -> dict:
-        line, number = self._at(k)
+        line, number = self.split.at(k)
         record = self.lines[line]
         turns = turns_of(record)
         if len(turns) < 2:
@@ -91,29 +84,10 @@ class DialogueTurns:
         return {"id": id_, "turn": number + 1, "turns": turns[: number + 2]}
 
     def where(self, k: int) -> str:
-        """File and line of record k, and which turn it is."""
-        line, number = self._at(k)
-        return f"{self.lines.where(line)} turn {number + 1}"
+        """File and line of record k, and which turn it is, from 0."""
+        return self.split.where(k)
 
-    def _at(self, k: int) -> tuple[int, int]:
-        line = int(np.searchsorted(self.ends, k, side="right"))
-        return line, k - (int(self.ends[line - 1]) if line else 0)
 
-    def _counts(self) -> np.ndarray:
-        """int64[lines]: turns of each dialogue, 0 where a line isn't one."""
-        places = index_files.places(self.path, self._index_dir, "turns")
-        stat = files.regular(self.path).stat()
-        stamp = [_VERSION, stat.st_size, stat.st_mtime_ns]
-        for place in places:
-            found = index_files.load(place, stamp, ("turns",))
-            if found is not None and found[0].shape == (len(self.lines),):
-                return found[0].astype(np.int64)
-        turns = np.array([self._count(k) for k in range(len(self.lines))], np.int64)
-        index_files.save(places, stamp, {"turns": turns})
-        return turns
-
-    def _count(self, k: int) -> int:
-        try:
-            return len(turns_of(self.lines[k]))
-        except BadSample:
-            return 0
+def _learnt(record: dict) -> int:
+    """How many turns of a dialogue are learnt."""
+    return len(turns_of(record)) - 1

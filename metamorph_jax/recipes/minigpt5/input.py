@@ -63,18 +63,18 @@ def input_spec(cfg: Config, read: bool = True) -> InputSpec:
     inside, process = cfg.qformer.resampler, spec.views.preprocess
     if not read or specs.processor_fields(cfg.vision.weights) is None:
         process = dataclasses.replace(process, mode="crop", resize=None, resample="bilinear")
-    identity = f"{spec.tower} | {cfg.qformer} {cfg.qformer_weights.split(',')[0]}"
+    identity = f"{spec.tower} | {cfg.qformer} {cfg.qformer_weights}"
     return dataclasses.replace(
         spec,
         views=Single(inside.queries, process),
         feature_width=inside.width,
         tower=identity,
-        drawings=_drawings(cfg, read),
+        drawings=_drawings(cfg),
     )
 
 
-def _drawings(cfg: Config, read: bool) -> DrawingSpec:
-    """Images to draw, with captions if there is a loss for them."""
+def _drawings(cfg: Config) -> DrawingSpec:
+    """Images to draw, with captions if there is a loss for them; `with_captions` reads these."""
     side, latents = cfg.decoder.image_side, None
     if cfg.decoder.vae is not None:
         vae = dataclasses.replace(cfg.decoder.vae, dtype="float32")
@@ -83,8 +83,7 @@ def _drawings(cfg: Config, read: bool) -> DrawingSpec:
     captions, length = None, 0
     if cfg.learns_captions and (cfg.caption_tokenizer or cfg.sd_weights != specs.RANDOM):
         length = cfg.text_encoder.max_position_embeddings
-        tokenizer = _caption_tokenizer(cfg) if read else None
-        captions = CaptionIds(tokenizer, length, cfg.caption_pad)
+        captions = CaptionIds(None, length, cfg.caption_pad)
     return DrawingSpec(
         cfg.max_drawings,
         in_answers,
@@ -95,6 +94,19 @@ def _drawings(cfg: Config, read: bool) -> DrawingSpec:
         caption_length=length,
         latents=latents,
     )
+
+
+def with_captions(spec: InputSpec, cfg: Config) -> InputSpec:
+    """The spec with the tokenizer of captions, if it has captions.
+
+    Raises:
+        ConfigError: there is no such tokenizer.
+    """
+    drawings = spec.drawings
+    if drawings.caption is None:
+        return spec
+    caption = dataclasses.replace(drawings.caption, tokenizer=_caption_tokenizer(cfg))
+    return dataclasses.replace(spec, drawings=dataclasses.replace(drawings, caption=caption))
 
 
 def _caption_tokenizer(cfg: Config):
@@ -114,14 +126,15 @@ def open_data(data: DataConfig, cfg: Config, shard: Shard) -> PackedIterator:
     """The batches of one shard; caches are filled first with what is missing in them.
 
     Raises:
-        ConfigError: a cache is asked for of a part that is trained, or whose weights are random.
+        ConfigError: a cache is asked for of a part that is trained, or whose weights are random; or
+            captions are to be learnt without a tokenizer.
     """
     if data.cache.features and cfg.train_connector:
         raise ConfigError(
             "config.model.train_connector has no use for config.data.cache.features, which holds "
             'what a frozen Q-Former gives: set the folder to ""'
         )
-    spec = input_spec(cfg)
+    spec = with_captions(input_spec(cfg), cfg)
     chat = Chat.of(load_tokenizer(cfg), data.row)
     found = pipeline.open_sources(data, sources.kinds(chat.encode))
     if data.cache.features:
@@ -172,8 +185,10 @@ def feature_function(cfg: Config) -> Callable:
 
     def fill(model: _Reading) -> None:
         vision.load_vision(model.vision, cfg.vision)
-        tensors = hf.Tensors(hf.find(cfg.qformer_weights.split(",")[0]))
-        blip2.load_qformer(model.connector, tensors, proj=False)
+        for spec in cfg.qformer_weights.split(","):
+            tensors = hf.Tensors(hf.find(spec))
+            if blip2.QUERIES in blip2.plainly(tensors):  # the other one is of the linear after it
+                blip2.load_qformer(model.connector, tensors, proj=False)
 
     mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
     graph, weights = nnx.split(build(lambda rngs: _Reading(cfg, rngs=rngs), mesh, 0, fill=fill))

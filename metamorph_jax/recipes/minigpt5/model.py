@@ -169,8 +169,8 @@ class MiniGPT5(nnx.Module):
         """The matrix products of a training step on a batch (shapes are enough)."""
         rows, length = batch.tokens.shape
         of_text = llama.work(self.llm.cfg, rows, length)
-        drawings = rows * batch.drawings.valid.shape[1]
-        return (*of_text, *self._work_of_reading(batch.images), *self._work_of_drawing(drawings))
+        drawing = self._work_of_drawing(batch.drawings)
+        return (*of_text, *self._work_of_reading(batch.images), *drawing)
 
     def _work_of_reading(self, images: Images) -> list[Work]:
         """Of tower and connector, before which nothing is trained."""
@@ -188,9 +188,10 @@ class MiniGPT5(nnx.Module):
             found.append(Work("tower", tower, "vision.tower", 0))
         return [*found, Work("connector", connector, "connector", 0)]
 
-    def _work_of_drawing(self, count: int) -> list[Work]:
-        """Of mapper, denoiser, autoencoder and text encoder on so many drawings."""
-        cfg, shape = self.cfg, jax.ShapeDtypeStruct
+    def _work_of_drawing(self, drawings: Drawings) -> list[Work]:
+        """Of mapper, denoiser, autoencoder and text encoder; the latter two where there are pixels
+        or captions."""
+        cfg, shape, count = self.cfg, jax.ShapeDtypeStruct, drawings.valid.size
         run = lambda f, *args: count * flops.of_function(self, f, *args)  # noqa: E731
         again = lambda forward, remat: forward if remat else 0.0  # noqa: E731
         states = shape((1, cfg.vokens, cfg.mapper.width), jnp.float32)
@@ -203,11 +204,11 @@ class MiniGPT5(nnx.Module):
             forward *= cfg.decoder.noise_draws
             remat = cfg.decoder.denoiser.remat
             found.append(Work("denoiser", forward, "decoder.denoiser", 1, again(forward, remat)))
-            if cfg.decoder.vae:
+            if cfg.decoder.vae and drawings.latents is None:
                 image = shape((1, cfg.decoder.image_side, cfg.decoder.image_side, 3), jnp.float32)
                 encode = run(lambda m, x: m.decoder.vae.encode(x).mean, image)
                 found.append(Work("autoencoder", encode, "", 0))
-        if "caption" in self.loss_weights:
+        if "caption" in self.loss_weights and drawings.captions is not None:
             ids = shape((1, cfg.text_encoder.max_position_embeddings), jnp.int32)
             found.append(Work("text encoder", run(lambda m, x: m.text_encoder(x).last, ids), "", 0))
         return found

@@ -7,13 +7,15 @@
 | vist, vist_test         | a file of VIST, see `data/sets/stories.py` | steps of stories             |
 | mmdialog, mmdialog_test | conversations.json of MMDialog             | turns of dialogues           |
 | drawn_caption           | any, with an image and its `caption`       | caption -> image             |
+| answers                 | conversations as everywhere                | each answer; images of       |
+|                         |                                            | earlier ones are read        |
 | text, images, image     | conversations as everywhere                | one each                     |
 
 The last row are the kinds of `data/sources/kinds.py`: images of questions are read, those of answers
 are drawn, any number of them. `caption`, or `captions` with one for each image, may say what they
 show, for the caption loss.
 
-The first three write their own prompts, as published weights have seen them (`wordings.py`), whatever
+The others write their own prompts, as published weights have seen them (`wordings.py`), whatever
 the chat template. Those for tests have one sample for each image or turn to be tested, and are cut by
 no length. Images of a question that has none are not made up: the reference passes a black one, which
 is never read.
@@ -31,7 +33,10 @@ from metamorph_jax.data.sets.dialogues import DialogueTurns, recent
 from metamorph_jax.data.sources import documents
 from metamorph_jax.data.sources.base import IMAGE, ImageRef
 from metamorph_jax.data.sources.kinds import KINDS as COMMON
-from metamorph_jax.data.sources.kinds import Files, Kind
+from metamorph_jax.data.sources.kinds import Files, Kind, recognise, turns_of
+from metamorph_jax.data.sources.records import open_records
+from metamorph_jax.data.sources.schema import canonical
+from metamorph_jax.data.sources.split import SplitRecords
 from metamorph_jax.data.sources.tsv import TsvRecords
 from metamorph_jax.errors import BadSample, FileError
 from metamorph_jax.files import shown
@@ -132,7 +137,9 @@ class StorySteps:
     """The samples of VIST's stories: of each step one that is drawn from its text; of those after
     the first, also one whose text and image come next, and one whose text tells of the image.
 
-    A record is {"id": "<story>_<step>-<task>", "task": …, "frames": those up to the step}.
+    A record is {"id": "<story>_<step>-<task>", "task": …, "frames": those up to the step}. Images
+    are named from the folder of the set, which is the source's `root`: the one that the file is in,
+    or, if that is `annotations`, the one above.
 
     Args:
         training: whether there are the two latter.
@@ -140,7 +147,11 @@ class StorySteps:
 
     def __init__(self, path: str, training: bool = True):
         self.path, self.training = path, training
-        self.stories = list(stories.vist_file(os.path.abspath(path)))
+        whole = os.path.abspath(path)
+        self.stories = list(stories.vist_file(whole))
+        self.folder = os.path.dirname(whole)
+        if "_formatted" in os.path.basename(whole):
+            self.folder = os.path.dirname(self.folder)
         lengths = np.array([len(story.frames) for story in self.stories], np.int64)
         self.ends = np.cumsum(np.maximum(3 * lengths - 2 if training else lengths, 1))
 
@@ -154,7 +165,10 @@ class StorySteps:
         story, step, task = self._at(k)
         if story.fault or not story.frames:
             raise BadSample("bad_record", story.fault or "a story without steps")
-        frames = story.frames[: step + 1]
+        frames = [
+            dataclasses.replace(frame, image=os.path.relpath(frame.image, self.folder))
+            for frame in story.frames[: step + 1]
+        ]
         return {"id": f"{story.id}_{step}-{task}", "task": task, "frames": frames}
 
     def where(self, k: int) -> str:
@@ -268,6 +282,53 @@ class WithCaptions:
         return turns, tuple(dataclasses.replace(ref, caption=text) for ref, text in pairs)
 
 
+class Answers:
+    """A record for each answer of conversations, as it is, with "answer": its number."""
+
+    def __init__(self, path: str, index_dir: str | None = None):
+        self.path, self._index_dir = path, index_dir
+        self.records = open_records(path, index_dir)
+        self.split = SplitRecords(self.records, _answers, "answer", index_dir)
+
+    def __reduce__(self):  # worker processes read the files themselves
+        return Answers, (self.path, self._index_dir)
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, k: int) -> dict:
+        record, number = self.split.at(k)
+        return self.records[record] | {"answer": number}
+
+    def where(self, k: int) -> str:
+        """File and place of the record, and which answer."""
+        return self.split.where(k)
+
+
+def _answers(record: dict) -> int:
+    """How many answers a conversation has."""
+    turns = turns_of(canonical(record)) if isinstance(record, dict) else ()
+    return sum(role == "assistant" for role, _ in turns)
+
+
+def answer(record: dict, files: Files, rng: np.random.Generator):
+    """One answer, from all that was said before it; images of earlier answers are read."""
+    read = canonical({key: value for key, value in record.items() if key != "answer"})
+    turns, refs = WithCaptions(recognise(read))(read, files, rng)
+    markers = sum(text.count(IMAGE) for _, text in turns)
+    if markers != len(refs):
+        raise BadSample("marker_mismatch", f"{markers} markers, {len(refs)} images")
+    asked = 2 * record["answer"] + 1
+    if asked >= len(turns):
+        raise BadSample("bad_record", "nothing is answered")
+    pieces = [read.get("system") or wordings.DIALOGUE_SYSTEM]
+    for k, (_, text) in enumerate(turns[:asked]):
+        pieces += [wordings.SPEAKERS[k % 2], text.replace(IMAGE, wordings.READ)]
+    count = sum(text.count(IMAGE) for _, text in turns[: asked + 1])
+    source = " ".join([*pieces, wordings.SPEAKERS[1]])
+    return _sample(source, turns[asked][1], refs[:count])
+
+
 def kinds(ids: Callable[[str], list[int]] | None = None) -> dict[str, Kind]:
     """All kinds of the module's table.
 
@@ -282,6 +343,7 @@ def kinds(ids: Callable[[str], list[int]] | None = None) -> dict[str, Kind]:
         "mmdialog": (Dialogue(ids), DialogueTurns),
         "mmdialog_test": (Dialogue(), DialogueTurns),
         "drawn_caption": (drawn_caption, None),
+        "answers": (answer, Answers),
     }
     own = {
         name: dataclasses.replace(COMMON[name], build=WithCaptions(name))

@@ -1,6 +1,7 @@
 """What a MiniGPT-5 model reads: its specs, batches, and what caches hold."""
 
 import dataclasses
+import pathlib
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ from flax import nnx
 from PIL import Image
 from safetensors.numpy import save_file
 
+from metamorph_jax.config import build, load_config
 from metamorph_jax.convert import blip2, families, specs, vit
 from metamorph_jax.convert.export import Source, Writer
 from metamorph_jax.data.config import (
@@ -16,6 +18,7 @@ from metamorph_jax.data.config import (
     DataConfig,
     ImageConfig,
     OrderConfig,
+    ReadingConfig,
     RowConfig,
     SourceConfig,
 )
@@ -24,10 +27,12 @@ from metamorph_jax.models.diffusion.decoder import DiffusionConfig
 from metamorph_jax.models.diffusion.unet import UNetConfig
 from metamorph_jax.models.diffusion.vae import AutoencoderKL, VAEConfig
 from metamorph_jax.recipe import Shard
+from metamorph_jax.recipes import minigpt5 as recipe
 from metamorph_jax.recipes.minigpt5 import input as inputs
 from metamorph_jax.recipes.minigpt5 import moments, voken_ids
 from tests.recipes.minigpt5 import made, tiny
 
+CONFIGS = pathlib.Path(__file__).parents[3] / "configs/minigpt5"
 pytestmark = pytest.mark.usefixtures("quick_compile")
 VAE = VAEConfig.tiny(sample_size=8, block_out_channels=(8, 8))
 LATENT = DiffusionConfig(
@@ -128,7 +133,7 @@ def test_features_of_the_cache(tokenizers, stories, tmp_path):
     path = str(tmp_path / "blip2.safetensors")
     save_file({key: np.ascontiguousarray(tensors[key]) for key in tensors}, path)
     encoder = dataclasses.replace(tiny.TINY.vision, weights=path)
-    cfg = dataclasses.replace(tiny.TINY, vision=encoder, qformer_weights=f"{path},proj.pth")
+    cfg = dataclasses.replace(tiny.TINY, vision=encoder, qformer_weights=path)
     plain = dataclasses.replace(
         data_of(stories), order=OrderConfig(shuffle=False, fixed_choices=True)
     )
@@ -188,6 +193,10 @@ def test_latents_of_the_cache(tokenizers, stories, latent, vae, tmp_path):
     mean, logvar = np.split(of_values(pixels[:, 0] / np.float32(127.5) - 1), 2, -1)
     noise = (batch.drawings.latents[:, 0] / VAE.scaling_factor - mean) / np.exp(logvar / 2)
     assert batch.drawings.valid[:, 0].all() and 0.7 < noise.std() < 1.3
+    model = nnx.eval_shape(lambda: recipe.create(latent, nnx.Rngs(0)))
+    names = [{work.part for work in model.work(inputs.batch_spec(one, latent, 2))}
+             for one in (data, plain)]  # fmt: skip
+    assert names[1] - names[0] == {"autoencoder"} and not names[0] - names[1]
 
 
 def test_moments_of_the_reference_script(tokenizers, stories, latent, vae, tmp_path, capsys):
@@ -213,3 +222,46 @@ def test_moments_of_the_reference_script(tokenizers, stories, latent, vae, tmp_p
     assert moments.take(data, latent, folder) == 4
     batches = inputs.open_data(data, latent, Shard(13))
     assert len(batches.samples.drawing_cache) == 5 and next(batches).drawings.valid.sum() == 9
+
+
+def _official(root):
+    """The files that the configs of published stages name, in their folders."""
+    folder = root / "data/minigpt5"
+    for name in ("cc3m", "vist", "mmdialog/train", "mmdialog/valid"):
+        (folder / name).mkdir(parents=True)
+    for split in ("train", "val"):
+        made.cc3m(folder / "cc3m", ["red", "blue"])
+        (folder / "cc3m/cc3m_val.tsv").rename(folder / f"cc3m/cc3m_{split}.tsv")
+        steps, mapping = made.five_steps()
+        made.vist(folder / "vist", steps, mapping)
+        made.pictures(folder / "vist", *mapping.values())
+        for name in ("cleaned", "image_mapping"):
+            (folder / f"vist/val_{name}.json").rename(folder / f"vist/{split}_{name}.json")
+    for split in ("train", "valid"):
+        made.mmdialog(folder / f"mmdialog/{split}", [[made.turn("a", "-1"), made.turn("b", "2")]])
+        made.pictures(folder / f"mmdialog/{split}", "-1.jpg", "2.jpg")
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2_vist", "stage2_mmdialog"])
+def test_published_configs_read_official_files(stage, tokenizers, tmp_path, monkeypatch):
+    """As the sets come, in the folders that the configs name; so do their evaluations."""
+    config = load_config(f"{CONFIGS}/{stage}.py:7b").to_dict()
+    _official(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    held_out = config["data"] | config["evals"]["validation"]["data"]
+    for values in (config["data"], held_out):
+        data = build(DataConfig, values, "config.data")
+        data = dataclasses.replace(data, reading=ReadingConfig())
+        batches = inputs.open_data(data, tiny.TINY, Shard(1))
+        batch = next(batches)
+        assert batch.drawings.valid.any() and not batches.skipped
+        assert (batch.images.valid.shape[1] == 0) == (stage == "stage1")
+
+
+def test_captions_need_a_tokenizer(tokenizers, latent, tmp_path):
+    """Of the folder of the image decoder, when data are opened; other uses of the spec don't."""
+    path = made.cc3m(tmp_path, ["a"])
+    cfg = dataclasses.replace(latent, text_encoder=tiny.TINY.text_encoder)
+    assert inputs.input_spec(cfg).drawings.caption_length == 6
+    with pytest.raises(ConfigError, match="has no tokenizer/.*config.model.caption_tokenizer"):
+        inputs.open_data(data_of((SourceConfig(path, kind="cc3m"),)), cfg, Shard(1))

@@ -1,6 +1,7 @@
 """What MiniGPT-5 is trained on: official files, strings and labels against the golden set."""
 
 import collections
+import dataclasses
 import json
 import pathlib
 
@@ -28,6 +29,7 @@ from metamorph_jax.errors import BadSample, DataError, FileError
 from metamorph_jax.recipe import Shard
 from metamorph_jax.recipes.minigpt5 import sources, wordings
 from tests.data.conftest import conversation, make_image, write_jsonl, write_tar
+from tests.data.sets import made as story_sets
 from tests.recipes.minigpt5 import made
 
 V8 = "".join(f"[IMG{k}]" for k in range(8))
@@ -490,3 +492,50 @@ def test_batches_resume(tmp_path):
         np.testing.assert_array_equal(batch.drawings.pixels, again.drawings.pixels)
         np.testing.assert_array_equal(batch.images.pixels, again.images.pixels)
     assert batch.drawings.valid.any() and batch.drawings.pixels.shape == (1, 4, 8, 8, 3)
+
+
+def test_stories_of_other_layouts(tmp_path):
+    """The published files, and those with a folder of annotations, whose images `root` has."""
+    story_sets.vist(tmp_path)
+    good, bad = samples_of(opened(tmp_path / "test.story-in-sequence.json", "vist"))
+    assert len(good) == 13 * 3 + 10 and not bad
+    assert good[0].images[0].path.startswith(f"{tmp_path}/test/")
+    story_sets.formatted(tmp_path / "other")
+    (path,) = (tmp_path / "other/annotations").iterdir()
+    config = dataclasses.replace(data_of(path, "vist"), sources=(
+        SourceConfig(str(path), kind="vist", root=str(tmp_path / "other")),))  # fmt: skip
+    (source,) = pipeline.open_sources(config, sources.kinds())
+    good, bad = samples_of(source)
+    assert good and not bad and all(ref.path.startswith(f"{tmp_path}/other/images/")
+                                    for sample in good for ref in sample.images)  # fmt: skip
+
+
+def test_answers_one_by_one(tmp_path):
+    """Each is learnt from what came before it, written as dialogues are; what an earlier one has
+    drawn is read."""
+    made.pictures(tmp_path, "a.png", "b.png", "c.png")
+    turns = conversation(f"{IMAGE} redder", f"So: {IMAGE}", "and blue?", IMAGE)
+    write_jsonl(tmp_path / "own.jsonl", [
+        {"image": ["a.png", "b.png", "c.png"], "conversations": turns, "captions": ["", "r", "b"]},
+        {"conversations": conversation("q"), "system": "S"},
+        {"conversations": conversation("q", "a"), "system": "S"},
+        {"conversations": 7},
+        {"image": ["a.png", "b.png"], "conversations": turns},
+    ])  # fmt: skip
+    good, bad = samples_of(opened(tmp_path / "own.jsonl", "answers"))
+    assert bad == {"bad_record": 2, "marker_mismatch": 2}
+    told, tag = wordings.DIALOGUE_SYSTEM, "<Img><ImageHere></Img>"
+    first = f"{told} ###Human: {tag} redder ###Assistant:"
+    assert [text_of(sample) for sample in good] == [
+        (first, f"So: {V8} ###"),
+        (f"{first} So: {tag} ###Human: and blue? ###Assistant:", f"{V8} ###"),
+        ("S ###Human: q ###Assistant:", "a ###"),
+    ]
+    assert [[ref.caption for ref in sample.images] for sample in good] == [
+        ["", "r"], ["", "r", "b"], []
+    ]  # fmt: skip
+    chat = Chat(made.Words(), "vokens")
+    whole = chat.conversation([("user", f"{IMAGE} redder"), ("assistant", f"So: {IMAGE}")])
+    alone = chat.conversation(good[0].turns)
+    assert whole.ids.tolist() == alone.ids.tolist()
+    assert whole.labels.tolist() == alone.labels.tolist()
