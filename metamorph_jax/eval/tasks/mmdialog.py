@@ -105,12 +105,14 @@ STYLES = {
 class MMDialog(MeasuredDrawing):
     """Attributes:
     split: test, valid or train.
+    draw: it may draw; without, only texts are scored, of models that draw nothing.
     style, history: see the module's docstring.
     sentences: weights of a sentence encoder; "": no similarity of sentences.
     protocol: "minigpt-5" asks, decodes and measures as its paper does.
     """
 
     split: str = "test"
+    draw: bool = True
     style: str = "plain"
     history: str = "all"
     sentences: str = ""
@@ -135,8 +137,12 @@ class MMDialog(MeasuredDrawing):
         return f"100 x {replies.RELEVANCE if self.clip else replies.BLEU[0]}"
 
     @property
+    def form(self) -> str:
+        return "draw" if self.draw else "generate"
+
+    @property
     def reply(self):
-        return {"mode": "both", "rounds": 0}
+        return {"mode": "both" if self.draw else "text", "rounds": 0}
 
     # ---- questions
 
