@@ -105,7 +105,8 @@ STYLES = {
 class MMDialog(MeasuredDrawing):
     """Attributes:
     split: test, valid or train.
-    draw: it may draw; without, only texts are scored, of models that draw nothing.
+    draw: it may draw, with `force` in every reply; without, only texts are scored, of models that
+        draw nothing.
     style, history: see the module's docstring.
     sentences: weights of a sentence encoder; "": no similarity of sentences.
     protocol: "minigpt-5" asks, decodes and measures as its paper does.
@@ -113,6 +114,7 @@ class MMDialog(MeasuredDrawing):
 
     split: str = "test"
     draw: bool = True
+    force: bool = False
     style: str = "plain"
     history: str = "all"
     sentences: str = ""
@@ -142,7 +144,8 @@ class MMDialog(MeasuredDrawing):
 
     @property
     def reply(self):
-        return {"mode": "both" if self.draw else "text", "rounds": 0}
+        drawing = "both" if self.force else ""
+        return {"mode": drawing if self.draw else "text", "rounds": 0}
 
     # ---- questions
 

@@ -169,10 +169,10 @@ def test_of_models_that_draw_nothing(root, tmp_path):
 
 
 def test_without_networks(root, tmp_path):
-    """Text scores alone; a model that has to be told writes and draws."""
+    """Text scores alone; a model that can be told to draw is not, here."""
     model = Talker({id: ("nice", False) for id in ("0_1", "0_2", "0_3", "1_1", "1_2")})
     model.modes = ("text", "image", "both")
     result = run("mmdialog", root, tmp_path / "out", model)
-    assert model.asked["0_1"].mode == "both"
+    assert model.asked["0_1"].mode == ""
     assert next(iter(result.scores)) == "100 x BLEU-1"
     assert "100 x MM-Relevance" not in result.scores
