@@ -122,6 +122,7 @@ class MMDialog(MeasuredDrawing):
 
     title: ClassVar[str] = "MMDialog, the next turn"
     scored_by: ClassVar[tuple[str, ...]] = (*MeasuredDrawing.scored_by, "sentences")
+    without_intervals: ClassVar[str] = "only means over dialogues and CLIP's means have intervals"
     files: ClassVar[tuple[File, ...]] = (
         File("test/conversations.json", "dialogues, or test/test_conversations.txt", _SOURCE),
         File("test", "the images, MEDIA_KEY.jpg", _SOURCE),
