@@ -136,7 +136,7 @@ class Asking:
             self._failed(request, error)
             bar.update()
 
-        # A model that decides on its own what it writes has no modes.
+        # A model that can't be told what to write has no modes.
         told = self.task.reply["mode"] in getattr(self.model, "modes", ())
         asked = self.task.reply if told else {}
         requests = []

@@ -80,8 +80,8 @@ def checked(request: Request) -> Request:
             raise ValueError("a text has half of a surrogate pair (\\ud800 … \\udfff)") from None
     if len(request.prompt) > LONGEST:
         raise ValueError(f"the prompt has {len(request.prompt)} characters, at most {LONGEST}")
-    if request.literal and request.before:
-        raise ValueError("a literal prompt has no turns before it")
+    if request.literal and (request.before or request.video):
+        raise ValueError("a literal prompt has no turns before it, and no video")
     if not (request.prompt.strip() or request.images or request.video):
         raise ValueError("the prompt is empty")
     if not all(isinstance(path, str) and path for path in request.images):
@@ -296,15 +296,16 @@ def as_sample(
     text = place(request, lead)
     if request.think and think is not None:
         text = think(text)
+    where = kinds.Files(os.path.abspath(os.sep), frames)  # a user may name any file
+    if request.literal:  # what looks like a marker in it isn't one, but for <image>
+        refs = tuple(where.image(os.path.abspath(path)) for path in request.images)
+        return Sample(request.id, "", ((SOURCE, text),), refs).checked(max(len(refs), 1))
     paths = [*request.images, *([request.video] if request.video else ())]
     turns = [{"from": role, "value": said} for role, said in (*request.before, ("user", text))]
     record = {"id": request.id, "conversations": turns}
     if paths:
         record["image"] = [os.path.abspath(path) for path in paths]
-    where = kinds.Files(os.path.abspath(os.sep), frames)  # a user may name any file
     made = kinds.build(record, "", where, np.random.default_rng(0))
-    if request.literal:
-        made = dataclasses.replace(made, turns=((SOURCE, made.turns[-1][1]),))
     return made.checked(max(len(made.images), 1))
 
 

@@ -70,9 +70,12 @@ def test_a_literal_prompt_is_a_source(tmp_path):
     """Which no chat template is put around, see `data/chat_templates.py`."""
     image = tmp_path / "1.png"
     Image.new("RGB", (8, 8)).save(image)
-    request = Request("1", "Human:<image> Draw.", (str(image),), literal=True)
+    text = "Human:<Img><image></Img> Draw."
+    request = Request("1", text, (str(image),), literal=True)
     made = as_sample(request)
-    assert made.turns == (("source", "Human:<image> Draw."),) and len(made.images) == 1
+    assert made.turns == (("source", text),) and made.images[0].path == str(image)
+    with pytest.raises(BadSample, match="1 markers, 2 images"):
+        as_sample(dataclasses.replace(request, images=request.images * 2))
     with pytest.raises(ValueError, match="no turns before"):
         as_sample(dataclasses.replace(request, before=(("system", "Hello."),)))
 

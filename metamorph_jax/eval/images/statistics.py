@@ -108,11 +108,9 @@ def read_gaussian(path: str | os.PathLike, size: int | None = None, whole=False)
         with np.load(files.regular(path), allow_pickle=False) as found:
             mean, covariance = (np.asarray(found[name], np.float64) for name in ("mu", "sigma"))
             count = int(found["count"]) if "count" in found else len(mean) + 1
-            own = int(found["size"]) if "size" in found else asked[0]
-            own = (
-                own,
-                bool(found["whole"]) if "whole" in found else "size" not in found and asked[1],
-            )
+            own = asked
+            if "size" in found:
+                own = int(found["size"]), "whole" in found and bool(found["whole"])
     except _DAMAGED as error:
         raise FileError(f"{files.shown(path)} is not a file of statistics (.npz with mu and sigma):"
                         f" {files.shown(error)}") from error  # fmt: skip

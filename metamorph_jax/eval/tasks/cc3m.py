@@ -8,10 +8,11 @@ are dead, and every paper scores what it could fetch: rows whose image is not th
 and how many is printed.
 
 FID is to all images in `val`. `protocol=minigpt-5` does as that paper (Zheng et al. 2023, arXiv
-2310.02239): the bare caption is the prompt, text is sampled, FID is at a short side of 256 px
-without a cut, the inception score of images in full size. Its published code counts no image that
-was not drawn; here both means are given. It reads images through another resize (TensorFlow 1's, in
-torchmetrics; ours is pytorch-fid's), and the deviation of its inception score is that of a sample.
+2310.02239): the bare caption is the prompt, the model decides whether it draws, text is sampled,
+FID is at a short side of 256 px without a cut, the inception score of images in full size. Its
+published code leaves out what was not drawn; here both means are given. It reads images through
+another resize (TensorFlow 1's, in torchmetrics; ours is pytorch-fid's), and the deviation of its
+inception score is that of a sample.
 """
 
 import dataclasses
@@ -49,7 +50,9 @@ class CC3M(CaptionDrawing):
         File("val", "the images", _SOURCE),
     )
     protocols: ClassVar = {
-        "minigpt-5": Protocol({"prompt": "{caption}", "literal": True, **MEASURED}, DECODED)
+        "minigpt-5": Protocol(
+            {"prompt": "{caption}", "literal": True, "force": False, **MEASURED}, DECODED
+        )
     }
 
     def captions(self) -> list[Caption]:

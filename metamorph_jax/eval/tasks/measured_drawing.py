@@ -26,6 +26,8 @@ class MeasuredDrawing(Task):
     """Attributes:
     inception, tower, clip, fid_size, fid_64, prefix, statistics, fid_whole, full_score: see
         `measures.Measures`.
+    force: a model that can be told to begins its reply with an image; otherwise it decides whether
+        it draws, and a reply without an image is a failure.
     """
 
     inception: str = ""
@@ -37,6 +39,7 @@ class MeasuredDrawing(Task):
     statistics: str = ""
     fid_whole: bool = False
     full_score: bool = False
+    force: bool = True
 
     form: ClassVar[str] = "draw"
     max_new_tokens: ClassVar[int] = 256
@@ -57,6 +60,10 @@ class MeasuredDrawing(Task):
     @property
     def main(self) -> str:
         return self.asked.fid
+
+    @property
+    def reply(self):
+        return {"mode": "image" if self.force else "", "rounds": 0}
 
     # ---- for tasks to change
 

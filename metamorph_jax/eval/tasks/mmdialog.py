@@ -105,12 +105,16 @@ STYLES = {
 class MMDialog(MeasuredDrawing):
     """Attributes:
     split: test, valid or train.
+    draw: it may draw, with `force` in every reply; without, only texts are scored, of models that
+        draw nothing.
     style, history: see the module's docstring.
     sentences: weights of a sentence encoder; "": no similarity of sentences.
     protocol: "minigpt-5" asks, decodes and measures as its paper does.
     """
 
     split: str = "test"
+    draw: bool = True
+    force: bool = False
     style: str = "plain"
     history: str = "all"
     sentences: str = ""
@@ -118,6 +122,7 @@ class MMDialog(MeasuredDrawing):
 
     title: ClassVar[str] = "MMDialog, the next turn"
     scored_by: ClassVar[tuple[str, ...]] = (*MeasuredDrawing.scored_by, "sentences")
+    without_intervals: ClassVar[str] = "only means over dialogues and CLIP's means have intervals"
     files: ClassVar[tuple[File, ...]] = (
         File("test/conversations.json", "dialogues, or test/test_conversations.txt", _SOURCE),
         File("test", "the images, MEDIA_KEY.jpg", _SOURCE),
@@ -135,8 +140,13 @@ class MMDialog(MeasuredDrawing):
         return f"100 x {replies.RELEVANCE if self.clip else replies.BLEU[0]}"
 
     @property
+    def form(self) -> str:
+        return "draw" if self.draw else "generate"
+
+    @property
     def reply(self):
-        return {"mode": "both", "rounds": 0}
+        drawing = "both" if self.force else ""
+        return {"mode": drawing if self.draw else "text", "rounds": 0}
 
     # ---- questions
 

@@ -92,7 +92,7 @@ class Narration(Task):
             in "2+4".
         context: what the model reads of the steps before, one of `CONTEXTS`.
         seen: it sees the frame of the step, too.
-        draw: it may draw.
+        draw: it may draw; force: then, a model that can be told to draws in every reply.
         style: one of `STYLES`.
         tokenizer: "ptb" (needs Java, as METEOR does) or "python", see `scorers/captions.py`.
         sentences: weights of a sentence encoder; "": no similarity of sentences.
@@ -105,6 +105,7 @@ class Narration(Task):
     context: str = "all"
     seen: bool = False
     draw: bool = False
+    force: bool = True
     style: str = "plain"
     tokenizer: str = "ptb"
     sentences: str = ""
@@ -114,7 +115,9 @@ class Narration(Task):
     max_new_tokens: ClassVar[int] = 256
     scored_by: ClassVar[tuple[str, ...]] = ("tokenizer", "sentences")
     files: ClassVar[tuple[File, ...]] = VIST_FILES
-    protocols: ClassVar = {"minigpt-5": Protocol({"split": "val", "style": "hashes"}, DECODED)}
+    protocols: ClassVar = {
+        "minigpt-5": Protocol({"split": "val", "style": "hashes", "force": False}, DECODED)
+    }
 
     def __post_init__(self):
         one_of(self, split=sets.SPLITS, context=CONTEXTS, style=STYLES,
@@ -128,7 +131,8 @@ class Narration(Task):
 
     @property
     def reply(self):
-        return {"mode": "both" if self.draw else "text", "rounds": 0}
+        drawing = "both" if self.force else ""
+        return {"mode": drawing if self.draw else "text", "rounds": 0}
 
     @property
     def main(self) -> str:

@@ -114,7 +114,7 @@ class StoryDrawing(MeasuredDrawing):
         "minigpt-5": Protocol({
             "split": "val", "frames": "all", "history": "true", "literal": True, "mark": TAGGED,
             "prompt": MINIGPT5 % "Generate an image with the scene description: {caption}",
-            "story_fid": True, **MEASURED,
+            "story_fid": True, "force": False, **MEASURED,
         }, DECODED),
     }  # fmt: skip
     clips: ClassVar[bool] = False

@@ -71,6 +71,14 @@ def test_questions(root, capsys):
         list(task.questions())
 
 
+def test_who_decides_whether_there_is_an_image(root, tmp_path):
+    """The task, of a model that can be told; with the paper's protocol, the model."""
+    for spec, mode in (("cc3m", "image"), ("cc3m:protocol=minigpt-5", "")):
+        painter = Painter(modes=("text", "image", "both"))
+        run(spec, root, tmp_path, painter)
+        assert {request.mode for request in painter.asked} == {mode}
+
+
 def test_scores(root, stand_ins, tmp_path):
     """FID to all images of the folder; failures count; the score is of images in full size."""
     spec, out = "cc3m:protocol=minigpt-5,inception=x,clip=y,fid_size=16", tmp_path / "out"

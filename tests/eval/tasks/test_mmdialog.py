@@ -14,6 +14,7 @@ from metamorph_jax.eval.scorers import replies
 from metamorph_jax.eval.tasks import mmdialog
 from metamorph_jax.sampling.results import ImagePart, Reply, TextPart
 
+from . import scripted
 from .painter import INCEPTION, Clip, run
 
 
@@ -149,11 +150,29 @@ def test_scores(root, monkeypatch, tmp_path):
     assert rows[1]["text"] == "a sea" and rows[1]["true_image"].endswith("22.jpg")
 
 
+def test_an_image_that_can_t_be_read_is_no_element(root, capsys):
+    """It counts neither as missing nor as extra; which one it is, is printed."""
+    good, bad = root / "test" / "-1.jpg", root / "test" / "22.jpg"
+    bad.write_bytes(good.read_bytes()[:40])
+    drawn, real = [str(good), str(good), ""], [str(good), str(bad), str(good)]
+    compare = lambda *both: mmdialog._of_images(Clip(), *both)  # noqa: E731
+    found = replies.elements(compare, drawn, real)
+    assert found == [pytest.approx(1), None, "missing"]
+    assert replies.relevance(found) == pytest.approx(2 / 3)
+    assert "22.jpg can't be compared" in capsys.readouterr().err
+
+
+def test_of_models_that_draw_nothing(root, tmp_path):
+    model = scripted.Scripted(dict.fromkeys(("0_1", "0_2", "0_3", "1_1", "1_2"), "nice"))
+    result = run("mmdialog:draw=false", root, tmp_path / "out", model)
+    assert result.scores["images, % of replies"] == 0 and "100 x BLEU-1" in result.scores
+
+
 def test_without_networks(root, tmp_path):
-    """Text scores alone; a model that has to be told writes and draws."""
+    """Text scores alone; a model that can be told to draw is not, here."""
     model = Talker({id: ("nice", False) for id in ("0_1", "0_2", "0_3", "1_1", "1_2")})
     model.modes = ("text", "image", "both")
     result = run("mmdialog", root, tmp_path / "out", model)
-    assert model.asked["0_1"].mode == "both"
+    assert model.asked["0_1"].mode == ""
     assert next(iter(result.scores)) == "100 x BLEU-1"
     assert "100 x MM-Relevance" not in result.scores
