@@ -12,6 +12,7 @@ halves of guidance look at the same images (MM-Interleaved).
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -19,13 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from metamorph_jax import sharding
 from metamorph_jax.models.diffusion import schedule as sch
 from metamorph_jax.models.diffusion.dit import DiT, DiTConfig, depth_to_space, space_to_depth
 from metamorph_jax.models.diffusion.samplers import Sampler
 from metamorph_jax.models.diffusion.schedule import Schedule
 from metamorph_jax.models.diffusion.unet import UNet, UNetConfig
 from metamorph_jax.models.diffusion.unet_mmfs import UNetMMFS, UNetMMFSConfig
-from metamorph_jax.models.diffusion.vae import AutoencoderKL, VAEConfig
+from metamorph_jax.models.diffusion.vae import AutoencoderKL, Posterior, VAEConfig
 from metamorph_jax.types import Batch, Conditioning
 
 
@@ -94,6 +96,19 @@ class DiffusionConfig:
 _DENOISERS = {UNetConfig: UNet, DiTConfig: DiT, UNetMMFSConfig: UNetMMFS}
 
 
+# Four images of 512 x 512: at its first levels, an autoencoder takes half a gigabyte for one.
+_PIXELS_AT_ONCE = 2**20
+
+
+def _turns(images: int, pixels: int) -> int:
+    """In how many turns images of so many pixels each are encoded; it divides those of a device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty else math.prod(mesh.shape[a] for a in sharding.BATCH_AXES)
+    own = images // shards if images % shards == 0 else images
+    most = max(_PIXELS_AT_ONCE // pixels, 1)
+    return next(n for n in range(-(-own // most), own + 1) if own % n == 0) if own > most else 1
+
+
 class Statistics(nnx.Variable):
     """Constants measured on the data: part of the state, but never trained."""
 
@@ -133,9 +148,26 @@ class DiffusionDecoder(nnx.Module):
         x = images.astype(jnp.float32) / 127.5 - 1.0
         if self.vae is None:
             return (x - self.pixel_mean[...]) * self.pixel_scale[...]
-        posterior = self.vae.encode(x)
+        posterior = self._posterior(x)
         z = posterior.sample(jax.random.normal(key, posterior.mean.shape))
         return jax.lax.stop_gradient(z * self.cfg.vae.scaling_factor)
+
+    def _posterior(self, x) -> Posterior:
+        """`vae.encode` of all images, of which a device has `_PIXELS_AT_ONCE` in work at a time."""
+        n = _turns(len(x), math.prod(x.shape[1:3]))
+        if n == 1:
+            return self.vae.encode(x)
+        graph, state = nnx.split(self.vae)
+        # Image k has turn k % n, so that every device keeps its own.
+        turns = jnp.moveaxis(x.reshape(-1, n, *x.shape[1:]), 1, 0)
+        turns = sharding.constrain(turns, None, "act_batch", None, None, None)
+
+        def one(x):
+            posterior = nnx.merge(graph, state).encode(x)
+            return posterior.mean, posterior.logvar
+
+        parts = jax.lax.map(one, turns)
+        return Posterior(*(jnp.moveaxis(y, 0, 1).reshape(len(x), *y.shape[2:]) for y in parts))
 
     def decode(self, x):
         """The inverse of `encode`: float32[B, h, w, 3] in [0, 1]."""

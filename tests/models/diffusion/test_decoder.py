@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from metamorph_jax.models import build
+from metamorph_jax.models.diffusion import decoder as decoder_module
 from metamorph_jax.models.diffusion.decoder import (
     DiffusionConfig,
     DiffusionDecoder,
@@ -230,3 +232,27 @@ def test_encoded_images_are_taken_as_they_are(monkeypatch):
     t = jnp.asarray([0, 999])
     at = model.losses_at(x0, noise, t, condition)[0]
     np.testing.assert_allclose(at, 0.25 * cfg.schedule.alphas_cumprod[np.asarray(t)], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("images", "turns"), [(3, 1), (4, 1), (5, 5), (8, 2), (12, 3), (14, 7)])
+def test_images_are_encoded_in_turns(images, turns):
+    """Of 512 x 512 pixels, four at a time; of small ones, all at once."""
+    assert decoder_module._turns(images, 512 * 512) == turns
+    assert decoder_module._turns(images, 64 * 64) == 1
+
+
+def test_encoding_in_turns_changes_no_number(monkeypatch):
+    """It takes the memory of a turn, and each image has its own noise as before."""
+    unet = UNetConfig.tiny()
+    model = DiffusionDecoder(DiffusionConfig(unet, VAEConfig.tiny()), rngs=build.rngs(0))
+    graph, state = nnx.split(model)
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
+    found, memory = [], []
+    for most in (2**20, 2 * 32 * 32):
+        monkeypatch.setattr(decoder_module, "_PIXELS_AT_ONCE", most)
+        encode = lambda state, x: nnx.merge(graph, state).encode(x, jax.random.key(3))  # noqa: E731
+        program = jax.jit(encode).lower(state, pixels).compile()
+        found.append(program(state, pixels))
+        memory.append(program.memory_analysis().temp_size_in_bytes)
+    np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-6)
+    assert memory[1] < 0.6 * memory[0]
