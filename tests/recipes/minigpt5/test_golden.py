@@ -14,6 +14,10 @@ from metamorph_jax.models.diffusion import schedule as sch
 from metamorph_jax.models.diffusion.vae import Posterior
 from metamorph_jax.models.interleave import place_visual
 from metamorph_jax.recipes import minigpt5 as recipe
+from metamorph_jax.recipes.minigpt5.decoding import VokenPolicy
+from metamorph_jax.sampling.cached_llm import take_over
+from metamorph_jax.sampling.loop import Loop
+from metamorph_jax.sampling.policy import TextPolicy
 from metamorph_jax.train.state import trained_filter
 from tests.recipes.minigpt5 import golden, reference
 
@@ -212,4 +216,48 @@ def test_splice(name, golden_root):
     close(embeds, case["out.inputs_embeds"])
     np.testing.assert_array_equal(labels, case["out.labels"])
     np.testing.assert_array_equal(real, case["out.attention_mask"])
+    case.check_all_read()
+
+
+# ---- decoding
+
+
+@pytest.mark.parametrize("name", ["generate_forced"])
+def test_generation(name, golden_root):
+    """The states of every step, and what the image is drawn from, with its null condition. The
+    reference reads all vokens in one step, which is the second one."""
+    case = golden.Case(golden_root, name)
+    cfg, model = of_system(golden_root, case.about["weights"].removesuffix(".safetensors"))
+    graph, rest = nnx.split(model)
+    llm, kept = take_over(nnx.merge(graph, rest).llm)
+    loop = Loop(llm, kept, keeps_states=True)
+    first, *_, placeholder = reference.voken_and_placeholder(cfg)
+    policy = VokenPolicy(TextPolicy(), first, cfg.vokens, llm.cfg.width)
+
+    fast = functools.partial(jax.jit, compiler_options=FAST)
+    visual = fast(lambda x: model.project(model.visual_features(x)))(
+        np.moveaxis(case["in.image"], 1, -1)
+    )
+    bos, *reply = case["out.sequence"].tolist()
+    (ids,) = case["in.prompt_ids"]
+    (at,) = np.flatnonzero(ids == placeholder)
+    before, after = loop.embed(np.array([bos, *ids[:at]])), loop.embed(ids[at + 1 :])
+    prompt = np.concatenate([before, np.asarray(visual[0]), after])
+
+    assert reply[0] == first
+    forced = [first, *[-1] * (cfg.vokens - 1), *reply[1:]]
+    state = loop.prefill([prompt], len(forced), policy, forced_ids=np.array([forced]))
+    state = loop.advance(state, policy)
+    (result,) = loop.results(state, policy)
+    steps = len([key for key in case.arrays if key.startswith("out.step")])
+    wanted = np.concatenate([case[f"out.step{k}_last_hidden"][0] for k in range(steps)])
+    assert int(state.length[0]) == len(wanted)
+    close(np.asarray(state.states)[0, : len(wanted)], wanted)
+    image, text = result.segments
+    assert image.complete and text.ids.tolist() == reply[1:]
+    draws = fast(lambda x: (model.mapper(x).context, model.mapper.null_condition().context))
+    condition, null = draws(image.features[None])
+    close(condition, case["out.prompt_embeds"])
+    close(null, case["out.negative_prompt_embeds"])
+    assert cfg.sampling.guidance == case.about["guidance_scale"]
     case.check_all_read()
