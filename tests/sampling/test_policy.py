@@ -35,7 +35,7 @@ def emitted(policy, rows):
 
 
 def test_a_row_ends_at_ids_one_after_another():
-    """`4 5` and `8 1 1` end one; `5 4`, `4 6 5` or a 4 of the prompt do not; an eos id does."""
+    """`4 5`, `8 1 1` and an eos id end a row; `5 4`, `4 6 5` or a 4 of the prompt don't."""
     rows = [[5, 1, 4, 5], [5, 4, 6, 5], [4, 4, 5, 9], [1, 7, 4, 6], [9, 8, 1, 1], [8, 1, 6, 1]]
     for penalty in (1.0, 1.5):
         policy = StoppingPolicy(eos=(7,), stops=((4, 5), (8, 1, 1)), repetition_penalty=penalty)

@@ -247,12 +247,11 @@ class VokenGenerator(Generator):
         if options.beams > 1 or mode == "text":
             eos = {*policy.text.eos, *self.vokens, self.vokens[-1] + 1}
             return dataclasses.replace(policy.text, eos=tuple(sorted(eos)))
+        if mode != "both":
+            return dataclasses.replace(policy, mode=mode)
         # An image that is asked for is whole, if the budget has room for one.
-        room = max(self.budget(options) - len(self.vokens), 0)
-        return dataclasses.replace(
-            policy, mode=mode, rounds=rounds if mode == "both" else 0,
-            turn_tokens=min(self.turn_tokens, room),
-        )  # fmt: skip
+        turn = min(self.turn_tokens, max(self.budget(options) - len(self.vokens), 0))
+        return dataclasses.replace(policy, mode=mode, rounds=rounds, turn_tokens=turn)
 
     def _policy(self, text: TextPolicy) -> VokenPolicy:
         text = stopping(text, self.prompts.chat.stops)
