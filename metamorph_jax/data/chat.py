@@ -342,14 +342,16 @@ class Chat:
         specials = [k for k, (piece, _) in enumerate(after) if isinstance(piece, Special)]
         if closed and specials:
             after = after[specials[-1] + 1 :]
-        elif closed:
-            (rest, supervised), *later = after
-            after = [(rest.removeprefix(self.template.stop), supervised), *later]
+        elif closed:  # what closes it is a text, which decides how the next one begins
+            (rest, _), *later = after
+            stop = self.template.stop
+            after = [(f"a{stop}", True), (rest.removeprefix(stop), False), *later]
         ids: list[int] = []
         text = self.template.with_images("user", text)
         user = fill(self.template.row("user"), text, self.system or "")
-        self._write(ids, [*after, *user, *fill(row, "")])
-        return np.array(ids, np.int32)
+        learnt = self._write(ids, [*after, *user, *fill(row, "")])
+        before = learnt[0].stop if closed and not specials else 0
+        return np.array(ids[before:], np.int32)
 
     def question(self, text: str, images: int = 0) -> np.ndarray:
         """int32[n]: prompt of one question, its images in front on a line of their own."""

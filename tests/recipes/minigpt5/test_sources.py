@@ -539,3 +539,19 @@ def test_answers_one_by_one(tmp_path):
     alone = chat.conversation(good[0].turns)
     assert whole.ids.tolist() == alone.ids.tolist()
     assert whole.labels.tolist() == alone.labels.tolist()
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_legacy.json"])
+def test_a_chat_goes_on_with_the_ids_of_a_dialogue(file, golden_root):
+    """What was read and written, and the next question, are what a prompt of all of it holds."""
+    from transformers import PreTrainedTokenizerFast
+
+    path = str(golden_root / "llava/tokenizer" / file)
+    names = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    chat = Chat(PreTrainedTokenizerFast(tokenizer_file=path, **names), "vokens")
+    turns = [("user", f"{IMAGE} hello"), ("assistant", f"nice {IMAGE}"), ("user", "and now?")]
+    encoded = chat.conversation(turns[:2])
+    written = encoded.ids[encoded.labels != -100].tolist()
+    assert chat.is_closed(np.array(written))
+    read = [*chat.prompt(turns[:1]).tolist(), *written, *chat.next_prompt(turns[2][1], True)]
+    assert read == chat.prompt(turns).tolist()
