@@ -27,12 +27,10 @@ from metamorph_jax.errors import FileError
 from metamorph_jax.eval.images.features import ImageSet
 from metamorph_jax.eval.tasks.base import File, Protocol
 from metamorph_jax.eval.tasks.coco_drawing import Caption, CaptionDrawing
+from metamorph_jax.eval.tasks.measured_drawing import DECODED, MEASURED
 from metamorph_jax.files import shown
 
 _SOURCE = "ai.google.com/research/ConceptualCaptions; images by their addresses"
-# How MiniGPT-5's published code measures and decodes.
-MEASURED = {"fid_whole": True, "full_score": True}
-DECODED = {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 2.0, "guidance": (7.5,)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,9 @@ from metamorph_jax.eval.images import measures
 from metamorph_jax.eval.tasks.base import Answer, Question, Record, Task, write_json
 from metamorph_jax.files import shown
 
+# How MiniGPT-5's published code (arXiv 2310.02239) measures and decodes, for its protocols.
+MEASURED = {"fid_whole": True, "full_score": True}
+DECODED = {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 2.0, "guidance": (7.5,)}
 MEASURES = tuple(field.name for field in dataclasses.fields(measures.Measures))
 
 

@@ -46,8 +46,7 @@ from metamorph_jax.eval.tasks.base import (
     write_json,
     write_json_lines,
 )
-from metamorph_jax.eval.tasks.cc3m import DECODED, MEASURED
-from metamorph_jax.eval.tasks.measured_drawing import MeasuredDrawing
+from metamorph_jax.eval.tasks.measured_drawing import DECODED, MEASURED, MeasuredDrawing
 from metamorph_jax.files import shown
 
 _SOURCE = "github.com/victorsungo/MMDialog, by request"

@@ -36,7 +36,7 @@ from metamorph_jax.eval.tasks.base import (
     one_of,
     write_json,
 )
-from metamorph_jax.eval.tasks.cc3m import DECODED
+from metamorph_jax.eval.tasks.measured_drawing import DECODED
 from metamorph_jax.eval.tasks.stories import (
     MINIGPT5,
     TAGGED,

@@ -57,8 +57,7 @@ from metamorph_jax.eval.tasks.base import (
     one_of,
     write_json,
 )
-from metamorph_jax.eval.tasks.cc3m import DECODED, MEASURED
-from metamorph_jax.eval.tasks.measured_drawing import MeasuredDrawing
+from metamorph_jax.eval.tasks.measured_drawing import DECODED, MEASURED, MeasuredDrawing
 
 MINIGPT5 = (
     "Give the following images in <Img>ImageContent</Img> format. You will be able to see the "
