@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -20,6 +21,7 @@ from metamorph_jax.errors import CheckpointError, UserError
 from metamorph_jax.files import shown
 from metamorph_jax.models import build
 from metamorph_jax.models.llm.llama import Llama
+from metamorph_jax.models.lora import LoraLinear
 from metamorph_jax.nn.quantized import METHODS
 from metamorph_jax.sampling.generator import Generator
 from metamorph_jax.sampling.llm_weights import kernel_dtype
@@ -150,6 +152,9 @@ def generation_mesh(shape: Mapping[str, int] | None, trained: Mapping[str, int])
 def reading(recipe, cfg, weights: str, name: str):
     """(dtype by name of a weight, `pack` of `load.load_model`).
 
+    Kernels of all other parts are kept in the dtype that they are computed in, which changes no
+    number; so they are float32 where a part, or a layer of it, computes in that.
+
     Raises:
         UserError: the model has no language model.
     """
@@ -161,4 +166,23 @@ def reading(recipe, cfg, weights: str, name: str):
     kept = kernel_dtype(llm.cfg, weights)
     kernels = re.compile(rf"{re.escape(prefix)}\.(layers\..*|lm_head)\.kernel")
     pack = (weights, rf"{re.escape(prefix)}\.layers\..*") if weights in METHODS else None
-    return (lambda leaf: kept if kernels.fullmatch(leaf) else None), pack
+    others = {} if weights == "float32" else _computed_in(outline, f"{prefix}.layers.")
+    return (lambda leaf: kept if kernels.fullmatch(leaf) else others.get(leaf)), pack
+
+
+def _computed_in(outline: nnx.Module, but: str) -> dict:
+    """Name of a kernel -> the dtype that its layer casts it to, where that is the smaller one.
+
+    Args:
+        but: beginning of the names of layers that are left out.
+    """
+    found = {}
+    for path, layer in nnx.iter_modules(outline):
+        name = ".".join(map(str, (*path, "kernel")))
+        if not isinstance(layer, (nnx.Linear, nnx.Conv)) or layer.dtype is None:
+            continue
+        if isinstance(layer, LoraLinear) or name.startswith(but):
+            continue
+        if jnp.dtype(layer.dtype).itemsize < jnp.dtype(layer.kernel.dtype).itemsize:
+            found[name] = jnp.dtype(layer.dtype)
+    return found

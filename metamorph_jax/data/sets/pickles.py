@@ -2,17 +2,24 @@
 
 Every name that a pickle asks for must be one of a few, and none of them is the real thing: arrays
 and their types become objects of ours, then lists. Anything else is refused.
+
+    python -m metamorph_jax.data.sets.pickles FILE [FILE …] > ROWS.jsonl
+
+makes JSON lines of pickled lists (or dicts) of records, as CoMM has them.
 """
 
 import ast
 import io
+import json
 import pickle
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from metamorph_jax import files
-from metamorph_jax.errors import FileError
+from metamorph_jax.errors import FileError, UserError
 
 _MAX_BYTES = 2**31
 _MAGIC = b"\x93NUMPY"
@@ -119,3 +126,36 @@ def _as_lists(value):
     if isinstance(value, list | tuple):
         return type(value)(map(_as_lists, value))
     return value
+
+
+def rows(path: str) -> Iterator[str]:
+    """A line of JSON for each record of a pickled list, or dict, of them.
+
+    Raises:
+        FileError: as `plain_pickle`; or it is no such list.
+    """
+    found = plain_pickle(path)
+    records = list(found.values()) if isinstance(found, dict) else found
+    if not isinstance(records, list | tuple) or not all(isinstance(x, dict) for x in records):
+        raise FileError(f"{files.shown(path)} is not a list of records")
+    for k, record in enumerate(records):
+        try:
+            yield json.dumps(record, ensure_ascii=False)
+        except (TypeError, ValueError) as error:
+            raise FileError(f"{files.shown(path)}, record {k}: {files.shown(error)}") from error
+
+
+def main(paths: list[str]) -> int:
+    """Prints the rows of these files; 2 if one can't be read."""
+    try:
+        for path in paths:
+            for row in rows(path):
+                print(row)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,5 +1,5 @@
-"""Files of records with random access: JSON, JSON lines (indexed by byte offset), tar, Parquet,
-ArrayRecord, TFDS.
+"""Files of records with random access: JSON, JSON lines (indexed by byte offset), zips of them,
+tar, Parquet, ArrayRecord, TFDS.
 
 A record is one decoded JSON object, see `schema.py`. `RecordSource` turns record k into a `Sample`.
 """
@@ -14,8 +14,10 @@ from metamorph_jax import files
 from metamorph_jax.data.sources import index_files, shards
 from metamorph_jax.data.sources.base import ImageRef, Sample, images_in_front
 from metamorph_jax.data.sources.kinds import KINDS, Files, Kind, build
+from metamorph_jax.data.sources.lines import json_record
 from metamorph_jax.data.sources.parquet import ParquetRecords
 from metamorph_jax.data.sources.tars import TarRecords
+from metamorph_jax.data.sources.zips import ZippedRecords
 from metamorph_jax.errors import BadSample, DataError, FileError
 
 INDEX_VERSION = 2
@@ -75,7 +77,7 @@ class JsonlRecords:
         return len(self.offsets)
 
     def __getitem__(self, k: int) -> dict:
-        return _record(self.read(k), self.where(k))
+        return json_record(self.read(k), self.where(k))
 
     def read(self, k: int) -> bytes:
         """Line k of those that are not empty."""
@@ -105,15 +107,6 @@ class JsonlRecords:
     def __del__(self):
         if getattr(self, "_fd", None) is not None:
             os.close(self._fd)
-
-
-def _record(data: bytes, where: str) -> dict:
-    try:
-        return files.parse(data, where, dict)
-    except FileError as e:
-        python = data.lstrip().startswith(b"{'")
-        hint = "; it is written with Python's quotes, JSON has double ones" if python else ""
-        raise BadSample("bad_json", f"{e}{hint}") from e
 
 
 def _scan_lines(path: str):
@@ -162,7 +155,7 @@ class ArrayRecords:
             data = self.reader[k]
         except Exception as e:
             raise BadSample("bad_json", f"{self.where(k)} can't be read: {files.shown(e)}") from e
-        return _record(data, self.where(k))
+        return json_record(data, self.where(k))
 
     def where(self, k: int) -> str:
         """File and place of record k."""
@@ -223,7 +216,7 @@ class TfdsRecords:
 
 
 def open_records(path: str, index_dir: str | None = None):
-    """The reader for a path, chosen by its name: .json, .jsonl, .txt, .tar, .parquet, …
+    """The reader for a path, chosen by its name: .json, .jsonl, .txt, .zip, .tar, .parquet, …
 
     A path may stand for several files, see `shards`.
 
@@ -254,10 +247,17 @@ def _open_file(path: str, index_dir: str | None):
         return TarRecords(path, index_dir)
     if path.endswith(".parquet"):
         return ParquetRecords(path)
-    unpack = "; unpack it first" if path.endswith((".zip", ".gz", ".tgz", ".zst")) else ""
+    if path.endswith(".zip"):
+        return ZippedRecords(path, index_dir)
+    if path.endswith((".pkl", ".pickle", ".p")):
+        raise FileError(
+            f"{files.shown(path)} is a pickle, and reading one can run code. This makes JSON lines "
+            "of it and runs nothing: python -m metamorph_jax.data.sets.pickles FILE > ROWS.jsonl"
+        )
+    unpack = "; unpack it first" if path.endswith((".gz", ".tgz", ".zst")) else ""
     raise FileError(
-        f"data file {files.shown(repr(path))}: expected .json, .jsonl, .txt (JSON lines), .tar, "
-        f".parquet, .arrayrecord or tfds:NAME/SPLIT{unpack}"
+        f"data file {files.shown(repr(path))}: expected .json, .jsonl, .txt (JSON lines), .zip of "
+        f"these, .tar, .parquet, .arrayrecord or tfds:NAME/SPLIT{unpack}"
     )
 
 

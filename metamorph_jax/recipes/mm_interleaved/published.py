@@ -110,7 +110,8 @@ def of_checkpoint(spec: str, fields: Mapping) -> tuple[Config, DataConfig] | Non
     """How the published files, or a run that we wrote, are used without a config file; None if they
     are no MM-Interleaved.
 
-    They compute in bfloat16 unless a config.json says float32.
+    Published files compute in bfloat16, but for the autoencoder and the adapter's sampling offsets;
+    a run does as it was trained, language model and tower as its config.json says.
 
     Args:
         spec: "hf:OWNER/NAME" or a folder.
@@ -120,11 +121,8 @@ def of_checkpoint(spec: str, fields: Mapping) -> tuple[Config, DataConfig] | Non
         where = folder_of(hf.find(spec))
         if not _has_published_names(where):
             return None
-        vision = dataclasses.replace(PUBLISHED.vision, dtype="bfloat16")
-        cfg = dataclasses.replace(
-            PUBLISHED, weights=spec, tokenizer=_tokenizer_of(where), vision=vision, dtype="bfloat16"
-        )
-        return cfg, DataConfig(row=_row(_PUBLISHED_ROW))
+        cfg = dataclasses.replace(PUBLISHED, weights=spec, tokenizer=_tokenizer_of(where))
+        return computing_in(cfg, "bfloat16"), DataConfig(row=_row(_PUBLISHED_ROW))
     if not FAMILY.matches(fields):
         return None
     cfg = config_from_hf(fields, export.computing_dtype(fields))
@@ -133,6 +131,17 @@ def of_checkpoint(spec: str, fields: Mapping) -> tuple[Config, DataConfig] | Non
     length = min(llm_config(cfg).max_positions, export.LONGEST)
     template = recognised(specs.tokenizer(spec)) if there else None
     return cfg, DataConfig(row=_row({"length": length} | (template or {})))
+
+
+def computing_in(cfg: Config, dtype: str) -> Config:
+    """The config with all parts but the autoencoder computing in this dtype."""
+    own = lambda part: dataclasses.replace(part.resampler, dtype=dtype)  # noqa: E731
+    vision = dataclasses.replace(cfg.vision, dtype=dtype, resampler=own(cfg.vision))
+    context = dataclasses.replace(cfg.context, resampler=own(cfg.context))
+    unet = dataclasses.replace(cfg.decoder.denoiser.unet, dtype=dtype)
+    denoiser = dataclasses.replace(cfg.decoder.denoiser, unet=unet)
+    decoder = dataclasses.replace(cfg.decoder, denoiser=denoiser)
+    return dataclasses.replace(cfg, dtype=dtype, vision=vision, context=context, decoder=decoder)
 
 
 PUBLISHED = Config()  # what the published files are

@@ -1,11 +1,12 @@
 """Pickles with arrays are read as lists; nothing in one is run."""
 
+import json
 import pickle
 
 import numpy as np
 import pytest
 
-from metamorph_jax.data.sets.pickles import plain_npy, plain_pickle
+from metamorph_jax.data.sets.pickles import main, plain_npy, plain_pickle
 from metamorph_jax.errors import FileError
 
 
@@ -50,3 +51,18 @@ def test_what_would_run_is_refused(tmp_path, capsys):
     with pytest.raises(FileError, match="y.npy is not a .npy file"):
         plain_npy(tmp_path / "y.npy")
     assert capsys.readouterr().out == ""
+
+
+def test_rows_of_pickled_records(tmp_path, capsys):
+    """As JSON lines; what is not such a list, or would run, is named."""
+    made = {"list.pkl": [{"a": "\u00e9"}, {"a": np.arange(2)}], "dict.pkl": {"x": {"a": 1}},
+            "evil.pkl": [{"a": Evil()}], "odd.pkl": [1], "bytes.pkl": [{"a": b"x"}]}  # fmt: skip
+    for name, value in made.items():
+        (tmp_path / name).write_bytes(pickle.dumps(value))
+    assert main([str(tmp_path / "list.pkl"), str(tmp_path / "dict.pkl")]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert rows == [{"a": "\u00e9"}, {"a": [0, 1]}, {"a": 1}]
+    for name, why in (("evil", "builtins.print"), ("odd", "not a list"), ("bytes", "record 0")):
+        assert main([str(tmp_path / f"{name}.pkl")]) == 2
+        told = capsys.readouterr()
+        assert why in told.err and f"{name}.pkl" in told.err and told.out == ""

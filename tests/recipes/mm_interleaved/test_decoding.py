@@ -1,5 +1,9 @@
 """What rows write and draw, by the loop that all recipes share."""
 
+import dataclasses
+import re
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,13 +12,19 @@ from PIL import Image
 
 from metamorph_jax.data.config import DataConfig, RowConfig
 from metamorph_jax.errors import UserError
+from metamorph_jax.models import build
+from metamorph_jax.models.diffusion.decoder import DiffusionConfig
+from metamorph_jax.models.diffusion.vae import VAEConfig
 from metamorph_jax.recipes import mm_interleaved as recipe
 from metamorph_jax.recipes.mm_interleaved.decoding import DrawingPolicy
+from metamorph_jax.recipes.mm_interleaved.published import computing_in
+from metamorph_jax.sampling import trained
 from metamorph_jax.sampling.generator import Drawn, Options
 from metamorph_jax.sampling.policy import Model, Step, TextPolicy
 from metamorph_jax.sampling.requests import Request
 from metamorph_jax.sampling.results import ImagePart
 from metamorph_jax.sampling.segments import BROKEN, NOTHING
+from metamorph_jax.sharding import make_mesh
 from metamorph_jax.types import TEXT, Batch, Images
 from tests.recipes.mm_interleaved.tiny import TINY, P, fast, make
 
@@ -176,3 +186,39 @@ def test_an_image_alone(generator, image):
     # No room for the tokens of an image: it is cut off, and not drawn.
     (cut,) = generator.generate(asked[:1], Options(P))
     assert [part.complete for part in cut.segments] == [False] and not cut.images
+
+
+def test_parts_are_kept_as_they_compute():
+    """Beside the language model, too: in bfloat16 with the same numbers. The adapter's sampling
+    offsets, the autoencoder, norms and biases stay float32."""
+    cfg = computing_in(TINY, "bfloat16")
+    denoiser = cfg.decoder.denoiser
+    unet = dataclasses.replace(denoiser.unet, in_channels=4, out_channels=4)
+    denoiser = dataclasses.replace(denoiser, unet=unet)
+    cfg = dataclasses.replace(cfg, decoder=DiffusionConfig(denoiser, VAEConfig.tiny()))
+    mesh = make_mesh(devices=jax.devices()[:1])
+    beside, kept = {}, {}
+    for weights in ("float32", "auto", "nf4"):
+        dtype, _ = trained.reading(recipe, cfg, weights, "mm_interleaved")
+        model = build.outline(lambda rngs: recipe.create(cfg, rngs), mesh, dtype)
+        del model.llm
+        leaves = {".".join(map(str, p)): v for p, v in nnx.to_flat_state(nnx.state(model))}
+        kept[weights] = {n for n, v in leaves.items() if v.dtype == jnp.bfloat16}
+        beside[weights] = sum(v.size * v.dtype.itemsize for v in leaves.values())
+    assert kept["auto"] == kept["nf4"] > kept["float32"]
+    assert all(n.endswith(".kernel") for n in kept["auto"])
+    exact = re.compile(r"vision\.adapter\..*\.sampling_offsets\..*|decoder\.vae\..*")
+    assert not any(map(exact.fullmatch, kept["auto"]))
+    names = ("decoder.denoiser.unet.conv_in", "vision.resampler", "context.proj", "vision.key_proj")
+    assert all(any(n.startswith(part) for n in kept["auto"]) for part in names)
+    assert beside["auto"] < 0.85 * beside["float32"]  # the autoencoder is a large part here
+    # A kernel is rounded where it is used, or was before.
+    model = make(cfg)
+    states = jnp.asarray(np.random.default_rng(0).normal(size=(1, 9, 64)), jnp.float32)
+    at = jnp.array([[8]], jnp.int32)
+    graph, values = nnx.split(model.context)
+    rounded = jax.tree_util.tree_map_with_path(
+        lambda path, x: x.astype(jnp.bfloat16) if "kernel" in str(path) else x, values
+    )
+    run = fast(lambda v: nnx.merge(graph, v)(states, at, at * 0).context)
+    np.testing.assert_array_equal(run(values), run(rounded))

@@ -284,8 +284,9 @@ def test_published_files_are_recognised(folder, tmp_path):
     name, cfg, data = families.whole_checkpoint(str(folder))
     assert name == "mm_interleaved" and cfg.weights == str(folder)
     assert cfg.tokenizer == "hf:lmsys/vicuna-13b-v1.3" and data.row.template == "document"
-    assert dataclasses.replace(cfg, weights="", tokenizer="", dtype="float32",
-                               vision=recipe.Config().vision) == recipe.Config()  # fmt: skip
+    assert cfg.dtype == cfg.vision.resampler.dtype == cfg.decoder.denoiser.unet.dtype == "bfloat16"
+    alone = dataclasses.replace(cfg, weights="", tokenizer="")
+    assert published.computing_in(alone, "float32") == recipe.Config()
     for text in ("{}", '{"weight_map": {"lm_head.weight": "a.bin"}}', "[", '{"weight_map": [1]}'):
         (tmp_path / "pytorch_model.bin.index.json").write_text(text)
         assert not families.is_whole_without_config(tmp_path)
