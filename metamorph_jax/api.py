@@ -30,6 +30,9 @@ class Model:
         images: Sequence[str | pathlib.Path | Image.Image] = (),
         *,
         think: bool = False,
+        mode: str = "",
+        rounds: int = 0,
+        literal: bool = False,
         stream: bool = False,
         **options,
     ) -> Reply:
@@ -39,6 +42,9 @@ class Model:
             prompt: text; images stand where it has `<image>`, else before it.
             images: files, or Pillow images.
             think: ask the model to draw the relevant detail first.
+            mode, rounds: "text", "image" or "both", of a model that draws on its own; these and
+                `literal`, a prompt without a chat template around it: see
+                `sampling.requests.Request`.
             stream: print text as it comes.
             options: fields of `sampling.generator.Options`: max_new_tokens, temperature, top_k,
                 top_p, seed, guidance, …
@@ -54,7 +60,9 @@ class Model:
         chosen = Options(**{"batch_size": 1, **options})
         with tempfile.TemporaryDirectory() as folder:
             files = [_file(image, folder, i) for i, image in enumerate(images)]
-            request = checked(Request("0", prompt, tuple(files), think=think))
+            asked = Request("0", prompt, tuple(files), think=think, mode=mode, rounds=rounds,
+                            literal=literal)  # fmt: skip
+            request = checked(asked)
             printer = Stream(self.generator) if stream else None
             (reply,) = self.generator.generate([request], chosen, printer)
         if printer is not None:

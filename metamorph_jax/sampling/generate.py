@@ -26,7 +26,14 @@ import typing
 from metamorph_jax.errors import UserError
 from metamorph_jax.files import shown
 from metamorph_jax.sampling import WEIGHTS
-from metamorph_jax.sampling.requests import Request, check_files, checked, read_requests
+from metamorph_jax.sampling.requests import (
+    MODES,
+    MOST_ROUNDS,
+    Request,
+    check_files,
+    checked,
+    read_requests,
+)
 from metamorph_jax.sampling.results import Output, Reply, Stream, printable
 
 if typing.TYPE_CHECKING:
@@ -51,6 +58,19 @@ def add_arguments(parser) -> None:
     group.add_argument(
         "--think", action="store_true", help="ask the model to draw the relevant detail first"
     )
+    group.add_argument(
+        "--literal", action="store_true",
+        help="prompts are all that the model reads: no chat template is put around them",
+    )  # fmt: skip
+    group.add_argument(
+        "--mode", choices=MODES,
+        help="what to answer with, of a model that draws on its own: text, an image, or both "
+        "(default: the model decides; a line of --prompts may say its own)",
+    )  # fmt: skip
+    group.add_argument(
+        "--rounds", type=int, default=0, metavar="N",
+        help="with --mode both: so many texts and images in turn",
+    )  # fmt: skip
     group.add_argument(
         "--samples", type=int, default=1, metavar="N", help="replies to each prompt (default: 1)"
     )
@@ -158,6 +178,8 @@ def run(args) -> int:
         raise UserError("--decoder draws into files: give --out")
     if args.prompts is not None and (args.image or args.video):
         raise UserError("with --prompts, images are named in the file, not by --image or --video")
+    if args.rounds and (args.mode != "both" or not 1 <= args.rounds <= MOST_ROUNDS):
+        raise UserError(f"--rounds must be 1 to {MOST_ROUNDS}, and goes with --mode both")
     many = args.prompts is not None or args.samples > 1
     options = decoding_options(
         args, args.batch_size if many else 1, beams=args.beams, length_penalty=args.length_penalty,
@@ -234,6 +256,11 @@ def read(args, outcome: "Outcome") -> list[Request]:
             requests = [checked(request)]
         except ValueError as error:
             raise UserError(error) from error
+    if args.literal:
+        requests = [dataclasses.replace(r, literal=True) for r in requests]
+    if args.mode is not None:
+        asked = {"mode": args.mode, "rounds": args.rounds}
+        requests = [r if r.mode else dataclasses.replace(r, **asked) for r in requests]
     samples = range(args.samples)
     return [dataclasses.replace(r, sample=k) for r in requests for k in samples]
 

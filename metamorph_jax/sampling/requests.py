@@ -19,7 +19,7 @@ from metamorph_jax.data.sources import kinds, video
 from metamorph_jax.data.sources.base import IMAGE, VIDEO, Sample, Turn
 from metamorph_jax.errors import BadSample
 
-KEYS = ("id", "prompt", "image", "images", "video", "think", "mode", "rounds")
+KEYS = ("id", "prompt", "image", "images", "video", "think", "mode", "rounds", "literal")
 MODES = ("text", "image", "both")
 LONGEST_ID = 1000
 MOST_ROUNDS = 1000
@@ -152,6 +152,9 @@ def _request(value: dict, number: int, folder: pathlib.Path, think: bool) -> Req
     thinks = value.get("think", think)
     if not isinstance(thinks, bool):
         raise ValueError("think must be true or false")
+    literal = value.get("literal", False)
+    if not isinstance(literal, bool):
+        raise ValueError("literal must be true or false")
     return Request(
         _id(value.get("id", number)),
         value["prompt"],
@@ -160,6 +163,7 @@ def _request(value: dict, number: int, folder: pathlib.Path, think: bool) -> Req
         thinks,
         mode=_mode(value.get("mode", "")),
         rounds=_rounds(value.get("rounds", 0)),
+        literal=literal,
     )
 
 

@@ -287,7 +287,8 @@ def _asked(request: Request) -> dict:
     asked = dataclasses.asdict(request) | {"images": list(request.images)}
     asked["before"] = [list(turn) for turn in asked["before"]]
     # Left out where they say nothing, so that records of before there were such fields still count.
-    return {k: v for k, v in asked.items() if v or k not in ("before", "mode", "rounds")}
+    newer = ("before", "mode", "rounds", "literal")
+    return {k: v for k, v in asked.items() if v or k not in newer}
 
 
 def _features(segment: Mapping) -> list[str]:

@@ -66,6 +66,11 @@ CASES = {
         {"data.row.length": 128, "data.row.images": 4, "initial_batches": 1},
         "weights",
     ),
+    "minigpt5": Case(
+        "configs/minigpt5/stage1.py:smoke",
+        {"data.row.length": 128, "data.row.images": 4, "data.images.max_frames": 0},
+        "weights",
+    ),
     "decoder": Case(
         "configs/metamorph/decoder.py:smoke",
         {"model.with_tower": True, "data.cache.features": "", "initial_batches": 1},

