@@ -247,6 +247,7 @@ def named(args) -> dict:
     if args.endpoint:
         return {"endpoint": args.endpoint}
     keys = "workdir checkpoint config recipe decoder weights context steps force_end parity"
+    keys += " flow" if args.flow else ""
     found = {key: getattr(args, key) for key in keys.split()}
     found["overrides"] = dict(sorted(args.overrides.items()))
     for key in "workdir checkpoint decoder".split():

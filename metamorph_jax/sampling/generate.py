@@ -19,6 +19,7 @@ An ID that is not a short file name in lower case gets a hash, so that no two sh
 replies of `--samples` are ID+s1, ID+s2, … Prompts and files are checked before the model is loaded.
 """
 
+import argparse
 import dataclasses
 import sys
 import typing
@@ -127,6 +128,11 @@ def add_decoding_arguments(parser) -> None:
         help="divides the scores of tokens that appeared before; 1 (default) changes nothing",
     )  # fmt: skip
     group.add_argument("--force-end", action="store_true", help="end images after P tokens")
+    group.add_argument(
+        "--flow", metavar="NAME=X,…", type=parse_flow, default={},
+        help="how a head that samples visual tokens does so, e.g. steps=8,temperature=0.7,"
+        "guidance=2 (default: config.model.flow)",
+    )  # fmt: skip
     group.add_argument(
         "--parity", action="store_true",
         help="reproduce the reference decoder, including its known bugs",
@@ -276,7 +282,7 @@ def load(args):
     drawing = None
     if args.decoder:  # first, as it is the smaller one and its options can be wrong
         drawing = load_image_decoder(args.decoder, args.steps)
-    asked = {"force_end": args.force_end, "parity": args.parity}
+    asked = {"force_end": args.force_end, "parity": args.parity, "flow": args.flow}
     generator = load_generator(
         args.workdir, weights_of=args.checkpoint, config=args.config, overrides=args.overrides,
         weights=args.weights, mesh=parse_mesh(args.mesh), **{k: v for k, v in asked.items() if v},
@@ -288,6 +294,20 @@ def load(args):
     elif args.steps is not None:
         generator.set_steps(args.steps)
     return generator
+
+
+def parse_flow(text: str) -> dict[str, float]:
+    """{"steps": 8, "temperature": 0.7} of "steps=8,temperature=0.7"."""
+    kinds, found = {"steps": int, "temperature": float, "guidance": float}, {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        try:
+            found[name.strip()] = kinds[name.strip()](value)
+        except (KeyError, ValueError):
+            raise argparse.ArgumentTypeError(
+                f"{shown(part)}: expected NAME=NUMBER, of {', '.join(kinds)}"
+            ) from None
+    return found
 
 
 def parse_mesh(text: str | None) -> dict[str, int] | None:
@@ -316,6 +336,7 @@ def settings(args) -> dict:
     )
     if args.beams > 1:
         names += " beams length_penalty early_stopping"
+    names += " flow" if args.flow else ""
     return {name: getattr(args, name) for name in names.split()}
 
 

@@ -10,6 +10,7 @@ embedding (connector) is read next; after P of them the row writes text again.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,8 @@ from jax import lax
 from metamorph_jax import sharding
 from metamorph_jax.convert.export import listed_eos
 from metamorph_jax.data.chat import Chat
+from metamorph_jax.errors import UserError
+from metamorph_jax.models.heads.visual_flow import FlowHead
 from metamorph_jax.recipe import Shown
 from metamorph_jax.recipes.metamorph.input import input_spec
 from metamorph_jax.recipes.metamorph.model import MetaMorph
@@ -222,14 +225,21 @@ def make_policy(
 
 
 def generator(
-    model: MetaMorph, cfg, data, *, weights: str = "auto", force_end=False, parity=False
-) -> Generator:
+    model: MetaMorph, cfg, data, *, weights: str = "auto", force_end=False, parity=False,
+    flow: Mapping[str, float] | None = None,
+) -> Generator:  # fmt: skip
     """A generator over this model, whose language model it takes over.
 
     Args:
         weights: how those of the language model are kept, see `take_over`.
         force_end, parity: see `make_policy`.
+        flow: fields of `FlowConfig` to sample with, for a head that samples.
+
+    Raises:
+        UserError: the head does not sample, or not so.
     """
+    if flow:
+        _sample_with(model.head, flow)
     views = data.images.change(input_spec(cfg).views)
     chat = Chat.of(load_tokenizer(cfg), data.row, markers(cfg))
     parts = None if model.head is None else VisualParts(model)
@@ -242,6 +252,16 @@ def generator(
     ends = tuple(listed_eos(generation_fields(cfg)))
     prompts = Prompts(chat, views, data.images, data.row.length, look_first, data.frames, ends)
     return Generator(loop, policy, prompts, encoder, model.feature_shape[1])
+
+
+def _sample_with(head, flow: Mapping[str, float]) -> None:
+    """Changes how a head samples, in place."""
+    if not isinstance(head, FlowHead):
+        raise UserError("the head of this model regresses visual tokens, it does not sample them")
+    try:
+        head.cfg = dataclasses.replace(head.cfg, **flow)
+    except ValueError as error:
+        raise UserError(error) from error
 
 
 def show(model: MetaMorph, cfg, data, count: int) -> list[Shown]:

@@ -1,5 +1,6 @@
 """Decoding of a MetaMorph model: golden cases, and what must not change results."""
 
+import argparse
 import dataclasses
 import json
 import pathlib
@@ -12,14 +13,17 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
+from metamorph_jax.errors import UserError
 from metamorph_jax.models.heads.visual_flow import FlowConfig
 from metamorph_jax.models.vision.encoder import VisionConfig
 from metamorph_jax.nn import quantized
 from metamorph_jax.nn.rope import RopeScaling
 from metamorph_jax.platforms import has_matrix_units
 from metamorph_jax.recipes import metamorph as recipe
+from metamorph_jax.recipes.metamorph import decoding
 from metamorph_jax.recipes.metamorph.decoding import VisualParts, make_loop, make_policy
 from metamorph_jax.recipes.metamorph.published import load_metamorph
+from metamorph_jax.sampling import generate
 from metamorph_jax.sampling.loop import BUCKETS, bucket
 from metamorph_jax.sampling.policy import TextPolicy
 from metamorph_jax.sampling.segments import NOTHING, VISUAL, Text, VisualTokens
@@ -258,6 +262,25 @@ def test_a_head_that_samples_draws_by_each_row_s_seed(model):
         _same(result, alone)
         np.testing.assert_allclose(np.linalg.norm(result.vectors, axis=1), 1, atol=1e-5)
     assert not np.allclose(together[0].vectors, together[2].vectors, atol=1e-2)
+
+
+def test_how_a_head_samples_can_be_changed(model):
+    """By `--flow`; a head that regresses has nothing to change."""
+    said = generate.parse_flow("steps=2, temperature=0.5")
+    assert said == {"steps": 2, "temperature": 0.5}
+    outline = lambda head: nnx.eval_shape(  # noqa: E731
+        lambda: recipe.create(dataclasses.replace(model.cfg, head=head), nnx.Rngs(0))
+    )
+    flow = outline("flow").head
+    decoding._sample_with(flow, said)
+    assert flow.cfg == dataclasses.replace(FlowConfig(), steps=2, temperature=0.5)
+    with pytest.raises(UserError, match="steps"):
+        decoding._sample_with(flow, {"steps": 0})
+    with pytest.raises(UserError, match="regresses"):
+        decoding._sample_with(outline("mlp").head, said)
+    for text in ("steps", "steps=x", "depth=2", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match="steps, temperature, guidance"):
+            generate.parse_flow(text)
 
 
 def test_streaming_gives_the_same(model, decoder):
