@@ -104,18 +104,22 @@ class Drawn:
         captions: that they were drawn from, as many; () or None for one: unknown.
         partners: the real image that belongs to each, as many; likewise.
         real: the set of real images that distances are to; (): no distances.
-        failed: images that were to be drawn and were not; None: unknown.
-        groups: what each belongs to, as many; (): there is no mean FID of groups.
-        group: what a group is called.
+        units: what each belongs to, as many, which intervals draw whole; (): each is its own.
+        failed: the unit of each image that was to be drawn and was not; None: unknown.
+        group: what units are called, if a mean FID of units is wanted; "": it isn't.
     """
 
     paths: tuple[str, ...]
     captions: tuple[str | None, ...] = ()
     partners: tuple[str | None, ...] = ()
     real: tuple[str, ...] = ()
-    failed: int | None = None
-    groups: tuple[str, ...] = ()
-    group: str = "groups"
+    units: tuple[str, ...] = ()
+    failed: tuple[str, ...] | None = None
+    group: str = ""
+
+    def unit(self, index: int) -> str:
+        """Of an image by its index."""
+        return self.units[index] if self.units else f"image {index}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +150,7 @@ def score(drawn: Drawn, measures: Measures) -> Scores:
     found.settings["images"] = len(drawn.paths)
     found.settings["real_images"] = len(drawn.real)
     if drawn.failed is not None:
-        found.settings["not_drawn"] = drawn.failed
+        found.settings["not_drawn"] = len(drawn.failed)
     if measures.inception:
         _inception(drawn, measures, found)
     if measures.tower and drawn.real:
@@ -169,8 +173,8 @@ def _inception(drawn: Drawn, measures: Measures, found: Scores) -> None:
     if measures.fid_64 and drawn.real:
         pair = [network.gaussian(ImageSet(paths, 64))[0] for paths in (drawn.paths, drawn.real)]
         _distance(measures.reference_fid, *pair, found)
-    if drawn.groups:
-        _groups(network, mine, drawn, measures, found)
+    if drawn.group:
+        _singly(network, mine, drawn, measures, found)
     if measures.full_score and measures.fid_size is not None:
         mine = network.features(ImageSet(drawn.paths))
     try:
@@ -180,15 +184,15 @@ def _inception(drawn: Drawn, measures: Measures, found: Scores) -> None:
         found.notes.append(f"no {INCEPTION}: {error}")
 
 
-def _groups(network, mine: Features, drawn: Drawn, measures: Measures, found: Scores) -> None:
-    """The mean over groups of the FID between a group's images and the real ones of the same."""
+def _singly(network, mine: Features, drawn: Drawn, measures: Measures, found: Scores) -> None:
+    """The mean over units of the FID between a unit's images and the real ones of the same."""
     name = f"mean FID of single {drawn.group} ({measures.at})"
     rows = [row for row, i in enumerate(mine.kept) if drawn.partners[i]]
     real = network.features(measures.images(drawn.partners[mine.kept[row]] for row in rows))
-    pairs: dict[str, list] = {group: [] for group in drawn.groups}
+    pairs: dict[str, list] = {unit: [] for unit in (*drawn.units, *(drawn.failed or ()))}
     for k, vector in zip(real.kept, real.values, strict=True):
         row = rows[k]
-        pairs[drawn.groups[mine.kept[row]]].append((mine.values[row], vector))
+        pairs[drawn.unit(mine.kept[row])].append((mine.values[row], vector))
     whole = [own for own in pairs.values() if len(own) > 1]
     if whole:
         distances = [statistics.frechet_distance_of_few(*map(np.stack, zip(*own, strict=True)))
@@ -243,8 +247,9 @@ def _clip(drawn: Drawn, measures: Measures, found: Scores) -> None:
     found.bad.update(mine.bad)
     cosine, cut = text_cosines(network, mine, drawn.captions, measures.prefix)
     if len(cosine):
-        _mean(TEXT, cosine, drawn.failed, found)
-        _mean(CLIPSCORE, statistics.clipscore(cosine), drawn.failed, found)
+        told = [i for i in mine.kept if drawn.captions[i]]
+        _mean(TEXT, cosine, told, drawn, found)
+        _mean(CLIPSCORE, statistics.clipscore(cosine), told, drawn, found)
         if cut:
             found.notes.append(f"{cut} captions were cut to CLIP's {network.length} tokens")
     kept = [(row, drawn.partners[i]) for row, i in enumerate(mine.kept)
@@ -254,7 +259,7 @@ def _clip(drawn: Drawn, measures: Measures, found: Scores) -> None:
         found.bad.update(real.bad)
         rows = [kept[i][0] for i in real.kept]
         cosine = statistics.cosines(mine.values[rows], real.values)
-        _mean(IMAGE, cosine, drawn.failed, found)
+        _mean(IMAGE, cosine, [mine.kept[row] for row in rows], drawn, found)
 
 
 def text_cosines(
@@ -270,14 +275,21 @@ def text_cosines(
     return statistics.cosines(images.values[list(rows)], vectors), cut
 
 
-def _mean(name: str, values: np.ndarray, failed: int | None, found: Scores) -> None:
-    """Adds the mean of float[N], and where failures are known, the one in which they are zeros."""
-    both = {name: values}
-    if failed is not None:
-        both[name + FAILED] = np.concatenate([values, np.zeros(failed)])
-    for each, numbers in both.items():
+def _mean(
+    name: str, values: np.ndarray, images: Sequence[int], drawn: Drawn, found: Scores
+) -> None:
+    """Adds the mean of float[N], and where failures are known, the one in which they are zeros.
+
+    images: index of each
+    """
+    units = [drawn.unit(i) for i in images]
+    both = {name: (values, units)}
+    if drawn.failed is not None:
+        zeros = np.zeros(len(drawn.failed))
+        both[name + FAILED] = np.concatenate([values, zeros]), [*units, *drawn.failed]
+    for each, (numbers, own) in both.items():
         found.values[each] = float(numbers.mean())
-        found.intervals[each] = statistics.interval(numbers)
+        found.intervals[each] = statistics.interval(numbers, units=own)
 
 
 def as_json(found: Scores) -> dict:

@@ -16,6 +16,7 @@ import math
 import os
 import zipfile
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -265,10 +266,21 @@ def clipscore(cosine: np.ndarray) -> np.ndarray:
     return CLIPSCORE_FACTOR * np.maximum(cosine, 0)
 
 
-def interval(values: np.ndarray, seed: int = 0, times: int = 1000) -> tuple[float, float]:
-    """95 % bootstrap interval of a mean. values: float[N]"""
+def interval(
+    values: np.ndarray, seed: int = 0, times: int = 1000, units: Sequence[str] | None = None
+) -> tuple[float, float]:
+    """95 % bootstrap interval of a mean.
+
+    values: float[N]; units: what each belongs to, which is drawn whole (None: each is its own)
+    """
     values = np.asarray(values, np.float64)
-    rng = np.random.default_rng(seed)
-    means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(times)]
+    rng, sums, counts = np.random.default_rng(seed), values, np.ones(len(values))
+    if units is not None:
+        _, place = np.unique(list(units), return_inverse=True)
+        sums, counts = np.bincount(place, values), np.bincount(place)
+    means = []
+    for _ in range(times):
+        drawn = rng.integers(0, len(sums), len(sums))
+        means.append(sums[drawn].sum() / counts[drawn].sum())
     low, high = np.quantile(means, (0.025, 0.975))
     return float(low), float(high)

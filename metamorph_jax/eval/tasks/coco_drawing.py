@@ -116,9 +116,10 @@ class CaptionDrawing(MeasuredDrawing):
             best.append(max(group, key=lambda r: -np.inf if r["score"] is None else r["score"]))
         return best
 
-    def failed(self, records: Sequence[Record]) -> int:
+    def failed(self, records: Sequence[Record]) -> tuple[str, ...]:
         """Captions without an image."""
-        return len(by_unit(records)) - len(self.chosen(records))
+        drawn = {record["unit"] for record in self.chosen(records)}
+        return tuple(unit for unit in by_unit(records) if unit not in drawn)
 
 
 @dataclasses.dataclass(frozen=True)

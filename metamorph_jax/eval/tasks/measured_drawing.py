@@ -81,14 +81,15 @@ class MeasuredDrawing(Task):
         """The records whose images are scored."""
         return [record for record in records if record.get("drawn")]
 
-    def failed(self, records: Sequence[Record]) -> int:
-        """How many images were to be drawn and were not."""
-        return len(records) - len(self.chosen(records))
+    def failed(self, records: Sequence[Record]) -> tuple[str, ...]:
+        """The unit of each image that was to be drawn and was not."""
+        drawn = {record["id"] for record in self.chosen(records)}
+        return tuple(record["unit"] for record in records if record["id"] not in drawn)
 
-    def groups(self, records: Sequence[Record]) -> tuple[tuple[str, ...], str]:
-        """(what the image of each of these records belongs to, for the mean FID of groups, or (),
-        what a group is called)."""
-        return (), "groups"
+    @property
+    def group(self) -> str:
+        """What units are called, if the mean of their own FIDs is wanted; "": it isn't."""
+        return ""
 
     # ---- the contract of tasks
 
@@ -133,8 +134,10 @@ class MeasuredDrawing(Task):
         if key not in self._known:
             used = [record["more"]["real"] for record in kept]
             captions = tuple(record["more"]["caption"] for record in kept)
-            drawn = measures.Drawn(paths, captions, tuple(used), self.real(used), key[1],
-                                   *self.groups(kept))  # fmt: skip
+            units = tuple(record["unit"] for record in kept)
+            drawn = measures.Drawn(
+                paths, captions, tuple(used), self.real(used), units, key[1], self.group
+            )
             found = self._known[key] = measures.score(drawn, self.asked)
             for note in found.notes:
                 print(f"{self.name}: {shown(note, 500)}", file=sys.stderr)

@@ -232,9 +232,9 @@ class MMDialog(MeasuredDrawing):
         )
         return [record | {"elements": pair} for record, pair in zip(found, pairs, strict=True)]
 
-    def failed(self, records: Sequence[Record]) -> int:
+    def failed(self, records: Sequence[Record]) -> tuple[str, ...]:
         """Turns whose true image has no drawn one."""
-        return sum(bool(r["more"]["real"]) and not r.get("drawn") for r in records)
+        return tuple(r["unit"] for r in records if r["more"]["real"] and not r.get("drawn"))
 
     def real(self, used: Sequence[str]) -> tuple[str, ...]:
         return ()  # the paper has no distance

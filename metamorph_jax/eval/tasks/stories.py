@@ -180,9 +180,9 @@ class StoryDrawing(MeasuredDrawing):
                               f"{k * seen} frames: {files.shown(prompt, 300)}")  # fmt: skip
         return prompt
 
-    def groups(self, records: Sequence[Record]) -> tuple[tuple[str, ...], str]:
-        """The stories, where their own FIDs are wanted."""
-        return tuple(r["unit"] for r in records) if self.story_fid else (), "stories"
+    @property
+    def group(self) -> str:
+        return "stories" if self.story_fid else ""
 
     def _picture(self, story: Story, k: int) -> Picture:
         """Frame k as later questions have it."""

@@ -122,6 +122,19 @@ def test_interval_is_around_the_mean_and_shrinks():
     assert statistics.interval(np.ones(5)) == (1, 1)
 
 
+def test_an_interval_draws_units_whole():
+    """Images that are alike inside stories: as sure as one image of each."""
+    values = RNG.normal(0.3, 0.1, 100)
+    units = [str(k) for k in range(100)]
+    alone, low_high = statistics.interval(values), statistics.interval(values, units=units)
+    assert low_high == pytest.approx(alone, abs=0.004)
+    five = statistics.interval(np.repeat(values, 5), units=np.repeat(units, 5))
+    assert five == pytest.approx(low_high)
+    assert statistics.interval(np.repeat(values, 5))[0] > five[0]
+    low, high = statistics.interval([1, 1, 1, 0], units="aaab")  # the mean of all, not of units
+    assert (low, high) == (0, 1)
+
+
 def test_statistics_in_files(tmp_path):
     """Those of pytorch-fid have no count."""
     one = Gaussian.of(RNG.normal(size=(30, 4)))

@@ -128,6 +128,9 @@ def test_the_page(results, tmp_path, capsys):
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
     assert f"{policy}script-src 'sha256-{digest}'" in html
 
+    # What the script looks for is there.
+    assert {*re.findall(r'at\("([\w-]+)"\)', script)} <= {*re.findall(r'id="([\w-]+)"', html)}
+
     assert data["study"] == key["study"]
     assert [item["id"] for item in data["items"]] == list(key["items"])
     assert key["systems"] == {"first": str(results[0]), "second": str(results[1])}
