@@ -30,7 +30,7 @@ from metamorph_jax.recipe import Shard
 from metamorph_jax.recipes import minigpt5 as recipe
 from metamorph_jax.recipes.minigpt5 import input as inputs
 from metamorph_jax.recipes.minigpt5 import moments, voken_ids
-from tests.recipes.minigpt5 import made, tiny
+from tests.recipes.minigpt5 import golden, made, tiny
 
 CONFIGS = pathlib.Path(__file__).parents[3] / "configs/minigpt5"
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -265,3 +265,19 @@ def test_captions_need_a_tokenizer(tokenizers, latent, tmp_path):
     assert inputs.input_spec(cfg).drawings.caption_length == 6
     with pytest.raises(ConfigError, match="has no tokenizer/.*config.model.caption_tokenizer"):
         inputs.open_data(data_of((SourceConfig(path, kind="cc3m"),)), cfg, Shard(1))
+
+
+@pytest.mark.golden
+def test_published_model_prepares_images_as_the_reference(golden_root):
+    """At full size, by what the 7B config says; of the reference's pixels, normalised ones are
+    tested in `tests/data/test_images.py`."""
+    case = golden.Case(golden_root, "preprocess")
+    image = Image.fromarray(case["in.image_hwc_uint8"])
+    model = load_config(f"{CONFIGS}/stage1.py:7b").to_dict()["model"]
+    spec = inputs.input_spec(build(recipe.Config, model, "config.model"), read=False)
+    assert spec.feature_shape == (32, 768) and spec.drawings.places == 3
+    read = case["out.input_224_hwc_uint8_no_pad"]
+    np.testing.assert_array_equal(spec.views.pixels(image)[0], read)
+    np.testing.assert_array_equal(spec.drawings.preprocess(image), case["out.output_512_hwc_uint8"])
+    assert spec.drawings.caption_length == 77 and spec.drawings.latents.shape == (64, 64, 4)
+    assert spec.drawings.latents.scale == 0.18215 and len(spec.drawings.ids) == 8
