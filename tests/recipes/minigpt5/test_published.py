@@ -31,6 +31,7 @@ from metamorph_jax.recipes.minigpt5 import checkpoints, keys, published, weights
 from metamorph_jax.recipes.minigpt5.config import LORA
 from metamorph_jax.recipes.minigpt5.layout import published_keys, stage1_keys, stage2_keys
 from tests.convert.conftest import ORACLE
+from tests.recipes.minigpt5 import golden, reference
 
 V, D, N = 96, 64, 9  # rows of the vocabulary, width, added rows
 SMALL = recipe.Config(
@@ -192,6 +193,23 @@ def test_the_names_of_adapters_around_a_model(tensors):
     start = "model.llama_model.base_model.model.model.layers.1.self_attn.q_proj."
     a, b = (adapters[f"{start}lora_{half}.default.weight"] for half in "AB")
     np.testing.assert_allclose(lora.delta(q)[1], 2 * (b @ a).T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("name", ["weights_system", "weights_system_lora"])
+def test_the_reference_s_own_names(name, golden_root):
+    """Of its whole tiny system, before and after adapters were put around the language model: the
+    same model as by the names of its parts."""
+    case = golden.Case(golden_root, name)
+    cfg = reference.config(case)
+    made = abstract(cfg)
+    keys.load_minigpt5(made, case.weights())
+    kinds = nnx.Any(nnx.Param, lora.Adapter)
+    both = (made, reference.model(case, cfg))
+    ours, wanted = (dict(nnx.to_flat_state(nnx.state(model, kinds))) for model in both)
+    assert ours.keys() == wanted.keys() and bool(cfg.lora) is name.endswith("lora")
+    for path, value in wanted.items():
+        np.testing.assert_array_equal(ours[path][...], value[...], err_msg=str(path))
 
 
 OF_ALL_PARTS = (
