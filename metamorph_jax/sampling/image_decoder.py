@@ -78,7 +78,7 @@ class ImageDecoder:
 
     def draw(self, features: np.ndarray, guidance: float | None, seed: int) -> np.ndarray:
         """uint8[h, w, 3] of float[P, C]."""
-        return self.draw_many(features[None], guidance, seed)[0]
+        return self.draw_each(features[None], guidance, [seed])[0]
 
     def draw_many(self, features: np.ndarray, guidance: float | None, seed: int) -> np.ndarray:
         """uint8[n, h, w, 3] of float[n, P, C]; guidance None: as the model's config says.
@@ -93,7 +93,7 @@ class ImageDecoder:
     def draw_each(
         self, features: np.ndarray, guidance: float | None, seeds: Sequence[int]
     ) -> np.ndarray:
-        """As `draw_many`, each image from its own seed, as `draw` draws it.
+        """As `draw_many`, but each image has a seed of its own, whatever is drawn beside it.
 
         Compiled at numbers of images that are powers of two.
         """

@@ -8,6 +8,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -145,7 +146,7 @@ OPTIONS = Options(8, batch_size=2)
 
 @pytest.fixture(scope="module")
 def generator():
-    return recipe.generator(make(CFG), CFG, DATA)
+    return recipe.generator(model(), CFG, DATA)
 
 
 @pytest.fixture(scope="module")
@@ -160,9 +161,21 @@ def pixels_of(part: ImagePart) -> np.ndarray:
 
 
 @functools.cache
+def made():
+    """(graph, weights) of the model."""
+    return nnx.split(make(CFG))
+
+
+def model() -> recipe.MiniGPT5:
+    """With variables of its own, whose language model can be taken over."""
+    graph, weights = made()
+    return nnx.merge(graph, jax.tree.map(lambda x: x, weights))
+
+
+@functools.cache
 def training():
     """The compiled states of a batch."""
-    graph, weights = nnx.split(make(CFG))
+    graph, weights = made()
     run = fast(lambda weights, batch: nnx.merge(graph, weights).hidden(batch))
     return functools.partial(run, weights)
 
@@ -241,54 +254,85 @@ def test_a_budget_cuts_an_image_off(generator):
 
 def test_what_requests_ask_for(generator):
     """In one batch, with the others beside them or alone."""
-    asked = [Request("a", "A kite", mode="image"), Request("b", "A red kite", mode="image"),
-             Request("c", "A kite", mode="text"), Request("d", "A kite", mode="both"),
-             Request("e", "A kite", mode="both", rounds=2)]  # fmt: skip
-    a, b, c, d, e = generator.generate(asked, OPTIONS)
+    asked = [
+        Request("a", "A kite", mode="image"),
+        Request("b", "A red kite", mode="image"),
+        Request("c", "A kite", mode="text"),
+        Request("d", "A kite", mode="both", rounds=2),
+    ]
+    a, b, c, d = generator.generate(asked, OPTIONS)
     for reply in (a, b):
         (part,) = reply.segments
         assert reply.ended and part.complete and part.features.shape == (3, 64)
     assert (pixels_of(a.segments[0]) != pixels_of(b.segments[0])).any()
-    assert not c.image_parts and e.ended
-    for reply in (d, e):
-        assert [x.complete for x in reply.image_parts][:1] == [True] and reply.images
-    assert isinstance(e.segments[-1], ImagePart)
+    assert not c.image_parts
+    *_, last = d.segments
+    assert d.ended and last.complete and d.images and isinstance(last, ImagePart)
     (again,) = generator.generate(asked[1:2], OPTIONS)
-    np.testing.assert_allclose(
-        pixels_of(again.segments[0]), pixels_of(b.segments[0]), atol=1
-    )  # fmt: skip
+    np.testing.assert_allclose(pixels_of(again.segments[0]), pixels_of(b.segments[0]), atol=1)
 
 
-def test_drawing_as_asked(generator):
-    """Steps and scales as asked; new weights are those of all parts, without compiling again."""
-    asked = [Request("a", "A kite", mode="image")]
+IMAGE_ALONE = [Request("a", "A kite", mode="image")]
 
-    def drawn(**more):
-        (reply,) = generator.generate(asked, dataclasses.replace(OPTIONS, **more))
-        return reply.segments[0].drawn
 
-    before = drawn()[SCALE].astype(int)
-    both = drawn(guidance=(SCALE, 1.0))
-    np.testing.assert_array_equal(both[SCALE], before)
-    assert list(both) == [SCALE, 1.0] and (both[1.0] != before).any()
+def drawn(generator, **more) -> np.ndarray:
+    (reply,) = generator.generate(IMAGE_ALONE, dataclasses.replace(OPTIONS, **more))
+    return pixels_of(reply.segments[0])
+
+
+def with_weights(generator, factor: float):
+    """A generator of the same model, with weights of its own."""
+    other = copy.copy(generator)
+    other.loop, other.image_decoder = copy.copy(generator.loop), copy.copy(generator.image_decoder)
+    larger = lambda tree: jax.tree.map(lambda x: x * factor, tree)  # noqa: E731
+    other.loop.weights = larger(other.loop.weights)
+    other.image_decoder.weights = larger(other.image_decoder.weights)
+    return other
+
+
+def test_new_weights_are_those_of_all_parts(generator):
+    """An evaluation during training keeps what is compiled, and draws with the weights of its
+    step."""
+    before, decoder = drawn(generator), generator.image_decoder
+    compiled, seed = decoder._draw_each._cache_size(), OPTIONS.seed_of(IMAGE_ALONE[0])
+    (reply,) = generator.generate(IMAGE_ALONE, OPTIONS)
+    states, old = reply.segments[0].features, with_weights(generator, 1.0)
+    for other, same in ((with_weights(generator, 1.5), False), (old, True)):
+        generator.release()
+        assert generator.loop.weights is None and decoder.weights is None
+        generator.renew(other)
+        assert decoder.weights is other.image_decoder.weights
+        alone = decoder.draw(states, SCALE, seed).astype(int)
+        for found in (alone, drawn(generator)):
+            assert (np.abs(found - before).max() <= 1) == same
+    assert decoder._draw_each._cache_size() == compiled
+
+
+def test_images_are_drawn_as_asked(generator, monkeypatch):
+    before, decoder = drawn(generator), generator.image_decoder
     generator.set_steps(3)
-    assert (drawn()[SCALE] != before).any()
+    assert (drawn(generator) != before).any() and decoder.sampling.steps == 3
     generator.set_steps(CFG.sampling.steps)
     with pytest.raises(UserError, match="--steps .*: 1001 steps"):
         generator.set_steps(1001)
-    compiled = generator.image_decoder._draw_each._cache_size()
-    old = copy.copy(generator)  # holds the weights
-    old.loop, old.image_decoder = copy.copy(generator.loop), copy.copy(generator.image_decoder)
-    fresh = recipe.generator(make(CFG, 1), CFG, DATA)
-    for other, same in ((fresh, False), (old, True)):
-        generator.release()
-        assert generator.image_decoder.weights is None
-        generator.renew(other)
-        assert generator.image_decoder.weights is other.image_decoder.weights
-        assert (np.abs(drawn()[SCALE].astype(int) - before).max() <= 1) == same
-    assert generator.image_decoder._draw_each._cache_size() == compiled
-    reply = generator.generate(asked, OPTIONS, draw=False)[0]
+    reply = generator.generate(IMAGE_ALONE, OPTIONS, draw=False)[0]
     assert reply.image_parts[0].complete and not reply.images
+    asked = []
+
+    def draw_each(features, scale, seeds):
+        asked.append((features.shape, scale, seeds))
+        return np.zeros((len(features), 8, 8, 3), np.uint8)
+
+    monkeypatch.setattr(decoder, "draw_each", draw_each)
+    requests = [Request(name, name, mode="image") for name in ("kite", "red", "blue")]
+    options = dataclasses.replace(OPTIONS, guidance=(SCALE, 1.0))
+    replies = generator.generate(requests, options)
+    assert [[*reply.image_parts[0].drawn] for reply in replies] == [[SCALE, 1.0]] * 3
+    seeds = [OPTIONS.seed_of(one) for one in requests]
+    assert asked == [  # two at a time
+        ((n, 3, 64), scale, tuple(each)) for n, each in ((2, seeds[:2]), (1, seeds[2:]))
+        for scale in (SCALE, 1.0)
+    ]  # fmt: skip
 
 
 def test_an_image_that_cannot_be_drawn_spares_the_others(generator, monkeypatch):
@@ -326,6 +370,17 @@ def test_a_repetition_penalty_looks_at_replies_only(generator):
     assert (prompt.ids == -1).all() and len(prompt.ids) == len(prompt.embeds)
 
 
+def test_a_reply_ends_at_its_text_however_it_is_tokenised(generator):
+    """One id with this tokenizer, in both ways."""
+    chat, tokenizer = generator.prompts.chat, generator.prompts.tokenizer
+    assert [tokenizer.decode(list(ids)) for ids in chat.stops] == [" ###", "###"]
+    assert {ids[0] for ids in chat.stops} < {*generator.prompts.eos}
+    assert all(chat.is_closed(np.array([17, *ids])) for ids in chat.stops)
+    assert not chat.is_closed(np.array([17]))
+    policy = generator.policy_of(OPTIONS)
+    assert type(policy.text) is TextPolicy and policy.text.eos == generator.prompts.eos
+
+
 def test_a_conversation_goes_on_after_images(generator, capsys):
     """The next turn reads the vokens of the reply before it."""
     chat = generator.prompts.chat
@@ -360,10 +415,11 @@ from tests.recipes.minigpt5.tiny import make
 
 asked = [Request(name, name, mode="both", rounds=2) for name in ("kite", "red")]
 
+CFG = dataclasses.replace(CFG, lora=None, prefix=None)
+graph, state = nnx.split(make(CFG))
+
 def replies(mesh, weights):
-    graph, state = nnx.split(make(CFG))
-    state = jax.device_put(state, sharding.state_shardings(state, mesh))
-    model = nnx.merge(graph, state)
+    model = nnx.merge(graph, jax.device_put(state, sharding.state_shardings(state, mesh)))
     return recipe.generator(model, CFG, DATA, weights=weights).generate(asked, OPTIONS)
 
 one = sharding.make_mesh(devices=jax.devices()[:1])

@@ -229,7 +229,7 @@ def test_generation(name, golden_root):
     case = golden.Case(golden_root, name)
     cfg, model = of_system(golden_root, case.about["weights"].removesuffix(".safetensors"))
     graph, rest = nnx.split(model)
-    llm, kept = take_over(nnx.merge(graph, rest).llm)
+    llm, kept = take_over(nnx.merge(graph, jax.tree.map(lambda x: x, rest)).llm)
     loop = Loop(llm, kept, keeps_states=True)
     first, *_, placeholder = reference.voken_and_placeholder(cfg)
     policy = VokenPolicy(TextPolicy(), first, cfg.vokens, llm.cfg.width)
