@@ -104,8 +104,8 @@ def _load_first(model: MiniGPT5, spec: str) -> None:
     tensors = _read(spec)
     if stage_of(tensors, spec) == 2:
         raise ConfigError(
-            f"{spec} is of stage 2, it is not what stage 1 trains: name it as {SECOND}, and the "
-            f"stage-1 file that it started from as {FIRST}"
+            f"{spec} is of stage 2, not of stage 1: name it as {SECOND}, and the stage-1 file that "
+            f"it started from as {FIRST}"
         )
     _fill(model, tensors, spec, whole=True)
 
