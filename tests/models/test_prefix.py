@@ -22,6 +22,7 @@ from tests.devices import virtual
 ROOT = pathlib.Path(__file__).parents[2]
 
 TINY = llama.SIZES["tiny"]
+ONE = dataclasses.replace(TINY, layers=1)
 CONFIG = PrefixConfig(tokens=3, hidden=8)
 
 
@@ -39,7 +40,7 @@ def states(llm, tokens, segments, positions):
 
 def test_attention_equals_keys_that_all_rows_see():
     """Of one layer, written out."""
-    llm = make(dataclasses.replace(TINY, layers=1))
+    llm = make(ONE)
     layer = jax.tree.map(lambda x: x[0], nnx.state(llm.layers))
     attention = nnx.merge(nnx.graphdef(llm.layers), layer).self_attn
     k0, v0 = (x[0] for x in llm.prefix())
@@ -132,10 +133,6 @@ def test_cached_reading_equals_the_whole_row():
     """A prompt, single positions and a block, at other slots in each row."""
     llm, tokens = make(dataclasses.replace(TINY, qkv_bias=True)), ids()
     whole = states(llm, tokens, np.ones((2, 12), int), np.tile(np.arange(12), (2, 1)))
-    plain = states(
-        make(llm.cfg, None), tokens, np.ones((2, 12), int), np.tile(np.arange(12), (2, 1))
-    )
-    assert not np.allclose(whole, plain, atol=1e-2)
     x = llm.embed_tokens(tokens)
     model, weights = take_over(llm)
 
@@ -157,17 +154,17 @@ def test_cached_reading_equals_the_whole_row():
 
 MESH = """
 import jax, numpy as np
-from tests.models.test_prefix import ids, make
+from tests.models.test_prefix import ONE, ids, make
 from metamorph_jax import sharding
 from metamorph_jax.sampling.llm_weights import take_over
 from metamorph_jax.sampling.loop import Loop
 from metamorph_jax.sampling.policy import TextPolicy
 
-prompts = [np.asarray(make().embed_tokens(ids(1, n)[0])) for n in (5, 3)]
+prompts = [np.asarray(make(ONE).embed_tokens(ids(1, n)[0])) for n in (5, 3)]
 found = []
 for axes, count in (({"fsdp": 1}, 1), ({"fsdp": 2, "tensor": 2}, 4)):
     mesh = sharding.make_mesh(axes, devices=jax.devices()[:count])
-    llm, weights = take_over(make(), mesh=mesh)
+    llm, weights = take_over(make(ONE), mesh=mesh)
     results = Loop(llm, weights, None, mesh)(prompts, 6, TextPolicy())
     found.append([one.ids.tolist() for one in results])
 part = weights["layers"][0]["prefix"]["k"]

@@ -1,5 +1,6 @@
 """The whole tiny model against the reference: training with gradients, and the splice of images."""
 
+import dataclasses
 import functools
 
 import jax
@@ -71,10 +72,11 @@ def step(root, name):
             found = {"states": model.hidden(batch)}
             condition = model.conditions(found["states"], batch.drawings.start, draws["kept"])
             text, _ = losses.text_loss_of(found["states"], *model.llm.head_tables(), batch)
-            weighted, plain = model.decoder.losses_at(
-                draws["x0"], draws["noise"], draws["t"], condition
-            )
-            noisy = sch.add_noise(cfg.decoder.schedule, draws["x0"], draws["noise"], draws["t"])
+            schedule, t = cfg.decoder.schedule, draws["t"]
+            noisy = sch.add_noise(schedule, draws["x0"], draws["noise"], t)
+            predicted = model.decoder.denoise(noisy, t, condition)
+            plain = jnp.square(predicted - draws["noise"]).mean((1, 2, 3))
+            weighted = plain * sch.min_snr_weight(schedule, t, cfg.decoder.min_snr)
             captions = batch.drawings.captions[:, 0]
             error = jnp.square(
                 condition.context - model.caption_features(captions, draws["kept"])
@@ -89,7 +91,7 @@ def step(root, name):
             means = {k: jnp.sum(jnp.where(valid, x, 0.0) if k != "text" else x)
                      / jnp.maximum(counts[k], 1) for k, x in sums.items()}  # fmt: skip
             found |= means | {"condition": condition.context, "noisy": noisy}
-            found["predicted"] = model.decoder.denoise(noisy, draws["t"], condition)
+            found["predicted"] = predicted
             found["logits"] = model.llm.logits(found["states"])
             found["loss"] = sum(model.loss_weights[k] * x for k, x in means.items())
             return found["loss"], found
@@ -136,7 +138,10 @@ def computed(case, root):
     cfg, _ = of_system(root, system)
     batch = reference.batch(case, cfg, root)
     run, encode = step(root, system)
-    return batch, *run(batch, draws_of(case, cfg, batch, encode))
+    draws = draws_of(case, cfg, batch, encode)
+    # Without pixels, whether a case has them or not, so that it is compiled once.
+    drawings = dataclasses.replace(batch.drawings, pixels=None)
+    return batch, *run(dataclasses.replace(batch, drawings=drawings), draws)
 
 
 def test_losses(train, golden_root):

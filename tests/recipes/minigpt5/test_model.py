@@ -75,22 +75,6 @@ def test_frozen_matrices_are_kept_in_bfloat16_and_trained_ones_are_not():
     assert kinds == {True: {"float32"}, False: {"bfloat16"}}
 
 
-def test_published_size():
-    """Parameters that each stage trains, of the 7B model."""
-    cfg = recipe.Config(lora=LORA)
-    model = nnx.eval_shape(lambda: recipe.create(cfg, build.rngs(0)))
-    count = {}
-    for stage, pattern in recipe.STAGES.items():
-        for path, leaf in nnx.to_flat_state(nnx.state(model, trained_filter(pattern(cfg)))):
-            key = stage, model.param_group(path)
-            count[key] = count.get(key, 0) + leaf.get_raw_value().size
-    rows = 2 * 9 * 4096
-    assert count == {
-        ("uas", "tokens"): rows, ("uas", "mapper"): 5_244_928 + 117_575_680 + 78_848,
-        ("mls", "tokens"): rows, ("mls", "mapper"): 117_575_680, ("mls", "lora"): 4_194_304,
-    }  # fmt: skip
-
-
 def test_widths_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match="mapper.width is 65, the width of llm is 64"):
         changed(mapper=dataclasses.replace(TINY.mapper, width=65))
@@ -110,25 +94,26 @@ def model():
 
 @pytest.fixture(scope="module")
 def run(model):
-    """(batch, key, drop) -> (counts, sums, metrics), compiled once for each probability."""
-    graph, weights = nnx.split(model)
+    """(batch, key) -> (counts, sums, metrics, gradients of the image loss), compiled once."""
+    own = trained_filter(recipe.STAGES["uas"](TINY))
+    graph, own, rest = nnx.split(model, own, ...)
 
     @fast
-    def counts_and_sums(weights, batch, key, drop):
-        model = nnx.merge(graph, weights)
-        model.cfg = dataclasses.replace(TINY, drop_condition=float(drop.shape[0]))
-        return model.loss_counts(batch), *model.loss_sums(batch, key)
+    def compute(own, rest, batch, key):
+        def loss(own):
+            sums, metrics = nnx.merge(graph, own, rest).loss_sums(batch, key)
+            return sums["image"], (sums, metrics)
 
-    def call(batch, key=0, drop=0):
-        return counts_and_sums(weights, batch, jax.random.key(key), np.zeros(drop))
+        grads, (sums, metrics) = jax.grad(loss, has_aux=True)(own)
+        return nnx.merge(graph, own, rest).loss_counts(batch), sums, metrics, grads
 
-    return call
+    return lambda batch, key=0: compute(own, rest, batch, jax.random.key(key))
 
 
 def test_losses_count_what_is_there(run):
     """Text targets, drawings in places that are filled, and those that have a caption."""
     batch = make_batch()
-    counts, sums, metrics = run(batch)
+    counts, sums, metrics, _ = run(batch)
     assert counts == {"text": 6 + 4, "image": 3, "caption": 2}
     assert all(np.isfinite(x) and x > 0 for x in sums.values())
     assert metrics["image_loss"][1] == 3 and metrics["image_loss/one"][1] == 1
@@ -141,7 +126,7 @@ def test_losses_count_what_is_there(run):
     captions = drawings.captions.copy()
     captions[0, 1, 1:] = 5
     other = dataclasses.replace(drawings, pixels=pixels, captions=captions)
-    _, again, _ = run(dataclasses.replace(batch, drawings=other))
+    _, again, *_ = run(dataclasses.replace(batch, drawings=other))
     for name in sums:
         np.testing.assert_allclose(again[name], sums[name], rtol=1e-6)
 
@@ -149,7 +134,7 @@ def test_losses_count_what_is_there(run):
 def test_a_batch_without_drawings_has_a_loss_of_text_alone(run):
     batch = make_batch()
     nothing = dataclasses.replace(batch.drawings, valid=np.zeros((2, J), bool))
-    counts, sums, _ = run(dataclasses.replace(batch, drawings=nothing))
+    counts, sums, *_ = run(dataclasses.replace(batch, drawings=nothing))
     assert counts["image"] == counts["caption"] == sums["image"] == sums["caption"] == 0
     assert sums["text"] > 0
 
@@ -159,25 +144,30 @@ def test_a_dropped_condition_is_zero_vokens_and_the_empty_caption(model):
     states = np.random.default_rng(0).normal(size=(2, batch.tokens.shape[1], 64))
     states = states.astype(np.float32)
     kept = np.array([True, False, True, True, True, False])
-    found = model.conditions(states, batch.drawings.start, kept).context
-    whole = model.conditions(states, batch.drawings.start).context
-    null = model.mapper.null_condition().context
+    graph, weights = nnx.split(model)
+
+    @fast
+    def compute(weights, states):
+        model, start = nnx.merge(graph, weights), batch.drawings.start
+        one = model.mapper(states[:1, start[0, 1] : start[0, 1] + VOKENS])
+        conditions = (model.conditions(states, start, kept), model.conditions(states, start), one)
+        features = model.caption_features(ids, np.array([True, False, True]))
+        return [c.context for c in (*conditions, model.mapper.null_condition())], features
+
+    ids = np.array([caption(7, 8), caption(7, 8), caption()], np.int32)
+    (found, whole, one, null), features = compute(weights, states)
     wanted = np.where(kept[:, None, None], whole, null)
     np.testing.assert_allclose(found, wanted, atol=1e-5)
-    at = batch.drawings.start[0, 1]
-    np.testing.assert_allclose(whole[1], model.mapper(states[:1, at : at + VOKENS]).context[0],
-                               atol=1e-5)  # fmt: skip
-    ids = np.array([caption(7, 8), caption(7, 8), caption()], np.int32)
-    features = model.caption_features(ids, np.array([True, False, True]))
+    np.testing.assert_allclose(whole[1], one[0], atol=1e-5)
     np.testing.assert_allclose(features[1], features[2], atol=1e-6)
     assert not np.allclose(features[0], features[1], atol=1e-3)
 
 
-def test_dropping_leaves_the_text_as_it_is(run):
-    batch = make_batch()
-    none, every = run(batch, drop=0)[1], run(batch, drop=1)[1]
-    np.testing.assert_allclose(none["text"], every["text"], rtol=1e-6)
-    assert none["caption"] != every["caption"] and none["image"] != every["image"]
+def test_chance_leaves_the_text_as_it_is(run):
+    """Which conditions are dropped, and which noise is drawn, is nothing to the text loss."""
+    one, other = (run(make_batch(), key)[1] for key in (0, 1))
+    np.testing.assert_allclose(one["text"], other["text"], rtol=1e-6)
+    assert one["caption"] != other["caption"] and one["image"] != other["image"]
 
 
 def test_padding_of_captions_is_hidden(model):
@@ -212,21 +202,9 @@ def test_losses_without_weight_are_not_computed(changes, left):
     assert ("text encoder" in parts) is ("caption" in left)
 
 
-def test_gradients_flow_through_what_is_frozen(model):
+def test_gradients_flow_through_what_is_frozen(run):
     """Of the image loss alone, through denoiser and language model to the rows of vokens."""
-    batch = make_batch()
-    pattern = trained_filter(recipe.STAGES["uas"](TINY))
-    graph, own, rest = nnx.split(model, pattern, ...)
-
-    @fast
-    def grads(own, rest, batch):
-        def loss(own):
-            sums, _ = nnx.merge(graph, own, rest).loss_sums(batch, jax.random.key(0))
-            return sums["image"]
-
-        return jax.grad(loss)(own)
-
-    found = grads(own, rest, batch)
+    *_, found = run(make_batch())
     rows = np.abs(found["llm"]["embed_tokens"]["added"][...]).max(1)
     # The placeholder is never read. The last voken is, before the second image of a sample.
     assert (rows[:VOKENS] > 0).all() and rows[VOKENS] == 0

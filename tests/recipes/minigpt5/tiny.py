@@ -36,6 +36,7 @@ TINY = recipe.Config(
     text_encoder=CLIPTextConfig.tiny(hidden_size=16, max_position_embeddings=6, eos_token_id=63),
     sampling=SamplingConfig("pndm", 2, 2.0),
     unsupervised_tail=1,
+    drop_condition=0.5,
     max_drawings=J,
     text_chunk=64,
 )  # fmt: skip
