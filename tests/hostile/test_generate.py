@@ -22,9 +22,9 @@ from tests.hostile.harness import check
 class Echo:
     """A generator that answers with the prompt and some control characters."""
 
-    image_decoder = None
+    image_decoder, image_start = None, ()
     tokenizer = types.SimpleNamespace(decode=lambda ids: "", eos_token_id=None)
-    chat = types.SimpleNamespace(markers=Markers(), tokenizer=tokenizer, close=None)
+    chat = types.SimpleNamespace(markers=Markers(), tokenizer=tokenizer, close=None, stops=())
     prompts = Prompts(chat, None, None, 100)
 
     def policy(self, text):
@@ -34,6 +34,9 @@ class Echo:
         return options.text(())
 
     def check(self, options):
+        pass
+
+    def set_steps(self, steps):
         pass
 
     def replies(self, requests, options, failed, stream=None):
@@ -151,7 +154,8 @@ def test_options_that_contradict_each_other(folder, loads):
         ("--prompt", "\ud800"), (*one, "--image", ""), (*one, "--video", "a.png"),
         (*one, "--image", "gone\x1b.png"), (*one, "--image", "pipe.png"), (*one, "--think=yes"),
         (*one, "--max-new-tokens", "9", "--min-new-tokens", "10"), (*one, "--surprise\x1b"),
-        (*one, "--context", "8", "--max-new-tokens", "8"),
+        (*one, "--context", "8", "--max-new-tokens", "8"), (*one, "--mode", "video"),
+        (*one, "--rounds", "2"), (*one, "--mode", "both", "--rounds", "9" * 9),
         *((*one, "--mesh", mesh) for mesh in MESHES),
         *((*one, "--out", out) for out in ("a.png", "a.png/x", "pipe.png", "x\0y")),
         (*one, "--decoder", "a.png", "--out", "o"), (*one, "--decoder", "gone", "--out", "o"),
