@@ -140,7 +140,11 @@ ADAPTERS = {
 _SMALL = dict(row=dict(template="chatml", length=384, images=16), images=dict(max_frames=12))
 SMALL_DATA = {
     "smoke": dict(_SMALL, sources=dict(main=_metamorph.SMOKE)),
-    "quickstart": dict(_SMALL, sources=dict(main=_metamorph.DRAW)),
+    "quickstart": dict(  # requests for images, which read none
+        sources=dict(main=_metamorph.DRAW),
+        row=dict(template="chatml", length=256, images=1),
+        images=dict(max_frames=1),
+    ),
 }
 MIXED_DATA = dict(  # requests for images, and questions about images, of the quick start
     _SMALL,
