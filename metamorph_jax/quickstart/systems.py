@@ -221,7 +221,7 @@ def drawings(generator, files) -> tuple[np.ndarray, np.ndarray, float]:
     from metamorph_jax.sampling.requests import Request
 
     rows = data.read_jsonl(files.draw_test)
-    images = np.zeros((len(rows), len(SEEDS), SIDE, SIDE, 3), np.uint8)
+    images = np.full((len(rows), len(SEEDS), SIDE, SIDE, 3), 225, np.uint8)  # grey: not drawn
     whole, seconds = np.zeros(images.shape[:2], bool), []
     for k, seed in enumerate(SEEDS):
         requests = [Request(row["id"], row["prompt"]) for row in rows]

@@ -22,7 +22,7 @@ SMOKE = (
 )
 NOTES = [
     "Drawings are read by one classifier, trained on real images only. A request that was answered "
-    "without an image counts as wrong.",
+    "without an image counts as wrong, and is shown as a grey square.",
     "Trained parameters are those of the stage that trains most; seconds per step are those of "
     "the longest stage.",
     "LLaVA is not asked to draw, so all of its steps are questions.",
@@ -39,7 +39,9 @@ def write(run) -> pathlib.Path:
         page.Section("Run", [_facts(run, trained)]),
     ]
     lead = SMOKE if run.size == "smoke" else LEAD
-    return page.write(run.workdir / "report.html", page.Page("Four systems", lead, sections))
+    return page.write(
+        run.workdir / "report.html", page.Page("Systems side by side", lead, sections)
+    )
 
 
 def _row(title: str, values: dict, names, seeds, factor: float = 1.0, digits: int = 1) -> list[str]:
@@ -82,7 +84,8 @@ def _table(run, trained, judged) -> page.Table:
         )
     ]
     heads = ["", *(page.Number(systems.SYSTEMS[name].title) for name in run.names)]
-    caption = f"Mean over {len(run.seeds)} seeds, and each of them in parentheses."
+    count = len(run.seeds)
+    caption = f"Mean over {count} seeds, and each of them in parentheses." if count > 1 else ""
     return page.Table(heads, rows, caption=caption)
 
 

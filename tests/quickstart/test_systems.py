@@ -88,7 +88,7 @@ def test_requests_without_an_image_are_wrong(run):
     files = run.quickstart(0).files
     images, whole, seconds = systems.drawings(generator, files)
     assert images.shape == (24, 2, systems.SIDE, systems.SIDE, 3) and seconds >= 0
-    assert whole.sum() == 46 and not whole[0].any() and (images[0] == 0).all()
+    assert whole.sum() == 46 and not whole[0].any() and (images[0] == 225).all()
     prompts = [r["prompt"] for r in qdata.read_jsonl(files.draw_test)]
     assert generator.requests == [(0, prompts), (1, prompts)]
     run.__dict__["classifier"] = Sees()
