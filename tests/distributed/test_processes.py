@@ -119,18 +119,17 @@ def test_hosts_that_share_rows(whole, tmp_path):
 
 
 @pytest.mark.golden  # takes the small tokenizer from there
-def test_metamorph_on_two_and_four(tmp_path, golden_root):
+def test_metamorph_on_four(tmp_path, golden_root):
     path = write_pictures(tmp_path)
     runs = [
         start(tmp_path / f"n{n}", (n, pictures(path, golden_root, mesh=mesh)))
-        for n, mesh in ((1, {"fsdp": -1}), (2, {"data": 2}), (4, {"fsdp": 2, "data": 2}))
+        for n, mesh in ((1, {"fsdp": -1}), (4, {"fsdp": 2, "data": 2}))
     ]
     assert len({row["seen_pixels"] for row in numbers(runs[0])}) == 3
-    for run in runs[1:]:
-        same_run(runs[0], run)
+    same_run(*runs)
     # Where each data_shard stands, and what it skipped, is the same whoever read it.
     states = [Checkpoints(run)._describe(3)[1]["data"] for run in runs]
-    assert states[0] == states[1] == states[2]
+    assert states[0] == states[1]
     assert sum(sum(data_shard["counts"].values()) for data_shard in states[0]) >= 3
 
 

@@ -113,8 +113,8 @@ def test_killed_and_started_again(tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_twenty_times(tmp_path):
-    kill_and_go_on(tmp_path, 20, steps=200)
+def test_killed_ten_times(tmp_path):
+    kill_and_go_on(tmp_path, 10, steps=100)
 
 
 def test_disk_full_during_a_save(whole, tmp_path):

@@ -1,20 +1,11 @@
-"""Training and drawing on eight virtual devices give the numbers of one; two processes train as one
-does."""
+"""Training and drawing on eight virtual devices give the numbers of one."""
 
-import json
 import os
 import pathlib
 import subprocess
 import sys
 
-import numpy as np
-import pytest
-from PIL import Image
-
-from metamorph_jax.config import load_config
-from metamorph_jax.train.checkpoint import read_export
 from tests.devices import virtual
-from tests.train import forked
 
 ROOT = pathlib.Path(__file__).parents[3]
 
@@ -108,52 +99,3 @@ def test_training_on_eight_devices():
 
 def test_drawing_on_eight_devices():
     assert "drawn alike" in run(SETUP + DRAWING)
-
-
-# ---- processes
-
-
-def write_pairs(folder: pathlib.Path) -> str:
-    """Eight images, described and drawn by turns."""
-    lines, rng = [], np.random.default_rng(0)
-    for k in range(8):
-        pixels = rng.integers(0, 256, (12, 16, 3), np.uint8)
-        Image.fromarray(pixels).save(folder / f"{k}.png")
-        turns = ["<image>", "noise " * (1 + k % 3)][:: 1 if k % 2 else -1]
-        said = [{"from": "human", "value": turns[0]}, {"from": "gpt", "value": turns[1]}]
-        lines.append(json.dumps({"image": f"{k}.png", "conversations": said}))
-    (folder / "pairs.jsonl").write_text("\n".join(lines))
-    return str(folder / "pairs.jsonl")
-
-
-def losses(workdir: pathlib.Path) -> list[dict[str, float]]:
-    rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    names = ("loss", "text_loss", "image_loss", "grad_norm")
-    return [{name: row[name] for name in names} for row in rows if "loss" in row]
-
-
-@pytest.mark.e2e
-@pytest.mark.slow
-def test_training_in_two_processes(tmp_path):
-    """The same losses and parameters as one process, each with half of the rows."""
-    changes = {
-        "data.sources": {"main": {"path": write_pairs(tmp_path)}},
-        "data.row": {"length": 32, "images": 2, "template": "document"},
-        "model.max_drawings": 2, "data_shards": 2, "initial_batches": 1,
-        "steps": 2, "batch_size": 2, "log_every": 1, "checkpoint_every": 100,
-        # Without the large epsilon, rounding in gradients near 0 decides steps of full size.
-        "optim.eps": 1e-3, "tensorboard": False, "compilation_cache": "",
-    }  # fmt: skip
-    table = load_config(f"{ROOT}/configs/mm_interleaved/pretrain.py:smoke", changes).to_dict()
-    table |= {"recipe": "tests.recipes.mm_interleaved.quick", "stage": "context"}
-    table["optim"]["groups"] = {}
-    one, two = tmp_path / "one", tmp_path / "two"
-    forked.finish([forked.Run(table, one)])
-    forked.finish(forked.together(2, table | {"mesh": {"data": 2}}, two))
-    assert len(losses(one)) == 2 and losses(one)[0]["image_loss"] > 0
-    for a, b in zip(losses(one), losses(two), strict=True):
-        assert a == pytest.approx(b, rel=1e-4)
-    kept, found = read_export(one), read_export(two)
-    assert kept.keys() == found.keys()
-    for name in kept:
-        np.testing.assert_allclose(found[name], kept[name], rtol=1e-4, atol=1e-5, err_msg=name)
