@@ -32,8 +32,11 @@ platforms.prepare()  # as the commands that tests start do
 
 # Files that take minutes come first: at the end, one process would wait for the other.
 # With several processes this needs --no-loadscope-reorder, as in launch/test.sh.
-LONGEST = ("quickstart/test_run.py", "distributed/test_processes.py", "train/test_survival.py",
-           "recipes/test_decoder.py")  # fmt: skip
+LONGEST = (
+    *("recipes/test_contract.py", "quickstart/test_run.py", "distributed/test_processes.py"),
+    *("train/test_survival.py", "recipes/mm_interleaved/test_golden.py"),
+    *("recipes/mm_interleaved/test_decoding.py", "recipes/mm_interleaved/test_mesh.py"),
+)
 
 
 def pytest_addoption(parser):
