@@ -51,3 +51,16 @@ def pick(sizes: Mapping[str, Any], size: str) -> Any:
     if size not in sizes:
         raise ConfigError(f"size {size!r} is none of {', '.join(sizes)}")
     return sizes[size]
+
+
+def unet(channels: tuple[int, ...], context: int, **more) -> dict:
+    """Options of a UNet with attention at all levels but the last."""
+    n = len(channels) - 1
+    return dict(
+        block_out_channels=channels,
+        down_block_types=("CrossAttnDownBlock2D",) * n + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * n,
+        cross_attention_dim=context,
+        use_linear_projection=True,
+        **more,
+    )

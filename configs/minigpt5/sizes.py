@@ -19,20 +19,9 @@ import pathlib
 
 from metamorph_jax.config import load_module
 
+common = load_module(pathlib.Path(__file__).parents[1] / "common.py")
 _metamorph = load_module(pathlib.Path(__file__).parents[1] / "metamorph" / "sizes.py")
-
-
-def _unet(channels: tuple[int, ...], context: int, **more) -> dict:
-    """A UNet with attention at all levels but the last."""
-    n = len(channels) - 1
-    return dict(
-        block_out_channels=channels,
-        down_block_types=("CrossAttnDownBlock2D",) * n + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * n,
-        cross_attention_dim=context,
-        use_linear_projection=True,
-        **more,
-    )
+_unet = common.unet
 
 
 def _qformer(key_width: int, **more) -> dict:

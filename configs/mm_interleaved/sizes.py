@@ -17,26 +17,15 @@ import pathlib
 
 from metamorph_jax.config import load_module
 
+common = load_module(pathlib.Path(__file__).parents[1] / "common.py")
 _metamorph = load_module(pathlib.Path(__file__).parents[1] / "metamorph" / "sizes.py")
+_unet = common.unet
 
 
 def _context(width: int, out: int, **more) -> dict:
     """From states of this width to a context of that width."""
     resampler = dict(key_width=width, width=out, layers=1, cross_every=1, qk_norm=False, **more)
     return dict(width=width, resampler=resampler)
-
-
-def _unet(channels: tuple[int, ...], context: int, **more) -> dict:
-    """A UNet with attention at all levels but the last."""
-    n = len(channels) - 1
-    return dict(
-        block_out_channels=channels,
-        down_block_types=("CrossAttnDownBlock2D",) * n + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * n,
-        cross_attention_dim=context,
-        use_linear_projection=True,
-        **more,
-    )
 
 
 _SMOKE = dict(

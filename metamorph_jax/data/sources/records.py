@@ -14,7 +14,7 @@ from metamorph_jax import files
 from metamorph_jax.data.sources import index_files, shards
 from metamorph_jax.data.sources.base import ImageRef, Sample, images_in_front
 from metamorph_jax.data.sources.kinds import KINDS, Files, Kind, build
-from metamorph_jax.data.sources.lines import json_record
+from metamorph_jax.data.sources.lines import json_record, unreadable
 from metamorph_jax.data.sources.parquet import ParquetRecords
 from metamorph_jax.data.sources.tars import TarRecords
 from metamorph_jax.data.sources.zips import ZippedRecords
@@ -93,13 +93,7 @@ class JsonlRecords:
     @property
     def bad_lines(self) -> tuple[tuple[int, str], ...]:
         """((line number from 1, message), ...) of all lines that can't be read. Reads the file."""
-        bad = []
-        for k in range(len(self)):
-            try:
-                self[k]
-            except BadSample as e:
-                bad.append((int(self.lines[k]), e.detail))
-        return tuple(bad)
+        return unreadable(self)
 
     def __getstate__(self):
         return {**self.__dict__, "_fd": None}

@@ -18,7 +18,7 @@ import numpy as np
 
 from metamorph_jax import files
 from metamorph_jax.data.sources import index_files
-from metamorph_jax.data.sources.lines import json_record
+from metamorph_jax.data.sources.lines import json_record, unreadable
 from metamorph_jax.errors import BadSample, FileError
 from metamorph_jax.files import shown
 
@@ -110,13 +110,7 @@ class ZippedRecords:
     @property
     def bad_lines(self) -> tuple[tuple[int, str], ...]:
         """((line number from 1, message), ...) of all lines that can't be read. Reads the file."""
-        bad = []
-        for k in range(len(self)):
-            try:
-                self[k]
-            except BadSample as e:
-                bad.append((int(self.lines[k]), e.detail))
-        return tuple(bad)
+        return unreadable(self)
 
     def __getstate__(self):
         return {k: v for k, v in self.__dict__.items() if k not in ("_unpacked", "_lock")}
