@@ -5,6 +5,7 @@ Special tokens come from the chat template and the markers alone: where a messag
 """
 
 import bisect
+import copy
 import functools
 import re
 from collections.abc import Callable, Collection, Sequence
@@ -143,7 +144,7 @@ def _as_text(tokenizer, lead: str = "") -> Callable[[str], Coded] | None:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
-    backend = type(backend).from_str(backend.to_str())
+    backend = copy.deepcopy(backend)
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True

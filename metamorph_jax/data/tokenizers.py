@@ -12,12 +12,13 @@ them out.
 """
 
 import contextlib
-import os
 import pathlib
 from collections.abc import Sequence
 
 from metamorph_jax import files
+from metamorph_jax.data.tokenizer_limits import Limited, slow_part
 from metamorph_jax.errors import ConfigError, FileError, MissingFile, WeightError
+from metamorph_jax.files import shown
 
 # Files of a tokenizer or processor, which are copied as they are.
 FILES = (
@@ -27,7 +28,8 @@ FILES = (
 )  # fmt: skip
 
 
-_LARGEST = 2**26  # bytes; a tokenizer.json of 262,000 tokens has 33 million
+# A tokenizer.json of 262,000 tokens has 33 million bytes and half a million lists.
+_LARGEST, _MOST_LISTS = 2**26, 2**22
 
 
 def is_in(folder: pathlib.Path) -> bool:
@@ -51,20 +53,27 @@ def load(folder: str | pathlib.Path):
         raise MissingFile(
             f"{folder} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json)"
         )
-    check_all(folder)
+    slow = check_all(folder)
     with _naming(folder):
-        return AutoTokenizer.from_pretrained(
+        return _limited(AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=False, local_files_only=True
-        )
+        ), folder, slow)  # fmt: skip
 
 
 def load_file(file: str | pathlib.Path):
     """The transformers tokenizer of a tokenizer.json alone; raises as `load`."""
     from transformers import PreTrainedTokenizerFast
 
-    check(file)
+    slow = check(file)
     with _naming(file):
-        return PreTrainedTokenizerFast(tokenizer_file=str(file))
+        return _limited(PreTrainedTokenizerFast(tokenizer_file=str(file)), file, slow)
+
+
+def _limited(tokenizer, where: str | pathlib.Path, slow: str):
+    """The tokenizer; its work is bounded if a part of its file may be slow."""
+    if slow and hasattr(tokenizer, "backend_tokenizer"):
+        tokenizer._tokenizer = Limited(tokenizer.backend_tokenizer, shown(where), slow)
+    return tokenizer
 
 
 def read(path: str | pathlib.Path):
@@ -72,24 +81,30 @@ def read(path: str | pathlib.Path):
     return load(path) if pathlib.Path(path).is_dir() else load_file(path)
 
 
-def check_all(folder: pathlib.Path) -> None:
-    """`check` for those files beside the weights in a folder that are read or copied."""
-    for name in (*FILES, "config.json", "generation_config.json"):
-        if (folder / name).exists():
-            check(folder / name)
+def check_all(folder: pathlib.Path) -> str:
+    """`check` for those files beside the weights in a folder that are read or copied; returns what
+    may be slow in a tokenizer.json, or one that is named for a version of transformers."""
+    others = {file.name for file in folder.glob("tokenizer*.json")}
+    names = (*FILES, "config.json", "generation_config.json", *sorted(others - {*FILES}))
+    slow = [check(folder / name) for name in names if (folder / name).exists()]
+    return next(filter(None, slow), "")
 
 
-def check(file: str | pathlib.Path) -> None:
-    """FileError for a file of a tokenizer that is no regular file, too large, or not the JSON
-    object that its ending promises."""
+def check(file: str | pathlib.Path) -> str:
+    """What may be slow in a file of a tokenizer, "" for nothing; see `slow_part`.
+
+    Raises:
+        FileError: it is no regular file, too large, or not the JSON object that its ending
+            promises; or as `slow_part`.
+    """
     file = pathlib.Path(file)
-    with files.opened(file, _LARGEST) as opened:
-        large = os.fstat(opened.fileno()).st_size > files.MAX_BYTES
-        start = opened.read(64).lstrip()
-    if file.suffix == ".json" and not large:
-        files.read_json(file)
-    elif file.suffix == ".json" and not start.startswith(b"{"):  # large ones are read once only
-        raise FileError(f"{file} does not hold a JSON object")
+    if file.suffix != ".json":
+        files.opened(file, _LARGEST).close()
+        return ""
+    text = files.read_text(file, _LARGEST)
+    if text.count("[") + text.count("{") > _MOST_LISTS:
+        raise FileError(f"{shown(file)} has more than {_MOST_LISTS:,} lists and objects")
+    return slow_part(files.parse(text, shown(file), dict), shown(file))
 
 
 @contextlib.contextmanager
@@ -102,7 +117,7 @@ def _naming(where):
     except BaseException as error:  # a panic in Rust is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        reason = files.shown((str(error).splitlines() or [""])[0])
+        reason = shown((str(error).splitlines() or [""])[0])
         raise WeightError(
             f"the tokenizer of {where} can't be loaded: {type(error).__name__}: {reason}"
         ) from error
