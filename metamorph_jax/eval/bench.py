@@ -332,6 +332,10 @@ class TaskDuringTraining:
         decoding = Options(max_new_tokens, batch_size=batch_size)
         self._settings = Settings(decoding, limit, 0)
 
+    def score_names(self) -> set[str]:
+        """Of all scores that `run` may give. There is no judge in training."""
+        return {"failed"} | (set() if self._task.judged else self._task.score_names())
+
     def run(self, generator: Answering) -> Mapping[str, float]:
         """Scores of the model, and "failed", the number of questions that could not be asked."""
         with tempfile.TemporaryDirectory() as folder:

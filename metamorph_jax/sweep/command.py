@@ -11,7 +11,6 @@ Every run is a process of its own, so one that crashes or runs out of memory doe
 """
 
 import contextlib
-import difflib
 import json
 import os
 import pathlib
@@ -196,102 +195,8 @@ def _label(values: Mapping) -> str:
     return re.sub(r"[^\w.=+-]+", "-", text, flags=re.ASCII)[:100]
 
 
-def comparable_metric(runs: Sequence[Run]) -> str:
-    """The metric to compare runs by if the user names none: "loss", the weighted sum.
-
-    Raises:
-        ConfigError: its weights are not the same in all runs.
-    """
-    if not any(key.split(".")[0] in ("model", "recipe", "stage") for r in runs for key in r.values):
-        return "loss"
-    found: dict[str, set[float | None]] = {}
-    weights = [_loss_weights(run.table) for run in runs]
-    for name in sorted({name for one in weights for name in one}):
-        found[name] = {one.get(name) for one in weights}
-    changed = [name for name, values in found.items() if len(values) > 1]
-    if not changed:
-        return "loss"
-    raise ConfigError(
-        f"the sweep changes the weight of the loss{'es' if len(changed) > 1 else ''} "
-        f"{', '.join(changed)}, so the weighted sum 'loss' of one run can't be compared with "
-        f"another's; say which to compare by: {', '.join(f'--metric={n}_loss' for n in found)}"
-    )
-
-
-def check_metric(metric: str, runs: Sequence[Run]) -> None:
-    """Looks at a metric before anything is run; only a task's own scores are let through unseen.
-
-    Raises:
-        ConfigError: it is of an evaluation that no run has, or that has no numbers; or neither the
-            model nor the log has a metric of this name.
-    """
-    name = metric
-    if metric.startswith("evals."):
-        evaluation, _, name = metric.removeprefix("evals.").partition(".")
-        kinds = {one["name"]: one["kind"] for run in runs for one in run.table["evals"]}
-        found = [f"evals.{key}.METRIC" for key, kind in kinds.items() if kind != "samples"]
-        if f"evals.{evaluation}.METRIC" not in found or not name:
-            raise ConfigError(
-                f"--metric={files.shown(metric)}: no run has such an evaluation; there are "
-                f"{', '.join(map(files.shown, found)) or 'none'}"
-            )
-        if kinds[evaluation] != "loss":
-            return
-    from metamorph_jax.train.metrics import OF_STEPS, OF_TIME
-
-    known = set() if metric.startswith("evals.") else {*OF_STEPS, *OF_TIME}
-    name, seen = name.partition("/")[0], set()
-    for run in runs:  # those of one model have the same
-        model = json.dumps([run.table[key] for key in ("recipe", "model", "data")])
-        if name in known:
-            return
-        if model not in seen:
-            seen.add(model)
-            known |= _metrics_of_model(run.table)
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ConfigError(
-            f"--metric={files.shown(metric)}: the runs will not have it{hint}; there are "
-            f"{', '.join(sorted(known))}"
-        )
-
-
-def _loss_weights(table: dict) -> dict[str, float]:
-    """Of the model of a run, which is not made."""
-    import jax
-    from flax import nnx
-
-    from metamorph_jax.models import build
-    from metamorph_jax.train.config import resolve
-
-    jax.config.update("jax_platforms", "cpu")  # a TPU belongs to the runs
-    run = resolve(table)
-    return dict(nnx.eval_shape(lambda: run.recipe.create(run.model, build.rngs(0))).loss_weights)
-
-
-def _metrics_of_model(table: dict) -> set[str]:
-    """Names of what the model reports of a batch, without those of single sources."""
-    import jax
-
-    from metamorph_jax import sharding
-    from metamorph_jax.models import build
-    from metamorph_jax.train.config import resolve
-
-    jax.config.update("jax_platforms", "cpu")  # a TPU belongs to the runs
-    run = resolve(table)
-    batch = run.recipe.batch_spec(run.data, run.model, 1)
-
-    def measured(batch):
-        return run.recipe.create(run.model, build.rngs(0)).loss_sums(batch, jax.random.key(0))
-
-    with jax.set_mesh(sharding.make_mesh(devices=jax.local_devices()[:1])):
-        losses, metrics = jax.eval_shape(measured, batch)
-    return {"loss", *(f"{name}_loss" for name in losses), *(n.partition("/")[0] for n in metrics)}
-
-
 def run(args) -> int:
-    from metamorph_jax.sweep import grid
+    from metamorph_jax.sweep import grid, metrics
 
     workdir = paths.output_folder("--workdir", args.workdir)
     runs = plan(args.config, args.overrides, workdir)
@@ -312,10 +217,10 @@ def run(args) -> int:
         print(f"{run.folder.name:{width}}  {states[run.folder]}")
     if args.list:
         return 0
-    metric = comparable_metric(runs) if args.metric is None else args.metric
+    metric = metrics.comparable(runs) if args.metric is None else args.metric
     results = Results(workdir, runs, metric, args.best)
     if not args.table:
-        check_metric(metric, runs)
+        metrics.check(metric, runs)
         todo = [r for r in runs if states[r.folder] != "finished"]
         with _writing(workdir):
             code = _run_all(todo, command, results.attempt)

@@ -18,7 +18,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -31,7 +31,7 @@ from metamorph_jax import files, sharding
 from metamorph_jax.distributed import gather
 from metamorph_jax.errors import ConfigError, FileError
 from metamorph_jax.recipe import Shard, Shown
-from metamorph_jax.train import checkpoint, shards
+from metamorph_jax.train import checkpoint, metric_names, shards
 from metamorph_jax.train.config import EvalConfig, Run
 from metamorph_jax.train.optim import Params
 from metamorph_jax.train.skipped import Skipped, summary
@@ -47,6 +47,15 @@ class Task(Protocol):
 
         Every process calls it; the scores of the first one count.
         """
+        ...
+
+
+@runtime_checkable
+class Named(Protocol):
+    """A task that says beforehand what it scores, as those of the bench do."""
+
+    def score_names(self) -> Collection[str]:
+        """Names of all scores that `run` may give."""
         ...
 
 
@@ -82,10 +91,12 @@ class Evaluations:
         messages: for the log, about the last call of `run`.
 
     Raises:
-        ConfigError: a task or an option of the data doesn't exist.
+        ConfigError: a task or an option of the data doesn't exist, or the metric of
+            `config.keep_best`.
     """
 
     def __init__(self, run: Run, parts: Parts, mesh: Mesh, mine: np.ndarray, data_shards: int):
+        _check_best(run)
         self._steps, self.last = run.cfg.steps, {}
         self.messages: list[str] = []
         self.shown: dict[str, Sequence[Shown]] = {}
@@ -135,8 +146,7 @@ class HeldOutLoss:
     def __init__(self, cfg: EvalConfig, run: Run, parts: Parts, mesh, mine, data_shards: int, say):
         self._cfg, self._parts, self._mesh, self._rows = cfg, parts, mesh, run.cfg.batch_size
         self._key = jax.random.key(run.cfg.seed + 2)
-        where = f"config.evals.{cfg.name}.data"
-        data = configs.build(run.recipe.Data, overridden(run.cfg.data, cfg.data), where)
+        data = data_of(cfg, run)
 
         def open_shard(shard: Shard):
             return run.recipe.open_data(data, run.model, shard)
@@ -200,10 +210,7 @@ class TaskScores:
 
     def __init__(self, cfg: EvalConfig, run: Run, parts: Parts):
         self._cfg, self._run, self._parts = cfg, run, parts
-        try:
-            self._task: Task = find_task(cfg.task)(**cfg.options)
-        except TypeError as error:
-            raise ConfigError(f"config.evals.{cfg.name}.options: {error}") from error
+        self._task = make_task(cfg)
         self._kept: Renewable | None = None
 
     def __call__(self, state: TrainState, frozen: Params) -> dict[str, float]:
@@ -237,8 +244,7 @@ class Samples:
 
     def __init__(self, cfg: EvalConfig, run: Run, parts: Parts):
         self._cfg, self._run, self._parts = cfg, run, parts
-        where = f"config.evals.{cfg.name}.data"
-        self._data = configs.build(run.recipe.Data, overridden(run.cfg.data, cfg.data), where)
+        self._data = data_of(cfg, run)
         self.shown: Sequence[Shown] = ()
 
     def __call__(self, state: TrainState, frozen: Params) -> dict[str, float]:
@@ -253,6 +259,12 @@ class Samples:
 def parameters(cfg: EvalConfig, state: TrainState) -> Params:
     """What an evaluation is of: the moving average, or the parameters."""
     return state.params if state.ema is None or not cfg.average else state.ema
+
+
+def data_of(cfg: EvalConfig, run: Run):
+    """The recipe's `Data` of an evaluation; raises ConfigError if an option doesn't exist."""
+    table = overridden(run.cfg.data, cfg.data)
+    return configs.build(run.recipe.Data, table, f"config.evals.{cfg.name}.data")
 
 
 def overridden(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -279,6 +291,45 @@ def find_task(name: str):
     if "." in name.partition(":")[0]:
         return configs.find_class(name, where)
     return configs.find_class(BENCH, where)(name)
+
+
+def make_task(cfg: EvalConfig) -> Task:
+    """The task of an evaluation.
+
+    Raises:
+        ConfigError: there is none, or an option doesn't exist.
+    """
+    try:
+        return find_task(cfg.task)(**cfg.options)
+    except TypeError as error:
+        raise ConfigError(f"config.evals.{cfg.name}.options: {error}") from error
+
+
+def score_names(cfg: EvalConfig, run: Run) -> Collection[str] | None:
+    """Names of the metrics that an evaluation may have; None if its task does not say them.
+
+    Raises:
+        UserError: as its data or its task do.
+    """
+    if cfg.kind == "loss":
+        return metric_names.of_data(run, data_of(cfg, run))
+    if cfg.kind == "samples":
+        return ()
+    kind = find_task(cfg.task)
+    if isinstance(kind, type) and not issubclass(kind, Named):
+        return None  # it need not be made
+    task = make_task(cfg)
+    return task.score_names() if isinstance(task, Named) else None
+
+
+def _check_best(run: Run) -> None:
+    """Raises ConfigError if no evaluation will have the metric of `config.keep_best`."""
+    _, _, rest = run.cfg.keep_best.partition(".")
+    name, _, metric = rest.partition(".")
+    for one in run.cfg.evals:
+        known = score_names(one, run) if one.name == name else None
+        if known is not None:
+            metric_names.check(metric, known, f"config.keep_best {files.shown(run.cfg.keep_best)}")
 
 
 class Best:

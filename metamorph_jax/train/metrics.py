@@ -53,7 +53,7 @@ OF_STEPS = ("loss", "grad_norm", "learning_rate")
 OF_TIME = (
     *("seconds_per_step", "positions_per_second", "images_per_second", "data_wait", "seconds_left"),
     *("positions_per_second_per_chip", "tflops_per_second_per_chip", "mfu", "hbm_peak_gib"),
-    *("skipped_steps", "checkpoint_seconds", "goodput", "goodput_restarts", "data"),
+    *("skipped_steps", "checkpoint_seconds", "goodput", "goodput_restarts"),
 )
 
 

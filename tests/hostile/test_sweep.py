@@ -8,8 +8,8 @@ import shutil
 import pytest
 
 from metamorph_jax.errors import ConfigError
-from metamorph_jax.sweep import table
-from metamorph_jax.sweep.command import Run, check_metric
+from metamorph_jax.sweep import metrics, table
+from metamorph_jax.sweep.command import Run
 from metamorph_jax.train.config import resolve
 from tests.hostile import harness
 from tests.sweep import toy
@@ -219,19 +219,37 @@ def test_an_evaluation_that_no_run_has(metric, folder):
     assert not (folder / "new").exists()
 
 
-def test_a_metric_that_no_run_will_have():
-    """Of the log or of held-out data: refused before anything is run, with those that there are."""
-    evals = {"held": {}, "task": {"kind": "task", "task": "a.b:C"}}
+def test_a_metric_that_no_run_will_have(tmp_path):
+    """Of the log, of held-out data or of a task: refused before anything is run."""
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test/questions.json").write_text('[["what color is it?", "red", 3]]')
+    evals = {
+        "held": {},
+        "own": {"kind": "task", "task": "tests.train.toy:Scripted"},
+        "asked": {"kind": "task", "task": "easy_vqa", "options": {"root": str(tmp_path)}},
+    }
     runs = [Run(pathlib.Path("r"), {}, resolve(config(evals=evals)).table)]
-    for metric in ("vision_loss", "evals.held.vision_loss/main", "accuracy", "evals.held.grad_norm",
-                   "los", "", "/", "evals.held./x", "\x1b[2J"):  # fmt: skip
-        with pytest.raises(ConfigError, match="(?s)will not have it.*there are .*visual_loss"):
-            check_metric(metric, runs)
-    with pytest.raises(ConfigError, match="did you mean visual_loss"):
-        check_metric("visul_loss", runs)
-    for metric in ("visual_loss/good", "loss", "grad_norm", "grad_norm/x", "mfu", "data/x/y",
-                   "evals.held.loss", "evals.held.text_loss", "evals.task.x_loss"):  # fmt: skip
-        check_metric(metric, runs)
+    wrong = {
+        "did you mean visual_loss": ("visul_loss", "evals.held.visul_loss"),
+        "there are .*grad_norm/head, .*learning_rate.* text_loss/good": (
+            "vision_loss", "accuracy", "los", "", "/", "\x1b[2J", "text_loss/none", "text_loss/",
+            "visual_loss/good", "grad_norm/nose", "grad_norm/table", "data/good", "data/none/x",
+        ),
+        "there are .*data/bad/REASON.* text_loss/good, visual_loss": (
+            "evals.held.vision_loss", "evals.held.grad_norm", "evals.held./x",
+            "evals.held.text_loss/x", "evals.held.data//x",
+        ),
+        "there are accuracy, color, failed": ("evals.asked.loss", "evals.asked.accuracy/x"),
+    }  # fmt: skip
+    for said, metrics_ in wrong.items():
+        for metric in metrics_:
+            with pytest.raises(ConfigError, match=f"(?s)there will be no such metric.*{said}"):
+                metrics.check(metric, runs)
+    for metric in ("text_loss/good", "loss", "grad_norm", "grad_norm/head", "mfu",
+                   "data/good/too_long", "evals.held.loss", "evals.held.text_loss/bad",
+                   "evals.held.data/bad/x", "evals.own.anything", "evals.asked.accuracy",
+                   "evals.asked.color", "evals.asked.failed"):  # fmt: skip
+        metrics.check(metric, runs)
 
 
 def test_a_swept_weight_of_a_loss(folder):

@@ -130,6 +130,11 @@ def image_scores(one: Judged) -> list[float] | None:
     return [float(np.mean(list(answers.values()))) for answers in found]
 
 
+def broad(category: str) -> str:
+    """The category of the first level: "entity - whole" -> "entity"."""
+    return category.split("-")[0].strip()
+
+
 def summary(prompts: Iterable[Judged], mode: str = "strict") -> dict[str, float]:
     """Scores from 0 to 100: "DPG", the mean over prompts, and those of categories of both levels.
 
@@ -151,13 +156,13 @@ def summary(prompts: Iterable[Judged], mode: str = "strict") -> dict[str, float]
                 detailed.setdefault(question.category, []).append(bool(answers[id]))
     if not totals:
         return {}
-    broad: dict[str, list[bool]] = {}
+    wide: dict[str, list[bool]] = {}
     for category, values in detailed.items():
-        broad.setdefault(category.split("-")[0].strip(), []).extend(values)
+        wide.setdefault(broad(category), []).extend(values)
     percent = lambda values: float(100 * np.mean(values))  # noqa: E731
     out = {"DPG": percent(totals)}
-    out |= {name: percent(values) for name, values in sorted(broad.items())}
-    out |= {n: percent(values) for n, values in sorted(detailed.items()) if n not in broad}
+    out |= {name: percent(values) for name, values in sorted(wide.items())}
+    out |= {n: percent(values) for n, values in sorted(detailed.items()) if n not in wide}
     return out | ({"lost prompts": float(lost)} if lost else {})
 
 

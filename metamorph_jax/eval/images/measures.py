@@ -94,6 +94,20 @@ class Measures:
         """The name of the feature distance of this tower."""
         return f"feature distance ({self.tower})"
 
+    def single_fid(self, group: str) -> str:
+        """The name of the mean FID of units that are called so."""
+        return f"mean FID of single {group} ({self.at})"
+
+    def names(self, group: str = "") -> list[str]:
+        """Of all scores that it may give; `group` as of `Drawn`."""
+        found = [self.distance] if self.tower else []
+        if self.inception:
+            found += [self.fid, *self.score]
+            found += [self.reference_fid] * self.fid_64 + [self.single_fid(group)] * bool(group)
+        if self.clip:
+            found += [name + end for name in (TEXT, IMAGE, CLIPSCORE) for end in ("", FAILED)]
+        return found
+
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
@@ -186,7 +200,7 @@ def _inception(drawn: Drawn, measures: Measures, found: Scores) -> None:
 
 def _singly(network, mine: Features, drawn: Drawn, measures: Measures, found: Scores) -> None:
     """The mean over units of the FID between a unit's images and the real ones of the same."""
-    name = f"mean FID of single {drawn.group} ({measures.at})"
+    name = measures.single_fid(drawn.group)
     rows = [row for row, i in enumerate(mine.kept) if drawn.partners[i]]
     real = network.features(measures.images(drawn.partners[mine.kept[row]] for row in rows))
     pairs: dict[str, list] = {unit: [] for unit in (*drawn.units, *(drawn.failed or ()))}

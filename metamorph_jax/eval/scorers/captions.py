@@ -143,6 +143,10 @@ def ciders(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> li
 # ---- of a corpus
 
 
+# What `corpus_scores` may give.
+NAMES = ("CIDEr", *(f"BLEU-{n}" for n in range(1, ORDER + 1)), "METEOR", "ROUGE-L")
+
+
 def corpus_scores(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """CIDEr, BLEU-1 to BLEU-4, ROUGE-L and, where it was measured, METEOR; all × 100."""
     if not rows:

@@ -29,6 +29,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -163,6 +164,9 @@ class Task:
         normalise: for the form "choose": divide log-likelihoods by the number of tokens.
         max_new_tokens: of a reply.
         main: name of the score that counts.
+        other_scores: names of the scores that it may have beside the main one.
+        scores_of_groups: forms of the names of scores that it has for each value of a group:
+            "{kind}", or "CIDEr {domain}".
         judged: `judge` needs one.
         resamples: most resamples of a bootstrap; 0 where `scores` takes minutes.
         scored_by: options that scores depend on, but not what is asked: with other values of them
@@ -180,6 +184,8 @@ class Task:
     normalise: ClassVar[bool] = False
     max_new_tokens: ClassVar[int] = 128
     main: ClassVar[str] = "accuracy"
+    other_scores: ClassVar[tuple[str, ...]] = ()
+    scores_of_groups: ClassVar[tuple[str, ...]] = ()
     judged: ClassVar[bool] = False
     resamples: ClassVar[int] = 1000
     scored_by: ClassVar[tuple[str, ...]] = ()
@@ -213,6 +219,17 @@ class Task:
         Metrics of which there is no record are left out.
         """
         raise NotImplementedError
+
+    def score_names(self) -> set[str]:
+        """Names of all scores that its questions may give; which of them there are, depends on the
+        answers, and some need a judge. Raises as `questions` does."""
+        questions = self.questions() if self.scores_of_groups else ()
+        return {self.main, *self.other_scores} | {
+            form.format(**question.groups)
+            for question in questions
+            for form in self.scores_of_groups
+            if all(question.groups.get(name) for name in re.findall(r"{(\w+)}", form))
+        }
 
     def terms(self, record: Record) -> dict[str, tuple[float, float]]:
         """Metric -> (a, b) of a record, of the metrics that are 100 times the sum of all a over the

@@ -88,6 +88,7 @@ class CocoCaption(Task):
 
     title: ClassVar = "COCO captions (Karpathy)"
     main: ClassVar = "CIDEr"
+    other_scores: ClassVar = captions.NAMES
     max_new_tokens: ClassVar = 64
     protocols: ClassVar = PROTOCOLS
     files: ClassVar = (
@@ -188,6 +189,7 @@ class NoCaps(CocoCaption):
     style: str = "sentence"
 
     title: ClassVar = "NoCaps"
+    scores_of_groups: ClassVar = ("CIDEr {domain}",)
     files: ClassVar = (
         File("nocaps_val_4500_captions.json", "images, domains, captions", "nocaps.org/download"),
         File("nocaps_test_image_info.json", "images of the test set", "nocaps.org/download"),

@@ -48,6 +48,8 @@ class ChartQA(Task):
     style: str = "phrase"
 
     title: ClassVar = "ChartQA"
+    other_scores: ClassVar = ("mean of parts",)
+    scores_of_groups: ClassVar = ("{part}",)
     max_new_tokens: ClassVar = 32
     files: ClassVar = (
         File("test/test_human.json", "questions that people wrote", _SOURCE),

@@ -28,6 +28,7 @@ class EasyVQA(Task):
     """No options."""
 
     title: ClassVar = "easy-vqa"
+    scores_of_groups: ClassVar = ("{type}",)
     max_new_tokens: ClassVar = 8  # more than "rectangle" and the end of the turn
     files: ClassVar = (
         File("questions_test.jsonl", "the test questions", "`metamorph quickstart`, folder data"),

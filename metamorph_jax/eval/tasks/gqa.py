@@ -45,6 +45,8 @@ class GQA(Task):
     parser: str = "official"
 
     title: ClassVar = "GQA"
+    other_scores: ClassVar = ("binary", "open", "distribution")
+    scores_of_groups: ClassVar = ("structural/{structural}", "semantic/{semantic}")
     files: ClassVar = (
         File("testdev_balanced_questions.json", "questions and answers", _SOURCE),
         File("images", "the images", _SOURCE),

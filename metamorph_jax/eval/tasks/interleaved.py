@@ -40,6 +40,7 @@ from metamorph_jax.sampling.requests import MOST_ROUNDS, Request
 
 TEXT_IMAGE = "100 x CLIP, neighbouring image and text"
 IMAGES = "100 x CLIP, neighbouring images"
+COHERENCE = "coherence, 1 to 10"
 ASKED = (
     "Here is a document of text and images. Does each image fit the text around it, do the images "
     "belong to the same story, and does the text read as one? Answer with a number from 1 (nothing "
@@ -76,6 +77,7 @@ class Interleaved(Task):
     title: ClassVar[str] = "Documents of text and images"
     form: ClassVar[str] = "draw"
     main: ClassVar[str] = TEXT_IMAGE
+    other_scores: ClassVar[tuple[str, ...]] = (IMAGES, COHERENCE, "images of a document")
     max_new_tokens: ClassVar[int] = 512
     scored_by: ClassVar[tuple[str, ...]] = ("clip", "judged_by")
     files: ClassVar[tuple[File, ...]] = (
@@ -132,7 +134,7 @@ class Interleaved(Task):
         }
         told = [r["coherence"] for r in records if r.get("coherence") is not None]
         if told:
-            found["coherence, 1 to 10"] = float(np.mean(told))
+            found[COHERENCE] = float(np.mean(told))
         drawn = [len(r.get("drawn", ())) for r in records]
         return found | {"images of a document": float(np.mean(drawn))}
 

@@ -90,6 +90,8 @@ class JudgedDrawing(Task):
 class GenEval(JudgedDrawing):
     title: ClassVar[str] = "GenEval, by a judge's likelihood of yes"
     main: ClassVar[str] = "overall"
+    other_scores: ClassVar = ("images", "prompts")
+    scores_of_groups: ClassVar = ("{tag}",)
     files: ClassVar[tuple[File, ...]] = (
         File("evaluation_metadata.jsonl", "prompts", "github.com/djghosh13/geneval, prompts/"),
     )
@@ -194,6 +196,10 @@ class Dpg(JudgedDrawing):
             score = scores[0] if scores else None
             out.append({"answers": answers, "parsed": parsed, "score": score, "reply": told})
         return out
+
+    def score_names(self) -> set[str]:
+        detailed = {q.category for item in self._items.values() for q in item.values()}
+        return {self.main, "lost prompts"} | detailed | {dpg.broad(name) for name in detailed}
 
     def scores(self, records: Sequence[Record]) -> dict[str, float]:
         return dpg.summary((one for _, _, one in self._judged(records)), self.mode)

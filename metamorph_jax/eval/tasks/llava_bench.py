@@ -53,6 +53,8 @@ class LLaVABenchCOCO(Task):
 
     title: ClassVar = "LLaVA-Bench (COCO)"
     main: ClassVar = "all"
+    other_scores: ClassVar = ("reference", "candidate")
+    scores_of_groups: ClassVar = ("{category}",)
     max_new_tokens: ClassVar = 1024
     judged: ClassVar = True
     files: ClassVar = (

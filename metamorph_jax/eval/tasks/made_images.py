@@ -34,6 +34,8 @@ class MadeImages(Task):
     side: int = 224
 
     title: ClassVar[str] = "Judges of images, on images that we made"
+    other_scores: ClassVar = ("answers that are yes",)
+    scores_of_groups: ClassVar = ("{kind}",)
     form: ClassVar[str] = "choose"
 
     def questions(self) -> Iterable[Question]:

@@ -96,6 +96,10 @@ class MeasuredDrawing(Task):
     def record(self, question: Question, answer: Answer) -> Record:
         return {"score": None, "parsed": bool(answer.images)}
 
+    def score_names(self) -> set[str]:
+        shown = {_as_shown(name)[0] for name in self.asked.names(self.group)}
+        return super().score_names() | shown
+
     def scores(self, records: Sequence[Record]) -> dict[str, float]:
         found = self._found(records)
         if found is None:

@@ -41,6 +41,8 @@ class MMBench(MultipleChoice):
 
     title: ClassVar = "MMBench"
     main: ClassVar = "circular"
+    other_scores: ClassVar = ("accuracy",)
+    scores_of_groups: ClassVar = ("{l2}", "{ability}")
     files: ClassVar = (
         File("MMBench_DEV_EN.tsv", "questions and images (likewise DEV_CN, TEST_EN, TEST_CN, "
              "…_legacy and …_V11)", _SOURCE),

@@ -50,6 +50,7 @@ from metamorph_jax.eval.tasks.measured_drawing import DECODED, MEASURED, Measure
 from metamorph_jax.files import shown
 
 _SOURCE = "github.com/victorsungo/MMDialog, by request"
+TRUE, DRAWN = "images, % of true turns", "images, % of replies"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,14 +240,20 @@ class MMDialog(MeasuredDrawing):
     def real(self, used: Sequence[str]) -> tuple[str, ...]:
         return ()  # the paper has no distance
 
+    def score_names(self) -> set[str]:
+        names = [*replies.BLEU, replies.ROUGE, replies.ROUGE_OF_SETS]
+        names += [replies.SENTENCES] * bool(self.sentences)
+        names += [replies.RELEVANCE] * bool(self.clip)
+        return super().score_names() | {TRUE, DRAWN} | {f"100 x {name}" for name in names}
+
     def scores(self, records: Sequence[Record]) -> dict[str, float]:
         found = {f"100 x {name}": 100 * float(np.mean(values))
                  for name, values in self._dialogues(records).items()}  # fmt: skip
         found |= super().scores(records)
         true = sum(bool(record["more"]["real"]) for record in records)
-        found["images, % of true turns"] = 100 * true / len(records)
+        found[TRUE] = 100 * true / len(records)
         drawn = sum(bool(record.get("drawn")) for record in records)
-        found["images, % of replies"] = 100 * drawn / len(records)
+        found[DRAWN] = 100 * drawn / len(records)
         return dict(sorted(found.items(), key=lambda item: item[0] != self.main))
 
     def intervals(self, records: Sequence[Record]) -> dict[str, tuple[float, float]]:

@@ -41,6 +41,8 @@ class MME(Task):
 
     title: ClassVar = "MME"
     main: ClassVar = "perception"
+    other_scores: ClassVar = ("cognition",)
+    scores_of_groups: ClassVar = ("{category}",)
     files: ClassVar = (
         File("existence", "images and question files (or images/ and questions_answers_YN/); "
              "likewise the 13 other sub-tasks", _SOURCE),

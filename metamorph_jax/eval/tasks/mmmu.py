@@ -58,6 +58,7 @@ class MMMU(Task):
     style: str = "official"
 
     title: ClassVar = "MMMU"
+    scores_of_groups: ClassVar = ("{domain}", "{subject}")
     max_new_tokens: ClassVar = 1024
     files: ClassVar = (
         File("SUBJECT", "SPLIT-*.parquet of each subject, such as Art/validation-00000-of-00001"

@@ -102,6 +102,10 @@ class MMVet(Task):
             for record, verdict, grade in zip(records, verdicts, grades, strict=True)
         ]
 
+    def score_names(self) -> set[str]:
+        sets = {question.groups["capabilities"] for question in self.questions()}
+        return {self.main} | sets | {name for together in sets for name in together.split("+")}
+
     def scores(self, records):
         """Mean grades × 100: total, each capability, each set of them; of graded ones alone."""
         graded = [

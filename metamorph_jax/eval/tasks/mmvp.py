@@ -33,6 +33,7 @@ class MMVP(MultipleChoice):
 
     title: ClassVar = "MMVP"
     main: ClassVar = "pairs"
+    other_scores: ClassVar = ("accuracy",)
     files: ClassVar = (
         File("Questions.csv", "the questions", _SOURCE),
         File("MMVP Images", "the images 1.jpg … 300.jpg", _SOURCE),

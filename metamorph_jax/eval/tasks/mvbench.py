@@ -75,6 +75,8 @@ class MVBench(Task):
     only: str = ""
 
     title: ClassVar = "MVBench"
+    other_scores: ClassVar = ("mean of kinds",)
+    scores_of_groups: ClassVar = ("{kind}",)
     max_new_tokens: ClassVar = 16
     files: ClassVar = (
         File("json", "the questions, a file for each kind", _SOURCE),

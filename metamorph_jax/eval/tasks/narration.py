@@ -48,7 +48,7 @@ from metamorph_jax.eval.tasks.stories import (
 )
 
 CONTEXTS = ("all", "images", "text")
-SIMILARITY = "100 x sentence similarity"
+SIMILARITY, DRAWN = "100 x sentence similarity", "images, % of replies"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,14 +190,16 @@ class Narration(Task):
                      for r, one in zip(found, alike, strict=True)]  # fmt: skip
         return found
 
+    def score_names(self) -> set[str]:
+        alike, drawn = [SIMILARITY] * bool(self.sentences), [DRAWN] * self.draw
+        return {*captions.NAMES, *alike, *drawn}
+
     def scores(self, records: Sequence[Record]) -> dict[str, float]:
         found = captions.corpus_scores([record["measured"] for record in records])
         if self.sentences:
             found[SIMILARITY] = mean(records, "alike")
         if self.draw:
-            found["images, % of replies"] = mean(
-                [{"drawn": bool(r.get("drawn"))} for r in records], "drawn"
-            )
+            found[DRAWN] = mean([{"drawn": bool(r.get("drawn"))} for r in records], "drawn")
         return dict(sorted(found.items(), key=lambda item: item[0] != self.main))
 
     def terms(self, record: Record) -> dict[str, tuple[float, float]]:

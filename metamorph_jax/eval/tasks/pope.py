@@ -24,6 +24,8 @@ from metamorph_jax.eval.tasks.base import (
 SETTINGS = ("random", "popular", "adversarial")
 _SOURCE = "github.com/AoiDragon/POPE, output/coco"
 
+_MEASURES = ("f1", "accuracy", "precision", "recall", "yes_ratio")
+
 
 @dataclasses.dataclass(frozen=True)
 class Pope(Task):
@@ -39,6 +41,8 @@ class Pope(Task):
 
     title: ClassVar = "POPE"
     main: ClassVar = "f1"
+    other_scores: ClassVar = _MEASURES
+    scores_of_groups: ClassVar = tuple(f"{{setting}}/{name}" for name in _MEASURES)
     files: ClassVar = (
         *(File(f"coco_pope_{s}.json", f"the questions of the {s} setting", _SOURCE)
           for s in SETTINGS),
@@ -68,12 +72,11 @@ class Pope(Task):
         for name, group in by_group(records, "setting").items():
             pairs = [r["said"] for r in group], [r["gold"] for r in group]
             settings[name] = pope_scores(*pairs)
-        named = ("f1", "accuracy", "precision", "recall", "yes_ratio")
         values = {
-            name: {metric: 100 * getattr(one, metric) for metric in named}
+            name: {metric: 100 * getattr(one, metric) for metric in _MEASURES}
             for name, one in settings.items()
         }
-        found = {m: sum(v[m] for v in values.values()) / len(values) for m in named}
+        found = {m: sum(v[m] for v in values.values()) / len(values) for m in _MEASURES}
         return found | {f"{name}/{m}": v for name, one in values.items() for m, v in one.items()}
 
     def write(self, records, folder):

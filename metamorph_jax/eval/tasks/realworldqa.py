@@ -34,6 +34,7 @@ class RealWorldQA(Task):
     parser: str = "lmms_eval"
 
     title: ClassVar = "RealWorldQA"
+    scores_of_groups: ClassVar = ("{kind}",)
     files: ClassVar = (
         File("data", "Parquet files with columns image, question, answer", _SOURCE),
         File("annotations.json", "or the list of {image, question, answer}, images beside it",

@@ -65,6 +65,7 @@ class RefCOCO(Task):
     protocol: str = ""
 
     title: ClassVar = "RefCOCO"
+    other_scores: ClassVar = ("IoU",)
     max_new_tokens: ClassVar = 64
     protocols: ClassVar = {
         "mm-interleaved": Protocol(

@@ -71,6 +71,7 @@ class ScienceQA(Task):
 
     title: ClassVar = "ScienceQA"
     main: ClassVar = "image"
+    other_scores: ClassVar = (*_PARTS, *_JUDGED)
     max_new_tokens: ClassVar = 1024
     files: ClassVar = (
         File("problems.json", "the problems", _SOURCE),

@@ -31,6 +31,7 @@ class Seed(MultipleChoice):
 
     title: ClassVar = "SEED-Bench"
     main: ClassVar = "all"
+    scores_of_groups: ClassVar = ("{kind}", "{dimension}")
     files: ClassVar = (
         File("SEED-Bench.json", "the questions", _SOURCE),
         File("SEED-Bench-image", "the images", _SOURCE),

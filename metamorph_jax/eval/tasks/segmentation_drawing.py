@@ -49,6 +49,7 @@ class Ade20k(MeasuredDrawing):
     protocol: str = ""
 
     title: ClassVar[str] = "ADE20K, images from segmentation maps"
+    other_scores: ClassVar = ("mIoU",)
     scored_by: ClassVar[tuple[str, ...]] = (*MEASURES, "labels", "first_label")
     protocols: ClassVar = {"mm-interleaved": Protocol({"fid_size": 64}, {"guidance": (3.5,)})}
     files: ClassVar[tuple[File, ...]] = (

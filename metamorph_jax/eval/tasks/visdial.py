@@ -52,6 +52,7 @@ class VisDial(Task):
     title: ClassVar = "VisDial 1.0"
     form: ClassVar = "choose"
     main: ClassVar = "NDCG"
+    other_scores: ClassVar = ("R@1", "R@5", "R@10", "MRR", "mean rank")
     files: ClassVar = (
         File("visdial_1.0_val.json", "the dialogs", _SOURCE),
         File(_DENSE, "how relevant the answers are in one round of each dialog", _SOURCE),

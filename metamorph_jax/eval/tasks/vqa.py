@@ -69,6 +69,7 @@ class _Soft(Task):
     """What the four share: an answer has a soft accuracy, or none where answers are not public."""
 
     max_new_tokens: ClassVar = 128
+    scores_of_groups: ClassVar[tuple[str, ...]] = ("{answer_type}",)
     protocols: ClassVar = PROTOCOLS
 
     def accuracy(self, answer: str, given: Sequence[str]) -> float:
@@ -186,6 +187,10 @@ class VQAv2(_Soft):
     def accuracy(self, answer: str, given: Sequence[str]) -> float:
         rule = vqa.vqav2_accuracy if self.parser == "official" else vqa.textvqa_accuracy
         return rule(answer, given)
+
+    @property
+    def scores_of_groups(self) -> tuple[str, ...]:
+        return ("{answer_type}", *["type {question_type}"] * self.question_types)
 
     def scores(self, records):
         """Accuracy, by answer type, and by question type if that is wanted."""

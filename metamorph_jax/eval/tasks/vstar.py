@@ -31,6 +31,7 @@ class VStar(MultipleChoice):
     normalise: bool = True
 
     title: ClassVar = "V*Bench"
+    scores_of_groups: ClassVar = ("{category}",)
     files: ClassVar = (
         File("test_questions.jsonl", "the questions with letters (or from the folders)", _SOURCE),
         *(File(kind, "an image and a .json for each question", _SOURCE) for kind in KINDS),

@@ -29,7 +29,9 @@ def run(spec, root, say, folder: pathlib.Path | None = None):
     files = task.write(records, folder) if folder is not None else []
     stated = {metric for record in records for metric in task.terms(record)}
     assert not stated & intervals.bootstrap(task, records, resamples=2).rescored  # terms are right
-    return questions, records, task.scores(records), files
+    scores = task.scores(records)
+    assert scores.keys() <= task.score_names()
+    return questions, records, scores, files
 
 
 def picture(question, number=0) -> bytes:

@@ -57,4 +57,6 @@ class Clip(features.Extractor):
 
 def run(spec, root, folder, painter):
     task = tasks.make(spec, root=str(root))
-    return bench.run_task(task, painter, folder, bench.Settings(Options()))
+    result = bench.run_task(task, painter, folder, bench.Settings(Options()))
+    assert result.scores.keys() <= task.score_names()
+    return result

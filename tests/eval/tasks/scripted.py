@@ -30,7 +30,9 @@ def run(spec, root, replies, out, judge=None, resamples=0, **options):
     task = tasks.make(spec, root, **options)
     settings = bench.Settings(resamples=resamples, model={"model": "scripted"})
     of_folder = judge and (lambda folder: judge)
-    return bench.run_task(task, model, out, settings, of_folder), model
+    result = bench.run_task(task, model, out, settings, of_folder)
+    assert result.scores.keys() <= task.score_names()
+    return result, model
 
 
 def put(root: pathlib.Path, files: dict) -> pathlib.Path:
