@@ -332,9 +332,12 @@ class TaskDuringTraining:
         decoding = Options(max_new_tokens, batch_size=batch_size)
         self._settings = Settings(decoding, limit, 0)
 
-    def score_names(self) -> set[str]:
-        """Of all scores that `run` may give. There is no judge in training."""
-        return {"failed"} | (set() if self._task.judged else self._task.score_names())
+    def score_names(self) -> set[str] | None:
+        """Of all scores that `run` may give; None if the task does not say them."""
+        if self._task.judged:  # there is no judge in training
+            return {"failed"}
+        found = self._task.score_names()
+        return found and {"failed", *found}
 
     def run(self, generator: Answering) -> Mapping[str, float]:
         """Scores of the model, and "failed", the number of questions that could not be asked."""

@@ -54,8 +54,8 @@ class Task(Protocol):
 class Named(Protocol):
     """A task that says beforehand what it scores, as those of the bench do."""
 
-    def score_names(self) -> Collection[str]:
-        """Names of all scores that `run` may give."""
+    def score_names(self) -> Collection[str] | None:
+        """Names of all scores that `run` may give; None: any."""
         ...
 
 

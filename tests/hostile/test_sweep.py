@@ -11,6 +11,7 @@ from metamorph_jax.errors import ConfigError
 from metamorph_jax.sweep import metrics, table
 from metamorph_jax.sweep.command import Run
 from metamorph_jax.train.config import resolve
+from tests.eval.toy import write_questions
 from tests.hostile import harness
 from tests.sweep import toy
 from tests.train.test_loop import config
@@ -221,11 +222,17 @@ def test_an_evaluation_that_no_run_has(metric, folder):
 
 def test_a_metric_that_no_run_will_have(tmp_path):
     """Of the log, of held-out data or of a task: refused before anything is run."""
+    colours = write_questions(tmp_path, [{"id": "a", "colour": "red"}])
     (tmp_path / "test").mkdir()
     (tmp_path / "test/questions.json").write_text('[["what color is it?", "red", 3]]')
     evals = {
         "held": {},
         "own": {"kind": "task", "task": "tests.train.toy:Scripted"},
+        "unsaid": {
+            "kind": "task",
+            "task": "metamorph_jax.eval.bench:TaskDuringTraining",
+            "options": {"name": "tests.eval.toy:Colours", "root": str(colours)},
+        },
         "asked": {"kind": "task", "task": "easy_vqa", "options": {"root": str(tmp_path)}},
     }
     runs = [Run(pathlib.Path("r"), {}, resolve(config(evals=evals)).table)]
@@ -247,7 +254,7 @@ def test_a_metric_that_no_run_will_have(tmp_path):
                 metrics.check(metric, runs)
     for metric in ("text_loss/good", "loss", "grad_norm", "grad_norm/head", "mfu",
                    "data/good/too_long", "evals.held.loss", "evals.held.text_loss/bad",
-                   "evals.held.data/bad/x", "evals.own.anything", "evals.asked.accuracy",
+                   "evals.held.data/bad/x", "evals.own.x", "evals.unsaid.x", "evals.asked.accuracy",
                    "evals.asked.color", "evals.asked.failed"):  # fmt: skip
         metrics.check(metric, runs)
 

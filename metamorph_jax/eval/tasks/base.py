@@ -220,9 +220,12 @@ class Task:
         """
         raise NotImplementedError
 
-    def score_names(self) -> set[str]:
-        """Names of all scores that its questions may give; which of them there are, depends on the
-        answers, and some need a judge. Raises as `questions` does."""
+    def score_names(self) -> set[str] | None:
+        """Names of all scores that its questions may give, so that a wrong one is noticed before a
+        run; which of them there are, depends on the answers, and some need a judge. None for a task
+        that states neither `other_scores` nor `scores_of_groups`. Raises as `questions` does."""
+        if not (self.other_scores or self.scores_of_groups):
+            return None
         questions = self.questions() if self.scores_of_groups else ()
         return {self.main, *self.other_scores} | {
             form.format(**question.groups)

@@ -98,7 +98,7 @@ class MeasuredDrawing(Task):
 
     def score_names(self) -> set[str]:
         shown = {_as_shown(name)[0] for name in self.asked.names(self.group)}
-        return super().score_names() | shown
+        return {self.main, *self.other_scores} | shown
 
     def scores(self, records: Sequence[Record]) -> dict[str, float]:
         found = self._found(records)
