@@ -122,5 +122,12 @@ def test_options_that_pages_name_exist(page):
         assert known(path), f"{page.name}: config.{path}"
 
 
+def test_one_owner_of_the_repository():
+    """README and notebook name the same one, so that it can't be replaced in one place only."""
+    pages = (ROOT / "README.md", ROOT / "notebooks/quickstart.ipynb")
+    found = [re.findall(r"github(?:\.com)?/([\w-]+)/metamorph_jax", p.read_text()) for p in pages]
+    assert all(found) and len({owner for owners in found for owner in owners}) == 1
+
+
 def test_readme_is_short():
     assert 100 <= len((ROOT / "README.md").read_text().splitlines()) <= 150
