@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import json
 import pathlib
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import pytest
 NOTEBOOK = pathlib.Path(__file__).parents[2] / "notebooks/quickstart.ipynb"
 CELLS = json.loads(NOTEBOOK.read_text())["cells"]
 FIRST = "".join(next(c for c in CELLS if c["cell_type"] == "code")["source"])
+ADDRESS = re.compile(r"github\.com/\w+/")
 
 
 @pytest.fixture
@@ -33,7 +35,8 @@ def colab(monkeypatch, tmp_path):
 
 def test_first_cell_keeps_the_jax_that_is_there(colab, tmp_path):
     _, ran = colab
-    exec(FIRST, {})
+    exec(ADDRESS.sub("github.com/someone/", FIRST), {})
+    assert ran[0][-1] == "https://github.com/someone/metamorph_jax"
     kept = (tmp_path / "keep.txt").read_text().split()
     assert kept == ["jax==0.11.4", "jaxlib==0.11.4", "jax-cuda12-plugin==0.11.4"]
     installs = [words for words in ran if "pip" in words]
@@ -42,11 +45,13 @@ def test_first_cell_keeps_the_jax_that_is_there(colab, tmp_path):
     assert not any("jax" in word.split("[")[0].split("==") for words in installs for word in words)
 
 
-def test_first_cell_says_that_a_runtime_is_too_old(colab):
+def test_first_cell_says_what_is_to_be_changed(colab):
     found, ran = colab
+    with pytest.raises(SystemExit, match="set REPOSITORY in this cell"):
+        exec(ADDRESS.sub("github.com/OWNER/", FIRST), {})
     found["jax"] = "0.7.2"
     with pytest.raises(SystemExit, match="choose a newer one"):
-        exec(FIRST, {})
+        exec(ADDRESS.sub("github.com/someone/", FIRST), {})
     assert not ran
 
 
