@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -68,6 +69,15 @@ class LocalConfig:
             raise ValueError("multi_tier needs a folder: where the daemon's volume is mounted")
 
 
+def _check_numbers(table, *names: str, below: float = math.inf) -> None:
+    """Raises ValueError if one of these options is a number outside of [0, below)."""
+    for name in names:
+        value = getattr(table, name)
+        if value is not None and not 0 <= value < below:
+            most = "finite and at least 0" if below == math.inf else f"in [0, {below:g})"
+            raise ValueError(f"{name} must be {most}, not {value}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Group:
     """Parameters with a learning rate or weight decay of their own.
@@ -90,6 +100,7 @@ class Group:
             re.compile(self.match)
         except re.error as error:
             raise ValueError(f"match {self.match!r} is not a regular expression: {error}") from None
+        _check_numbers(self, "rate", "decay")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +151,8 @@ class OptimConfig:
         if self.momentum_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"momentum_dtype {self.momentum_dtype!r} is neither float32 nor "
                              "bfloat16")  # fmt: skip
+        _check_numbers(self, "learning_rate", "batch", "warmup", "eps", "weight_decay", "clip_norm")
+        _check_numbers(self, "b1", "b2", "ema_decay", below=1.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -86,7 +86,8 @@ def test_keys_that_look_like_content_are_refused(key, value, meant):
 
 
 def test_paths_that_nothing_reads_are_refused():
-    for key, value in (("mask", "b.png"), ("second", ["c.jpg"]), ("target", "d/e.MP4")):
+    for key, value in (("mask", "b.png"), ("second", ["c.jpg"]), ("target", "d/e.MP4"),
+                       ("audio", "f.wav")):  # fmt: skip
         with pytest.raises(BadSample, match=f"`{key}` names the file .* known are id, image"):
             canonical(BASE | {key: value})
     with pytest.raises(BadSample, match="turn 0: `image` names the file b.png"):

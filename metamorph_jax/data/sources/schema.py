@@ -7,7 +7,8 @@ A key that is not read is metadata and is passed over, unless it looks like cont
 lost without a word. It looks like content if
 - its name is that of a key that is read but for case, plural, underscores or a misspelling, or one
   of the names in `OTHER_NAMES`, or
-- its value is the path of an image or a video (or a list of them) that the record does not use.
+- its value is the path of an image, a video or a sound (or a list of them) that the record does
+  not use.
 Such a record is bad, and the message names the key. `ignore` of the source lists keys to pass over.
 """
 
@@ -40,6 +41,7 @@ OTHER_NAMES = {
 IMAGE_EXTENSIONS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp",
 )  # fmt: skip
+SOUND_EXTENSIONS = (".wav", ".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac")
 _TURN_KEYS = ("from", "value", "role", "content")
 _TURN_CONTENT = ("tool_calls", "function_call", "audio")  # of OpenAI's messages
 
@@ -200,7 +202,8 @@ def _plain(name: str) -> str:
 
 
 def _is_path(value) -> bool:
-    """Whether a value looks like the path of an image or a video; URLs are only references."""
+    """Whether a value looks like the path of an image, a video or a sound; URLs are only
+    references."""
     if not isinstance(value, str) or len(value) > 1000 or "://" in value or "\n" in value:
         return False
-    return value.lower().endswith((*IMAGE_EXTENSIONS, *video.EXTENSIONS))
+    return value.lower().endswith((*IMAGE_EXTENSIONS, *video.EXTENSIONS, *SOUND_EXTENSIONS))
