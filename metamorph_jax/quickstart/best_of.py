@@ -11,6 +11,7 @@ import math
 import time
 
 import numpy as np
+from scipy.stats import binomtest
 
 from metamorph_jax.eval import figures, intervals, page
 from metamorph_jax.eval.tasks.base import Task
@@ -91,7 +92,8 @@ def gain(right: np.ndarray, scores: np.ndarray) -> dict:
     Returns:
         {"samples", "counts": {N: {"kept", "interval", "any", "gain", "gain_interval"}}}: the share
         whose kept sample is right, and of which any is; the gain over N = 1. All are means over
-        every choice of N samples. Intervals are over requests, which are drawn with replacement.
+        every choice of N samples. Intervals are over requests, which are drawn with replacement;
+        where they all agree, so that no resample differs, a share has Wilson's score interval.
     """
     order = np.argsort(-scores, axis=1, kind="stable")
     ranked = np.take_along_axis(right, order, axis=1)
@@ -108,7 +110,7 @@ def gain(right: np.ndarray, scores: np.ndarray) -> dict:
         none = [math.comb(int(w), N) / math.comb(samples, N) for w in wrong]
         measured[str(N)] = {
             "kept": means[f"kept {N}"] / 100,
-            "interval": share(f"kept {N}"),
+            "interval": _unless_equal(share(f"kept {N}"), len(records)),
             "any": 1 - float(np.mean(none)),
             "gain": means[f"gain {N}"] / 100,
             "gain_interval": share(f"gain {N}"),
@@ -120,6 +122,15 @@ def first_of(samples: int, N: int) -> np.ndarray:
     """float64[samples]: in which share of the choices of N samples the k-th best is the best."""
     ways = [math.comb(samples - 1 - k, N - 1) for k in range(samples)]
     return np.array(ways) / math.comb(samples, N)
+
+
+def _unless_equal(interval: list[float], count: int) -> list[float]:
+    """An interval of a share of so many requests; Wilson's if it has no width."""
+    low, high = interval
+    if low < high:
+        return interval
+    found = binomtest(round(low * count), count).proportion_ci(method="wilson")
+    return [float(found.low), float(found.high)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +155,7 @@ def blocks(result: dict) -> list:
         errors=[tuple(100 * x for x in one["interval"]) for one in counts.values()],
         marks=[100 * one["any"] for one in counts.values()],
         limit=100,
-        x_label="requests with the right visual tokens, %",
+        x_label="requests, %",
     )
     caption = (
         "Black: 95 % confidence interval over requests. Orange: what a choice without mistakes "
@@ -158,4 +169,4 @@ def blocks(result: dict) -> list:
         f"of one: {100 * last['gain']:+.1f} points (95 % interval {low} to {high}). Each value is "
         f"the mean over all choices of N among {result['samples']} samples."
     )
-    return [page.Text(text), page.Charts([page.Chart(chart, "Best of N", caption)])]
+    return [page.Text(text), page.Charts([page.Chart(chart, "Right visual tokens", caption)])]

@@ -4,6 +4,7 @@ Answers: held-out questions about held-out images, one question per prompt, gree
 24 requests in held-out wordings, read by a linear probe. Drawings: the decoder draws an image from
 each of these sets of tokens with two seeds, none picked, and a small classifier reads its colour
 and shape. Four of the 24 pairs of colour and shape were never drawn in training (`data.HELD_OUT`).
+Where the head samples, `best_of.py` measures what it is worth to choose among several samples.
 """
 
 import dataclasses

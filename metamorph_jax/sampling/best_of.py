@@ -20,7 +20,7 @@ from metamorph_jax.data.sources.base import IMAGE, VIDEO
 from metamorph_jax.errors import WeightError
 from metamorph_jax.sampling.requests import FAULTS, Request
 from metamorph_jax.sampling.results import Candidates
-from metamorph_jax.sampling.segments import Result, VisualTokens
+from metamorph_jax.sampling.segments import BROKEN, Result, VisualTokens
 
 MOST = 64
 YES, NO = ("yes", "Yes"), ("no", "No")  # however the model was taught to write them
@@ -118,16 +118,17 @@ def choose(generator, request: Request, results: Sequence[Result]) -> Candidates
     """
     asked = questions(request)
     images = [_images(result) for result in results]
-    flat = [image for found in images for image in found]
-    each = iter(scores(generator, np.stack(flat), asked, len(results)) if flat else ())
-    found = tuple(
-        float(np.mean([next(each) for _ in found])) if found else None for found in images
-    )
-    kept = max(range(len(found)), key=lambda k: -np.inf if found[k] is None else found[k])
-    return Candidates(asked, found, kept)
+    flat = [image for of_result in images for image in of_result]
+    each = scores(generator, np.stack(flat), asked, len(results)) if flat else np.zeros(0)
+    parts = np.split(each, np.cumsum([len(of_result) for of_result in images])[:-1])
+    means = [float(part.mean()) if len(part) else None for part in parts]
+    kept = int(np.argmax([-np.inf if mean is None else mean for mean in means]))
+    return Candidates(asked, tuple(means), kept)
 
 
 def _images(result: Result) -> list[np.ndarray]:
-    """float32[P, C] of each whole image whose values are finite."""
+    """float32[P, C] of each whole image; none of a row whose numbers are not finite."""
+    if (result.record == BROKEN).any():
+        return []
     whole = [x for x in result.segments if isinstance(x, VisualTokens) and x.complete]
     return [image.features for image in whole if np.isfinite(image.features).all()]

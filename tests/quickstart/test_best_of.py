@@ -81,6 +81,7 @@ def test_the_report_of_a_model_that_knows_what_it_drew():
     assert f"{8 * n} samples" in said[0]
     counts = result["counts"]
     assert counts["1"]["kept"] == pytest.approx(0.5) and counts["8"]["kept"] == 1
+    assert counts["8"]["interval"] == pytest.approx([n / (n + 1.96**2), 1], abs=1e-3)
     for one in counts.values():
         assert one["kept"] == pytest.approx(one["any"])
     page = report.as_page(report.Report("", more={"Best of N": best_of.blocks(result)}))
