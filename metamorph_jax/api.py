@@ -33,6 +33,7 @@ class Model:
         mode: str = "",
         rounds: int = 0,
         literal: bool = False,
+        confirm: Sequence[str] | str = (),
         stream: bool = False,
         **options,
     ) -> Reply:
@@ -45,23 +46,30 @@ class Model:
             mode, rounds: "text", "image" or "both", of a model that draws on its own; these and
                 `literal`, a prompt without a chat template around it: see
                 `sampling.requests.Request`.
-            stream: print text as it comes.
+            confirm: with `best_of=N`: questions, or one, to which "yes" means that an image is
+                right; by default whether it matches the prompt. The image that gets the surest yes
+                is kept, of N; see `reply.candidates`.
+            stream: print text as it comes; with `best_of`, once the best is known.
             options: fields of `sampling.generator.Options`: max_new_tokens, temperature, top_k,
-                top_p, seed, guidance, …
+                top_p, seed, guidance, best_of, …
 
         Returns:
             `reply.text`, `reply.images` (Pillow images, if an image decoder was loaded),
             `reply.show()`, `reply.save(folder)`.
 
         Raises:
-            ValueError, BadSample: the prompt does not fit, or an image can't be read.
+            ValueError, BadSample: the prompt does not fit, an image can't be read, or the model
+                can't do what the options say.
             TypeError: no such option.
         """
         chosen = Options(**{"batch_size": 1, **options})
+        questions = (confirm,) if isinstance(confirm, str) else tuple(confirm)
+        if questions and chosen.best_of == 1:
+            raise ValueError("confirm goes with best_of=N: it decides which of N samples is kept")
         with tempfile.TemporaryDirectory() as folder:
             files = [_file(image, folder, i) for i, image in enumerate(images)]
             asked = Request("0", prompt, tuple(files), think=think, mode=mode, rounds=rounds,
-                            literal=literal)  # fmt: skip
+                            literal=literal, confirm=questions)  # fmt: skip
             request = checked(asked)
             printer = Stream(self.generator) if stream else None
             (reply,) = self.generator.generate([request], chosen, printer)

@@ -79,6 +79,7 @@ class Report:
     """Everything that a report shows.
 
     Attributes:
+        more: further sections, title -> blocks of `eval/page.py`.
         judges: judge -> property -> its accuracy on real held-out images.
         timings: stage -> seconds.
         facts: seeds, versions, sizes.
@@ -91,6 +92,7 @@ class Report:
     scores: list[TypeScore] = dataclasses.field(default_factory=list)
     examples: list[Example] = dataclasses.field(default_factory=list)
     drawings: list[Drawing] = dataclasses.field(default_factory=list)
+    more: dict[str, list] = dataclasses.field(default_factory=dict)
     judges: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     timings: dict[str, float] = dataclasses.field(default_factory=dict)
     facts: dict[str, object] = dataclasses.field(default_factory=dict)
@@ -107,6 +109,7 @@ def as_page(report: Report) -> page.Page:
     parts = (
         ("Targets", report.targets, targets),
         ("Drawings", report.drawings, drawings),
+        *((title, blocks, lambda blocks: blocks) for title, blocks in report.more.items()),
         ("Answers by question type", report.scores, scores),
         ("Sampled questions", report.examples, examples),
         ("Training", report.curves, curves),

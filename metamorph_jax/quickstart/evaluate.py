@@ -4,6 +4,7 @@ Answers: held-out questions about held-out images, one question per prompt, gree
 24 requests in held-out wordings, read by a linear probe. Drawings: the decoder draws an image from
 each of these sets of tokens with two seeds, none picked, and a small classifier reads its colour
 and shape. Four of the 24 pairs of colour and shape were never drawn in training (`data.HELD_OUT`).
+Where the head samples, `best_of.py` measures what it is worth to choose among several samples.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from PIL import Image
 from metamorph_jax.data import predicted
 from metamorph_jax.eval import probe
 from metamorph_jax.eval.scorers import short_answers
+from metamorph_jax.quickstart import best_of
 from metamorph_jax.quickstart import data as qdata
 from metamorph_jax.sampling.generator import Generator, Options
 from metamorph_jax.sampling.image_decoder import ImageDecoder
@@ -153,6 +155,9 @@ def evaluate(
     ]
     tokens_read = reader.predict(features)
     tokens_right = whole & (tokens_read[0] == wanted[0]) & (tokens_read[1] == wanted[1])
+    gain = {}
+    if best_of.samples_differ(generator):
+        gain = best_of.measure(generator, reader, requests, wanted, settings.batch, say)
     n, seeds = drawn.shape[:2]
     seen = [s.reshape(n, seeds) for s in classifier.predict(drawn.reshape(-1, *drawn.shape[2:]))]
     right = whole[:, None] & (seen[0] == wanted[0][:, None]) & (seen[1] == wanted[1][:, None])
@@ -171,6 +176,7 @@ def evaluate(
         "tokens_right": float(tokens_right.mean()),
         "drawings_right": float(right.mean()),
         "held_out_right": float(right[[r["held_out"] for r in requests]].mean()),
+        "best_of": gain,
         "judges": judged,
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ import numpy as np
 
 from metamorph_jax.eval import report
 from metamorph_jax.eval.scorers import short_answers
+from metamorph_jax.quickstart import best_of
 from metamorph_jax.quickstart import data as qdata
 from metamorph_jax.train.metrics_file import read_metrics
 from metamorph_jax.train.workdir import versions
@@ -56,6 +57,7 @@ def make_report(workdir: pathlib.Path, data: qdata.QuickstartData, timings, fact
             scores=[short_answers.TypeScore(**s) for s in result["scores"]],
             examples=examples(data, result["questions"]),
             drawings=drawings(data, result["drawings"], arrays["drawings"]),
+            more={"Best of N": best_of.blocks(result["best_of"])} if result["best_of"] else {},
             judges=result["judges"],
             timings=timings,
             facts=facts | result["settings"] | versions(),

@@ -21,7 +21,8 @@ class Conversation:
         used: positions of the context that are taken, of `generator.prompts.length`.
 
     Raises:
-        ValueError: the options ask for beams: a conversation continues one row of the cache.
+        ValueError: the options ask for beams or several samples: a conversation continues one row
+            of the cache.
     """
 
     def __init__(self, generator: Generator, options: Options = DEFAULTS):
@@ -39,10 +40,13 @@ class Conversation:
         """Takes these options from the next turn on.
 
         Raises:
-            ValueError: they ask for beams, or for another repetition penalty than before.
+            ValueError: they ask for beams or several samples, or for another repetition penalty
+                than before.
         """
         if options.beams > 1:
             raise ValueError("a conversation is decoded without beams: leave beams at 1")
+        if options.best_of > 1:
+            raise ValueError("a conversation continues one reply: leave best_of at 1")
         penalty = options.repetition_penalty
         if self.turns and penalty != self.options.repetition_penalty:
             raise ValueError("repetition_penalty can't change within a conversation")

@@ -6,8 +6,8 @@
     metamorph generate --checkpoint hf:llava-hf/llava-1.5-7b-hf --prompt "What is this?" --image …
 
 Images stand where the prompt has `<image>`, else before it on a line of their own. A line of a
-JSONL file is {"id": …, "prompt": …, "images": […] or "image": …, "video": …}, paths relative to the
-file. In `--out` there will be:
+JSONL file is {"id": …, "prompt": …, "images": […] or "image": …, "video": …, "confirm": […]}, paths
+relative to the file. In `--out` there will be:
 
     results.jsonl              one line per prompt as soon as it is done; the same command started
                                again skips these
@@ -35,7 +35,7 @@ from metamorph_jax.sampling.requests import (
     checked,
     read_requests,
 )
-from metamorph_jax.sampling.results import Output, Reply, Stream, printable
+from metamorph_jax.sampling.results import Candidates, Output, Reply, Stream, printable
 
 if typing.TYPE_CHECKING:
     from metamorph_jax.sampling.generator import Options
@@ -77,6 +77,7 @@ def add_arguments(parser) -> None:
     )
     group.add_argument("--batch-size", type=int, default=8, help="replies at a time")
     add_decoding_arguments(parser)
+    add_best_arguments(parser)
     add_beam_arguments(parser)
     parser.add_argument("--out", metavar="DIR", help="where results go")
 
@@ -157,6 +158,22 @@ def add_decoding_arguments(parser) -> None:
     group.add_argument("--steps", type=int, help="of the diffusion sampler (default: likewise)")
 
 
+def add_best_arguments(parser) -> None:
+    """How the best of several samples of an image is found."""
+    group = parser.add_argument_group("best of several (of models that sample visual tokens)")
+    group.add_argument(
+        "--best-of", type=int, default=1, metavar="N",
+        help="samples of each reply with images, each read back by the model before it is drawn; "
+        "the one that it confirms most is kept, and only that is drawn (default: 1)",
+    )  # fmt: skip
+    group.add_argument(
+        "--confirm", action="append", default=[], metavar="QUESTION",
+        help='what the model is then asked about each: "yes" has to mean that the image is right, '
+        'as in "Is there a red circle?"; repeatable, and a line of --prompts may have its own '
+        "(default: whether it matches the prompt)",
+    )  # fmt: skip
+
+
 def add_beam_arguments(parser) -> None:
     """How beams are searched."""
     group = parser.add_argument_group("beam search (of models that write text only)")
@@ -186,10 +203,12 @@ def run(args) -> int:
         raise UserError("with --prompts, images are named in the file, not by --image or --video")
     if args.rounds and (args.mode != "both" or not 1 <= args.rounds <= MOST_ROUNDS):
         raise UserError(f"--rounds must be 1 to {MOST_ROUNDS}, and goes with --mode both")
+    if args.confirm and args.best_of == 1:
+        raise UserError("--confirm goes with --best-of N: it decides which of N samples is kept")
     many = args.prompts is not None or args.samples > 1
     options = decoding_options(
         args, args.batch_size if many else 1, beams=args.beams, length_penalty=args.length_penalty,
-        early_stopping=EARLY[args.early_stopping],
+        early_stopping=EARLY[args.early_stopping], best_of=args.best_of,
     )  # fmt: skip
     if args.samples > 1 and args.temperature == 0 and not args.decoder:
         raise UserError(f"--samples {args.samples} without --temperature gives equal replies")
@@ -262,6 +281,9 @@ def read(args, outcome: "Outcome") -> list[Request]:
             requests = [checked(request)]
         except ValueError as error:
             raise UserError(error) from error
+    if args.confirm:
+        asked = {"confirm": tuple(args.confirm)}
+        requests = [r if r.confirm else dataclasses.replace(r, **asked) for r in requests]
     if args.literal:
         requests = [dataclasses.replace(r, literal=True) for r in requests]
     if args.mode is not None:
@@ -337,6 +359,7 @@ def settings(args) -> dict:
     if args.beams > 1:
         names += " beams length_penalty early_stopping"
     names += " flow" if args.flow else ""
+    names += " best_of" if args.best_of > 1 else ""
     return {name: getattr(args, name) for name in names.split()}
 
 
@@ -393,5 +416,14 @@ def answer(generator, requests, options: "Options", out: Output | None, outcome:
             stream.end()
         if out is not None and speaks:
             out.write(request, reply)
+        if reply.candidates is not None and speaks:
+            print(f"{request.name}: {kept(reply.candidates)}", file=sys.stderr, flush=True)
         if not outcome.alone and speaks:
             print(f"{request.name}: {printable(reply.text)}", flush=True)
+
+
+def kept(candidates: Candidates) -> str:
+    """Which of the samples was kept, and how they scored, in words."""
+    said = ["no image" if score is None else f"{score:.2f}" for score in candidates.scores]
+    return (f"sample {candidates.kept} of {len(said)} is kept; log-likelihoods of yes: "
+            f"{', '.join(said)}")  # fmt: skip

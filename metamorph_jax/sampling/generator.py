@@ -20,10 +20,10 @@ from metamorph_jax import sharding
 from metamorph_jax.data.chat import Chat
 from metamorph_jax.data.config import MAX_FRAMES, ImageConfig
 from metamorph_jax.data.interleave import build_row, read_place
-from metamorph_jax.data.sources.base import Turn
+from metamorph_jax.data.sources.base import IMAGE, Turn
 from metamorph_jax.data.views import Views
 from metamorph_jax.errors import UserError, WeightError
-from metamorph_jax.sampling import beam, likelihood
+from metamorph_jax.sampling import beam, best_of, likelihood
 from metamorph_jax.sampling.beam import Beams
 from metamorph_jax.sampling.likelihood import Likelihood
 from metamorph_jax.sampling.loop import Loop, RowImages, State, bucket
@@ -50,6 +50,8 @@ class Options:
         beams: how many replies are written side by side, of which the likeliest is taken
             (`sampling/beam.py`); 1 writes one. Text only, and greedy.
         length_penalty, early_stopping: see `beam.Beams`.
+        best_of: samples of a reply with images, of which the one that the model confirms is kept
+            (`sampling/best_of.py`). They are decoded together, and count for `batch_size`.
     """
 
     max_new_tokens: int | None = None
@@ -64,6 +66,7 @@ class Options:
     beams: int = 1
     length_penalty: float = 1.0
     early_stopping: bool | str = False
+    best_of: int = 1
 
     def __post_init__(self):
         if self.batch_size < 1:
@@ -82,6 +85,10 @@ class Options:
         self.text(())
         if self.search.count > 1 and self.temperature > 0:
             raise ValueError("beams take the likeliest tokens: with them, temperature must be 0")
+        if not 1 <= self.best_of <= best_of.MOST:
+            raise ValueError(f"best_of must be 1 to {best_of.MOST}, not {self.best_of}")
+        if self.best_of > 1 and self.search.count > 1:
+            raise ValueError("beams are for text and best_of is for images: give one of them")
 
     @property
     def search(self) -> Beams:
@@ -95,6 +102,13 @@ class Options:
         """In [0, 2^31), of this request."""
         named = f"{self.seed}/{request.sample}/{request.id}".encode()
         return int.from_bytes(hashlib.sha256(named).digest()[:4], "big") >> 1
+
+    def seeds_of(self, request: Request) -> list[int]:
+        """Of the `best_of` samples that are made for a request: those that it would have by
+        itself as sample n, n + 1, …, where n is `best_of` times its own number."""
+        first = self.best_of * request.sample
+        samples = range(first, first + self.best_of)
+        return [self.seed_of(dataclasses.replace(request, sample=k)) for k in samples]
 
 
 DEFAULTS = Options()
@@ -178,13 +192,31 @@ class Prompts:
             return prompt
 
         row, pixels = self.row(request, 1, write)
-        longest = max(len(block.ids) for block in blocks)
-        if len(row) + longest > self.length:
-            raise ValueError(
-                f"prompt and answer make {len(row) + longest} positions, but the context has "
-                f"{self.length}"
-            )
+        self._check_room(row, blocks)
         return row, pixels, blocks
+
+    def about(self, question: str, answers: Sequence[str]):
+        """(row, blocks) as `compared`, of a question about an image whose visual tokens are there.
+
+        Args:
+            question: the image stands where it has `<image>`, else before it.
+
+        Raises:
+            ValueError: it does not fit.
+        """
+        text = question if IMAGE in question else f"{IMAGE}{self.chat.template.lead}{question}"
+        ids, blocks = likelihood.split(self.chat, [("user", text)], answers)
+        place = read_place(*self.views.plan(None))
+        row = build_row(ids, None, [place], self.views.tokens, len(ids) + len(place))
+        self._check_room(row, blocks)
+        return row, blocks
+
+    def _check_room(self, row, blocks: Sequence[likelihood.Block]) -> None:
+        need = len(row) + max(len(block.ids) for block in blocks)
+        if need > self.length:
+            raise ValueError(
+                f"prompt and answer make {need} positions, but the context has {self.length}"
+            )
 
 
 def _too_long(sizes: list[int], words: int, max_new_tokens: int, length: int) -> str:
@@ -358,25 +390,42 @@ class Generator:
 
     def _replies(self, requests: Sequence[Request], options: Options, failed, stream, draw):
         """`replies` to requests of one mode, which are decoded together."""
-        size = min(options.batch_size, max(len(requests), 1))
+        count = options.best_of
+        size = min(max(options.batch_size // count, 1), max(len(requests), 1))
         budget = self.budget(options)
         policy = self.policy_of(options, requests)
-        prompts = self._all_prompts(requests, budget, failed)
+        asked = best_of.askable(self.prompts, requests, failed) if count > 1 else requests
+        prompts = self._all_prompts(asked, budget, failed)
         for batch in batches(prompts, size):
             # A short batch is filled up, so that it needs no compilation of its own.
-            fill = size - len(batch)
-            rows = [Prompt(*prompt) for _, *prompt in batch + batch[:1] * fill]
-            budgets = [budget] * len(batch) + [1] * fill
-            seeds = [options.seed_of(request) for request, *_ in batch] + [0] * fill
-            drawn = [Drawn(seed) for seed in seeds[: len(batch)]]
-            results = self._results(rows, budgets, seeds, policy, options, drawn, stream, draw)
-            for (request, *_), result, own in zip(batch, results, drawn, strict=False):
+            used, fill = count * len(batch), count * (size - len(batch))
+            rows = [Prompt(*prompt) for _, *prompt in batch for _ in range(count)]
+            rows += rows[:1] * fill
+            budgets = [budget] * used + [1] * fill
+            seeds = [seed for request, *_ in batch for seed in options.seeds_of(request)]
+            drawn = [Drawn(seed) for seed in seeds]
+            results = self._results(
+                rows, budgets, seeds + [0] * fill, policy, options, drawn, stream, draw
+            )
+            for first, (request, *_) in zip(range(0, used, count), batch, strict=True):
+                mine = slice(first, first + count)
                 try:
-                    reply = self.reply(result, options, own.seed, draw, own)
+                    reply = self._kept(request, results[mine], drawn[mine], options, stream, draw)
                 except WeightError as error:  # numbers that are not finite
                     failed(request, error)
                     continue
                 yield request, reply
+
+    def _kept(self, request, results, drawn, options: Options, stream, draw) -> Reply:
+        """The reply to a request, of the `best_of` results that there are."""
+        if len(results) == 1:
+            return self.reply(results[0], options, drawn[0].seed, draw, drawn[0])
+        candidates = best_of.choose(self, request, results)
+        best, own = results[candidates.kept], drawn[candidates.kept]
+        if stream is not None:
+            stream(best.record)
+        reply = self.reply(best, options, own.seed, draw, own)
+        return dataclasses.replace(reply, candidates=candidates)
 
     def _results(self, rows, budgets, seeds, policy, options, drawn, stream, draw):
         """What each of these prompts is answered with."""
@@ -387,6 +436,8 @@ class Generator:
             if stream is not None:  # no reply is sure before the last step
                 stream(results[0].record)
             return results
+        if options.best_of > 1:  # it is not known yet which of them is kept
+            stream = None
         more = {} if images is None else {"images": images, "places": self.places}
         for own, one in zip(drawn, images or (), strict=False):
             own.maps += one.each()
@@ -434,10 +485,17 @@ class Generator:
         """Whether replies can have images."""
         return not isinstance(self.policy(DEFAULTS.text(())), TextPolicy)
 
+    @property
+    def projects(self) -> bool:
+        """Whether visual tokens can be read."""
+        return self._project is not None
+
     def check(self, options: Options) -> None:
         """Raises ValueError, for the user, where this model can't decode as the options say."""
         if options.beams > 1:
             beam.check(self.policy_of(options))
+        if options.best_of > 1:
+            best_of.check(self, self.policy_of(options), options.temperature)
 
     def likelihoods(
         self,
@@ -468,6 +526,27 @@ class Generator:
                     yield request, one
                 else:
                     failed(request, WeightError(f"{_BROKEN}, so its answers can't be compared"))
+
+    def likelihoods_about(
+        self, images: np.ndarray, question: str, answers: Sequence[str], batch_size: int = 8
+    ) -> list[list[Likelihood]]:
+        """How likely each answer to a question is, about images that are visual tokens already.
+
+        Args:
+            images: float32[N, P, C], each read in a conversation of its own.
+            question, answers: see `Prompts.about`.
+            batch_size: images that are read together.
+
+        Raises:
+            ValueError: the question does not fit.
+        """
+        row, blocks = self.prompts.about(question, answers)
+        embeds, found = [self.placed(row, image[None]).embeds for image in images], []
+        for start in range(0, len(images), batch_size):
+            part = embeds[start : start + batch_size]
+            filled = part + part[:1] * (batch_size - len(part))
+            found += likelihood.of_batch(self.loop, filled, [blocks] * batch_size)[: len(part)]
+        return found
 
     def _all_blocks(self, requests, answers, closing: bool, failed):
         for request in requests:
@@ -504,10 +583,14 @@ class Generator:
 
     def embedded(self, row, pixels: np.ndarray | None) -> Prompt:
         """As `prompt`, of what `Prompts.row` gives."""
+        return self.placed(row, None if pixels is None else self.see(pixels))
+
+    def placed(self, row, features: np.ndarray | None) -> Prompt:
+        """As `embedded`, of visual tokens float32[n, P, C], which were seen or predicted."""
         embeds = self.loop.embed(row.tokens)
         visual = row.image_slots >= 0
-        if pixels is not None:
-            tokens = self.project(self.see(pixels)).reshape(-1, embeds.shape[-1])
+        if features is not None:
+            tokens = self.project(features).reshape(-1, embeds.shape[-1])
             embeds[visual] = tokens[row.image_slots[visual]]
             if self._newline is not None:
                 embeds[row.image_slots == NEWLINE] = self._newline

@@ -85,10 +85,14 @@ class Policy(Protocol):
     Attributes:
         width: C, of the values that are recorded; 0 for none.
         extra_steps: a row may emit so many more than its budget says.
+        visual: whether these values are visual tokens as the model reads them.
+        varies: whether chance decides them.
     """
 
     width: int
     extra_steps: int
+    visual: bool
+    varies: bool
 
     def init(self, rows: int, prompt_ids: jax.Array, vocabulary: int) -> Any:
         """What the policy remembers, each leaf [B, ...].
@@ -128,6 +132,7 @@ class TextPolicy:
 
     width = 0
     extra_steps = 0
+    visual = varies = False
 
     def __post_init__(self):
         if self.min_new_tokens < 0:

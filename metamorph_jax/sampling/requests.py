@@ -19,7 +19,9 @@ from metamorph_jax.data.sources import kinds, video
 from metamorph_jax.data.sources.base import IMAGE, VIDEO, Sample, Turn
 from metamorph_jax.errors import BadSample
 
-KEYS = ("id", "prompt", "image", "images", "video", "think", "mode", "rounds", "literal")
+KEYS = (
+    "id", "prompt", "image", "images", "video", "think", "mode", "rounds", "literal", "confirm",
+)  # fmt: skip
 MODES = ("text", "image", "both")
 LONGEST_ID = 1000
 MOST_ROUNDS = 1000
@@ -44,6 +46,8 @@ class Request:
         rounds: with mode "both", how many times text or an image is added; 0 for no limit.
         literal: the prompt is all that the model reads, in a wording of its own: no chat template
             is put around it. Without `before`.
+        confirm: questions to which "yes" is the answer if an image is right, for the best of
+            several samples (`sampling/best_of.py`); (): one that is made of the prompt.
     """
 
     id: str
@@ -56,6 +60,7 @@ class Request:
     mode: str = ""
     rounds: int = 0
     literal: bool = False
+    confirm: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -67,17 +72,21 @@ def checked(request: Request) -> Request:
     """The request, if its texts are texts.
 
     Raises:
-        ValueError: the prompt is empty or far too long, a text holds half of a surrogate pair, or
-            the video's name is not that of a video.
+        ValueError: the prompt or a question is empty or far too long, a text holds half of a
+            surrogate pair, or the video's name is not that of a video.
     """
     for what in ("id", "prompt", "video"):
         if not isinstance(getattr(request, what), str):
             raise ValueError(f"{what} must be text")
-    for text in (request.id, request.prompt):
+    for text in (request.id, request.prompt, *request.confirm):
         try:
             text.encode()
         except UnicodeEncodeError:
             raise ValueError("a text has half of a surrogate pair (\\ud800 … \\udfff)") from None
+    for question in request.confirm:
+        if not question.strip() or len(question) > LONGEST or question.count(IMAGE) > 1:
+            raise ValueError(f"a question to confirm an image by has at most one {IMAGE}, and a "
+                             f"text of 1 to {LONGEST} characters")  # fmt: skip
     if len(request.prompt) > LONGEST:
         raise ValueError(f"the prompt has {len(request.prompt)} characters, at most {LONGEST}")
     if request.literal and (request.before or request.video):
@@ -164,7 +173,15 @@ def _request(value: dict, number: int, folder: pathlib.Path, think: bool) -> Req
         mode=_mode(value.get("mode", "")),
         rounds=_rounds(value.get("rounds", 0)),
         literal=literal,
+        confirm=_questions(value.get("confirm", [])),
     )
+
+
+def _questions(value) -> tuple[str, ...]:
+    given = [value] if isinstance(value, str) else value
+    if not isinstance(given, list) or not all(isinstance(text, str) for text in given):
+        raise ValueError("confirm must be a question or a list of them")
+    return tuple(given)
 
 
 def _mode(value) -> str:

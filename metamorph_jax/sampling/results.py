@@ -42,16 +42,33 @@ class ImagePart:
 
 
 @dataclasses.dataclass(frozen=True)
+class Candidates:
+    """The samples that a reply was chosen from, see `sampling/best_of.py`.
+
+    Attributes:
+        questions: that the model was asked about each.
+        scores: of each, a log-likelihood; None if it has no whole image.
+        kept: which of them is the reply.
+    """
+
+    questions: tuple[str, ...]
+    scores: tuple[float | None, ...]
+    kept: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Reply:
     """What a model answered.
 
     Attributes:
         segments: texts and images in order.
         ended: whether the model ended it; otherwise the number of new tokens did.
+        candidates: where it is the best of several, else None.
     """
 
     segments: tuple[TextPart | ImagePart, ...]
     ended: bool
+    candidates: Candidates | None = None
 
     @property
     def text(self) -> str:
@@ -185,7 +202,10 @@ def describe(reply: Reply, id: str, sample: int = 0) -> tuple[dict, dict]:
             entry["drawings"][scale_name(scale)] = file
         segments.append(entry)
     ended = "eos" if reply.ended else "budget"
-    return {"text": reply.text, "segments": segments, "ended": ended}, arrays
+    record = {"text": reply.text, "segments": segments, "ended": ended}
+    if reply.candidates is not None:
+        record["candidates"] = dataclasses.asdict(reply.candidates)
+    return record, arrays
 
 
 def write_arrays(folder: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> list[pathlib.Path]:
@@ -286,8 +306,9 @@ class Output:
 def _asked(request: Request) -> dict:
     asked = dataclasses.asdict(request) | {"images": list(request.images)}
     asked["before"] = [list(turn) for turn in asked["before"]]
+    asked["confirm"] = list(request.confirm)
     # Left out where they say nothing, so that records of before there were such fields still count.
-    newer = ("before", "mode", "rounds", "literal")
+    newer = ("before", "mode", "rounds", "literal", "confirm")
     return {k: v for k, v in asked.items() if v or k not in newer}
 
 

@@ -37,6 +37,10 @@ def test_read_requests(tmp_path, capsys):
         {"prompt": "d", "picture": "x.png"},
         {"prompt": "d", "images": [3]},
         {"prompt": "d", "video": 3},
+        {"prompt": "d", "confirm": "Is it d?"},
+        {"prompt": "d", "confirm": ["Is it d?", "Is <image> d?"]},
+        {"prompt": "d", "confirm": [3]},
+        {"prompt": "d", "confirm": "<image> or <image>?"},
     ]
     file = tmp_path / "prompts.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)) + "\n\n{broken\n")
@@ -46,13 +50,15 @@ def test_read_requests(tmp_path, capsys):
         Request("1", "a"),
         Request("7", "b", (x,), think=True),
         Request("v", "c", (x, y), z),
+        Request("9", "d", confirm=("Is it d?",)),
+        Request("10", "d", confirm=("Is it d?", "Is <image> d?")),
     ]
     said = capsys.readouterr().err.splitlines()
-    assert bad == len(said) == 6
+    assert bad == len(said) == 8
     for line, text in zip(
         said,
         ["4: id 'v' appears twice", "5: expected", "6: unknown key picture", "7: images must be",
-         "8: video must be", "10: "],
+         "8: video must be", "11: confirm must be", "12: a question to confirm", "14: "],
         strict=True,
     ):  # fmt: skip
         assert f"{file}, line {text}" in line

@@ -72,10 +72,15 @@ class VisualPolicy:
     force_end: bool = False
 
     extra_steps = 0
+    visual = True
 
     @property
     def width(self) -> int:
         return self.parts.width
+
+    @property
+    def varies(self) -> bool:
+        return self.parts.sampled
 
     def init(self, rows: int, prompt_ids, vocabulary: int) -> Memory:
         no = jnp.zeros(rows, bool)
@@ -179,6 +184,7 @@ class VisualParts:
     Attributes:
         weights: an `nnx.State`.
         start, end: ids around an image; tokens, width: P and C.
+        sampled: whether chance decides visual tokens.
     """
 
     def __init__(self, model: MetaMorph):
@@ -189,6 +195,7 @@ class VisualParts:
         self._graph, self.weights = nnx.split(parts)
         self.start, self.end = model.image_start, model.image_end
         self.tokens, self.width = model.feature_shape
+        self.sampled = isinstance(model.head, FlowHead) and model.head.cfg.temperature > 0
 
     def merged(self, weights) -> MetaMorph:
         """The model with `predict_visual` and `project`; it has no language model."""

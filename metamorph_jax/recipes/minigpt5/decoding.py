@@ -93,6 +93,7 @@ class VokenPolicy:
     turn_tokens: int = TURN
 
     extra_steps = 0
+    visual = varies = False
 
     def init(self, rows: int, prompt_ids, vocabulary: int) -> Memory:
         zero = jnp.zeros(rows, jnp.int32)

@@ -84,6 +84,7 @@ class DrawingPolicy:
 
     width = 0
     extra_steps = 0
+    visual = varies = False
 
     def init(self, rows: int, prompt_ids, vocabulary: int) -> Memory:
         zero = jnp.zeros(rows, jnp.int32)

@@ -353,7 +353,8 @@ def test_an_image_that_cannot_be_drawn_spares_the_others(generator, monkeypatch)
 
 
 def test_text_by_other_ways(generator):
-    """Beams and likelihoods; a voken ends a beam, and an image can't be asked for."""
+    """Beams and likelihoods; a voken ends a beam, and an image can't be asked for. The states of
+    vokens can't be read back, so no sample can be confirmed."""
     asked, failed = [Request("a", "A kite"), Request("b", "A kite", mode="image")], []
     pairs = generator.replies(asked, Options(4, beams=2), lambda one, why: failed.append(str(why)))
     ((request, reply),) = pairs
@@ -363,6 +364,8 @@ def test_text_by_other_ways(generator):
     found = generator.likelihoods(asked[:1], {"a": ["red", "blue"]}, failed.append)
     ((_, likely),) = found
     assert all(one.total < 0 and one.tokens >= 1 for one in likely) and len(failed) == 1
+    with pytest.raises(ValueError, match="not visual tokens that it could read again"):
+        generator.generate(asked[:1], Options(4, best_of=2))
 
 
 def test_a_repetition_penalty_looks_at_replies_only(generator):

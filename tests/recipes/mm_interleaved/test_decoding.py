@@ -186,6 +186,8 @@ def test_an_image_alone(generator, image):
     # No room for the tokens of an image: it is cut off, and not drawn.
     (cut,) = generator.generate(asked[:1], Options(P))
     assert [part.complete for part in cut.segments] == [False] and not cut.images
+    with pytest.raises(ValueError, match="not visual tokens that it could read again"):
+        generator.check(Options(P, best_of=2))
 
 
 def test_parts_are_kept_as_they_compute():
