@@ -66,7 +66,7 @@ def make_report(workdir: pathlib.Path, data: qdata.QuickstartData, timings, fact
 
 def targets(result: dict, timings, goals) -> list[report.Target]:
     """What was measured beside what was to be reached; arguments as of `make_report`."""
-    minutes = sum(timings.values()) / 60
+    minutes, real = sum(timings.values()) / 60, result["real"]
     return [
         report.Target("Held-out questions answered right", result["accuracy"], goals["accuracy"]),
         report.Target(
@@ -86,6 +86,18 @@ def targets(result: dict, timings, goals) -> list[report.Target]:
             result["held_out_right"],
             goals["held_out_right"],
             note="4 requests × 2 seeds",
+        ),
+        report.Target(
+            "Overlap of the drawn shape with the circle, rectangle or triangle that fits it best",
+            result["overlap"],
+            goals["overlap"],
+            note=f"IoU, median of all drawings; real images: {100 * real['overlap']:.1f} %",
+        ),
+        report.Target(
+            "Drawings with exactly one connected shape",
+            result["one_shape"],
+            goals["one_shape"],
+            note=f"real images: {100 * real['one_shape']:.1f} %",
         ),
         report.Target("Time without downloads", minutes, goals["minutes"], "min", at_most=True),
     ]
