@@ -70,6 +70,11 @@ def add_arguments(parser) -> None:
     group.add_argument(
         "--only", metavar="NAME,…", help="some of them: metamorph, llava, minigpt5, mm_interleaved"
     )
+    group.add_argument(
+        "--results", metavar="DIR",
+        help="a folder to which the results of each system and seed are copied, some 100 kB each; "
+        "those that lie there already, from any machine, are not computed again",
+    )  # fmt: skip
 
 
 def run(args) -> int:
@@ -80,6 +85,8 @@ def run(args) -> int:
         raise UserError("--stamps goes with --stories")
     if args.only is not None and not args.systems:
         raise UserError("--only goes with --systems")
+    if args.results is not None and not args.systems:
+        raise UserError("--results goes with --systems")
     if args.systems:
         from metamorph_jax.quickstart import systems
 
