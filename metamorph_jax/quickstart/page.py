@@ -36,13 +36,16 @@ NOTES = [
 ]
 
 
-def make_report(workdir: pathlib.Path, data: qdata.QuickstartData, timings, facts, goals):
+def make_report(
+    workdir: pathlib.Path, data: qdata.QuickstartData, timings, facts, goals, commands
+):  # fmt: skip
     """Writes workdir/report.html and returns its path.
 
     Args:
         timings: step -> seconds.
         facts: what was run, name -> value.
         goals: name -> number to reach; {} at smoke size, whose page claims nothing.
+        commands: what one may do next -> how.
     """
     result = json.loads((workdir / "evaluation" / "evaluation.json").read_text())
     arrays = np.load(workdir / "evaluation" / "drawings.npz")
@@ -60,6 +63,7 @@ def make_report(workdir: pathlib.Path, data: qdata.QuickstartData, timings, fact
             timings=timings,
             facts=facts | result["settings"] | versions(),
             notes=NOTES if goals else [],
+            commands=commands,
         ),
     )
 

@@ -15,13 +15,11 @@ last checkpoint, the feature cache from its last row.
 
 import json
 import pathlib
-import shlex
-import shutil
-import sys
 from collections.abc import Callable
 
 from metamorph_jax.errors import UserError
 from metamorph_jax.eval import figures
+from metamorph_jax.quickstart.commands import following
 from metamorph_jax.quickstart.steps import Steps, located_config
 
 MINUTES = {"data": 1, "connector": 1, "vpit": 12, "predict": 1, "decoder": 6, "evaluate": 3}
@@ -100,20 +98,9 @@ def run(args) -> int:
     workdir = pathlib.Path(args.workdir or ("quickstart-smoke" if args.smoke else "quickstart"))
     report = quickstart(workdir, size, args.seed, args.precision)
     print(f"\nreport: {report.resolve()}")
-    trained = [shlex.quote(str(workdir / stage)) for stage in ("vpit", "decoder")]
-    for where, command in (("here", "chat"), ("in a browser, with gradio", "demo")):
-        print(f"talk with the model {where}: {_program()} {command} --workdir {trained[0]} "
-              f"--decoder {trained[1]}", flush=True)  # fmt: skip
+    for what, command in following(report.parent, size).items():
+        print(f"\n{what}:\n  {command}", flush=True)
     return 0
-
-
-def _program() -> str:
-    """How this environment's `metamorph` is called from this folder."""
-    mine = pathlib.Path(sys.executable).with_name("metamorph")
-    if not mine.is_file() or shutil.which("metamorph") == str(mine):
-        return "metamorph"
-    here = pathlib.Path.cwd()
-    return shlex.quote(str(mine.relative_to(here) if mine.is_relative_to(here) else mine))
 
 
 def quickstart(
@@ -242,4 +229,6 @@ class QuickStart(Steps):
         if self.size == "smoke":
             facts["language model"] = facts["tower"] = "random, tiny (smoke size)"
         goals = GOALS if self.size == "quickstart" else {}
-        return {"path": str(make_report(self.workdir, self.files, timings, facts, goals))}
+        commands = following(self.workdir, self.size)
+        path = make_report(self.workdir, self.files, timings, facts, goals, commands)
+        return {"path": str(path)}
