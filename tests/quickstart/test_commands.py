@@ -8,6 +8,7 @@ import pytest
 
 from metamorph_jax import cli
 from metamorph_jax.config import load_config
+from metamorph_jax.eval import report
 from metamorph_jax.quickstart import commands
 
 
@@ -33,3 +34,6 @@ def test_the_program_takes_them(tmp_path, size):
             assert f"--config.model.weights=workdir:{workdir / 'vpit'}" in words
     assert programs == ["generate", "generate", "chat", "demo", "data", "train"]
     assert "7.png" in next(iter(found.values()))
+    *_, last = report.as_page(report.Report("", facts={"seed": 0}, commands=found)).sections
+    assert last.title == "What to do next" and last.blocks[0].code
+    assert [row[1] for row in last.blocks[0].rows] == list(found.values())

@@ -5,7 +5,8 @@ import pytest
 
 from metamorph_jax.convert import packages
 from metamorph_jax.quickstart import data as qdata
-from metamorph_jax.quickstart import evaluate, shapes
+from metamorph_jax.quickstart import evaluate, page, shapes
+from metamorph_jax.quickstart.run import GOALS
 
 SIDE = 64
 GROUND = np.array([245, 238, 250], np.float32)
@@ -88,6 +89,18 @@ def test_texture_and_faint_fringes_are_no_part_of_the_shape():
         [np.clip(image, 0, 255).astype(np.uint8)], color, qdata.SHAPES.index("circle")
     )
     assert overlap[0] > 0.97 and count == [1]
+
+
+def test_the_report_shows_them_beside_those_of_real_images():
+    result = dict.fromkeys(GOALS, 0.5) | {
+        "overlap": 0.91,
+        "real": {"overlap": 0.987, "one_shape": 1},
+    }
+    found = {t.name: t for t in page.targets(result, {"vpit": 60}, GOALS)}
+    (overlap,) = [t for name, t in found.items() if name.startswith("Overlap")]
+    assert overlap.value == 0.91 and overlap.reached and "real images: 98.7 %" in overlap.note
+    one = found["Drawings with exactly one connected shape"]
+    assert not one.reached and "real images: 100.0 %" in one.note
 
 
 def test_requests_without_a_whole_image_have_no_shape():
