@@ -190,12 +190,12 @@ def evaluate(
         "questions": rows,
         "scores": [dataclasses.asdict(s) for s in by_type],
         "drawings": requests,
+        **measured.summary(),
+        "real": measure_real(data).summary(),
         "accuracy": accuracy(rows),
         "tokens_right": float(tokens_right.mean()),
         "drawings_right": float(right.mean()),
         "held_out_right": float(right[[r["held_out"] for r in requests]].mean()),
-        **measured.summary(),
-        "real": measure_real(data).summary(),
         "judges": judged,
     }
     folder.mkdir(parents=True, exist_ok=True)
