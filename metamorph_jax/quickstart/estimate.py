@@ -43,12 +43,10 @@ class Estimate:
     slower: float
 
     def __str__(self) -> str:
+        timed = "the two idle cores that the quick start was timed on"
         if self.slower > 1.2:
-            return (
-                f"this machine is {self.slower:.1f} times slower than the two idle cores that the "
-                "quick start was made for, or busy with other work"
-            )
-        return "about as fast as the two idle cores that the quick start was made for, or faster"
+            return f"this machine is {self.slower:.1f} times slower than {timed}, or busy"
+        return f"this machine is as fast as {timed}, or faster"
 
 
 def estimate(precision: str | None) -> Estimate | None:

@@ -86,8 +86,8 @@ class SystemsRun(Steps):
         results: folder of results that are kept apart from the workdir; see the module docstring.
     """
 
-    minutes = {"data": 2, "metamorph": 45, "llava": 20, "minigpt5": 30, "mm_interleaved": 30,
-               "judged": 5}  # fmt: skip
+    minutes = {"data": 1, "metamorph": 20, "llava": 9, "minigpt5": 13, "mm_interleaved": 13,
+               "judged": 2}  # fmt: skip
     file = "systems.json"
     names: tuple[str, ...] = tuple(SYSTEMS)
     seeds: range = range(3)
