@@ -21,7 +21,7 @@ OPTIONS = {
     "train": dict(config=_CONFIG, workdir=_FOLDER, data_root=_IN),
     "config": dict(config=_CONFIG),
     "sweep": dict(config=_CONFIG, workdir=_FOLDER),
-    "quickstart": dict(workdir=_FOLDER, stamps=_IN),
+    "quickstart": dict(workdir=_FOLDER, stamps=_IN, results=_FOLDER),
     "plan": dict(config=_CONFIG, json=_FILE, hlo=_FILE, data_root=_IN),
     "convert": dict(
         source=_SPEC, out=_FOLDER, decoder=_IN, delta=_SPEC, make_delta=_SPEC, lora=_SPEC

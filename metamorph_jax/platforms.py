@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import os
 import pathlib
+import platform
 import re
 import sys
 
@@ -53,6 +54,16 @@ def has_matrix_units() -> bool:
     except OSError:
         return False
     return re.search(r"\bamx_bf16\b", flags) is not None
+
+
+def cpu_name() -> str:
+    """The CPU's name as its maker gives it, or the architecture where Linux doesn't tell."""
+    try:
+        flags = pathlib.Path("/proc/cpuinfo").read_text()
+    except OSError:
+        flags = ""
+    named = re.search(r"^model name\s*:\s*(.+)$", flags, re.MULTILINE)
+    return named[1].strip() if named else platform.machine()
 
 
 def leave_tpu_out() -> None:

@@ -83,6 +83,7 @@ class Report:
         judges: judge -> property -> its accuracy on real held-out images.
         timings: stage -> seconds.
         facts: seeds, versions, sizes.
+        commands: what to do next -> the command.
     """
 
     title: str
@@ -97,6 +98,7 @@ class Report:
     timings: dict[str, float] = dataclasses.field(default_factory=dict)
     facts: dict[str, object] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
+    commands: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def write_report(path, report: Report) -> pathlib.Path:
@@ -117,6 +119,7 @@ def as_page(report: Report) -> page.Page:
         ("Time", report.timings, timings),
         ("Notes", report.notes, lambda notes: [page.Bullets(notes)]),
         ("Run", report.facts, facts),
+        ("What to do next", report.commands, facts),
     )
     sections = [page.Section(title, blocks(part)) for title, part, blocks in parts if part]
     return page.Page(report.title, report.lead, sections)

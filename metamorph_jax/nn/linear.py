@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from metamorph_jax.platforms import has_matrix_units
 from metamorph_jax.sharding import gathered, platform
 
 
@@ -13,8 +12,9 @@ def flat_dot_general(lhs, rhs, dimension_numbers, precision=None, **options):
 
     XLA's CPU backend runs the kernel's gradient of a product with two leading dimensions three
     times slower than with one. On a mesh the leading dimensions keep their own shardings. Under
-    `jax.default_matmul_precision("bfloat16")`, float32 products run as on a TPU also on a CPU that
-    has matrix units: both sides rounded to bfloat16, sums in float32 (see `rounded_product`).
+    `jax.default_matmul_precision("bfloat16")`, float32 products run on a CPU as on a TPU: both
+    sides rounded to bfloat16, sums in float32 (see `rounded_product`). That is faster on a CPU with
+    matrix units.
     For `nnx.Linear(dot_general=...)`, which passes `precision` and more `options` on.
     """
     mesh = jax.sharding.get_abstract_mesh()
@@ -48,8 +48,7 @@ _FEW = 16  # up to this many rows, reading the kernel dominates, and rounding it
 
 def in_bfloat16() -> bool:
     """Whether float32 products are to be rounded here, as the running context asks."""
-    wanted = jax.config.jax_default_matmul_precision == "bfloat16"
-    return wanted and platform() == "cpu" and has_matrix_units()
+    return jax.config.jax_default_matmul_precision == "bfloat16" and platform() == "cpu"
 
 
 @jax.custom_vjp

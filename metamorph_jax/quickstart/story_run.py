@@ -19,7 +19,7 @@ import numpy as np
 from metamorph_jax.errors import UserError
 from metamorph_jax.eval import figures
 from metamorph_jax.quickstart import stories
-from metamorph_jax.quickstart.steps import Steps, bfloat16_is_faster, configs_folder
+from metamorph_jax.quickstart.steps import Steps, configs_folder
 
 KINDS = {"with": "pretrain", "without": "without_mmfs"}  # name -> stage
 HELD_OUT = ("seen", "unseen")
@@ -37,7 +37,7 @@ def run(args, size: str) -> int:
         raise UserError(f"--seeds must be at least 1, not {count}")
     figures.import_matplotlib()
     workdir = pathlib.Path(args.workdir or ("stories-smoke" if args.smoke else "stories"))
-    start = StoryRun(workdir, size, args.seed)
+    start = StoryRun(workdir, size, args.seed, args.precision)
     start.seeds = range(args.seed, args.seed + count)
     start.stamps = pathlib.Path(args.stamps) if args.stamps else None
     start.run()
@@ -99,8 +99,8 @@ class StoryRun(Steps):
         with table.unlocked():
             table.data.sources = config.load_config(f"{file}:quickstart").data.sources
             table.data.sources.main.path = str(self.folder / "train.jsonl")
-        if bfloat16_is_faster():
-            table.matmul_precision = "bfloat16"
+        if self.matmul_precision:
+            table.matmul_precision = self.matmul_precision
         return table
 
     def train(self, kind: str, seed: int) -> dict:

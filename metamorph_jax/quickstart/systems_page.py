@@ -26,6 +26,8 @@ NOTES = [
     "Trained parameters are those of the stage that trains most; seconds per step are those of "
     "the longest stage.",
     "LLaVA is not asked to draw, so all of its steps are questions.",
+    "Where systems or seeds were trained on different machines, as listed below, their seconds and "
+    "minutes can't be compared.",
 ]
 
 
@@ -91,10 +93,10 @@ def _table(run, trained, judged) -> page.Table:
 
 def _drawings(run, judged) -> page.ImageGrid:
     """A cell per request: what each system drew with the first seeds, none picked."""
-    requests = qdata.read_jsonl(run.workdir / "data" / "draw_test.jsonl")
+    requests = qdata.draw_requests()
     seed, cells = run.seeds[0], []
     names = [name for name in run.names if systems.SYSTEMS[name].draws]
-    drawn = {name: np.load(run.workdir / f"drawn-{name}-{seed}.npz")["drawings"] for name in names}
+    drawn = {name: run.drawn(name, seed) for name in names}
     for n, request in enumerate(requests):
         images = []
         for name in names:
@@ -106,6 +108,20 @@ def _drawings(run, judged) -> page.ImageGrid:
             lines.append(page.Line("never drawn in training"))
         cells.append(page.Cell(images, lines, request["prompt"]))
     return page.ImageGrid(cells, height=64)
+
+
+def _machines(run) -> dict[str, str]:
+    """Row of the table -> a machine, its precision, and what ran there."""
+    found: dict[str, list[str]] = {}
+    for name in run.names:
+        for seed in run.seeds:
+            where = run.where(name, seed)
+            words = f"{where['machine']}; products in {where['precision']}"
+            found.setdefault(words, []).append(f"{systems.SYSTEMS[name].title} {seed}")
+    if len(found) == 1:
+        return {"machine": next(iter(found))}
+    rows = enumerate(found.items(), 1)
+    return {f"machine {n}": f"{words}: {', '.join(ran)}" for n, (words, ran) in rows}
 
 
 def _facts(run, trained) -> page.Table:
@@ -122,7 +138,7 @@ def _facts(run, trained) -> page.Table:
                         for stage, one in trained[name, run.seeds[0]]["stages"].items())
             for name in run.names
         ),
-        "machine": run.machine,
+        **_machines(run),
         **versions(),
     }  # fmt: skip
     if run.size == "smoke":

@@ -233,8 +233,7 @@ class TrainConfig:
         wandb: project of Weights & Biases that gets the metrics, too (extra `wandb`); "": none.
         matmul_precision: of products of float32 matrices, a name that
             `jax.default_matmul_precision` takes. "default" is one pass in bfloat16 on a TPU, and
-            float32 on a CPU; with "bfloat16", linear layers on a CPU with matrix units multiply as
-            on a TPU.
+            float32 on a CPU; with "bfloat16", linear layers on a CPU multiply as on a TPU.
         compilation_cache: folder of compiled programs, unless $JAX_COMPILATION_CACHE_DIR names one;
             "" for none.
     """

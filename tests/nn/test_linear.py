@@ -1,4 +1,4 @@
-"""The product of linear layers: any leading dimensions, and rounded where a CPU is faster so."""
+"""The product of linear layers: any leading dimensions, and rounded where that is asked for."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from metamorph_jax import platforms
 from metamorph_jax.nn import linear
 
 
@@ -25,9 +24,6 @@ def test_any_leading_dimensions(lead):
     )
 
 
-@pytest.mark.skipif(
-    not platforms.has_matrix_units(), reason="needs a CPU with amx_bf16 in /proc/cpuinfo"
-)
 def test_rounded_products_and_their_gradients():
     x, layer = problem(2, 30)
     out = np.random.default_rng(1).normal(size=(2, 30, 24)).astype(np.float32)

@@ -139,6 +139,52 @@ def test_the_page(run):
     assert "Smoke size" in text
 
 
+def test_results_of_another_machine_count_as_done(run, tmp_path, monkeypatch):
+    """Kept results make the same page in an empty workdir, which says where they come from."""
+    monkeypatch.setattr(systems.SystemsRun, "machine", "first machine")
+    run.results, run.seeds = tmp_path / "results", range(1)
+    _finish(run)
+    kept = sorted(file.name for file in run.results.iterdir())
+    drawing = [name for name in run.names if systems.SYSTEMS[name].draws]
+    assert kept == sorted(
+        [f"{name}-{seed}.json" for name in run.names for seed in run.seeds]
+        + [f"{name}-{seed}.png" for name in drawing for seed in run.seeds]
+    )
+    assert all(file.stat().st_size < 250_000 for file in run.results.iterdir())
+    first = systems_page.write(run).read_text()
+
+    monkeypatch.setattr(systems.SystemsRun, "machine", "second machine")
+    other = systems.SystemsRun(tmp_path / "other", "smoke", 0)
+    other.results, other.names, other.seeds = run.results, run.names, run.seeds
+    monkeypatch.setattr(other, "train", lambda *args: pytest.fail("trained again"))
+    other.run()
+    page = (other.workdir / "report.html").read_text()
+    assert "first machine" in page and "second machine" not in page
+    assert page.count("<tr>") == first.count("<tr>")
+    near = other.drawn("minigpt5", 0).astype(int) - run.drawn("minigpt5", 0)
+    assert near.shape == (24, 2, 64, 64, 3) and np.abs(near).mean() < 40  # noise in 256 colours
+
+    for changed in ({"size": "quickstart"}, {"precision": "bfloat16"}):
+        another = systems.SystemsRun(
+            tmp_path / "-".join(changed), **{"size": "smoke", "seed": 0} | changed
+        )
+        another.results, another.seeds = run.results, range(1)
+        assert another.done("llava-0") is None, changed
+    monkeypatch.setattr(systems, "located_config", _other_config(systems.located_config))
+    another = systems.SystemsRun(tmp_path / "longer", "smoke", 0)
+    another.results = run.results
+    assert another.done("llava-0") is None and another.done("metamorph-0")
+
+
+def _other_config(located_config):
+    def changed(*args):
+        table = located_config(*args)
+        table.steps += 1
+        return table
+
+    return changed
+
+
 def test_steps_that_are_done_are_not_run_again(run, capsys):
     _finish(run)
     run.once("metamorph-0", lambda: pytest.fail("run twice"))
@@ -155,6 +201,7 @@ def test_steps_that_are_done_are_not_run_again(run, capsys):
         (["--systems", "--seeds=0"], "--seeds must be at least 1"),
         (["--systems", "--stories"], "two commands"),
         (["--only=llava"], "--only goes with --systems"),
+        (["--results=."], "--results goes with --systems"),
         (["--seeds=2"], "--seeds goes with --stories or --systems"),
         (["--systems", "--stamps=."], "--stamps goes with --stories"),
     ],

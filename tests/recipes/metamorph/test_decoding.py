@@ -18,7 +18,6 @@ from metamorph_jax.models.heads.visual_flow import FlowConfig
 from metamorph_jax.models.vision.encoder import VisionConfig
 from metamorph_jax.nn import quantized
 from metamorph_jax.nn.rope import RopeScaling
-from metamorph_jax.platforms import has_matrix_units
 from metamorph_jax.recipes import metamorph as recipe
 from metamorph_jax.recipes.metamorph import decoding
 from metamorph_jax.recipes.metamorph.decoding import VisualParts, make_loop, make_policy
@@ -350,7 +349,6 @@ def test_a_step_copies_neither_weights_nor_cache(model, decoder, lengths):
             assert np.prod([int(n) for n in found[1].split(",")]) < small, line
 
 
-@pytest.mark.skipif(not has_matrix_units(), reason="needs a CPU with AMX: others don't round")
 def test_weights_are_read_rounded_where_products_are(model, decoder):
     _, prompts = _prompts(model, [20, 7])
     forced = np.array([[5, decoder.start, -1, -1, -1, -1, 7, 7]] * 2)
