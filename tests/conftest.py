@@ -2,8 +2,8 @@
 
 Most of the time goes into compiling. So tests and the processes that they start share what has been
 compiled, in $JAX_COMPILATION_CACHE_DIR, by default a folder that lives as long as the session; and
-XLA's older way to write loops for the CPU is used where jaxlib still has it: it compiles in half
-the time, and the programs of tests are too small to run slower.
+XLA compiles for the CPU with few optimizations, and writes loops in its older way where jaxlib
+still has it: the programs of tests are too small to run slower.
 """
 
 import importlib.metadata
@@ -17,10 +17,12 @@ _compiled = None
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # xdist's processes have it from the first one
     _compiled = tempfile.mkdtemp(prefix="compiled_for_tests_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled
+_flags = ["--xla_backend_optimization_level=1", "--xla_cpu_parallel_codegen_split_count=1"]
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones abort at this option
-    _flags, _old = os.environ.get("XLA_FLAGS", ""), "--xla_cpu_use_fusion_emitters=false"
-    if _old not in _flags:
-        os.environ["XLA_FLAGS"] = f"{_flags} {_old}".strip()
+    _flags += ["--xla_cpu_use_fusion_emitters=false"]
+for _flag in _flags:
+    if _flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
@@ -78,9 +80,14 @@ def quick_compile(request):
     """In the folders and files of `LARGE_PROGRAMS`, programs are compiled without optimizations."""
     import jax
 
+    from metamorph_jax.models import build
+
     path = request.path.relative_to(pathlib.Path(__file__).parent).as_posix()
-    jax.config.update("jax_disable_most_optimizations", path.startswith(LARGE_PROGRAMS))
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        if path.startswith(LARGE_PROGRAMS):
+            jax.config.update("jax_disable_most_optimizations", True)
+            patch.setattr(build, "EFFORT", 0)
+        yield
     jax.config.update("jax_disable_most_optimizations", False)
 
 

@@ -18,6 +18,9 @@ quantisation lost is not restored.
 """
 
 import contextlib
+import functools
+import os
+import pathlib
 import re
 from collections.abc import Mapping
 
@@ -436,7 +439,19 @@ def _add_ends(tokenizer, file: File, vocab, special: Mapping, bos_default: bool)
 
 
 def load_tokenizer(path):
-    """The tokenizer of a GGUF file, without touching its weights."""
+    """The tokenizer of a GGUF file, without touching its weights.
+
+    A file that has not changed is read once: training, evaluations and sampling share the
+    tokenizer. Copy it before you change it.
+    """
+    path = pathlib.Path(path)
+    state = os.stat(path) if path.is_file() else None
+    return _tokenizer_of(path, state and (state.st_ino, state.st_mtime_ns, state.st_size))
+
+
+@functools.lru_cache(maxsize=4)
+def _tokenizer_of(path: pathlib.Path, state: tuple[int, ...] | None):
+    """`state` tells when the file is another one."""
     return read_tokenizer(open_gguf(path))
 
 

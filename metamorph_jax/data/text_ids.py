@@ -132,11 +132,13 @@ class TextIds:
         return re.compile(cuts) if cuts else None
 
 
+@functools.lru_cache(maxsize=8)
 def _as_text(tokenizer, lead: str = "") -> Callable[[str], Coded] | None:
     """The Rust tokenizer inside a transformers one, set to read special tokens as text.
 
-    It is a copy, as the tokenizer itself is used elsewhere. Besides, it takes a fraction of the
-    time of `tokenizer.encode`. None for other tokenizers.
+    It is a copy, as the tokenizer itself is used elsewhere; training, evaluations and sampling
+    share it. Besides, it takes a fraction of the time of `tokenizer.encode`. None for other
+    tokenizers.
 
     Args:
         lead: a token that the copy gets and that every text is made to follow.

@@ -24,6 +24,10 @@ from metamorph_jax.nn import quantized
 
 Make = Callable[[nnx.Rngs], nnx.Module]
 
+# XLA's level of optimization for the program of random values on CPUs. It runs once; level 3 takes
+# four times as long to compile, for the same bits.
+EFFORT = 1
+
 
 def build(
     make: Make,
@@ -100,8 +104,11 @@ def initialize(model: nnx.Module, make: Make, mesh: Mesh, seed: int) -> None:
         return [made[path].get_raw_value().astype(x.dtype) for path, x in wanted.items()]
 
     where = [x.sharding for x in wanted.values()]
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    quick = {"xla_backend_optimization_level": EFFORT} if on_cpu else None
     with jax.set_mesh(mesh):
-        values = jax.jit(init, out_shardings=where)(jax.random.key(seed))
+        program = jax.jit(init, out_shardings=where, compiler_options=quick)
+        values = program(jax.random.key(seed))
     for variable, value in zip(left.values(), values, strict=True):
         variable.set_raw_value(value)
 

@@ -23,6 +23,7 @@ from metamorph_jax.convert import (
 from metamorph_jax.convert.command import convert
 from metamorph_jax.data import tokenizers
 from metamorph_jax.errors import ConfigError, UserError, WeightError
+from metamorph_jax.models import build
 from metamorph_jax.models.llm.llama import LlamaConfig
 from metamorph_jax.models.vision.vit import SIZES as TOWERS
 from metamorph_jax.nn.rope import RopeScaling
@@ -115,7 +116,7 @@ def test_tied_tables_are_those_of_transformers(head, tmp_path):
 
     cfg = llama.config_from_hf(specs.llm_fields(str(tmp_path)))
     assert cfg.tied == (head != "different")
-    llm = nnx.eval_shape(lambda: llama.create(cfg, rngs=nnx.Rngs(0)))
+    llm = nnx.eval_shape(lambda: llama.create(cfg, rngs=build.rngs(0)))
     llama.load_llama(llm, specs.llm_tensors(str(tmp_path)))
     np.testing.assert_array_equal(llm.embed_tokens.embedding[...],
                                   theirs.model.embed_tokens.weight.detach())  # fmt: skip
@@ -227,7 +228,7 @@ def test_a_language_model_and_a_tower_by_name(tmp_path):
     llm = llama.config_to_hf(recipe.llm_config(TINY)) | {"tie_word_embeddings": False}
     wrong = folder_of(tmp_path / "llm", llm | {"rope_theta": 3e5, "rms_norm_eps": 1e-4})
     cfg = dataclasses.replace(TINY, llm_weights=str(wrong))
-    model = nnx.eval_shape(lambda: recipe.create(cfg, nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: recipe.create(cfg, build.rngs(0)))
     with pytest.raises(UserError, match=r"norm_eps .*rope_theta .* config.model.llm=\"auto\""):
         recipe.load_pretrained(model, cfg)
     auto = recipe.llm_config(dataclasses.replace(cfg, llm="auto", llm_options={}))

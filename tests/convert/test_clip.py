@@ -6,13 +6,14 @@ from flax import nnx
 
 from metamorph_jax.convert import clip, hf
 from metamorph_jax.errors import ConfigError, WeightError
+from metamorph_jax.models import build
 from metamorph_jax.models.vision.clip import CLIP
 
 from .conftest import ORACLE
 
 
 def loaded(fields, tensors):
-    model = nnx.eval_shape(lambda: CLIP(clip.config_from_hf(fields), rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: CLIP(clip.config_from_hf(fields), rngs=build.rngs(0)))
     clip.load_clip(model, tensors)
     return model
 

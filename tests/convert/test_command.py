@@ -16,6 +16,7 @@ from metamorph_jax.convert import command, export, families, hf, names, runs, sa
 from metamorph_jax.convert.llama import config_to_hf, export_llama
 from metamorph_jax.data.chat import Chat
 from metamorph_jax.data.config import RowConfig
+from metamorph_jax.models import build
 from metamorph_jax.models.llm import llama
 from metamorph_jax.recipes import metamorph as recipe
 
@@ -120,7 +121,7 @@ def test_a_run_becomes_a_folder_for_transformers(run, tmp_path, capsys):
 def comes_back(model, folder):
     """The folder has all weights of the model; it is named as by --checkpoint."""
     cfg = dataclasses.replace(model.cfg, weights=str(folder))
-    again = nnx.eval_shape(lambda: recipe.create(cfg, nnx.Rngs(0)))
+    again = nnx.eval_shape(lambda: recipe.create(cfg, build.rngs(0)))
     recipe.load_pretrained(again, cfg)
     mine, came = (dict(nnx.to_flat_state(nnx.state(m, nnx.Param))) for m in (model, again))
     assert mine.keys() == came.keys()

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from metamorph_jax.convert import command, diffusion, families, hf
 from metamorph_jax.convert.export import Source, Writer
 from metamorph_jax.errors import ConfigError
+from metamorph_jax.models import build
 from metamorph_jax.models.diffusion import samplers
 from metamorph_jax.models.diffusion.decoder import guided
 from metamorph_jax.models.diffusion.schedule import Schedule
@@ -61,7 +62,7 @@ def shapes(mapping) -> dict:
 
 
 def abstract(family, cfg):
-    return nnx.eval_shape(lambda: family.create(cfg, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: family.create(cfg, rngs=build.rngs(0)))
 
 
 def meta(library, fields) -> dict:

@@ -20,6 +20,7 @@ from metamorph_jax.convert.llama import (
     load_llama,
     published,
 )
+from metamorph_jax.models import build
 from metamorph_jax.models.llm import llama
 from metamorph_jax.sampling import llm_weights, loop, policy
 from tests.recipes.minigpt5 import golden
@@ -120,7 +121,7 @@ def test_full_sizes_cover_the_published_keys(size):
     """Names and shapes of ours, of our list, and of transformers' own model of this config."""
     fields = _fields(size)
     assert config_from_hf(fields) == llama.SIZES[size]
-    llm = nnx.eval_shape(lambda: llama.Llama(llama.SIZES[size], rngs=nnx.Rngs(0)))
+    llm = nnx.eval_shape(lambda: llama.Llama(llama.SIZES[size], rngs=build.rngs(0)))
     out = export_llama(llm)
     assert set(out) == set(published(fields))
     torch = pytest.importorskip("torch", reason=ORACLE)
@@ -152,7 +153,7 @@ def test_full_sizes_cover_the_published_keys(size):
     ],
 )
 def test_published_parameter_counts(size, total):
-    llm = nnx.eval_shape(lambda: llama.Llama(llama.SIZES[size], rngs=nnx.Rngs(0)))
+    llm = nnx.eval_shape(lambda: llama.Llama(llama.SIZES[size], rngs=build.rngs(0)))
     assert sum(x.size for x in jax.tree.leaves(nnx.state(llm, nnx.Param))) == total
 
 
@@ -266,7 +267,7 @@ def test_added_rows_equal_the_reference(golden_root, loaded):
     ids = case["out.new_token_ids"]
     cfg = dataclasses.replace(SMALL, vocab_size=V, width=D, layers=1, added_tokens=len(ids))
     assert ids.tolist() == list(range(V, cfg.tokens))
-    llm = nnx.eval_shape(lambda: llama.Llama(cfg, rngs=nnx.Rngs(0)))
+    llm = nnx.eval_shape(lambda: llama.Llama(cfg, rngs=build.rngs(0)))
     found = export_llama(llm)
     rest = {key: np.zeros(found.shape_of(key), np.float32) for key in found}
     named = {

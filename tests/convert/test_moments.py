@@ -12,6 +12,7 @@ from metamorph_jax.convert import families, moments, stable_diffusion
 from metamorph_jax.convert.export import Source, Writer
 from metamorph_jax.data.images import Preprocess
 from metamorph_jax.errors import ConfigError, DataError, WeightError
+from metamorph_jax.models import build
 from metamorph_jax.models.diffusion.vae import AutoencoderKL, VAEConfig
 from tests.data.conftest import make_image
 
@@ -21,7 +22,7 @@ CFG = VAEConfig.tiny(sample_size=16, block_out_channels=(8, 8))
 @pytest.fixture(scope="module")
 def vae():
     rng = np.random.default_rng(3)
-    shapes = nnx.eval_shape(lambda: AutoencoderKL(CFG, nnx.Rngs(0)))
+    shapes = nnx.eval_shape(lambda: AutoencoderKL(CFG, build.rngs(0)))
     graph, state = nnx.split(shapes)
     value = lambda x: jnp.asarray(rng.normal(0.0, 0.2, x.shape), jnp.float32)  # noqa: E731
     return nnx.merge(graph, jax.tree.map(value, state))

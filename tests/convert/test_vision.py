@@ -13,6 +13,7 @@ from metamorph_jax.convert.vit import config_to_hf, export_complete
 from metamorph_jax.data.config import ImageConfig
 from metamorph_jax.data.images import Preprocess
 from metamorph_jax.data.views import Single
+from metamorph_jax.models import build
 from metamorph_jax.models.vision.encoder import VisionConfig, VisionEncoder
 
 # As published with each family, at the size of the tiny towers (32 pixels); mean and deviation are
@@ -59,7 +60,7 @@ def test_the_file_is_followed(published):
     plain = vision.input_spec(cfg, read=False)
     assert plain.views.preprocess == Preprocess(32, mean=cfg.vit.mean, std=cfg.vit.std)
     assert spec.tower != plain.tower and "0.1, 0.2, 0.3" in spec.tower
-    encoder = nnx.eval_shape(lambda: VisionEncoder(cfg, rngs=nnx.Rngs(0)))
+    encoder = nnx.eval_shape(lambda: VisionEncoder(cfg, rngs=build.rngs(0)))
     vision.load_vision(encoder, cfg)
     assert (encoder.tower.cfg.mean, encoder.tower.cfg.std) == (MEAN, STD)
     changed = dataclasses.replace(cfg, tower_options={"mean": MEAN, "std": STD})

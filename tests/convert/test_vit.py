@@ -9,6 +9,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from metamorph_jax.convert import blip2, check, compare, families, hf, vit
+from metamorph_jax.models import build
 from metamorph_jax.models.vision.vit import SIZES, ViT, resize_positions
 from tests.convert.conftest import ORACLE
 
@@ -49,7 +50,7 @@ PUBLISHED = {
 
 
 def abstract(cfg):
-    return nnx.eval_shape(lambda: ViT(cfg, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: ViT(cfg, rngs=build.rngs(0)))
 
 
 def meta(fields) -> dict:

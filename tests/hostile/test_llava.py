@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from metamorph_jax.eval import tasks
+from metamorph_jax.models import build
 from metamorph_jax.recipes import llava
 from metamorph_jax.recipes.llava import fields, keys
 from tests.hostile.harness import attempt, check, damaged
@@ -22,7 +23,7 @@ CFG = dataclasses.replace(ANYRES, llm_options={"vocab_size": ROWS - 1}, tokenize
 @pytest.fixture(scope="module")
 def tensors():
     """Of a small anyres model, by transformers' names."""
-    model = nnx.eval_shape(lambda: llava.create(CFG, nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: llava.create(CFG, build.rngs(0)))
     rng = np.random.default_rng(0)
     nnx.update(model, nnx.map_state(
         lambda _, v: v.replace(jnp.asarray(0.1 * rng.normal(size=v.shape), v.dtype)),

@@ -14,7 +14,7 @@ from metamorph_jax.convert import peft
 from metamorph_jax.convert.llama import export_llama
 from metamorph_jax.convert.load import load_workdir
 from metamorph_jax.errors import Preempted
-from metamorph_jax.models import lora
+from metamorph_jax.models import build, lora
 from metamorph_jax.models.diffusion.unet import UNet, UNetConfig
 from metamorph_jax.models.llm import llama
 from metamorph_jax.models.vision import vit
@@ -165,7 +165,7 @@ def test_dropout_under_remat_has_the_same_gradient():
 
 
 def trained_names(cfg, stage="vpit"):
-    model = nnx.eval_shape(lambda: recipe.create(cfg, nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: recipe.create(cfg, build.rngs(0)))
     return model, {
         ".".join(map(str, p))
         for p, _ in nnx.to_flat_state(nnx.state(model, trained_filter(recipe.STAGES[stage](cfg))))
@@ -206,7 +206,7 @@ def test_adapters_of_the_tower_need_a_trained_tower():
 
 def test_adapters_lie_as_their_kernels():
     cfg = dataclasses.replace(TINY, lora=lora.LoraConfig(rank=4))
-    model = nnx.eval_shape(lambda: recipe.create(cfg, nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: recipe.create(cfg, build.rngs(0)))
     mesh = sharding.make_mesh({"fsdp": 1})
     parts, params, _ = states.split(model, recipe.STAGES["vpit"](cfg), mesh)
     opt_state = optim.build(OptimConfig(), params, 1, 1).state
@@ -221,7 +221,7 @@ def test_adapters_lie_as_their_kernels():
 
 
 def test_a_model_without_adapters_is_as_before():
-    model = nnx.eval_shape(lambda: recipe.create(TINY, nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: recipe.create(TINY, build.rngs(0)))
     assert type(model.llm.layers.mlp.up_proj) is nnx.Linear
     assert lora.merged(model) is model
 

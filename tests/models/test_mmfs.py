@@ -9,6 +9,7 @@ from flax import nnx
 
 from metamorph_jax.convert.names import load_torch_dict, to_torch_dict
 from metamorph_jax.models import mmfs
+from metamorph_jax.models.build import rngs
 from metamorph_jax.models.mmfs import MMFS, MMFSConfig
 from tests.recipes.mm_interleaved import golden
 
@@ -54,7 +55,7 @@ def test_outputs_and_gradients(case_name, golden_root):
     weights = case.weights()
     scale = np.array(cfg.sides) / cfg.base
     np.testing.assert_allclose(weights.pop("scale_ratios"), scale, rtol=1e-6)
-    model = nnx.eval_shape(lambda: MMFS(cfg, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: MMFS(cfg, rngs=rngs(0)))
     load_torch_dict(model, weights)
     for name, array in to_torch_dict(model).items():
         np.testing.assert_array_equal(array, weights[name], err_msg=name)
@@ -97,7 +98,7 @@ def small(**options) -> MMFSConfig:
 
 def build(cfg) -> MMFS:
     """With random weights in every part."""
-    model, rng = nnx.eval_shape(lambda: MMFS(cfg, rngs=nnx.Rngs(0))), np.random.default_rng(1)
+    model, rng = nnx.eval_shape(lambda: MMFS(cfg, rngs=rngs(0))), np.random.default_rng(1)
     fill = lambda x: 0.3 * rng.normal(size=x.shape).astype(np.float32)  # noqa: E731
     nnx.update(model, jax.tree.map(fill, nnx.state(model)))
     return model
@@ -160,6 +161,6 @@ def test_a_mask_of_rows_is_one_for_all_queries():
 
 
 def test_size_of_the_published_module():
-    block = nnx.eval_shape(lambda: mmfs.LLMBlock(MMFSConfig(), rngs=nnx.Rngs(0)))
+    block = nnx.eval_shape(lambda: mmfs.LLMBlock(MMFSConfig(), rngs=rngs(0)))
     count = sum(x.size for x in jax.tree.leaves(nnx.state(block)))
     assert abs(count - 36.3e6) < 0.1e6, count

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from metamorph_jax.models import build
 from metamorph_jax.models.llm import llama
 from metamorph_jax.models.prefix import Prefix, PrefixConfig
 from metamorph_jax.nn.attention import Segments, attend, row_mask
@@ -97,7 +98,7 @@ def test_shapes(hidden):
 
 def test_published_size():
     """Of a 7B model, as PEFT counts it: 5 virtual tokens, MLP of 1024."""
-    made = nnx.eval_shape(lambda: Prefix(PrefixConfig(), 4096, (32, 32, 128), rngs=nnx.Rngs(0)))
+    made = nnx.eval_shape(lambda: Prefix(PrefixConfig(), 4096, (32, 32, 128), rngs=build.rngs(0)))
     count = sum(x.size for x in jax.tree.leaves(nnx.state(made, nnx.Param)))
     out = 32 * 2 * 4096
     assert count == 5 * 4096 + (4096 + 1) * 1024 + (1024 + 1) * out

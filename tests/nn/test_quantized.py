@@ -11,6 +11,7 @@ from flax import nnx
 from metamorph_jax import sharding
 from metamorph_jax.convert.llama import export_llama, load_llama
 from metamorph_jax.models import lora
+from metamorph_jax.models.build import rngs
 from metamorph_jax.models.llm import llama
 from metamorph_jax.nn import quantized
 from metamorph_jax.recipes import metamorph as recipe
@@ -99,7 +100,7 @@ def test_names_shardings_and_what_is_left():
     # A linear that is trained in full is not packed.
     adapters = lora.LoraConfig(rank=2, target=r"llm\..*q_proj", train=r"llm\.layers\.mlp\..*")
     cfg = dataclasses.replace(TINY, frozen_weights="int8", lora=adapters)
-    model = nnx.eval_shape(lambda: recipe.create(cfg, nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: recipe.create(cfg, rngs(0)))
     assert not quantized.is_packed(model.llm.layers.mlp.up_proj)
     with pytest.raises(ValueError, match="set config.model.lora, too"):
         recipe.STAGES["vpit"](dataclasses.replace(TINY, frozen_weights="int8"))

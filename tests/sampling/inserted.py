@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from metamorph_jax import sharding
+from metamorph_jax.models import build
 from metamorph_jax.models.llm import llama
 from metamorph_jax.models.llm.llama import Insert, Llama
 from metamorph_jax.models.mmfs import LLMBlock, MMFSConfig
@@ -29,7 +30,7 @@ def make_model(mesh=None, **options) -> Llama:
     )
     block = MMFSConfig(64, 8, 64, 16, 2, 3, SIDES, 4, relative_rows=6)
     insert = Insert(2, LLMBlock, block)
-    llm = nnx.eval_shape(lambda: Llama(cfg, rngs=nnx.Rngs(0), insert=insert))
+    llm = nnx.eval_shape(lambda: Llama(cfg, rngs=build.rngs(0), insert=insert))
     rng = np.random.default_rng(0)
 
     def fill(variable):

@@ -13,6 +13,7 @@ from metamorph_jax import api, cli
 from metamorph_jax.convert import families, load
 from metamorph_jax.data.config import RowConfig
 from metamorph_jax.errors import UserError
+from metamorph_jax.models import build
 from metamorph_jax.models.build import is_open
 from metamorph_jax.recipes import metamorph
 from metamorph_jax.sampling import trained
@@ -65,7 +66,7 @@ def test_published_weights_need_no_config(workdir, tmp_path, capsys):
         assert (cfg.connector, cfg.head) == (written.connector, written.head)
         tower, wanted = cfg.vision.vit, written.vision.vit
         assert (tower.depth, tower.mean, tower.std) == (wanted.depth, wanted.mean, wanted.std)
-        model = nnx.eval_shape(lambda cfg=cfg: metamorph.create(cfg, nnx.Rngs(0)))
+        model = nnx.eval_shape(lambda cfg=cfg: metamorph.create(cfg, build.rngs(0)))
         metamorph.load_pretrained(model, cfg)
         assert not any(is_open(leaf) for leaf in load.named_leaves(model).values())
     assert trained.is_published(str(tmp_path / "hf")) and not trained.is_published(str(workdir))

@@ -10,6 +10,7 @@ from PIL import Image
 
 from metamorph_jax import chips
 from metamorph_jax.errors import ConfigError
+from metamorph_jax.models import build
 from metamorph_jax.models.vision.encoder import VisionConfig
 from metamorph_jax.recipe import Shown
 from metamorph_jax.recipes import metamorph
@@ -102,7 +103,7 @@ def test_memory_peak_is_of_the_fullest_device(monkeypatch):
 def test_flops_are_those_of_a_plan():
     """6 per weight and position, and half of all pairs of the attention."""
     cfg = metamorph.Config(llm="tiny", vision=VisionConfig("none", feature_width=32))
-    model = nnx.eval_shape(lambda: metamorph.create(cfg, nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: metamorph.create(cfg, build.rngs(0)))
     llm = model.llm.cfg
     L, rows = 64, 6  # two rows are here, the whole batch has six
     zeros = np.zeros((2, L), np.int32)

@@ -14,6 +14,7 @@ from metamorph_jax.errors import BadSample, ConfigError, DataError, MissingFile,
 from metamorph_jax.eval.images import features
 from metamorph_jax.eval.images.features import Extractor, ImageSet
 from metamorph_jax.eval.images.statistics import cosines
+from metamorph_jax.models import build
 from metamorph_jax.models.vision.inception import InceptionV3, resize
 
 ORACLE = "needs the oracle extra: pip install 'metamorph_jax[oracle]'"
@@ -32,7 +33,7 @@ MEAN = Extractor("mean colour", colours, lambda x: x)
 
 def random_weights():
     """Published name -> random array; the same for the library that made `inception.npz`."""
-    table = names.lazy_torch_dict(nnx.eval_shape(lambda: InceptionV3(rngs=nnx.Rngs(0))))
+    table = names.lazy_torch_dict(nnx.eval_shape(lambda: InceptionV3(rngs=build.rngs(0))))
     rng, out = np.random.default_rng(0), {}
     for key in sorted(table):
         shape = table.shape_of(key)

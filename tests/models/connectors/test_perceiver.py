@@ -10,6 +10,7 @@ from flax import nnx
 
 from metamorph_jax.convert import perceiver as published
 from metamorph_jax.convert.names import load_torch_dict
+from metamorph_jax.models import build
 from metamorph_jax.models.connectors.perceiver import Perceiver, PerceiverConfig, drop
 from tests.recipes.mm_interleaved import golden
 
@@ -45,7 +46,7 @@ def load(model, weights):
 
 def make(cfg: PerceiverConfig):
     """Graph and random state, without the compilation of every initialiser."""
-    graph, shapes = nnx.split(nnx.eval_shape(lambda: Perceiver(cfg, rngs=nnx.Rngs(0))))
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: Perceiver(cfg, rngs=build.rngs(0))))
     rng = np.random.default_rng(0)
     fill = lambda x: jnp.asarray(rng.normal(size=x.shape) / 3, x.dtype)  # noqa: E731
     return graph, jax.tree.map(fill, shapes)
@@ -55,7 +56,7 @@ def make(cfg: PerceiverConfig):
 def test_equals_the_reference_with_gradients(name, golden_root):
     case = golden.Case(golden_root, name)
     cfg = config_of(case.config)
-    model = load(nnx.eval_shape(lambda: Perceiver(cfg, rngs=nnx.Rngs(0))), case.weights())
+    model = load(nnx.eval_shape(lambda: Perceiver(cfg, rngs=build.rngs(0))), case.weights())
     graph, state = nnx.split(model)
     tokens, mask = case["in/encoder_hidden_states"], None
     if "in/encoder_attention_mask" in case.arrays:
@@ -121,7 +122,7 @@ def test_sizes_that_don_t_fit_are_named():
 
 
 def test_full_size_and_names_of_dimensions():
-    model = nnx.eval_shape(lambda: Perceiver(PerceiverConfig(), rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Perceiver(PerceiverConfig(), rngs=build.rngs(0)))
     flat = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     crossing = {path[1] for path in flat if "cross_attn" in path}
     assert crossing == {0, 2, 4, 6, 8, 10}

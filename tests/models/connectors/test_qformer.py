@@ -10,6 +10,7 @@ from flax import nnx
 
 from metamorph_jax.convert import blip2
 from metamorph_jax.errors import WeightError
+from metamorph_jax.models import build
 from metamorph_jax.models.connectors.perceiver import PerceiverConfig
 from metamorph_jax.models.connectors.qformer import QFormer, QFormerConfig
 from tests.recipes.minigpt5 import golden
@@ -39,7 +40,7 @@ def config_of(fields: dict) -> QFormerConfig:
 
 
 def abstract(cfg: QFormerConfig = TINY, width: int = WIDTH) -> QFormer:
-    return nnx.eval_shape(lambda: QFormer(cfg, width, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: QFormer(cfg, width, rngs=build.rngs(0)))
 
 
 def tensors_of(cfg: QFormerConfig = TINY) -> dict[str, np.ndarray]:

@@ -219,7 +219,7 @@ def test_pixels_stay_within_their_limits():
 
 def test_encoded_images_are_taken_as_they_are(monkeypatch):
     cfg = DiffusionConfig(DENOISERS["unet"], vae=None)
-    model = nnx.eval_shape(lambda: DiffusionDecoder(cfg, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: DiffusionDecoder(cfg, rngs=build.rngs(0)))
     model.pixel_mean.set_raw_value(jnp.zeros(3))
     model.pixel_scale.set_raw_value(jnp.full(3, 2.0))
     monkeypatch.setattr(DiffusionDecoder, "denoise", lambda self, x, t, condition: 0.5 * x)

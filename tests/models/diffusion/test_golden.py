@@ -16,6 +16,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from metamorph_jax.convert.names import load_torch_dict, to_torch_dict
+from metamorph_jax.models.build import rngs
 from metamorph_jax.models.diffusion import samplers
 from metamorph_jax.models.diffusion import schedule as sch
 from metamorph_jax.models.diffusion.clip_text import CLIPTextConfig, CLIPTextModel
@@ -59,7 +60,7 @@ def weights(data):
 
 def build(cls, config_cls, config, data):
     """The module with the case's weights; also checks that names and layouts survive both ways."""
-    model = nnx.eval_shape(lambda: cls(config_cls.from_dict(config), nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: cls(config_cls.from_dict(config), rngs(0)))
     load_torch_dict(model, weights(data))
     for key, value in to_torch_dict(model).items():
         np.testing.assert_array_equal(value, data["w." + key])

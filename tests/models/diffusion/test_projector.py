@@ -11,6 +11,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from metamorph_jax.convert.names import load_torch_dict, to_torch_dict
+from metamorph_jax.models import build
 from metamorph_jax.models.diffusion.projector import (
     MODES,
     ProjectorConfig,
@@ -33,7 +34,7 @@ def test_golden(case, golden_root):
     data = np.load(root / "visualizer.npz")
     fields = {k: v for k, v in spec.items() if k != "output_shape"}
     cfg = ProjectorConfig.from_dict(fields)
-    model = nnx.eval_shape(lambda: make_projector(cfg, nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: make_projector(cfg, build.rngs(0)))
     tensors = load_file(root / "visualizer.safetensors")
     load_torch_dict(model, tensors, case + "/")
     for key, value in to_torch_dict(model, case + "/").items():

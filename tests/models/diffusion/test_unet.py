@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from metamorph_jax.convert.names import to_torch_dict
+from metamorph_jax.models import build
 from metamorph_jax.models.diffusion.clip_text import CLIPTextConfig, CLIPTextModel
 from metamorph_jax.models.diffusion.dit import DiT, DiTConfig, depth_to_space, space_to_depth
 from metamorph_jax.models.diffusion.unet import UNet, UNetConfig, time_features
@@ -27,12 +28,12 @@ def count(make):
 @pytest.mark.parametrize(
     "make, millions",
     [
-        (lambda: UNet(UNetConfig.small(), nnx.Rngs(0)), 92.24),
-        (lambda: UNet(UNetConfig.sd15(), nnx.Rngs(0)), 859.52),
-        (lambda: UNet(UNetConfig.sd21(), nnx.Rngs(0)), 865.91),
-        (lambda: AutoencoderKL(VAEConfig.sd15(), nnx.Rngs(0)), 83.65),
-        (lambda: CLIPTextModel(CLIPTextConfig.sd15(), nnx.Rngs(0)), 123.06),
-        (lambda: CLIPTextModel(CLIPTextConfig.sd21(), nnx.Rngs(0)), 340.39),
+        (lambda: UNet(UNetConfig.small(), build.rngs(0)), 92.24),
+        (lambda: UNet(UNetConfig.sd15(), build.rngs(0)), 859.52),
+        (lambda: UNet(UNetConfig.sd21(), build.rngs(0)), 865.91),
+        (lambda: AutoencoderKL(VAEConfig.sd15(), build.rngs(0)), 83.65),
+        (lambda: CLIPTextModel(CLIPTextConfig.sd15(), build.rngs(0)), 123.06),
+        (lambda: CLIPTextModel(CLIPTextConfig.sd21(), build.rngs(0)), 340.39),
     ],
 )
 def test_full_sizes_have_the_published_number_of_parameters(make, millions):
@@ -184,7 +185,7 @@ def test_remat_changes_memory_but_no_number():
 
     def gradients(remat):
         cfg = UNetConfig.tiny(**sizes, remat=remat)
-        graph, shapes = nnx.split(nnx.eval_shape(lambda: UNet(cfg, nnx.Rngs(0))))
+        graph, shapes = nnx.split(nnx.eval_shape(lambda: UNet(cfg, build.rngs(0))))
         rng = np.random.default_rng(0)
         state = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) / 9, x.dtype), shapes)
         x, context = jnp.ones((1, 2, 2, 4)), jnp.ones((1, 3, 32))

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from metamorph_jax.convert.names import load_torch_dict
+from metamorph_jax.models import build
 from metamorph_jax.models.diffusion import decoder as diffusion
 from metamorph_jax.models.diffusion.unet import UNetConfig
 from metamorph_jax.models.diffusion.unet_mmfs import MMFSNet, UNetMMFS, UNetMMFSConfig, skips_of
@@ -60,7 +61,7 @@ def test_residual_network_equals_the_reference(golden_root):
     cfg = config_of(golden.Case(golden_root, "end_to_end_train"))
     assert [b for _, b in skips_of(cfg.unet)] == case.about["base_spatial_shape_per_block"]
     assert cfg.middle_base == case.about["base_spatial_shape_mid"]
-    net = nnx.eval_shape(lambda: MMFSNet(cfg, nnx.Rngs(0)))
+    net = nnx.eval_shape(lambda: MMFSNet(cfg, build.rngs(0)))
     load_torch_dict(net, case.weights("image_decoder.decoder.mmfs_module."))
     graph, state = nnx.split(net)
     count = len(net.mmfs_down_blocks)
@@ -90,7 +91,7 @@ def test_prediction_equals_the_reference_for_images_without_an_image_before(gold
     compared with the whole model's."""
     case = golden.Case(golden_root, "end_to_end_train")
     cfg = config_of(case)
-    model = nnx.eval_shape(lambda: UNetMMFS(cfg, nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: UNetMMFS(cfg, build.rngs(0)))
     weights = case.weights("image_decoder.decoder.")
     load_torch_dict(model.unet, weights, prefix="unet.")
     load_torch_dict(model.mmfs_module, weights, prefix="mmfs_module.")
@@ -129,7 +130,7 @@ def small(**unet) -> UNetMMFSConfig:
 def random_decoder(cfg: UNetMMFSConfig):
     """(graph, state) of a decoder of 8 x 8 pixels, with no weight at zero."""
     whole = diffusion.DiffusionConfig(cfg, vae=None, patch=2)
-    made = nnx.eval_shape(lambda: diffusion.DiffusionDecoder(whole, rngs=nnx.Rngs(0)))
+    made = nnx.eval_shape(lambda: diffusion.DiffusionDecoder(whole, rngs=build.rngs(0)))
     graph, shapes = nnx.split(made)
     rng = np.random.default_rng(0)
     return graph, jax.tree.map(
@@ -201,7 +202,7 @@ def test_gradients_reach_the_maps_that_are_seen_and_every_parameter():
 
 
 def test_what_does_not_fit_is_named():
-    model = nnx.eval_shape(lambda: UNetMMFS(small(), nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: UNetMMFS(small(), build.rngs(0)))
     context, rng = jnp.ones((1, 5, 32)), np.random.default_rng(0)
     for maps, words in (
         ((), r"maps of shapes \[\]; expected 2"),
@@ -230,7 +231,7 @@ def test_full_size():
         + [(1280, 8)] * 3
     )
     assert skips_of(UNetConfig.sd21(sample_size=32))[-1] == (1280, 4)  # 256 pixels
-    net = nnx.eval_shape(lambda: MMFSNet(cfg, nnx.Rngs(0)))
+    net = nnx.eval_shape(lambda: MMFSNet(cfg, build.rngs(0)))
     middle = net.mmfs_mid_block.mmfs
     assert middle.cfg.base == 8 and middle.attention_weights.kernel.shape == (1280, 16 * 4 * 9)
     maps = tuple(jax.ShapeDtypeStruct((2, 1, s, s, 1024), jnp.float32) for s in cfg.sides)

@@ -10,6 +10,7 @@ from flax import nnx
 
 from metamorph_jax.convert import perceiver as published
 from metamorph_jax.convert.names import load_torch_dict
+from metamorph_jax.models import build
 from metamorph_jax.models.connectors.perceiver import PerceiverConfig
 from metamorph_jax.models.heads.context import (
     ContextConfig,
@@ -62,7 +63,7 @@ def head_of(case) -> ContextHead:
         qk_norm=False,
     )
     cfg = ContextConfig(width, 2048, resampler)
-    head = nnx.eval_shape(lambda: ContextHead(cfg, rngs=nnx.Rngs(0)))
+    head = nnx.eval_shape(lambda: ContextHead(cfg, rngs=build.rngs(0)))
     weights = case.weights("image_decoder.perceiver_resampler.")
     load_torch_dict(head.resampler, weights, rename=published.rename)
     load_torch_dict(head.proj, case.weights("context_feat_proj."))
@@ -107,7 +108,7 @@ def test_equals_the_reference(golden_root):
 def test_what_lies_outside_of_the_document_changes_nothing():
     resampler = PerceiverConfig(queries=2, width=8, heads=2, layers=1, mlp_width=8, key_width=6)
     graph, shapes = nnx.split(
-        nnx.eval_shape(lambda: ContextHead(ContextConfig(6, 4, resampler), rngs=nnx.Rngs(0)))
+        nnx.eval_shape(lambda: ContextHead(ContextConfig(6, 4, resampler), rngs=build.rngs(0)))
     )
     rng = np.random.default_rng(0)
     state = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), shapes)

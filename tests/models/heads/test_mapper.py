@@ -10,6 +10,7 @@ from flax import nnx
 
 from metamorph_jax.convert import mapper as published
 from metamorph_jax.errors import WeightError
+from metamorph_jax.models import build
 from metamorph_jax.models.heads.mapper import Mapper, MapperConfig
 from metamorph_jax.nn.sincos import table_1d
 from tests.recipes.minigpt5 import golden
@@ -38,7 +39,7 @@ def config_of(fields: dict) -> MapperConfig:
 
 
 def abstract(cfg: MapperConfig) -> Mapper:
-    return nnx.eval_shape(lambda: Mapper(cfg, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: Mapper(cfg, rngs=build.rngs(0)))
 
 
 def make(cfg: MapperConfig):

@@ -14,6 +14,7 @@ from flax import nnx
 from metamorph_jax import sharding
 from metamorph_jax.convert.llama import load_llama
 from metamorph_jax.convert.names import load_torch_dict
+from metamorph_jax.models import build
 from metamorph_jax.models.llm import llama
 from metamorph_jax.models.llm.llama import Insert, Llama, LlamaConfig
 from metamorph_jax.models.mmfs import LLMBlock, MMFSConfig
@@ -43,7 +44,7 @@ def golden_model(case) -> Llama:
         tuple(c["spatial"]), c["mmfs_base"], c["max_num_image"],
     )  # fmt: skip
     insert = Insert(c["freq"], LLMBlock, block)
-    llm = nnx.eval_shape(lambda: Llama(cfg, rngs=nnx.Rngs(0), insert=insert))
+    llm = nnx.eval_shape(lambda: Llama(cfg, rngs=build.rngs(0), insert=insert))
 
     def block_name(key):  # "0.norm1.weight"
         number, name = key.split(".", 1)
@@ -137,7 +138,7 @@ def small(layers: int, every: int, **options) -> Llama:
     cfg = dataclasses.replace(llama.SIZES["tiny"], layers=layers, **options)
     block = MMFSConfig(64, 8, 64, 16, 2, 3, (4, 2), 4, relative_rows=6)
     insert = Insert(every, LLMBlock, block)
-    llm = nnx.eval_shape(lambda: Llama(cfg, rngs=nnx.Rngs(0), insert=insert))
+    llm = nnx.eval_shape(lambda: Llama(cfg, rngs=build.rngs(0), insert=insert))
     rng = np.random.default_rng(0)
     fill = lambda x: 0.2 * rng.normal(size=x.shape).astype(np.float32)  # noqa: E731
     nnx.update(llm, jax.tree.map(fill, nnx.state(llm)))
@@ -200,7 +201,7 @@ def test_size_of_the_published_model():
     """Ten modules of 363 million parameters together, and the work that they are."""
     cfg = dataclasses.replace(llama.SIZES["vicuna-13b"], added_tokens=2, head_bias=True)
     insert = Insert(4, LLMBlock, MMFSConfig())
-    llm = nnx.eval_shape(lambda: Llama(cfg, rngs=nnx.Rngs(0), insert=insert))
+    llm = nnx.eval_shape(lambda: Llama(cfg, rngs=build.rngs(0), insert=insert))
     count = lambda module: sum(x.size for x in jax.tree.leaves(nnx.state(module)))  # noqa: E731
     assert abs(count(llm.inserts) - 363e6) < 1e6 and llm.inserts.gate.shape == (10, 1)
     plain = nnx.eval_shape(
@@ -217,7 +218,7 @@ def test_size_of_the_published_model():
 
 def test_every_matrix_of_the_published_blocks_is_cut():
     devices = SimpleNamespace(shape=dict.fromkeys(sharding.AXES, 1) | {"fsdp": 8, "tensor": 4})
-    block = nnx.eval_shape(lambda: LLMBlock(MMFSConfig(), rngs=nnx.Rngs(0)))
+    block = nnx.eval_shape(lambda: LLMBlock(MMFSConfig(), rngs=build.rngs(0)))
     for path, x in nnx.to_flat_state(nnx.state(block)):
         wanted = sharding.spec(*x.get_metadata()["logical"])
         cut = math.prod(devices.shape[a] for a in sharding.fit(wanted, x.shape, devices) if a)

@@ -12,6 +12,7 @@ from flax import nnx
 
 from metamorph_jax.convert import hf
 from metamorph_jax.convert.llama import config_from_hf, export_llama, load_llama
+from metamorph_jax.models.build import rngs
 from metamorph_jax.models.llm import llama
 from metamorph_jax.nn import rope
 from metamorph_jax.nn.attention import packed_mask
@@ -214,5 +215,5 @@ def test_old_and_new_config_files_say_the_same():
     ],
 )
 def test_published_sizes(size, total):
-    llm = nnx.eval_shape(lambda: llama.Llama(llama.SIZES[size], rngs=nnx.Rngs(0)))
+    llm = nnx.eval_shape(lambda: llama.Llama(llama.SIZES[size], rngs=rngs(0)))
     assert sum(x.size for x in jax.tree.leaves(nnx.state(llm, nnx.Param))) == total

@@ -10,6 +10,7 @@ from flax import nnx
 
 from metamorph_jax.convert import hf
 from metamorph_jax.convert.vit import export_vit, load_vit
+from metamorph_jax.models.build import rngs
 from metamorph_jax.models.vision import vit
 from metamorph_jax.nn import sincos
 from tests.recipes.minigpt5 import golden
@@ -176,7 +177,7 @@ def test_left_over_and_missing_keys_are_errors():
 
 
 def count(cfg) -> int:
-    tower = nnx.eval_shape(lambda: vit.ViT(cfg, rngs=nnx.Rngs(0)))
+    tower = nnx.eval_shape(lambda: vit.ViT(cfg, rngs=rngs(0)))
     return sum(x.size for x in jax.tree.leaves(nnx.state(tower, nnx.Param)))
 
 
@@ -227,7 +228,7 @@ def test_eva_equals_the_reference(golden_root):
     cfg = eva_config(case.config)
     weights = case.weights()
     own = {k: v for k, v in weights.items() if not k.startswith("ln_vision.")}
-    tower = nnx.eval_shape(lambda: vit.ViT(cfg, rngs=nnx.Rngs(0)))
+    tower = nnx.eval_shape(lambda: vit.ViT(cfg, rngs=rngs(0)))
     load_vit(tower, own)
     norm = nnx.LayerNorm(cfg.width, epsilon=case.config["ln_vision_eps"], rngs=nnx.Rngs(0))
     norm.scale[...], norm.bias[...] = weights["ln_vision.weight"], weights["ln_vision.bias"]
@@ -244,7 +245,7 @@ def test_eva_equals_the_reference(golden_root):
     resized = case["out.pos_embed_interpolated"]
     grid = round((resized.shape[1] - 1) ** 0.5)
     larger = dataclasses.replace(cfg, input_size=grid * cfg.patch)
-    tower = nnx.eval_shape(lambda: vit.ViT(larger, rngs=nnx.Rngs(0)))
+    tower = nnx.eval_shape(lambda: vit.ViT(larger, rngs=rngs(0)))
     load_vit(tower, own)
     np.testing.assert_allclose(tower.position_embedding[...], resized[0], rtol=1e-4, atol=1e-5)
     case.check_all_read()

@@ -10,6 +10,7 @@ from flax import nnx
 
 from metamorph_jax.convert import names
 from metamorph_jax.convert.vit_adapter import export_adapter, load_adapter, rename
+from metamorph_jax.models import build
 from metamorph_jax.models.vision import vit, vit_adapter
 from metamorph_jax.models.vision.vit_adapter import AdapterConfig, ViTAdapter
 from tests.recipes.mm_interleaved import golden
@@ -75,7 +76,7 @@ def part(case, kind: str, grid: int):
     """One part of the adapter with the case's weights."""
     cls, ours, theirs = PARTS[kind]
     cfg, tower = config_of(case.config), tower_of(case.config, grid)
-    made = nnx.eval_shape(lambda: cls(cfg, tower, rngs=nnx.Rngs(0)))
+    made = nnx.eval_shape(lambda: cls(cfg, tower, rngs=build.rngs(0)))
     names.load_torch_dict(
         made, case.weights(), rename=lambda key: rename(ours + key).removeprefix(theirs)
     )
@@ -182,7 +183,7 @@ def test_towers(tower):
 @pytest.mark.parametrize(("depth", "ends"), [(24, [6, 12, 18, 24]), (9, [2, 4, 7, 9]), (2, None)])
 def test_stages(depth, ends):
     tower = dataclasses.replace(CLIP, layers=depth)
-    adapter = nnx.eval_shape(lambda: ViTAdapter(SMALL, tower, rngs=nnx.Rngs(0)))
+    adapter = nnx.eval_shape(lambda: ViTAdapter(SMALL, tower, rngs=build.rngs(0)))
     first, last = zip(*adapter.stages, strict=True)
     assert first == (0, *last[:-1]) and last[-1] == depth
     assert ends is None or list(last) == ends
@@ -232,7 +233,7 @@ def test_recomputation():
     pixels = np.zeros((1, CLIP.size, CLIP.size, 3), np.uint8)
 
     def count(cfg, tower):
-        made = nnx.eval_shape(lambda: ViTAdapter(cfg, tower, rngs=nnx.Rngs(0)))
+        made = nnx.eval_shape(lambda: ViTAdapter(cfg, tower, rngs=build.rngs(0)))
         graph, weights = nnx.split(made)
         traced = jax.make_jaxpr(lambda w: nnx.merge(graph, w)(pixels))(weights)
         return str(traced).count("policy=None")
@@ -273,12 +274,12 @@ def test_in_and_out():
     adapter = filled(lambda: ViTAdapter(cfg, tower, rngs=nnx.Rngs(0)))
     tensors = dict(export_adapter(adapter, "encoder."))
     assert tensors["encoder.vision_model.adapter_up.weight"].shape == (32, 32, 2, 2)
-    other = nnx.eval_shape(lambda: ViTAdapter(cfg, tower, rngs=nnx.Rngs(0)))
+    other = nnx.eval_shape(lambda: ViTAdapter(cfg, tower, rngs=build.rngs(0)))
     load_adapter(other, tensors, "encoder.")
     for key, value in export_adapter(other, "encoder.").items():
         np.testing.assert_array_equal(value, tensors[key], err_msg=key)
     larger = dataclasses.replace(tower, input_size=48)
-    other = nnx.eval_shape(lambda: ViTAdapter(cfg, larger, rngs=nnx.Rngs(0)))
+    other = nnx.eval_shape(lambda: ViTAdapter(cfg, larger, rngs=build.rngs(0)))
     load_adapter(other, tensors, "encoder.")
     table, before = (a.tower.position_embedding[...] for a in (other, adapter))
     assert table.shape == (37, 32)
@@ -296,7 +297,7 @@ def test_in_and_out():
 def test_full_size():
     """Names and number of weights around CLIP-L at 224 pixels, of published shapes."""
     tower = dataclasses.replace(vit.SIZES["clip-l-224"], select_layer=-1)
-    adapter = nnx.eval_shape(lambda: ViTAdapter(AdapterConfig(), tower, rngs=nnx.Rngs(0)))
+    adapter = nnx.eval_shape(lambda: ViTAdapter(AdapterConfig(), tower, rngs=build.rngs(0)))
     found = export_adapter(adapter)
     shape = lambda key: found.shape_of(f"vision_model.{key}")  # noqa: E731
     assert shape("adapter_spm.conv4.0.weight") == (256, 256, 3, 3)

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from metamorph_jax import config as configs
 from metamorph_jax.convert import diffusion, export, hf, names, peft, stable_diffusion
 from metamorph_jax.errors import ConfigError
-from metamorph_jax.models import lora
+from metamorph_jax.models import build, lora
 from metamorph_jax.models.diffusion import samplers
 from metamorph_jax.recipes import decoder
 from metamorph_jax.recipes.decoder import published as files
@@ -105,7 +105,7 @@ def test_adapters_start_from_pefts_files(tmp_path):
     def adapted(**options):
         found = dict(rank=2, alpha=4.0) | options
         cfg = latent_config(lora=configs.build(decoder.DecoderLora, found))
-        return cfg, nnx.eval_shape(lambda: decoder.create(cfg, nnx.Rngs(0)))
+        return cfg, nnx.eval_shape(lambda: decoder.create(cfg, build.rngs(0)))
 
     rng, (_, model) = np.random.default_rng(0), adapted()
     for _, linear in lora.adapters(model):
@@ -126,7 +126,7 @@ def test_a_model_that_predicts_something_else(sd_folder, tmp_path):
     file = tmp_path / "sd" / "scheduler" / "scheduler_config.json"
     schedule = dataclasses.replace(cfg.decoder.schedule, prediction_type="v_prediction")
     export.write_json(file, diffusion.scheduler_to_hf(schedule, samplers.DDIM()))
-    model = nnx.eval_shape(lambda: decoder.create(cfg, nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: decoder.create(cfg, build.rngs(0)))
     message = "schedule.prediction_type is 'epsilon', in the checkpoint 'v_prediction'"
     with pytest.raises(ConfigError, match=message):
         decoder.load_pretrained(model, cfg)
@@ -138,7 +138,7 @@ def test_the_reference_s_files_are_an_image_decoder(sd_folder, tmp_path):
     """`--decoder` takes a folder with the three files, and Stable Diffusion's parts beside them."""
     cfg = sd_config(sd_folder)
     shapes = names.lazy_torch_dict(
-        nnx.eval_shape(lambda: decoder.create(cfg, nnx.Rngs(1)).projector)
+        nnx.eval_shape(lambda: decoder.create(cfg, build.rngs(1)).projector)
     )
     rng, folder = np.random.default_rng(0), tmp_path / "public"
     adapter = {k: rng.normal(size=shapes.shape_of(k)).astype(np.float32) for k in shapes}

@@ -20,6 +20,7 @@ from metamorph_jax.convert.vit import config_from_hf, load_vit
 from metamorph_jax.data.images import Preprocess
 from metamorph_jax.data.interleave import build_row, read_place
 from metamorph_jax.data.views import AnyRes, Single
+from metamorph_jax.models import build
 from metamorph_jax.models.connectors.mlp import Connector
 from metamorph_jax.models.vision.encoder import VisionConfig
 from metamorph_jax.models.vision.vit import ViT
@@ -88,7 +89,7 @@ class Golden:
         )
 
     def _model(self) -> recipe.Llava:
-        model = nnx.eval_shape(lambda: recipe.create(self.config, nnx.Rngs(0)))
+        model = nnx.eval_shape(lambda: recipe.create(self.config, build.rngs(0)))
         load_llava(model, self.tensors)
         return model
 
@@ -200,7 +201,7 @@ def _tower(golden, layer: int, whole_output: bool):
     """float[n, tokens, C] of the tower with this hidden state selected."""
     changes = {"select_layer": layer, "class_out": whole_output}
     cfg = type(golden.tower)(**(vars(golden.tower) | changes))
-    tower = nnx.eval_shape(lambda: ViT(cfg, rngs=nnx.Rngs(0)))
+    tower = nnx.eval_shape(lambda: ViT(cfg, rngs=build.rngs(0)))
     inside = {k: v for k, v in golden.tensors.items() if k.startswith(TOWER)}
     load_vit(tower, inside, f"{TOWER}vision_model.")
     graph, weights = nnx.split(tower)

@@ -11,6 +11,7 @@ from flax import nnx
 from metamorph_jax.config import build
 from metamorph_jax.data import pipeline
 from metamorph_jax.errors import ConfigError
+from metamorph_jax.models.build import rngs
 from metamorph_jax.models.lora import LoraConfig
 from metamorph_jax.recipe import Shard
 from metamorph_jax.recipes import llava as recipe
@@ -44,7 +45,7 @@ def batches(cfg, data, rows=1):
 
 
 def trained(cfg, stage) -> set[str]:
-    model = nnx.eval_shape(lambda: recipe.create(cfg, nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: recipe.create(cfg, rngs(0)))
     state = nnx.state(model, trained_filter(recipe.STAGES[stage](cfg)))
     return {model.param_group(path) for path, _ in nnx.to_flat_state(state)}
 

@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 from metamorph_jax.convert import check, export, families, hf, library, vit
 from metamorph_jax.errors import ConfigError
+from metamorph_jax.models import build
 from metamorph_jax.recipes.llava import fields, keys, published
 from metamorph_jax.recipes.llava.config import GRIDS, llm_config
 from tests.convert.conftest import ORACLE, make
@@ -90,7 +91,7 @@ FULL = {"1.5 hf": PUBLISHED, "1.5 original": ORIGINAL, "1.6 original": ORIGINAL_
 
 
 def abstract(cfg):
-    return nnx.eval_shape(lambda: published.create(cfg, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: published.create(cfg, rngs=build.rngs(0)))
 
 
 def same_weights(a, b):

@@ -16,7 +16,7 @@ from metamorph_jax import cli
 from metamorph_jax.convert import changes, export, families, hf, peft, vision
 from metamorph_jax.convert.llama import EMBED, export_llama
 from metamorph_jax.errors import ConfigError, WeightError
-from metamorph_jax.models import lora
+from metamorph_jax.models import build, lora
 from metamorph_jax.recipes import llava as recipe
 from metamorph_jax.recipes.llava import fields, projectors, published
 from metamorph_jax.recipes.llava.input import encoder_of, input_spec, load_tokenizer, load_tower
@@ -30,7 +30,7 @@ RUN = dataclasses.replace(ANYRES, start_end=True, lora=LORA)
 
 def filled(cfg, seed=0):
     """A model with random values that no one has to compile an initialiser for."""
-    model = nnx.eval_shape(lambda: recipe.create(cfg, nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: recipe.create(cfg, build.rngs(0)))
     rng = np.random.default_rng(seed)
     value = lambda x: jnp.asarray(0.1 * rng.normal(size=x.shape), x.dtype)  # noqa: E731
     nnx.update(model, jax.tree.map(value, nnx.state(model)))
@@ -75,7 +75,7 @@ def convert(*words):
 
 
 def loaded(cfg, **changes):
-    model = nnx.eval_shape(lambda: recipe.create(cfg, nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: recipe.create(cfg, build.rngs(0)))
     cfg = dataclasses.replace(cfg, **changes)
     recipe.load_pretrained(model, cfg)
     return model

@@ -8,6 +8,7 @@ from flax import nnx
 from PIL import Image
 
 from metamorph_jax.data.config import DataConfig, OrderConfig, RowConfig, SourceConfig
+from metamorph_jax.models import build
 from metamorph_jax.models.vision.encoder import VisionConfig
 from metamorph_jax.recipes import llava as recipe
 
@@ -35,8 +36,8 @@ def fast(f):
 
 
 def make(cfg=TINY, seed=0):
-    graph, _ = nnx.split(nnx.eval_shape(lambda: recipe.create(cfg, nnx.Rngs(0))))
-    state = fast(lambda key: nnx.state(recipe.create(cfg, nnx.Rngs(key))))(jax.random.key(seed))
+    graph, _ = nnx.split(nnx.eval_shape(lambda: recipe.create(cfg, build.rngs(0))))
+    state = fast(lambda key: nnx.state(recipe.create(cfg, build.rngs(key))))(jax.random.key(seed))
     return nnx.merge(graph, state)
 
 

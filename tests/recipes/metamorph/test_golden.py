@@ -23,6 +23,7 @@ from metamorph_jax.convert.vit import load_vit
 from metamorph_jax.data.images import Preprocess
 from metamorph_jax.data.interleave import AfterSupervisedStart, build_row, read_place
 from metamorph_jax.data.views import Single
+from metamorph_jax.models import build
 from metamorph_jax.models.connectors.mlp import Connector
 from metamorph_jax.models.llm.llama import Llama, init_added_tokens
 from metamorph_jax.models.vision import vit
@@ -100,7 +101,7 @@ class Golden:
     def model(self, tensors=None, **changes) -> recipe.MetaMorph:
         cfg = self.config(**changes)
         if str(cfg) not in self.empty:
-            self.empty[str(cfg)] = nnx.eval_shape(lambda: recipe.create(cfg, nnx.Rngs(0)))
+            self.empty[str(cfg)] = nnx.eval_shape(lambda: recipe.create(cfg, build.rngs(0)))
         model = nnx.clone(self.empty[str(cfg)])
         weights = load_file(self.root / "model.safetensors")
         if tensors is not None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from metamorph_jax.models import build
 from metamorph_jax.models.heads.visual_flow import FlowConfig
 from metamorph_jax.recipes import metamorph as recipe
 from metamorph_jax.recipes.metamorph.model import hidden_tokens
@@ -217,7 +218,7 @@ def test_a_head_that_samples_trains():
 
 
 def test_full_size_by_shapes():
-    model = nnx.eval_shape(lambda: recipe.create(recipe.Config(), nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: recipe.create(recipe.Config(), build.rngs(0)))
     count = lambda f: sum(x.size for x in jax.tree.leaves(nnx.state(model, f)))  # noqa: E731
     llm = lambda path, _: path[0] == "llm"  # noqa: E731
     assert count(llm) == 8_030_261_248 + 4 * 4096  # two new rows in each table

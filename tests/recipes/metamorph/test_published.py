@@ -8,6 +8,7 @@ from flax import nnx
 
 from metamorph_jax.convert import check, oracles
 from metamorph_jax.errors import WeightError
+from metamorph_jax.models import build
 from metamorph_jax.models.heads.visual_flow import FlowConfig
 from metamorph_jax.models.vision.vit import SIZES as TOWER_SIZES
 from metamorph_jax.models.vision.vit import ViTConfig
@@ -20,7 +21,7 @@ WHOLE = change(TINY, dict(tower_options={"whole": True}))
 
 
 def abstract(cfg):
-    return nnx.eval_shape(lambda: metamorph.create(cfg, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: metamorph.create(cfg, rngs=build.rngs(0)))
 
 
 @pytest.fixture(scope="module")

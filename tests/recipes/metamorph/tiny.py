@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from metamorph_jax.models import build
 from metamorph_jax.models.vision.encoder import VisionConfig
 from metamorph_jax.recipes import metamorph as recipe
 from metamorph_jax.types import Batch, Images
@@ -28,8 +29,8 @@ def change(cfg, vision=None, **changes):
 
 
 def make(cfg=TINY, seed=0):
-    graph, _ = nnx.split(nnx.eval_shape(lambda: recipe.create(cfg, nnx.Rngs(0))))
-    state = fast(lambda key: nnx.state(recipe.create(cfg, nnx.Rngs(key))))(jax.random.key(seed))
+    graph, _ = nnx.split(nnx.eval_shape(lambda: recipe.create(cfg, build.rngs(0))))
+    state = fast(lambda key: nnx.state(recipe.create(cfg, build.rngs(key))))(jax.random.key(seed))
     return nnx.merge(graph, state)
 
 

@@ -7,6 +7,7 @@ from flax import nnx
 
 from metamorph_jax.convert import blip2, clip_text, diffusion, mapper, vit
 from metamorph_jax.convert.llama import load_llama
+from metamorph_jax.models import build
 from metamorph_jax.models.connectors.perceiver import PerceiverConfig
 from metamorph_jax.models.connectors.qformer import QFormerConfig
 from metamorph_jax.models.diffusion.clip_text import CLIPTextConfig
@@ -110,7 +111,7 @@ def _lora(fields) -> LoraConfig | None:
 
 def model(case: golden.Case, cfg: recipe.Config) -> recipe.MiniGPT5:
     """With the case's weights, loaded by the published names of its parts."""
-    made = nnx.eval_shape(lambda: recipe.create(cfg, nnx.Rngs(0)))
+    made = nnx.eval_shape(lambda: recipe.create(cfg, build.rngs(0)))
     weights = case.weights()
 
     def inside(*prefixes: str) -> dict:

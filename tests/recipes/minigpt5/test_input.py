@@ -23,6 +23,7 @@ from metamorph_jax.data.config import (
     SourceConfig,
 )
 from metamorph_jax.errors import ConfigError, DataError, MissingFile
+from metamorph_jax.models.build import rngs
 from metamorph_jax.models.diffusion.decoder import DiffusionConfig
 from metamorph_jax.models.diffusion.unet import UNetConfig
 from metamorph_jax.models.diffusion.vae import AutoencoderKL, VAEConfig
@@ -165,7 +166,7 @@ def test_features_without_weights(tokenizers, stories, tmp_path):
 @pytest.fixture(scope="module")
 def vae():
     rng = np.random.default_rng(3)
-    graph, state = nnx.split(nnx.eval_shape(lambda: AutoencoderKL(VAE, nnx.Rngs(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: AutoencoderKL(VAE, rngs(0))))
     value = lambda x: rng.normal(0.0, 0.2, x.shape).astype(np.float32)  # noqa: E731
     return nnx.merge(graph, jax.tree.map(value, state))
 
@@ -193,7 +194,7 @@ def test_latents_of_the_cache(tokenizers, stories, latent, vae, tmp_path):
     mean, logvar = np.split(of_values(pixels[:, 0] / np.float32(127.5) - 1), 2, -1)
     noise = (batch.drawings.latents[:, 0] / VAE.scaling_factor - mean) / np.exp(logvar / 2)
     assert batch.drawings.valid[:, 0].all() and 0.7 < noise.std() < 1.3
-    model = nnx.eval_shape(lambda: recipe.create(latent, nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: recipe.create(latent, rngs(0)))
     names = [{work.part for work in model.work(inputs.batch_spec(one, latent, 2))}
              for one in (data, plain)]  # fmt: skip
     assert names[1] - names[0] == {"autoencoder"} and not names[0] - names[1]

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from metamorph_jax.models import build
 from metamorph_jax.models.connectors.perceiver import PerceiverConfig
 from metamorph_jax.models.connectors.qformer import QFormerConfig
 from metamorph_jax.models.diffusion.clip_text import CLIPTextConfig
@@ -49,7 +50,7 @@ def fast(f):
 def make(cfg=TINY, seed=0):
     """A model whose parameters are all random, so that none of its zero starts hides anything;
     from numpy, as compiling the initialisation takes long."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: recipe.create(cfg, nnx.Rngs(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: recipe.create(cfg, build.rngs(0))))
     rng = np.random.default_rng(seed)
 
     def fill(path, x):

@@ -4,6 +4,7 @@ import numpy as np
 from flax import nnx
 
 from metamorph_jax.data.images import Preprocess
+from metamorph_jax.models import build
 from metamorph_jax.models.connectors.perceiver import PerceiverConfig
 from metamorph_jax.models.diffusion.decoder import DiffusionConfig
 from metamorph_jax.models.diffusion.unet import UNetConfig
@@ -120,7 +121,7 @@ def _decoder(c, shapes, count) -> DiffusionConfig:
 
 def model(case, cfg: recipe.Config) -> recipe.MMInterleaved:
     """The model with the case's weights, loaded by the published names."""
-    made = nnx.eval_shape(lambda: recipe.create(cfg, nnx.Rngs(0)))
+    made = nnx.eval_shape(lambda: recipe.create(cfg, build.rngs(0)))
     load_mm_interleaved(made, case.weights())
     for statistic, value in ((made.decoder.pixel_mean, 0.0), (made.decoder.pixel_scale, 1.0)):
         statistic.set_raw_value(np.full(3, value, np.float32))
