@@ -87,8 +87,14 @@ def test_table(price):
     assert "20,920 steps of 128 rows on 64 chips" in text
     assert "3.5 h, 227 chip-hours" in text and "7.1 h, 454 chip-hours" in text
     assert ("$908" in text) == (price is not None)
-    unknown = report.table(plan | {"expected": None, "run": cost.run(plan, 128)})
-    assert "no published run" in unknown
+
+
+def test_table_without_a_published_run():
+    plan = stored("vpit-smoke-v5e-8")
+    plan |= {"expected": cost.expected(plan), "run": cost.run(plan, 160, 2.0)}
+    text = report.table(plan)
+    assert "unknown: no published run" in text
+    assert "10 steps of 16 rows on 8 chips" in text and "at least" in text
 
 
 @pytest.mark.parametrize("words", [["--samples=0"], ["--price=-1"],
