@@ -1,12 +1,14 @@
 """Plans of the reference configs for TPUs and GPUs, and how they compare with MaxText.
 
-    python benchmarks/plan.py                  # tables from benchmarks/plans/*.json, a second
+    python benchmarks/plan.py                  # tables from benchmarks/plans/*.json, seconds
     python benchmarks/plan.py --make NAME …    # compiles these again (1 to 5 minutes; SD 1.5: 20)
     python benchmarks/plan.py --make all
 
 Needs the TPU compiler (`pip install 'metamorph-jax[plan]'`) to make plans, and nothing to print
-them. MaxText's numbers are those of its own train step, compiled in the same way (0.2.5 with JAX
-0.12.0; Llama-3.1-8B alone, rows of 4096, float32 weights and moments, full remat).
+them. "Expected" is the bound times the share of theirs that published runs on that chip reach
+(`metamorph_jax/plan/cost.py`). MaxText's numbers are those of its own train step, compiled in the
+same way (0.2.5 with JAX 0.12.0; Llama-3.1-8B alone, rows of 4096, float32 weights and moments, full
+remat).
 """
 
 import argparse
@@ -35,6 +37,12 @@ PLANS = {
     "vpit-8b-v6e-64": (f"{VPIT}:8b", "v6e-64", 2, {}),
     "vpit-8b-v5p-64": (f"{VPIT}:8b", "v5p-64", 4, {}),
     "vpit-70b-v5p-256": (f"{VPIT}:70b", "v5p-256", 2, {}),
+    "vpit-qwen3-1.7b-v5e-16": (f"{VPIT}:qwen3-1.7b", "v5e-16", 1, {}),
+    "vpit-qwen3-1.7b-v6e-16": (f"{VPIT}:qwen3-1.7b", "v6e-16", 2, {}),
+    "connector-qwen3-8b-v5e-64": (f"{CONNECTOR}:qwen3-8b", "v5e-64", 1, {}),
+    "vpit-qwen3-8b-v5e-64": (f"{VPIT}:qwen3-8b", "v5e-64", 1, {}),
+    "vpit-qwen3-8b-v6e-64": (f"{VPIT}:qwen3-8b", "v6e-64", 2, {}),
+    "vpit-qwen3-8b-v5p-64": (f"{VPIT}:qwen3-8b", "v5p-64", 4, {}),
     "decoder-sd15-v5e-16": (f"{DECODER}:8b", "v5e-16", 132, {}),
     "connector-8b-h100-8": (f"{CONNECTOR}:8b", "h100:8", 1, {}),
     "vpit-8b-h100-8": (f"{VPIT}:8b", "h100:8", 1, {}),
@@ -125,24 +133,49 @@ def against_peers(plans: dict[str, dict]) -> str:
 
 
 def overview(plans: dict[str, dict]) -> str:
+    from metamorph_jax.plan import cost
+
     lines = [
         "| plan | rows per chip | memory, GiB | free | on the wire, GB | bound by | MFU at most | "
-        "per s and chip at most | compiled, s |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "expected | per s and chip at most | expected | compiled, s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, p in plans.items():
         if "total_bytes" not in p:
-            lines.append(f"| {name} | {p['rows_per_device']:g} | out of memory | | | | | | |")
+            lines.append(f"| {name} | {p['rows_per_device']:g} | out of memory | | | | | | | | |")
             continue
-        tokens = p["tokens_per_second_per_chip"]
+        tokens, likely = p["tokens_per_second_per_chip"], cost.expected(p)
         speed = f"{tokens:,.0f} tokens" if tokens else (
             f"{p['rows_per_second'] / p['devices']:.1f} images")  # fmt: skip
+        mfu, rate = "-", "-"
+        if likely:
+            mfu, rate = f"{likely['mfu']:.0%}", f"{likely['tokens_per_second_per_chip']:,.0f}"
         lines.append(
             f"| {name} | {p['rows_per_device']:g} | {p['total_bytes'] / 2**30:.2f} of "
             f"{p['hbm_capacity_bytes'] / 2**30:.2f} | {p['free_share']:.0%} | "
-            f"{p['total_wire_bytes'] / 1e9:.1f} | {p['bound_by']} | {p['mfu_bound']:.0%} | {speed} "
-            f"| {p['compile_seconds']:.0f} |"
+            f"{p['total_wire_bytes'] / 1e9:.1f} | {p['bound_by']} | {p['mfu_bound']:.0%} | "
+            f"{mfu} | {speed} | {rate} | {p['compile_seconds']:.0f} |"
         )
+    return "\n".join(lines)
+
+
+def runs(plans: dict[str, dict]) -> str:
+    """Chip-hours of whole runs: as many rows as the config trains on, in the planned batch."""
+    from metamorph_jax.config import load_config
+    from metamorph_jax.plan import cost
+    from metamorph_jax.train.config import resolve
+
+    lines = [
+        "| run | rows | steps | chip-hours at least | expected |",
+        "|---|---|---|---|---|",
+    ]
+    for name, p in plans.items():
+        if PLANS[name][3] or p["config"] == ALONE or not cost.published(p):
+            continue  # a lever's run is that of its plan; nobody trains the language model alone
+        rows = cost.rows_to_train(resolve(load_config(f"{ROOT / p['config']}")).cfg)
+        run = cost.run(p, rows)
+        hours = (f"{run[key]['chip_hours']:,.0f}" for key in ("bound", "expected"))
+        lines.append(f"| {name} | {rows:,} | {run['steps']:,} | {' | '.join(hours)} |")
     return "\n".join(lines)
 
 
@@ -171,7 +204,7 @@ def main() -> int:
             FOLDER.mkdir(exist_ok=True)
             (FOLDER / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
     plans = stored()
-    print(f"\n{overview(plans)}\n\n{against_peers(plans)}")
+    print("", overview(plans), runs(plans), against_peers(plans), sep="\n\n")
     return 0
 
 

@@ -24,8 +24,9 @@ from metamorph_jax.train.show_config import show
 ROOT = pathlib.Path(__file__).parents[1] / "configs"
 MODULES = {file: configs.load_module(file) for file in sorted(ROOT.glob("*/*.py"))}
 FILES = [file for file, module in MODULES.items() if "get_config" in vars(module)]
-# decoder.py:1b is 8b (tested below) and takes ten seconds.
-CASES = [(f, s) for f in FILES for s in MODULES[f].SIZES if (f.stem, s) != ("decoder", "1b")]
+# These are decoder.py:8b (tested below), which takes ten seconds.
+_SAME = [("decoder", size) for size in ("1b", "qwen3-1.7b", "qwen3-8b")]
+CASES = [(f, s) for f in FILES for s in MODULES[f].SIZES if (f.stem, s) not in _SAME]
 # Their large models are those of `sft` (tested below).
 _TUNED = ("caption", "vqa", "grounding", "segment_to_image", "dialogue")
 BUILT = [(f, s) for f, s in CASES if f.stem not in _TUNED or s == "smoke"]
@@ -48,9 +49,14 @@ def test_there_are_three_stages():
 
 
 def test_decoders_are_the_same_for_all_language_models():
+    """With SigLIP 2, which has the shapes of SigLIP, they are as well, but for its weights."""
     (file,) = [f for f in FILES if f.stem == "decoder"]
-    one, other = (configs.load_config(f"{file}:{size}").to_dict() for size in ("1b", "8b"))
-    assert one == other
+    sizes = ("1b", "8b", "qwen3-1.7b", "qwen3-8b")
+    one, same, *newer = (configs.load_config(f"{file}:{size}").to_dict() for size in sizes)
+    assert one == same and newer[0] == newer[1]
+    assert newer[0]["model"]["vision"].pop("weights") == "hf:google/siglip2-so400m-patch14-384"
+    assert one["model"]["vision"].pop("weights") == "hf:google/siglip-so400m-patch14-384"
+    assert one == newer[0]
 
 
 def test_fine_tuning_has_the_models_of_instruction_tuning():
@@ -107,6 +113,8 @@ MILLIONS = {
     ("connector", "1b"): (6.6, 1655.4),
     ("connector", "8b"): (21.5, 8464.8),
     ("connector", "70b"): (76.6, 71043.3),
+    ("connector", "qwen3-1.7b"): (6.6, 2140.1),
+    ("connector", "qwen3-8b"): (21.5, 8625.2),
     ("decoder", "smoke"): (0.3, 0.0),
     ("decoder", "quickstart"): (3.3, 0.0),
     ("decoder", "1b"): (863.5, 496.6),
@@ -116,6 +124,8 @@ MILLIONS = {
     ("vpit", "1b"): (1248.9, 413.0),
     ("vpit", "8b"): (8073.3, 413.0),
     ("vpit", "70b"): (70706.9, 413.0),
+    ("vpit", "qwen3-1.7b"): (1733.7, 413.0),
+    ("vpit", "qwen3-8b"): (8233.8, 413.0),
     ("anyres", "smoke"): (3.3, 0.0),
     ("anyres", "7b"): (7050.3, 0.0),
     ("anyres", "13b"): (13338.2, 0.0),

@@ -12,8 +12,10 @@ starts from the workdir of this one. `sizes.py` says what each size is made of.
 | 1b | 8 chips of 16 GB | - |
 | 8b | 64 chips of 16 GB, or 8 GPUs of 80 GB | the paper's setting |
 | 70b | 128 chips of 95 GB | - |
+| qwen3-1.7b | as 1b | - |
+| qwen3-8b | as 8b | - |
 
-`1b`, `8b` and `70b` have the published settings: 3.74e-5 for 448 samples, scaled by the square root
+From `1b` on, sizes have the published settings: 3.74e-5 for 448 samples, scaled by the square root
 of the batch, warm-up 3 %, cosine to 0, no weight decay. Rows are packed, so that a batch of 96 rows
 of 4096 holds some 448 samples. They have not been run to the end with this code base.
 """
@@ -42,6 +44,8 @@ SIZES = {
     "1b": PAPER,
     "8b": PAPER,
     "70b": PAPER,
+    "qwen3-1.7b": PAPER,
+    "qwen3-8b": PAPER,
 }
 
 

@@ -12,10 +12,12 @@ image it draws the image. Loss: mean square error of the predicted noise or imag
 | | | | the colour asked for |
 | 1b, 8b | Stable Diffusion 1.5, its UNet tuned | 8 chips of 32 GB or | the reference's setting |
 | | with a two-layer MLP, 512 x 512 | 8 GPUs of 80 GB | |
+| qwen3-1.7b, qwen3-8b | the same | the same | - |
 
 `1b` and `8b` are the same: the visual tokens are the tower's, whatever language model predicts
-them. Settings of the paper: batch 2112, peak 1.1e-5, logarithmic warm-up over 2000 steps, linear
-decay to step 12000, condition dropped with probability 0.7. Not run to the end with this code base.
+them. Both `qwen3` sizes draw from the tokens of SigLIP 2. Settings of the paper: batch 2112, peak
+1.1e-5, logarithmic warm-up over 2000 steps, linear decay to step 12000, condition dropped with
+probability 0.7. Not run to the end with this code base.
 `--config.stage=projector` leaves the denoiser as it is.
 
 Adapters in the UNet's attention in place of the whole UNet: `--config.model.lora.rank=16` (3.2 M in
@@ -108,6 +110,8 @@ SIZES = {
     ),
     "1b": STABLE_DIFFUSION,
     "8b": STABLE_DIFFUSION,
+    "qwen3-1.7b": STABLE_DIFFUSION,
+    "qwen3-8b": STABLE_DIFFUSION,
 }
 
 

@@ -7,7 +7,12 @@
 | 1b | Llama-3.2-1B-Instruct | SigLIP SO400M at 384 pixels, 64 | 4096 | data/train.jsonl |
 | 8b | Llama-3.1-8B-Instruct | the same | 4096 | the same |
 | 70b | Llama-3.1-70B-Instruct | the same | 4096 | the same |
+| qwen3-1.7b | Qwen3-1.7B | SigLIP 2 SO400M at 384 pixels, 64 | 4096 | the same |
+| qwen3-8b | Qwen3-8B | the same | 4096 | the same |
 
+Qwen3 is asked in ChatML, without a system turn (it has none of its own) and without thinking: an
+answer begins at once. `<think>` and `</think>` are ids of its tokenizer like any others, so that
+data may have answers that think. SigLIP 2 has the shapes of SigLIP and other weights.
 `--data=FILE[,FILE]` puts your own files in place of all sources. Each size calls its main source
 `main`, so that `--config.data.sources.main.path=FILE` changes that one. Images lie beside the file,
 or in `--data-root` (`sources.main.root`).
@@ -20,6 +25,7 @@ SIGLIP = dict(
     dtype="bfloat16",
     remat=True,
 )
+SIGLIP_2 = SIGLIP | dict(weights="hf:google/siglip2-so400m-patch14-384")
 VISION = {
     "smoke": dict(tower="dinov2-tiny", tokens=4),
     "quickstart": dict(
@@ -32,11 +38,13 @@ VISION = {
     "1b": SIGLIP,
     "8b": SIGLIP,
     "70b": SIGLIP,
+    "qwen3-1.7b": SIGLIP_2,
+    "qwen3-8b": SIGLIP_2,
 }
 
 
-def _llama(name: str, weights: str) -> dict:
-    return dict(llm=name, llm_weights=f"hf:meta-llama/{weights}", dtype="bfloat16", remat="full")
+def _llm(name: str, weights: str) -> dict:
+    return dict(llm=name, llm_weights=f"hf:{weights}", dtype="bfloat16", remat="full")
 
 
 LLM = {
@@ -54,9 +62,11 @@ LLM = {
         vpit_tokens="added",  # the table is a fifth of the model, and frozen
         remat="dots",
     ),
-    "1b": _llama("llama3.2-1b", "Llama-3.2-1B-Instruct"),
-    "8b": _llama("llama3.1-8b", "Llama-3.1-8B-Instruct"),
-    "70b": _llama("llama3.1-70b", "Llama-3.1-70B-Instruct"),
+    "1b": _llm("llama3.2-1b", "meta-llama/Llama-3.2-1B-Instruct"),
+    "8b": _llm("llama3.1-8b", "meta-llama/Llama-3.1-8B-Instruct"),
+    "70b": _llm("llama3.1-70b", "meta-llama/Llama-3.1-70B-Instruct"),
+    "qwen3-1.7b": _llm("qwen3-1.7b", "Qwen/Qwen3-1.7B"),
+    "qwen3-8b": _llm("qwen3-8b", "Qwen/Qwen3-8B"),
 }
 
 # Eight images of shapes, each with a question and a request: any machine can train on them at once.
@@ -79,6 +89,7 @@ _LARGE = dict(
     sources=dict(main=dict(path="data/train.jsonl", weight=1.0)),
     reading=dict(workers=16),
 )
+_QWEN3 = dict(**_LARGE, row=dict(template="chatml"))
 DATA = {
     "smoke": dict(sources=dict(main=SMOKE), row=_ROW),
     "quickstart": dict(
@@ -89,6 +100,8 @@ DATA = {
     "1b": _LARGE,
     "8b": _LARGE,
     "70b": _LARGE,
+    "qwen3-1.7b": _QWEN3,
+    "qwen3-8b": _QWEN3,
 }
 
 # Size -> model and data.

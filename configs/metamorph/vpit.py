@@ -17,8 +17,10 @@ value, `visual_cosine_floor`, beside `visual_loss`. `sizes.py` says what each si
 | 1b | 16 chips of 16 GB | - |
 | 8b | 128 chips of 16 GB, or 64 GPUs of 80 GB | MMBench 75.2, COCO FID 11.8 (the paper) |
 | 70b | 128 chips of 95 GB | - |
+| qwen3-1.7b | as 1b | - |
+| qwen3-8b | as 8b | - |
 
-`1b`, `8b` and `70b` have the published settings: 6.93e-5 for 1536 samples, scaled by the square
+From `1b` on, sizes have the published settings: 6.93e-5 for 1536 samples, scaled by the square
 root of the batch, warm-up 3 %, cosine to 0, no weight decay. Rows are packed, so that a batch of
 256 rows of 4096 holds some 1536 samples. They have not been run to the end with this code base.
 `metamorph sweep --config=configs/metamorph/vpit.py:SIZE --workdir=DIR` compares learning rates and
@@ -83,6 +85,8 @@ SIZES = {
     "1b": PAPER,
     "8b": PAPER,
     "70b": PAPER,
+    "qwen3-1.7b": PAPER,
+    "qwen3-8b": PAPER,
 }
 
 

@@ -5,7 +5,7 @@ import pathlib
 import sys
 
 from metamorph_jax.data import option
-from metamorph_jax.errors import TopologyError
+from metamorph_jax.errors import TopologyError, UserError
 from metamorph_jax.plan import chips
 from metamorph_jax.sampling import WEIGHTS
 
@@ -16,9 +16,11 @@ def add_arguments(parser) -> None:
     parser.description = (
         "Compiles the step that a config describes for other chips, with their real compiler, on "
         "this host, and prints its memory, its traffic and the least time it can take. Nothing is "
-        "trained or downloaded. Takes one to five minutes and 2 to 6 GB of memory. Needs the "
-        "compiler: pip install 'metamorph-jax[plan]' for TPUs, [cuda12] (4.6 GB) for GPUs. Exit "
-        "code 1: it does not fit. Any option of the config can be changed: --config.a.b=value."
+        "trained or downloaded. Beside each bound stands what published runs on that chip let one "
+        "expect, below them the steps and chip-hours of the whole run. Takes one to five minutes "
+        "and 2 to 6 GB of memory. Needs the compiler: pip install 'metamorph-jax[plan]' for TPUs, "
+        "[cuda12] (4.6 GB) for GPUs. Exit code 1: it does not fit. Any option of the config can be "
+        "changed: --config.a.b=value."
     )
     parser.add_argument(
         "--config", required=True, metavar="FILE[:SIZE]", help="e.g. configs/metamorph/vpit.py:8b"
@@ -53,12 +55,20 @@ def add_arguments(parser) -> None:
         "memory unused; takes some ten compilations",
     )
     parser.add_argument("--free", type=float, default=0.1, help="share of memory to leave unused")
+    parser.add_argument(
+        "--samples", type=int, metavar="N",
+        help="plan a run over N samples instead of config.steps batches; a packed row holds "
+        "config.optim.batch / config.batch_size of them, or one if optim.batch is not given",
+    )  # fmt: skip
+    parser.add_argument(
+        "--price", type=float, metavar="DOLLARS",
+        help="of an hour of one chip: prints what the run costs",
+    )  # fmt: skip
 
 
 def run(args) -> int:
+    _check(args)
     chips.prepare_environment()  # before anything starts JAX
-    from metamorph_jax.errors import UserError
-
     config = option.load(args)
     try:
         topology = chips.parse(args.topology, args.slices)
@@ -71,6 +81,8 @@ def run(args) -> int:
                          args.length, args.hlo, args.weights)  # fmt: skip
     except TopologyError as error:
         raise UserError(error) from error
+    if found["fits"] and args.what == "train":
+        found |= {"run": _run(config, found, args.samples, args.price)}
     if args.json == "-":
         print(json.dumps(found, indent=1))
     else:
@@ -80,6 +92,23 @@ def run(args) -> int:
         if args.json:
             pathlib.Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
     return 0 if found["fits"] else DOES_NOT_FIT
+
+
+def _check(args) -> None:
+    for name in ("samples", "price"):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise UserError(f"--{name} must be above 0, not {value}")
+        if value is not None and args.what != "train":
+            raise UserError(f"--{name} is for --what=train: generation has no steps to count")
+
+
+def _run(config, found: dict, samples: int | None, price: float | None) -> dict:
+    """Steps, chip-hours and cost of the whole run, see `cost.run`."""
+    from metamorph_jax.plan import cost
+    from metamorph_jax.train.config import resolve
+
+    return cost.run(found, cost.rows_to_train(resolve(config).cfg, samples), price)
 
 
 def plan(config, topology, name="", rows=None, what="train", length=4096, hlo=None,
@@ -154,4 +183,7 @@ def search(args, config, topology) -> dict:
                 best["enough"], best.get("mfu_bound", 0), best["rows"])  # fmt: skip
             best = found if better else best
     best.pop("enough")
+    if args.what == "train":
+        remat = f"--config.model.remat={best['remat']} " if policies != [""] else ""
+        best["use"] = f"{remat}--config.batch_size={best['rows']}"
     return best | {"search": tried}

@@ -1,7 +1,8 @@
 """The plan as a table and as JSON: memory, traffic, and the least time that a step can take.
 
 The roofline is a bound that no program can beat: arithmetic (recomputation included), memory and
-links each run at their published peak, all at the same time. Memory traffic is a lower bound:
+links each run at their published peak, all at the same time. `cost` says what to expect beside it.
+Memory traffic is a lower bound:
 arguments read, results written, and gathered or reduced tensors and temporaries written and read
 once. Bytes between slices count as if they went over the chips' own links.
 """
@@ -12,7 +13,7 @@ from importlib import metadata
 
 import jax
 
-from metamorph_jax.plan import hlo
+from metamorph_jax.plan import cost, hlo
 from metamorph_jax.plan.chips import GIB, Topology
 from metamorph_jax.plan.programs import Compiled, Program
 
@@ -28,7 +29,8 @@ def make(program: Program, compiled: Compiled, topology: Topology, name="") -> d
         return plan | {"fits": False, "out_of_memory": explain(compiled.error, plan)}
     sent = hlo.traffic(compiled.executable.as_text(), program.mesh.size)
     memory = _memory(program, compiled, topology)
-    return plan | memory | _sent(sent) | _bounds(program, memory, sent, topology)
+    plan |= memory | _sent(sent) | _bounds(program, memory, sent, topology)
+    return plan | {"expected": cost.expected(plan)}
 
 
 def _asked(program: Program) -> dict:
@@ -200,14 +202,47 @@ def table(plan: dict) -> str:
         ("on the wire", f"{gb(plan['total_wire_bytes'])} per device and step"),
         ("roofline", ", ".join(f"{k} {seconds[k]:.3f} s" for k in ("compute", "hbm", "ici"))
          + f": at least {seconds['step']:.3f} s a step, bound by {plan['bound_by']}"),
-        ("MFU", f"at most {plan['mfu_bound']:.1%}"),
     ]  # fmt: skip
-    if plan["tokens_per_second_per_chip"]:
-        rows.append(("tokens/s/chip", f"at most {plan['tokens_per_second_per_chip']:,.0f}"))
-    else:
-        rows.append(("images/s", f"at most {plan['rows_per_second']:,.0f}"))
+    rows += _speed(plan)
+    if "run" in plan:
+        rows += _run(plan["run"], plan["rows"])
+    if "use" in plan:
+        rows.append(("use", plan["use"]))
     rows.append(("compiled in", f"{plan['compile_seconds']:.0f} s"))
     return _lines(rows)
+
+
+def _speed(plan: dict) -> list[tuple[str, str]]:
+    """The bounds, each with what to expect where runs on this chip are published."""
+    rates = [("MFU", "mfu_bound", "{:.1%}")]
+    if plan["tokens_per_second_per_chip"]:
+        rates.append(("tokens/s/chip", "tokens_per_second_per_chip", "{:,.0f}"))
+    else:
+        rates.append(("images/s", "rows_per_second", "{:,.0f}"))
+    found = plan["expected"]
+    rows = []
+    for name, key, form in rates:
+        likely = f", expected {form.format(plan[key] * found['fraction'])}" if found else ""
+        rows.append((name, f"at most {form.format(plan[key])}{likely}"))
+    return [*rows, ("expected is", f"{found['fraction']:g} of the bound, as measured with "
+                    f"{found['run']} ({found['source']})" if found
+                    else "unknown: no published run to compare with")]  # fmt: skip
+
+
+def _run(run: dict, rows: int) -> list[tuple[str, str]]:
+    """Steps, time and price of a whole run."""
+
+    def spent(one: dict) -> str:
+        price = f", ${one['cost']:,.0f}" if "cost" in one else ""
+        return f"{one['hours']:,.1f} h, {one['chip_hours']:,.0f} chip-hours{price}"
+
+    found = [
+        ("run", f"{run['steps']:,} steps of {rows:,} rows on {run['chips']} chips"),
+        ("  at least", spent(run["bound"])),
+    ]
+    if run["expected"]:
+        found.append(("  expected", spent(run["expected"])))
+    return found
 
 
 def _lines(rows) -> str:

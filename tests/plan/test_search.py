@@ -33,3 +33,22 @@ def test_largest_batch(share, best, compiled, monkeypatch):
     found = command.search(args, ConfigDict({"model": {}}), None)
     assert found["rows"] == best
     assert len(found["search"]) == compiled
+
+
+def test_the_best_policy_and_batch_are_named(monkeypatch):
+    """dots bounds MFU highest but takes too much memory with more than one row."""
+
+    def plan(config, topology, name, rows, *rest, **options):
+        policy = config.model.remat
+        taken = {"none": 2, "dots": 0.5 * rows}.get(policy, 0.05 * rows)
+        found = {"rows": 64 * rows, "hbm_capacity_bytes": 2**40, "fits": taken <= 1}
+        if not found["fits"]:
+            return found
+        bound = {"dots": 0.96, "full": 0.76}.get(policy, 0.5)
+        return found | {"remat": policy, "free_share": 1 - taken, "mfu_bound": bound,
+                        "total_bytes": taken * 2**40}  # fmt: skip
+
+    monkeypatch.setattr(command, "plan", plan)
+    args = types.SimpleNamespace(config="x", what="train", length=1, free=0.1, weights="auto")
+    found = command.search(args, ConfigDict({"model": {"remat": "full"}}), None)
+    assert found["use"] == "--config.model.remat=dots --config.batch_size=64"
