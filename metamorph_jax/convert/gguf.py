@@ -19,7 +19,6 @@ quantisation lost is not restored.
 
 import contextlib
 import functools
-import os
 import pathlib
 import re
 from collections.abc import Mapping
@@ -445,12 +444,14 @@ def load_tokenizer(path):
     tokenizer. Copy it before you change it.
     """
     path = pathlib.Path(path)
-    state = os.stat(path) if path.is_file() else None
-    return _tokenizer_of(path, state and (state.st_ino, state.st_mtime_ns, state.st_size))
+    if not path.is_file():
+        return read_tokenizer(open_gguf(path))  # which says what is wrong with it
+    state = path.stat()
+    return _tokenizer_of(path, (state.st_ino, state.st_mtime_ns, state.st_size))
 
 
 @functools.lru_cache(maxsize=4)
-def _tokenizer_of(path: pathlib.Path, state: tuple[int, ...] | None):
+def _tokenizer_of(path: pathlib.Path, state: tuple[int, ...]):
     """`state` tells when the file is another one."""
     return read_tokenizer(open_gguf(path))
 
