@@ -23,6 +23,10 @@ class MissingFile(FileError, FileNotFoundError):
     """There is no such file."""
 
 
+class SlowTokenizer(FileError):
+    """A tokenizer takes too long; so it will for every text, and no sample is to blame."""
+
+
 class WeightError(FileError):
     """A weight file is damaged, or not what its name says."""
 

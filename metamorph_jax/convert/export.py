@@ -21,11 +21,13 @@ from typing import Any
 
 import numpy as np
 
+from metamorph_jax import files
 from metamorph_jax.convert import casts, chat_template, names, safetensors
 from metamorph_jax.data import tokenizers
 from metamorph_jax.errors import WeightError
 from metamorph_jax.files import shown
 
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 LONGEST = 4096  # positions, of a checkpoint whose config.json has more or says nothing
 DTYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16"}
 
@@ -177,7 +179,7 @@ class Source:
 def special_ids(fields: Mapping, tokenizer) -> dict:
     """bos, eos and pad ids, as the source's config says or else its tokenizer."""
     out = {}
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+    for name in SPECIAL:
         value = fields.get(name)
         value = getattr(tokenizer, name, None) if value is None else value
         if value is not None:
@@ -196,7 +198,8 @@ def trained_source(chat, single_bos: bool, fields: Mapping, generation: Mapping)
     """What a run takes over: its tokenizer with the chat template that it was trained with.
 
     An answer of it ends with the template's closing token, so that is its eos; the tokenizer's own
-    and those of the base's generation config stay ids at which generation stops.
+    and those of the base's generation config stay ids at which generation stops. Its bos and pad
+    are not taken from there, which may name tokens that the run's tokenizer lacks.
 
     Args:
         chat: of the run; single_bos: of its config.
@@ -206,6 +209,7 @@ def trained_source(chat, single_bos: bool, fields: Mapping, generation: Mapping)
     ends = eos_ids(chat.close, chat.tokenizer.eos_token_id, *listed_eos(generation))
     tokenizer = copy.deepcopy(chat.tokenizer)
     tokenizer.chat_template = chat_template.to_jinja(chat, single_bos)
+    generation = {k: v for k, v in generation.items() if k not in SPECIAL}
     if ends:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
         fields = {**fields, "eos_token_id": ends[0]}
@@ -240,14 +244,50 @@ def listed_eos(generation: Mapping) -> list[int]:
     Raises:
         WeightError: they are something else.
     """
-    given = generation.get("eos_token_id")
-    ids = given if isinstance(given, list) else [] if given is None else [given]
-    if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
-        raise WeightError(
-            f"generation_config.json: eos_token_id {shown(repr(given), 100)} is neither an id nor "
-            "a list of ids"
-        )
+    return _listed(generation, "eos_token_id", "generation_config.json")
+
+
+def _listed(fields: Mapping, name: str, where: str) -> list[int]:
+    """The ids that stand under one of the `SPECIAL` names; raises as `listed_eos`."""
+    given, several = fields.get(name), name == "eos_token_id"
+    if given is None or (name == "pad_token_id" and type(given) is int and given == -1):
+        return []  # -1 is no padding token in the files of the first Llama
+    ids = given if several and isinstance(given, list) else [given]
+    if any(type(id) is not int or id < 0 for id in ids):
+        kinds = "neither an id nor a list of ids" if several else "not an id"
+        raise WeightError(f"{where}: {name} {shown(repr(given), 100)} is {kinds}")
     return ids
+
+
+def check_special_ids(folder: pathlib.Path, fields: Mapping, rows: int) -> None:
+    """Compares the ids of special tokens in a language model's config.json and
+    generation_config.json with its table, and with its tokenizer, which may have more tokens.
+
+    Args:
+        folder: with these files.
+        fields: of the config.json.
+        rows: of the table.
+
+    Raises:
+        WeightError: one of them is not the id of a token.
+    """
+    file, generation = folder / "config.json", folder / "generation_config.json"
+    parts = {f"{file}": fields, f"{file}, text_config": fields.get("text_config")}
+    if generation.exists():
+        parts[f"{generation}"] = files.read_json(generation)
+    beyond = [
+        (where, name, id)
+        for where, part in parts.items() if isinstance(part, Mapping)
+        for name in SPECIAL
+        for id in _listed(part, name, where) if id >= rows
+    ]  # fmt: skip
+    if not beyond:
+        return
+    known = tokenizers.load(folder).get_vocab().values() if tokenizers.is_in(folder) else ()
+    for where, name, id in beyond:
+        if id not in known:
+            raise WeightError(f"{where}: {name} {id} is none of the {rows} ids of the language "
+                              "model, nor of its tokenizer")  # fmt: skip
 
 
 def save_part(family, folder: pathlib.Path, part, source: Source, writer: Writer) -> int:

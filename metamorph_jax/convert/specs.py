@@ -9,9 +9,9 @@ import pathlib
 from collections.abc import Mapping
 
 from metamorph_jax.config import replaced
-from metamorph_jax.convert import gguf, hf, llama, onnx, packages
+from metamorph_jax.convert import export, gguf, hf, llama, onnx, packages
 from metamorph_jax.data import tokenizers
-from metamorph_jax.errors import ConfigError
+from metamorph_jax.errors import ConfigError, WeightError
 from metamorph_jax.models.llm.llama import SIZES, LlamaConfig
 
 RANDOM = "random"
@@ -36,6 +36,8 @@ def llm_fields(spec: str) -> dict:
         return gguf.read_config(gguf.open_gguf(file))
     folder = hf.find(spec)
     fields = hf.read_config(folder)
+    if folder.is_dir() and type(rows := fields.get("vocab_size")) is int:
+        export.check_special_ids(folder, fields, rows)
     return llama.untied(fields, hf.Tensors(folder)) if fields.get("tie_word_embeddings") else fields
 
 
@@ -100,15 +102,27 @@ def processor_fields(spec: str) -> dict | None:
     return hf.read_json(file) if folder.is_dir() and file.exists() else None
 
 
-def generation_fields(spec: str) -> dict:
+def generation_fields(spec: str, rows: int) -> dict:
     """Fields of the generation_config.json beside a language model's weights; {} without one.
 
     An `eos_token_id` that only the config.json has is among them. A GGUF file has the ids of
     `gguf.ends`.
 
+    Args:
+        rows: of the language model's own table.
+
     Raises:
-        WeightError: a file isn't JSON; GGUFError: an id is none of the file's tokens.
+        FileError: a file isn't JSON.
+        WeightError: an eos is none of the ids.
     """
+    fields = _generation_fields(spec)
+    if wrong := [id for id in export.listed_eos(fields) if id >= rows]:
+        raise WeightError(f"generation_config.json of {spec}: eos_token_id {wrong[0]} is none of "
+                          f"the {rows} ids of the language model")  # fmt: skip
+    return fields
+
+
+def _generation_fields(spec: str) -> dict:
     if not spec or spec == RANDOM:
         return {}
     file = file_of(spec, ".gguf")

@@ -17,7 +17,7 @@ from metamorph_jax.data.chat import SENTINEL, Chat, Encoded
 from metamorph_jax.data.config import DataConfig, InputSpec
 from metamorph_jax.data.interleave import Place, Row, build_row, read_place, text_place
 from metamorph_jax.data.sources.base import ImageRef, Sample
-from metamorph_jax.errors import BadImage, BadSample
+from metamorph_jax.errors import BadImage, BadSample, SlowTokenizer
 from metamorph_jax.files import shown
 
 ENDLESS = 2**62
@@ -188,7 +188,11 @@ class SampleStream:
         return self.read(n)[0]
 
     def read(self, n: int) -> tuple[dict, Sample | None, list[BadImage]]:
-        """(the item, the sample that it was made of or None, images that were left out of it)."""
+        """(the item, the sample that it was made of or None, images that were left out of it).
+
+        Raises:
+            SlowTokenizer: no sample can be read.
+        """
         n = int(n)
         source, _, k = self.locate(n)
         where, sample, broken = "", None, []
@@ -199,6 +203,8 @@ class SampleStream:
             return {"index": n, "source": source, **item}, sample, broken
         except BadSample as e:
             reason, detail = e.reason, e.detail
+        except SlowTokenizer:
+            raise
         except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
             # Whatever else is wrong with one record must not stop a run of a million.
             reason, detail = f"error_{type(e).__name__}", str(e) if where else f"record {k}: {e}"

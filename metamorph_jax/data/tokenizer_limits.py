@@ -9,7 +9,8 @@ characters. So there are two kinds of patterns (`is_quick`):
 
 The normalizer also runs on the file's own tokens, while it is loaded. Nothing interrupts the
 library then, nor in its `encode`; but `encode_batch` lets other threads run, and a text that takes
-too long is left to a thread that nobody waits for, until the program ends.
+too long is left to a thread that nobody waits for. It keeps a core busy until the program ends,
+which a command does at once: no data are read on with such a tokenizer.
 """
 
 import copy
@@ -19,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from metamorph_jax.errors import FileError
+from metamorph_jax.errors import FileError, SlowTokenizer
 from metamorph_jax.files import shown
 
 # Tokenizers read 300,000 characters a second or more on one core. A watched one may take:
@@ -138,7 +139,7 @@ class Limited:
         slow: its `slow_part`.
 
     Raises:
-        FileError: from every use, once the time is up.
+        SlowTokenizer: from every use, once the time is up.
     """
 
     def __init__(self, inner, where: str, slow: str):
@@ -196,7 +197,7 @@ class Limited:
         own["_spent"] += time.monotonic() - start
         if not outcome:
             own["_spent"] = float("inf")
-            raise FileError(
+            raise SlowTokenizer(
                 f"the tokenizer of {self._where} takes too long: more than {SECONDS:.0f} s and "
                 f"{SECONDS_PER_CHARACTER * 1000:g} ms a character; {self._slow} may be the cause"
             )

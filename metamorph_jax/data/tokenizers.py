@@ -46,14 +46,14 @@ def load(folder: str | pathlib.Path):
         MissingFile: the folder has none.
         FileError: one of its files is not what its name says.
     """
-    from transformers import AutoTokenizer
-
     folder = pathlib.Path(folder)
     if not is_in(folder):
         raise MissingFile(
             f"{folder} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json)"
         )
     slow = check_all(folder)
+    from transformers import AutoTokenizer  # takes seconds, so it comes after the checks
+
     with _naming(folder):
         return _limited(AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=False, local_files_only=True
@@ -62,9 +62,9 @@ def load(folder: str | pathlib.Path):
 
 def load_file(file: str | pathlib.Path):
     """The transformers tokenizer of a tokenizer.json alone; raises as `load`."""
+    slow = check(file)
     from transformers import PreTrainedTokenizerFast
 
-    slow = check(file)
     with _naming(file):
         return _limited(PreTrainedTokenizerFast(tokenizer_file=str(file)), file, slow)
 

@@ -16,6 +16,7 @@ from metamorph_jax.convert import command, export, families, hf, names, runs, sa
 from metamorph_jax.convert.llama import config_to_hf, export_llama
 from metamorph_jax.data.chat import Chat
 from metamorph_jax.data.config import RowConfig
+from metamorph_jax.errors import WeightError
 from metamorph_jax.models import build
 from metamorph_jax.models.llm import llama
 from metamorph_jax.recipes import metamorph as recipe
@@ -167,6 +168,37 @@ def test_import_and_export_give_the_same_bytes(source, tmp_path):
     wide = hf.Tensors(tmp_path / "c")
     for key in original:
         np.testing.assert_array_equal(wide[key], original[key].astype(np.float32), err_msg=key)
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_special_tokens_are_ids_of_the_table(file, source, tmp_path, capsys):
+    """An eos of a million was copied in silence, and text generation with it ran to its limit."""
+    fields = json.loads((source / file).read_text())
+    words = ["--from", source, "--out", tmp_path / "out"]
+    (source / "tokenizer.json").unlink()
+    for name, value in (
+        ("eos_token_id", 10**6), ("eos_token_id", [5, 96]), ("eos_token_id", -1),
+        ("bos_token_id", 96), ("pad_token_id", 1.5), ("pad_token_id", True),
+    ):  # fmt: skip
+        (source / file).write_text(json.dumps(fields | {name: value}))
+        assert convert(*words) == 2, (name, value)
+        assert name in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+
+def test_special_tokens_may_be_of_the_tokenizer_alone(source, tmp_path, capsys):
+    """As the first Llama 2 had a token for padding; and -1 is no such token."""
+    (source / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": {
+        "type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}, "added_tokens": [{
+        "id": 2, "content": "<pad>", "special": True, "single_word": False, "lstrip": False,
+        "rstrip": False, "normalized": False}]}))  # fmt: skip
+    file = source / "generation_config.json"
+    for value in (2, -1, None):
+        file.write_text(json.dumps({"eos_token_id": 1, "pad_token_id": value}))
+        export.check_special_ids(source, {}, 2)
+    file.write_text('{"pad_token_id": 50}')
+    with pytest.raises(WeightError, match="pad_token_id 50 is none of the 2 ids"):
+        export.check_special_ids(source, {}, 2)
 
 
 def test_nothing_half_written_is_left(source, tmp_path, monkeypatch, capsys):

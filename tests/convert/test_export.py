@@ -92,8 +92,8 @@ def test_eos_of_a_generation_config(tmp_path):
     for wrong in ("3", True, -1, 1.5, [None], {"a": 1}):
         with pytest.raises(WeightError, match="eos_token_id"):
             export.listed_eos({"eos_token_id": wrong})
-    assert specs.generation_fields("random") == {}
+    assert specs.generation_fields("random", 8) == {}
     (tmp_path / "config.json").write_text('{"eos_token_id": [1, 2], "model_type": "llama"}')
-    assert specs.generation_fields(str(tmp_path)) == {"eos_token_id": [1, 2]}
+    assert specs.generation_fields(str(tmp_path), 8) == {"eos_token_id": [1, 2]}
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 7, "top_k": 3}')
-    assert specs.generation_fields(str(tmp_path)) == {"eos_token_id": 7, "top_k": 3}
+    assert specs.generation_fields(str(tmp_path), 8) == {"eos_token_id": 7, "top_k": 3}

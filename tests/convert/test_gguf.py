@@ -143,7 +143,7 @@ def test_tokenizer(tiny):
 
 def test_ends_of_turns_and_messages_end_replies(tiny, tmp_path):
     """As the list in a generation_config.json does, which a GGUF file has in keys of its own."""
-    assert specs.generation_fields(str(tiny[0])) == {"eos_token_id": [2]}
+    assert specs.generation_fields(str(tiny[0]), V) == {"eos_token_id": [2]}
 
     def tokens(writer, eot=0):
         byte_level(writer)
@@ -151,10 +151,10 @@ def test_ends_of_turns_and_messages_end_replies(tiny, tmp_path):
         writer.add_eom_token_id(V - 1)
 
     write_tiny(tmp_path / "ends.gguf", tiny[1], tokens=tokens)
-    assert listed_eos(specs.generation_fields(str(tmp_path / "ends.gguf"))) == [2, 0, V - 1]
+    assert listed_eos(specs.generation_fields(str(tmp_path / "ends.gguf"), V)) == [2, 0, V - 1]
     write_tiny(tmp_path / "far.gguf", tiny[1], tokens=partial(tokens, eot=V))
     with pytest.raises(reader.GGUFError, match=f"eot_token_id is {V}, but there are {V} tokens"):
-        specs.generation_fields(str(tmp_path / "far.gguf"))
+        specs.generation_fields(str(tmp_path / "far.gguf"), V)
 
 
 # ---- SentencePiece

@@ -8,6 +8,7 @@ import pytest
 import tokenizers as rust
 from transformers import PreTrainedTokenizerFast
 
+from metamorph_jax import cli
 from metamorph_jax.data import tokenizer_limits, tokenizers
 from metamorph_jax.data.chat import END_TOKEN, START_TOKEN
 from metamorph_jax.data.text_ids import TextIds
@@ -86,6 +87,21 @@ def test_many_slow_matches_together_are_bounded(tmp_path, monkeypatch):
     for text in ("abcdefghijkl x! " * 2000, "a"):  # the second one finds the time used up
         with pytest.raises(FileError, match=line):
             ids(text)
+
+
+def test_a_tokenizer_that_takes_too_long_is_no_fault_of_a_sample(tmp_path, monkeypatch, capsys):
+    """It ends the command; all samples were counted as bad, one after the other."""
+    monkeypatch.setattr(tokenizer_limits, "SECONDS", 0.1)
+    monkeypatch.setattr(tokenizer_limits, "SECONDS_PER_CHARACTER", 1e-9)
+    data, said = tmp_path / "data.jsonl", "abcdefghijkl x! " * 2000
+    record = {"id": "1", "conversations": [{"from": "human", "value": said},
+                                           {"from": "gpt", "value": "a"}]}  # fmt: skip
+    data.write_text(json.dumps(record) + "\n")
+    ends = dict(special=True, single_word=False, lstrip=False, rstrip=False, normalized=False)
+    ends = [ends | {"id": id, "content": f"<|im_{n}|>"} for id, n in ((4, "start"), (5, "end"))]
+    file = written(tmp_path, pre_tokenizer=split(SLOW), added_tokens=ends)
+    assert cli.main(["data", "check", str(data), "--tokenizer", str(file)]) == 2
+    assert f"the tokenizer of {file} takes too long" in capsys.readouterr().err
 
 
 def test_only_patterns_that_may_be_slow_are_watched(tmp_path):

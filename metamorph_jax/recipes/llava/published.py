@@ -22,7 +22,7 @@ from flax import nnx
 from metamorph_jax.convert import agree, compare, export, hf, specs, vision, vit
 from metamorph_jax.convert import llama as llama_names
 from metamorph_jax.convert.chat_template import recognised
-from metamorph_jax.convert.export import Source, Writer, listed_eos, trained_source
+from metamorph_jax.convert.export import Source, Writer, trained_source
 from metamorph_jax.convert.families import Family, Reference, RunForm
 from metamorph_jax.convert.load import WORKDIR
 from metamorph_jax.convert.peft import CONFIG as ADAPTERS
@@ -30,7 +30,7 @@ from metamorph_jax.data import tokenizers
 from metamorph_jax.data.config import DataConfig, ImageConfig, RowConfig
 from metamorph_jax.data.images import Preprocess
 from metamorph_jax.data.views import AnyRes
-from metamorph_jax.errors import ConfigError, WeightError
+from metamorph_jax.errors import ConfigError
 from metamorph_jax.models.connectors.mlp import linear_widths
 from metamorph_jax.models.interleave import place_visual
 from metamorph_jax.models.llm.llama import SIZES as LLM_SIZES
@@ -263,17 +263,8 @@ def base(cfg: Config) -> str:
 
 
 def generation_fields(cfg: Config) -> dict:
-    """The generation_config.json of the weights that the config names; {} without one.
-
-    Raises:
-        WeightError: it is damaged, or its eos is none of the model's ids.
-    """
-    fields = specs.generation_fields(base(cfg))
-    rows = llm_config(cfg).vocab_size
-    if wrong := [i for i in listed_eos(fields) if i >= rows]:
-        raise WeightError(f"generation_config.json of {base(cfg)}: eos_token_id {wrong[0]} is none "
-                          f"of the {rows} ids of the language model")  # fmt: skip
-    return fields
+    """The generation_config.json of the weights that the config names; see `specs`."""
+    return specs.generation_fields(base(cfg), llm_config(cfg).vocab_size)
 
 
 def source(cfg: Config, data: DataConfig) -> Source:

@@ -32,7 +32,6 @@ from metamorph_jax.convert.export import (
     Writer,
     computing_dtype,
     context_length,
-    listed_eos,
     save_part,
     trained_source,
     write_generation,
@@ -46,7 +45,7 @@ from metamorph_jax.data import tokenizers
 from metamorph_jax.data.chat import END_TOKEN, START_TOKEN, Chat, Markers
 from metamorph_jax.data.config import DataConfig, RowConfig
 from metamorph_jax.data.images import preprocess_from_hf
-from metamorph_jax.errors import ConfigError, WeightError
+from metamorph_jax.errors import ConfigError
 from metamorph_jax.models.heads.visual_flow import FlowConfig, FlowHead
 from metamorph_jax.models.heads.visual_regression import VisualHead
 from metamorph_jax.models.vision.encoder import VisionConfig
@@ -549,19 +548,8 @@ def markers(cfg: Config) -> Markers:
 
 
 def generation_fields(cfg: Config) -> dict:
-    """The generation_config.json of the weights that the config names; {} without one.
-
-    Raises:
-        WeightError: it is damaged, or its eos is none of the model's ids.
-    """
-    fields = specs.generation_fields(base(cfg))
-    wrong = [i for i in listed_eos(fields) if i >= llm_config(cfg).vocab_size]
-    if wrong:
-        raise WeightError(
-            f"generation_config.json of {base(cfg)}: eos_token_id {wrong[0]} is none of the "
-            f"{llm_config(cfg).vocab_size} ids of the language model"
-        )
-    return fields
+    """The generation_config.json of the weights that the config names; see `specs`."""
+    return specs.generation_fields(base(cfg), llm_config(cfg).vocab_size)
 
 
 def source(cfg: Config, data: DataConfig) -> Source:

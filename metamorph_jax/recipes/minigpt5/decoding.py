@@ -308,7 +308,7 @@ def generator(
     llm, kept = take_over(model.llm, weights, mesh)
     views = data.images.change(input_spec(cfg).views)
     chat = Chat.of(load_tokenizer(cfg), data.row)
-    ends = tuple(listed_eos(specs.generation_fields(base(cfg))))
+    ends = tuple(listed_eos(specs.generation_fields(base(cfg), llm.cfg.vocab_size)))
     prompts = Prompts(chat, views, data.images, data.row.length, None, data.frames, ends)
     return VokenGenerator(
         Loop(llm, kept, None, mesh), prompts, reader, cfg.qformer.resampler.width,

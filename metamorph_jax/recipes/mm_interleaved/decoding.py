@@ -413,7 +413,7 @@ def generator(model: MMInterleaved, cfg, data, *, weights: str = "auto") -> Draw
     loop = Loop(llm, kept, {"soi": model.soi[...]}, mesh, keeps_states=True)
     views = data.images.change(input_spec(cfg).views)
     chat = Chat.of(load_tokenizer(cfg), data.row, markers(cfg))
-    ends = tuple(listed_eos(specs.generation_fields(base(cfg))))
+    ends = tuple(listed_eos(specs.generation_fields(base(cfg), llm.cfg.vocab_size)))
     prompts = Prompts(chat, views, data.images, data.row.length, None, data.frames, ends)
     return DrawingGenerator(loop, prompts, Painter(parts), soi)
 

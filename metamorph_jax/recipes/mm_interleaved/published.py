@@ -275,7 +275,9 @@ def base(cfg: Config) -> str:
 def source(cfg: Config, data: DataConfig) -> Source:
     """What the folder of a run takes over beside its weights."""
     fields = specs.llm_fields(cfg.llm_weights) if cfg.llm == "auto" else {}
-    generation = specs.generation_fields("" if cfg.weights else base(cfg))
+    generation = specs.generation_fields(
+        "" if cfg.weights else base(cfg), llm_config(cfg).vocab_size
+    )
     chat = Chat.of(load_tokenizer(cfg), data.row, markers(cfg))
     return export.trained_source(chat, data.row.single_bos, fields, generation)
 
