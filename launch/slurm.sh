@@ -45,6 +45,10 @@ take_action 'submit status logs stop' "$@"; shift
 name='' nodes=1 gpus=8 cpus=8 time=24:00:00 restarts=100 flags=() program=()
 while [ $# -gt 0 ]; do
     with_value "$1"
+    case $1 in # what a command would pass over is refused
+        --nodes=* | --gpus=* | --cpus=* | --time=* | --restarts=* | --flag=*)
+            goes_with "$1" submit ;;
+    esac
     case $1 in
         --name=*) name=${1#*=} ;;
         --nodes=*) nodes=${1#*=} ;;
@@ -61,6 +65,7 @@ done
 [[ $name =~ ^[A-Za-z0-9._-]+$ ]] || fail "--name=NAME is needed: letters, digits, dots and dashes"
 [[ $nodes$gpus$cpus$restarts =~ ^[0-9]+$ ]] ||
     fail "--nodes, --gpus, --cpus and --restarts must be whole numbers"
+[ "$action" = submit ] || [ ${#program[@]} -eq 0 ] || fail "$action takes no program"
 cd "$root"
 case $action in
     submit)

@@ -23,10 +23,12 @@
 #   --runtime=R         software version of the hosts; default: the one for --type
 #   --create-flag=F     one more flag for gcloud, e.g. --create-flag=--network=my-net
 #   --wait=6h           how long a request may wait (s, m, h, d); default: no limit
+#                                                                (all three: create, watch)
 #   --bucket=B          a bucket, or a folder of one (B/FOLDER), that all hosts see at ~/bucket
 #                                                                (setup, watch)
 #   --env=NAME          a variable of yours that PROGRAM gets, e.g. HF_TOKEN; its value travels in
 #                       a file that only you can read, never in a command line or a log
+#                                                                (setup, watch)
 #   --extras=tpu        what to install                          (setup, watch)
 #   --restarts=N        a program that dies is started again at most N times (default 100; watch)
 #   --every=60          seconds between two checks               (create, watch)
@@ -57,6 +59,13 @@ name='' type='' runtime='' bucket='' tier='' slices=1 extras=tpu host=0 restarts
 wait_for='' delete_after='' where=() ssh_flags=() create_flags=() variables=() program=()
 while [ $# -gt 0 ]; do
     with_value "$1"
+    case $1 in # what a command would pass over is refused
+        --type=* | --spot | --reserved | --slices=* | --runtime=* | --create-flag=* | --wait=* | \
+            --every=*) goes_with "$1" "create watch" ;;
+        --bucket=* | --env=* | --extras=*) goes_with "$1" "setup watch" ;;
+        --restarts=* | --delete) goes_with "$1" watch ;;
+        --host=*) goes_with "$1" logs ;;
+    esac
     case $1 in
         --name=*) name=${1#*=} ;;
         --zone=* | --project=*) where+=("$1") ;;

@@ -38,6 +38,10 @@ with_value() {
     if [[ $1 =~ ^--[a-z-]+=$ ]]; then fail "$1 has no value (is a variable empty?)"; fi
 }
 
+goes_with() { # option, the commands that it is for
+    [[ " $2 " == *" $action "* ]] || fail "$action takes no ${1%%=*}; it goes with: ${2// /, }"
+}
+
 cloud_name() { # as Google Cloud and Kubernetes take it
     [[ $1 =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] ||
         fail "--name=NAME is needed: lower-case letters, digits and dashes, a letter first"
@@ -74,7 +78,7 @@ fingerprint() { # of standard input
 needs_bucket() { # Does a program name files in ~/bucket?
     local word
     for word; do
-        case $word in *../bucket | *../bucket/*) return 0 ;; esac
+        [[ ! $word =~ (\.\.|~|/home/[^/]+|/root)/bucket([^A-Za-z0-9._-]|$) ]] || return 0
     done
     return 1
 }

@@ -26,6 +26,10 @@ name='' cluster='' type='' slices=1 image=python:3.12 extras=tpu restarts=100
 where=() flags=() program=()
 while [ $# -gt 0 ]; do
     with_value "$1"
+    case $1 in # what a command would pass over is refused
+        --type=* | --slices=* | --image=* | --extras=* | --restarts=* | --flag=*)
+            goes_with "$1" run ;;
+    esac
     case $1 in
         --name=*) name=${1#*=} ;;
         --cluster=*) cluster=${1#*=} ;;
@@ -44,6 +48,7 @@ done
 cloud_name "$name"
 [ -n "$cluster" ] || fail "--cluster=C is needed"
 [[ $slices$restarts =~ ^[0-9]+$ ]] || fail "--slices and --restarts must be whole numbers"
+[ "$action" = run ] || [ ${#program[@]} -eq 0 ] || fail "$action takes no program"
 need xpk "pip install xpk"
 
 workload() { # verb, rest…

@@ -447,7 +447,10 @@ def test_buckets(fake, bucket, mounted):
     assert f"ttl-secs=0 {mounted} {fake}/hosts/0/bucket\n" in (fake / "installed").read_text()
 
 
-@pytest.mark.parametrize("word", ["--workdir=../bucket/x", "../bucket", "--config.a=x,../bucket/y"])
+@pytest.mark.parametrize("word", [
+    "--workdir=../bucket/x", "../bucket", "--config.a=x,../bucket/y", "--workdir=~/bucket/x",
+    "/home/me_you/bucket", "--config.a=('../bucket','b')",
+])  # fmt: skip
 def test_a_program_that_names_the_bucket_needs_one(fake, word):
     """Else it would write to the host's own disk, which is lost with it."""
     done = tpu(fake, "watch", "--name=x", "--type=v4-8", "--", "job", word)
@@ -529,6 +532,11 @@ def test_dry_watch_needs_no_gcloud(tmp_path):
         (["watch", "--name=x", "--type=v4-8", "--bucket=", "--", "job"], "--bucket= has no value"),
         (["setup", "--name=x", "--extras="], "--extras= has no value"),
         (["status", "--name=x", "--zone="], "--zone= has no value"),
+        (["run", "--name=x", "--bucket=b", "--", "job"], "takes no --bucket; it goes with: setup"),
+        (["run", "--name=x", "--env=HOME", "--", "job"], "run takes no --env"),
+        (["run", "--name=x", "--type=v5e-8", "--", "job"], "goes with: create, watch"),
+        (["create", "--name=x", "--type=v5e-8", "--delete"], "create takes no --delete"),
+        (["stop", "--name=x", "--host=1"], "stop takes no --host"),
     ],
 )
 def test_wrong_options(fake, args, message):
