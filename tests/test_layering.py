@@ -13,8 +13,8 @@ from metamorph_jax import recipe
 
 PACKAGE = pathlib.Path(recipe.__file__).parent
 LINES = (
-    ("errors", "files", "paths", "options", "config", "types", "recipe", "sharding", "distributed",
-     "platforms", "chips", "flops", "endpoint"),
+    ("errors", "files", "paths", "lock", "options", "config", "types", "recipe", "sharding",
+     "distributed", "platforms", "chips", "flops", "endpoint"),
     ("nn",),
     ("models",),
     ("data",),

@@ -11,6 +11,7 @@ tensor at a time is fetched, cast and written.
 import contextlib
 import copy
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -54,20 +55,26 @@ def whole_or_nothing(out: str | pathlib.Path) -> Iterator[pathlib.Path]:
     """A folder to write into, which becomes `out` at the end and is removed on any error.
 
     Raises:
-        FileExistsError: if `out` is there and not empty.
+        FileExistsError: if `out` is there and not empty, or so at the end, by another process.
     """
     out = pathlib.Path(out)
+    taken = FileExistsError(f"{out} exists and is not an empty folder")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is not an empty folder")
+        raise taken
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.parent / f".{out.name}.partial-{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
         yield partial
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
+        try:
+            if out.exists():
+                out.rmdir()
+            partial.rename(out)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise taken from error
+            raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -12,6 +12,7 @@ has changed since (size or time) counts as not cached.
 """
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -31,6 +32,7 @@ from metamorph_jax.data.config import DrawingSpec, InputSpec
 from metamorph_jax.data.sources.base import ImageRef
 from metamorph_jax.data.views import Views
 from metamorph_jax.errors import BadImage, BadSample, DataError, MissingFile
+from metamorph_jax.lock import Lock
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,15 +177,13 @@ def build(
     Returns:
         (the cache, how many images were bad by reason).
     """
-    folder = _prepare(root, spec)
-    good, length = _good_lines(folder, spec)
-    reader = _Reader(good, views, max_pixels, background)
     bad: Counter = Counter()
     show = _Progress(total or (len(refs) if hasattr(refs, "__len__") else 0), spec.kind, progress)
     with (
-        _Writer(folder, spec, good, length, compute, batch_size) as writer,
+        _opened(root, spec, compute, batch_size) as (writer, good),
         ThreadPoolExecutor(max(threads, 1)) as pool,
     ):
+        reader = _Reader(good, views, max_pixels, background)
         for chunk in _chunks(dict.fromkeys(refs), batch_size):
             for entry, result in itertools.chain.from_iterable(pool.map(reader, _files(chunk))):
                 if isinstance(result, BadSample):
@@ -195,21 +195,33 @@ def build(
             show.add(len(chunk))
         writer.finish()
     show.close()
-    return ArrayCache(folder, spec), bad
+    return ArrayCache(spec.folder(root), spec), bad
 
 
 def put(root: str, spec: CacheSpec, found: Iterable[tuple[ImageRef, np.ndarray]]) -> ArrayCache:
     """Adds rows that were made elsewhere, one for each image; those that are there stay."""
-    folder = _prepare(root, spec)
-    good, length = _good_lines(folder, spec)
-    known = {entry["key"]: (entry["size"], entry["time"]) for entry in good}
-    with _Writer(folder, spec, good, length, None, 64) as writer:
+    with _opened(root, spec, None, 64) as (writer, good):
+        known = {entry["key"]: (entry["size"], entry["time"]) for entry in good}
         for ref, row in found:
             size, time = stamp(ref.path)
             if known.get(ref.key()) != (size, time):
                 writer.add({"key": ref.key(), "size": size, "time": time}, row[None])
         writer.finish()
-    return ArrayCache(folder, spec)
+    return ArrayCache(spec.folder(root), spec)
+
+
+@contextlib.contextmanager
+def _opened(root: str, spec: CacheSpec, compute, batch_size: int) -> Iterator[tuple]:
+    """(a writer of the cache, the lines of its index), for this process alone.
+
+    A run that needs the same cache waits: what two of them append would not be where their lines
+    say. (Where the file system has no locks, fill a cache by one run before others use it.)
+    """
+    folder = _prepare(root, spec)
+    with Lock(folder, "fills the cache", "config.data.cache", wait=True):
+        good, length = _good_lines(folder, spec)
+        with _Writer(folder, spec, good, length, compute, batch_size) as writer:
+            yield writer, good
 
 
 class _Reader:

@@ -20,6 +20,7 @@ import sys
 
 from metamorph_jax import distributed, endpoint, files
 from metamorph_jax.errors import UserError
+from metamorph_jax.lock import Lock
 from metamorph_jax.sampling import generate
 
 MOST_RESAMPLES = 100_000
@@ -110,11 +111,9 @@ def locked(out: pathlib.Path):
     """A lock on the folder with results, of the first process; others write nothing there."""
     import jax
 
-    from metamorph_jax.train import workdir
-
     if jax.process_index():
         return contextlib.ExitStack()  # nothing to close
-    lock = workdir.Lock(out, "evaluates", "--out")
+    lock = Lock(out, "evaluates", "--out")
     if lock.message:
         print(lock.message, file=sys.stderr)
     return lock

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import ClassVar
 
+from metamorph_jax.lock import Lock
 from metamorph_jax.platforms import cpu_name, has_matrix_units
 from metamorph_jax.quickstart.estimate import estimate
 
@@ -59,9 +60,10 @@ class Steps:
 
     def run(self) -> None:
         """Says the plan, then runs the steps that are not finished."""
-        self.say_plan()
-        for name, step in self.steps.items():
-            self.once(name, step)
+        with Lock(self.workdir, "works"):
+            self.say_plan()
+            for name, step in self.steps.items():
+                self.once(name, step)
 
     def done(self, name: str) -> dict | None:
         """The record of a finished step, with its `seconds`; None if it is not finished."""

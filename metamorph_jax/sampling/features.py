@@ -31,6 +31,7 @@ import numpy as np
 from metamorph_jax import files
 from metamorph_jax.errors import BadSample, ConfigError, FileError, UserError
 from metamorph_jax.files import shown
+from metamorph_jax.lock import Lock
 from metamorph_jax.sampling import WEIGHTS
 
 LAYERS = ("tower", "connector")
@@ -97,6 +98,12 @@ def run(args) -> int:
     _check(args)
     most = parse_size(args.max_shard_size)
     names = [name for name in images.names_in(args.images) if _is_text(name)]
+    with Lock(args.out, "writes", "--out"):
+        return write_all(args, names, most)
+
+
+def write_all(args, names: list[str], most: int) -> int:
+    """Writes what the folder lacks; 0 if all images could be read, else 1."""
     folder = Folder(args.out, args.format, args.dtype, most)
     reader = open_reader(args)
     folder.open(reader.made_by)

@@ -20,12 +20,14 @@ replies of `--samples` are ID+s1, ID+s2, … Prompts and files are checked befor
 """
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 import typing
 
 from metamorph_jax.errors import UserError
 from metamorph_jax.files import shown
+from metamorph_jax.lock import Lock
 from metamorph_jax.sampling import WEIGHTS
 from metamorph_jax.sampling.requests import (
     MODES,
@@ -214,12 +216,22 @@ def run(args) -> int:
         raise UserError(f"--samples {args.samples} without --temperature gives equal replies")
     outcome = Outcome(alone=not many)
     requests = read(args, outcome)
+    if requests:
+        with Lock(args.out, "writes", "--out") if args.out else contextlib.nullcontext():
+            answer_all(args, requests, options, outcome)
+    if outcome.bad:
+        raise UserError(f"{outcome.bad} prompts were skipped, for the reasons above")
+    return 0
+
+
+def answer_all(args, requests: list[Request], options: "Options", outcome: "Outcome") -> None:
+    """Answers the requests that `--out` has no reply to."""
     out = Output(args.out, settings(args)) if args.out else None
     todo = [r for r in requests if out is None or not out.has(r)]
     if len(todo) < len(requests):
         print(f"{len(requests) - len(todo)} of {len(requests)} were done before", file=sys.stderr)
     todo = list(check_files(todo, outcome.failed))
-    if out is not None and requests:
+    if out is not None:
         out.open()
     if todo:
         generator = load(args)
@@ -229,11 +241,8 @@ def run(args) -> int:
             raise UserError(error) from error
         answer(generator, todo, options, out, outcome)
         outcome.report_images(generator)
-    if out is not None and requests:
+    if out is not None:
         out.finish(requests)
-    if outcome.bad:
-        raise UserError(f"{outcome.bad} prompts were skipped, for the reasons above")
-    return 0
 
 
 def check_model(args) -> None:

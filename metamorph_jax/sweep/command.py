@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from metamorph_jax import files, paths
 from metamorph_jax.errors import ConfigError, UserError
+from metamorph_jax.lock import Lock
 
 PREEMPTED = 143  # the run was stopped by SIGTERM: the machine goes away, so the sweep stops, too
 
@@ -222,7 +223,7 @@ def run(args) -> int:
     if not args.table:
         metrics.check(metric, runs)
         todo = [r for r in runs if states[r.folder] != "finished"]
-        with _writing(workdir):
+        with Lock(workdir, "sweeps"), _writing(workdir):
             code = _run_all(todo, command, results.attempt)
         if code:
             return code

@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 
 from metamorph_jax import paths, sharding
 from metamorph_jax.errors import BadStep, CheckpointError, ConfigError, Preempted, UserError
+from metamorph_jax.lock import Lock
 from metamorph_jax.models.build import outline
 from metamorph_jax.recipe import Shard
 from metamorph_jax.train import boards, checkpoint, local_checkpoints, optim, shards
@@ -67,7 +68,7 @@ def train(
     name = run.cfg.matmul_precision
     with jax.default_matmul_precision(name) if name != "default" else contextlib.nullcontext():
         folder = paths.output_folder("--workdir", workdir)
-        lock = workdirs.Lock(folder) if jax.process_index() == 0 else None
+        lock = Lock(folder) if jax.process_index() == 0 else None
         try:
             start = set_up(run, folder)
             start.messages += [lock.message] if lock and lock.message else []

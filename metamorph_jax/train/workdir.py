@@ -4,22 +4,17 @@ The same command with the same workdir resumes. With another model, other data o
 layout, the checkpoints there would mean something else, so that is refused.
 """
 
-import contextlib
-import errno
-import fcntl
 import hashlib
 import importlib.metadata
 import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
-import time
 from typing import Any
 
 from metamorph_jax import files
-from metamorph_jax.errors import CheckpointError, ConfigError, UserError
+from metamorph_jax.errors import CheckpointError, ConfigError
 from metamorph_jax.train import checkpoint, metrics_file
 
 # With another value of these it is another run; a change of all others (log and checkpoint
@@ -127,72 +122,10 @@ def record(workdir: pathlib.Path, config: dict) -> None:
     _write(workdir / "config.json", config)
 
 
-class Lock:
-    """Keeps a second process from working in the same folder, until it is closed or dies.
-
-    The file folder/lock says who holds it. It is a POSIX record lock: released by the system
-    when the process ends in any way, and not inherited by workers. On NFS it holds between hosts;
-    on a mounted bucket (gcsfuse) only between processes of one host.
-
-    Args:
-        folder: made if it isn't there.
-        does: what the process does there; option: of the command line that names the folder.
-
-    Attributes:
-        message: for the log, where the file system has no locks; else "".
-
-    Raises:
-        UserError: another process holds it; the message says which and since when.
-    """
-
-    def __init__(self, folder: pathlib.Path, does: str = "trains", option: str = "--workdir"):
-        self._path, self.message, self._does, self._option = folder / "lock", "", does, option
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if os.path.lexists(self._path):
-                files.regular(self._path)
-            self._file = open(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644), "r+")  # noqa: SIM115
-        except OSError as error:
-            raise UserError(f"{option} {folder} can't be written: {error.strerror}") from error
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                holder = self._file.read(1000)
-                self._file.close()
-                raise self._held(holder) from error
-            self.message = f"{folder} has no locks ({error.strerror}): start one run only in it"
-        who = {"host": socket.gethostname(), "pid": os.getpid(), "since": _now()}
-        self._file.truncate(0)
-        self._file.write(json.dumps(who) + "\n")
-        self._file.flush()
-
-    def _held(self, text: str) -> UserError:
-        try:
-            who = files.parse(text, str(self._path), dict)
-            said = ", ".join(f"{k} {files.shown(who.get(k), 60)}" for k in ("host", "pid", "since"))
-        except files.FileError:
-            said = "it has just started"
-        return UserError(
-            f"another process {self._does} in {self._path.parent} ({said}); wait for its end, or "
-            f"choose another {self._option}"
-        )
-
-    def close(self) -> None:
-        """Releases it. The file stays, as one that is removed could be locked twice."""
-        with contextlib.suppress(OSError):
-            self._file.truncate(0)
-        self._file.close()
-
-
 def digest(config: dict) -> str:
     """Identifies a resolved config."""
     text = json.dumps(config, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S %z")
 
 
 def _write(file: pathlib.Path, value) -> None:

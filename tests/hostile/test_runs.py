@@ -12,6 +12,7 @@ from metamorph_jax import options, paths, sharding
 from metamorph_jax.config import load_config
 from metamorph_jax.convert import load
 from metamorph_jax.errors import UserError
+from metamorph_jax.lock import Lock
 from metamorph_jax.train import workdir
 from metamorph_jax.train.config import resolve, typed
 from metamorph_jax.train.goodput import Goodput
@@ -123,7 +124,7 @@ def test_files_of_runs(what, tmp_path, tables):
 @pytest.mark.parametrize("what", ["folder", "pipe", "loop", b"x", b'{"host": "\\u001b"}'])
 def test_locks(what, tmp_path):
     make(tmp_path / "lock", what)
-    harness.attempt(lambda: workdir.Lock(tmp_path).close(), tmp_path)
+    harness.attempt(lambda: Lock(tmp_path).close(), tmp_path)
 
 
 # ---- paths

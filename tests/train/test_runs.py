@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from metamorph_jax.errors import CheckpointError, ConfigError, Preempted, UserError
+from metamorph_jax.lock import Lock
 from metamorph_jax.train import checkpoint, loop, workdir
 from tests.train.test_loop import config, final, same
 from tests.train.test_survival import damage
@@ -107,7 +108,7 @@ def placed(shapes):
 
 HOLD = """
 import pathlib, sys, time
-from metamorph_jax.train.workdir import Lock
+from metamorph_jax.lock import Lock
 lock = Lock(pathlib.Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)
@@ -124,7 +125,7 @@ def test_one_run_per_workdir(tmp_path):
     finally:
         other.kill()
         other.wait()
-    workdir.Lock(tmp_path).close()  # released by death
+    Lock(tmp_path).close()  # released by death
 
 
 WRONG = {
