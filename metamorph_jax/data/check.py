@@ -36,6 +36,7 @@ from metamorph_jax.files import shown
 from metamorph_jax.recipe import Shard
 
 EXAMPLES = 5
+LENGTH = 4096  # positions of a row
 # Arguments that a config answers itself.
 _OF_FILES = (
     "root", "kind", "template", "tokenizer", "length", "images_per_row", "max_pixels",
@@ -190,11 +191,10 @@ def check_stream(
 
 
 def _stream(config: InputConfig, sources, tokenizer, positions_per_image: int) -> SampleStream:
-    row = config.row if isinstance(config, DataConfig) else RowConfig("chatml")
+    none = RowConfig("chatml", images=config.images.max_images)
+    row = config.row if isinstance(config, DataConfig) else none
     if tokenizer is None:
-        row = dataclasses.replace(
-            row, length=2**31 - 1, images=config.images.max_images, official_masks=False
-        )
+        row = dataclasses.replace(row, length=2**31 - 1, sample_length=0, official_masks=False)
     config = DataConfig(
         sources=config.sources, order=config.order, images=config.images, row=row
     )  # fmt: skip
@@ -275,7 +275,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kind", default="auto", help="kind of all records, or auto")
     parser.add_argument("--template", default="chatml", help="chat template")
     parser.add_argument("--tokenizer", default="", help="tokenizer.json or its folder")
-    parser.add_argument("--length", type=int, default=4096, help="positions of a row")
+    parser.add_argument("--length", type=int, default=LENGTH, help="positions of a row")
     parser.add_argument(
         "--positions-per-image", type=int, default=66, help="visual tokens and markers of an image"
     )
@@ -325,10 +325,13 @@ def _stream_of_config(args: argparse.Namespace) -> SampleStream:
 
 
 def _stream_of_files(args: argparse.Namespace) -> SampleStream:
+    if args.length != LENGTH and not args.tokenizer:
+        raise ConfigError("--length counts tokens, so it goes with --tokenizer")
+    most = max(args.images_per_row, ImageConfig().max_images)
     config = DataConfig(
         sources=tuple(SourceConfig(p, root=args.root, kind=args.kind) for p in args.paths),
         row=RowConfig(args.template, length=args.length, images=args.images_per_row),
-        images=ImageConfig(max_pixels=args.max_pixels),
+        images=ImageConfig(max_pixels=args.max_pixels, max_images=most),
     )
     tokenizer = tokenizers.read(args.tokenizer) if args.tokenizer else None
     asked = documents.KINDS if args.kind in documents.KINDS else None

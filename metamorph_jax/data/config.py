@@ -217,6 +217,11 @@ class ImageConfig:
             raise ValueError(f"images.mirror is {self.mirror}: expected 0 to 1")
         if self.max_frames < 0:
             raise ValueError(f"images.max_frames is {self.max_frames}: expected 0 or more")
+        if self.max_frames > self.max_images:
+            raise ValueError(
+                f"images.max_frames is {self.max_frames}, but images.max_images is "
+                f"{self.max_images}: longer videos would be skipped"
+            )
 
     def load(self, refs: Sequence[ImageRef], notes: collections.Counter | None = None) -> list:
         """The images of one sample, see `images.load`."""

@@ -52,8 +52,11 @@ def source_names(config: InputConfig) -> tuple[str, ...]:
     """Names of the sources: their own or their file's, made unique."""
     names: list[str] = []
     for s in config.sources:
-        name = s.name or os.path.splitext(os.path.basename(s.path))[0]
-        names.append(f"{name}_{len(names)}" if name in names else name)
+        own = name = s.name or os.path.splitext(os.path.basename(s.path))[0]
+        number = len(names)
+        while name in names:
+            name, number = f"{own}_{number}", number + 1
+        names.append(name)
     return tuple(names)
 
 
@@ -143,6 +146,7 @@ def make_stream(
     """The samples of one data shard, `process` = (index, count), with `rows` of every batch; see
     `make_pipeline`."""
     _check_images(config, spec)
+    _check_frames(config, spec, chat)
     mixture = _mixture(config, sources, rows, process[1])
     cache, drawings = open_cache(config, spec), open_drawing_cache(config, spec)
     return SampleStream(sources, chat, config, spec, mixture, process, cache, drawings)
@@ -161,6 +165,21 @@ def _mixture(config: InputConfig, sources: Sequence, rows: int, shards: int) -> 
 
 
 _OF_TOWER = {"size": "image_size"}  # field of `Preprocess` -> of the tower's config
+
+
+def _check_frames(config: DataConfig, spec: InputSpec, chat: Chat) -> None:
+    """Raises ConfigError where the frames of a video would leave no position for its question."""
+    if spec.views.needs_size or not config.images.max_frames:
+        return
+    each = len(spec.views.plan(None)[1]) + len(chat.markers.before) + len(chat.markers.after)
+    taken, row = each * config.images.max_frames, config.row
+    if taken >= row.longest:
+        name = "sample_length" if row.sample_length else "length"
+        raise ConfigError(
+            f"config.data.images.max_frames is {config.images.max_frames}: these frames take "
+            f"{taken} positions, but row.{name} is {getattr(row, name)}, so that longer videos "
+            "would be cut before their question"
+        )
 
 
 def _check_images(config: InputConfig, spec: InputSpec) -> None:

@@ -17,6 +17,7 @@ from metamorph_jax.data.config import (
     CacheConfig,
     DataConfig,
     DrawingSpec,
+    ImageConfig,
     InputSpec,
     OrderConfig,
     ReadingConfig,
@@ -31,6 +32,7 @@ from metamorph_jax.data.pipeline import (
     make_pipeline,
     make_stream,
     open_sources,
+    source_names,
 )
 from metamorph_jax.data.stream import Mixture, permute
 from metamorph_jax.data.views import AnyRes, Single
@@ -461,6 +463,24 @@ def test_config_errors(tmp_path):
         stream_of(cfg, Letters(), FEATURES)
 
 
+def test_every_source_has_a_name_of_its_own():
+    paths = ("a_2.json", "x/a.json", "y/a.json", "z/a.json")
+    named = source_names(DataConfig(tuple(SourceConfig(path) for path in paths)))
+    assert named == ("a_2", "a", "a_3", "a_4")
+
+
+def test_frames_of_a_video_and_its_question_fit_into_a_sample(dataset):
+    """With limits that contradict each other, every longer video was skipped."""
+    with pytest.raises(ValueError, match="max_frames is 5, but images.max_images is 4"):
+        ImageConfig(max_frames=5, max_images=4)
+    markers = Markers((1,), (2,))
+    for row, name in (({"length": 24}, "length"), ({"sample_length": 24}, "sample_length")):
+        cfg = config(dataset[0], images={"max_frames": 4}, row=row)
+        stream_of(cfg, Letters())
+        with pytest.raises(ConfigError, match=rf"take 24 positions, but row.{name} is 24"):
+            stream_of(cfg, Letters(), markers=markers)
+
+
 # ---- check ---------------------------------------------------------------------------------------
 
 
@@ -502,7 +522,23 @@ def test_check_command(dataset, capsys):
     assert "truncated" in capsys.readouterr().out
     assert cli.main(["data", "check", f"--config={config}", "--length=99"]) == 2
     assert "--length goes with files" in capsys.readouterr().err
+    assert cli.main(["data", "check", str(path), "--length=99"]) == 2
+    assert "it goes with --tokenizer" in capsys.readouterr().err
     assert code == 1 and {r["reason"] for r in report["problems"]} >= set(BAD) - {"fully_masked"}
+
+
+@pytest.mark.parametrize(("limit", "good"), [(3, 0), (72, 1)])
+def test_check_counts_images_by_the_limit_that_is_given(limit, good, tmp_path, capsys):
+    """Without a tokenizer, it was the same for every --images-per-row."""
+    from metamorph_jax import cli
+
+    make_image(1).save(tmp_path / "a.png")
+    turns = conversation("<image>" * (count := 72 if good else 4), "A")
+    record = {"id": "x", "image": ["a.png"] * count, "conversations": turns}
+    write_jsonl(tmp_path / "d.jsonl", [record])
+    words = ["data", "check", str(tmp_path / "d.jsonl"), "--json", f"--images-per-row={limit}"]
+    assert cli.main(words) == 1 - good
+    assert json.loads(capsys.readouterr().out)["sources"][0]["good"] == good
 
 
 def test_check_reads_as_the_run_of_a_config(tmp_path, capsys):
