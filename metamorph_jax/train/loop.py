@@ -134,7 +134,13 @@ def set_up(run: Run, workdir: pathlib.Path) -> Start:
     )
     start.messages += [f"changed since the run began: {change}" for change in changes]
     if resuming:
-        restore(start)
+        try:
+            restore(start)
+        except CheckpointError as error:
+            if not changes:
+                raise
+            listed = "; ".join(changes)
+            raise CheckpointError(f"{error}. Changed since the run began: {listed}") from error
     begin(start)
     start.seconds = time.perf_counter() - clock
     return start

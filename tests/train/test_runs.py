@@ -52,6 +52,14 @@ def test_another_option_of_the_state(name, run, capsys):
     assert checkpoint.export_notes(run)["step"] == 5 and not (run / "damaged").exists()
 
 
+def test_another_optimizer_does_not_fit_and_is_named(run):
+    """Only leaves of its state were."""
+    changed = full(optim={"name": "lion"}) | {"steps": 5, "damaged_checkpoint": "previous"}
+    with pytest.raises(CheckpointError, match="/nu/.*Changed .*optim.name: 'adamw' -> 'lion'"):
+        loop.train(changed, run)
+    assert not (run / "damaged").exists()
+
+
 def test_setting_aside_never_empties_the_folder(run):
     for step in (2, 4):
         damage(run / f"checkpoints/{step}", "metadata")
