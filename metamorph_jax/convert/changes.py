@@ -226,7 +226,7 @@ def write(source: str, out: str, kind: str, other: str, dtype: str, most: int) -
         writer = export.Writer(dtype, most, progress)
         writer.weights(folder, tensors)
         progress.close()
-        _write_beside(folder, places, writer)
+        _write_beside(folder, places, writer, export.rows_of(tensors))
         lines = [_CARD[kind].format(pathlib.PurePath(other).name)]
         write_card(folder, pathlib.Path(out).name, source, lines, licence_of(places[0]))
     return total
@@ -253,10 +253,19 @@ def _say_added(base: Mapping, other: Mapping, spec: str) -> None:
         print(f"taken as they are: {', '.join(found[:20])}{more} ({spec} lacks them)", flush=True)
 
 
-def _write_beside(folder: pathlib.Path, places: tuple, writer: export.Writer) -> None:
-    """config.json, tokenizer and generation files, each kind from the first place that has it."""
+def _write_beside(
+    folder: pathlib.Path, places: tuple, writer: export.Writer, rows: int | None
+) -> None:
+    """config.json, tokenizer and generation files, each kind from the first place that has it.
+
+    Raises:
+        WeightError: an id of a special token is beyond the table's `rows`, see `export`.
+    """
     holders = [place for place in places if (place / "config.json").is_file()] or [places[0]]
     kind = {"torch_dtype": writer.torch_dtype, "dtype": writer.torch_dtype}
-    export.write_json(folder / "config.json", hf.read_config(holders[0]) | kind)
+    fields = hf.read_config(holders[0])
+    export.write_json(folder / "config.json", fields | kind)
     speaking = [place for place in places if tokenizers.is_in(place)] or [places[0]]
     export.copy_files(speaking[0], folder)
+    if rows:
+        export.check_special_ids(folder, fields, rows, holders[0])

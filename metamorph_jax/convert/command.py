@@ -187,7 +187,7 @@ def _from_gguf(spec: str, file, folder: pathlib.Path, dtype: str, most: int, tit
 
 
 def _from_folder(spec: str, where, folder: pathlib.Path, dtype: str, most: int, title: str) -> int:
-    from metamorph_jax.convert import export, families, llama, names
+    from metamorph_jax.convert import export, families, llama
     from metamorph_jax.convert.card import licence_of, write_card
     from metamorph_jax.data import tokenizers
 
@@ -195,9 +195,8 @@ def _from_folder(spec: str, where, folder: pathlib.Path, dtype: str, most: int, 
     tokenizers.check_all(pathlib.Path(where))
     family = families.of_fields(fields, spec)
     tensors = family.read(where)
-    for key in tensors:
-        if key.endswith(llama.EMBED.removeprefix("model.")):  # of a language model
-            export.check_special_ids(where, fields, names.shape_of(tensors, key)[0])
+    if rows := export.rows_of(tensors):
+        export.check_special_ids(pathlib.Path(where), fields, rows)
     if llama.EMBED in tensors:
         fields = llama.untied(fields, tensors)
     source = export.Source(fields, folder=where)

@@ -266,7 +266,9 @@ def _listed(fields: Mapping, name: str, where: str) -> list[int]:
     return ids
 
 
-def check_special_ids(folder: pathlib.Path, fields: Mapping, rows: int) -> None:
+def check_special_ids(
+    folder: pathlib.Path, fields: Mapping, rows: int, named: pathlib.Path | None = None
+) -> None:
     """Compares the ids of special tokens in a language model's config.json and
     generation_config.json with its table, and with its tokenizer, which may have more tokens.
 
@@ -274,14 +276,16 @@ def check_special_ids(folder: pathlib.Path, fields: Mapping, rows: int) -> None:
         folder: with these files.
         fields: of the config.json.
         rows: of the table.
+        named: what messages call the folder.
 
     Raises:
         WeightError: one of them is not the id of a token.
     """
-    file, generation = folder / "config.json", folder / "generation_config.json"
-    parts = {f"{file}": fields, f"{file}, text_config": fields.get("text_config")}
-    if generation.exists():
-        parts[f"{generation}"] = files.read_json(generation)
+    where, generation = named or folder, "generation_config.json"
+    file = f"{where / 'config.json'}"
+    parts = {file: fields, f"{file}, text_config": fields.get("text_config")}
+    if (folder / generation).exists():
+        parts[f"{where / generation}"] = files.read_json(folder / generation)
     beyond = [
         (where, name, id)
         for where, part in parts.items() if isinstance(part, Mapping)
@@ -295,6 +299,13 @@ def check_special_ids(folder: pathlib.Path, fields: Mapping, rows: int) -> None:
         if id not in known:
             raise WeightError(f"{where}: {name} {id} is none of the {rows} ids of the language "
                               "model, nor of its tokenizer")  # fmt: skip
+
+
+def rows_of(tensors: Mapping) -> int | None:
+    """Rows of a language model's table, by its published name in any system; None if there is no
+    language model."""
+    keys = [key for key in tensors if key.endswith("embed_tokens.weight")]
+    return names.shape_of(tensors, keys[0])[0] if keys else None
 
 
 def save_part(family, folder: pathlib.Path, part, source: Source, writer: Writer) -> int:

@@ -186,6 +186,22 @@ def test_special_tokens_are_ids_of_the_table(file, source, tmp_path, capsys):
         assert not (tmp_path / "out").exists()
 
 
+def test_special_tokens_of_adapters_and_bases(source, tmp_path, capsys):
+    """What is written beside merged weights is looked at, too."""
+    base = tmp_path / "base"
+    base.mkdir()
+    tensors = {k: np.array(v, np.float32) + 1 for k, v in hf.Tensors(source).items()}
+    save_file(tensors, base / "model.safetensors")
+    (source / "tokenizer.json").unlink()
+    (source / "generation_config.json").unlink()
+    fields = json.loads((source / "config.json").read_text()) | {"eos_token_id": 10**6}
+    (source / "config.json").write_text(json.dumps(fields))
+    assert convert("--from", base, "--delta", source, "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert f"{source / 'config.json'}: eos_token_id 1000000 is none of the 96 ids" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_special_tokens_may_be_of_the_tokenizer_alone(source, tmp_path, capsys):
     """As the first Llama 2 had a token for padding; and -1 is no such token."""
     (source / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": {

@@ -54,6 +54,10 @@ class CLIPTextConfig:
         if self.hidden_act not in _ACTIVATIONS:
             known = f"expected one of {sorted(_ACTIVATIONS)}"
             raise ValueError(f"CLIPTextModel config: hidden_act={self.hidden_act!r}, {known}")
+        if type(self.eos_token_id) is not int or self.eos_token_id < 0:
+            raise ValueError(
+                f"CLIPTextModel config: eos_token_id={self.eos_token_id!r} is not a token's id"
+            )
 
     @classmethod
     def tiny(cls, **kw):

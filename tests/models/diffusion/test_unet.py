@@ -65,6 +65,8 @@ def test_tiny_unet_has_the_library_s_parameters():
         (VAEConfig, {"use_quant_conv": False}, "use_quant_conv"),
         (VAEConfig, {"down_block_types": ["Other"] * 4}, "down_block_types"),
         (CLIPTextConfig, {"hidden_act": "relu"}, "hidden_act"),
+        (CLIPTextConfig, {"eos_token_id": -1}, "eos_token_id=-1"),
+        (CLIPTextConfig, {"eos_token_id": [2]}, "eos_token_id=[2]"),
     ],
 )
 def test_unsupported_fields_are_errors_that_name_them(cls, fields, word):
