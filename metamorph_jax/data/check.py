@@ -275,7 +275,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kind", default="auto", help="kind of all records, or auto")
     parser.add_argument("--template", default="chatml", help="chat template")
     parser.add_argument("--tokenizer", default="", help="tokenizer.json or its folder")
-    parser.add_argument("--length", type=int, default=LENGTH, help="positions of a row")
+    parser.add_argument(
+        "--length", type=int, default=LENGTH, help="positions of a row; goes with --tokenizer"
+    )
     parser.add_argument(
         "--positions-per-image", type=int, default=66, help="visual tokens and markers of an image"
     )

@@ -45,7 +45,8 @@ def add_arguments(parser) -> None:
     )
     parser.add_argument(
         "--prefix", default="", metavar="TEXT",
-        help='put before each printed command, e.g. "bash launch/tpu.sh run --name=v5e --"',
+        help='put before each printed command, which it should see to its end, e.g. "bash '
+        'launch/tpu.sh watch --name=sweep --type=v5e-64 --"',
     )  # fmt: skip
     parser.add_argument(
         "--metric",

@@ -56,7 +56,7 @@ def wait_for(process, condition, seconds=600):
 def test_list_and_print_start_nothing(spec, tmp_path, capsys):
     assert sweep(spec, tmp_path / "my runs", "--list", "--config.steps=2") == 0
     assert "002_learning_rate=0.1   new" in capsys.readouterr().out
-    prefix = "bash launch/tpu.sh run --name=v5e --"
+    prefix = "bash launch/tpu.sh watch --name=v5e --"
     assert sweep(spec, tmp_path / "my runs", "--print", "--config.steps=2", "--prefix", prefix) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
