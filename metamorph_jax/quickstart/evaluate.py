@@ -21,8 +21,9 @@ from metamorph_jax.eval import probe
 from metamorph_jax.eval.scorers import short_answers
 from metamorph_jax.quickstart import best_of, shapes
 from metamorph_jax.quickstart import data as qdata
-from metamorph_jax.sampling.generator import Generator, Options
+from metamorph_jax.sampling.generator import Generator
 from metamorph_jax.sampling.image_decoder import ImageDecoder
+from metamorph_jax.sampling.options import Options
 from metamorph_jax.sampling.requests import Request
 from metamorph_jax.sampling.results import TextPart
 
@@ -130,7 +131,7 @@ def see_all(generator: Generator, pixels: np.ndarray, batch: int = 64) -> np.nda
     ready = np.stack([generator.prompts.views.pixels(Image.fromarray(p))[0] for p in pixels])
     fill = -len(ready) % batch
     ready = np.concatenate([ready, ready[:1].repeat(fill, 0)])
-    parts = [generator.see(ready[i : i + batch]) for i in range(0, len(ready), batch)]
+    parts = [generator.reader.see(ready[i : i + batch]) for i in range(0, len(ready), batch)]
     return np.concatenate(parts)[: len(pixels)]
 
 
