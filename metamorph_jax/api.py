@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from PIL import Image
 
 from metamorph_jax.sampling.conversation import Conversation
-from metamorph_jax.sampling.generator import Generator, Options
+from metamorph_jax.sampling.generator import Generator
 from metamorph_jax.sampling.image_decoder import load_image_decoder
+from metamorph_jax.sampling.options import Options
 from metamorph_jax.sampling.requests import Request, checked
 from metamorph_jax.sampling.results import Reply, Stream
 from metamorph_jax.sampling.trained import is_published, load_generator
@@ -50,7 +51,7 @@ class Model:
                 right; by default whether it matches the prompt. The image that gets the surest yes
                 is kept, of N; see `reply.candidates`.
             stream: print text as it comes; with `best_of`, once the best is known.
-            options: fields of `sampling.generator.Options`: max_new_tokens, temperature, top_k,
+            options: fields of `sampling.options.Options`: max_new_tokens, temperature, top_k,
                 top_p, seed, guidance, best_of, …
 
         Returns:

@@ -157,55 +157,56 @@ def build_row(
     """
     ids = np.asarray(ids, np.int32)
     labels = np.full(len(ids), IGNORE, np.int32) if labels is None else np.asarray(labels, np.int32)
-    sentinels = np.flatnonzero(ids == SENTINEL)
-    starts, fitting = _fit(sentinels, places, length)
+    starts, fitting = _fit(ids, places, length)
     cut = fitting < len(places)
     if cut:
-        ids, labels = ids[: sentinels[fitting]], labels[: sentinels[fitting]]
-        sentinels, starts, places = sentinels[:fitting], starts[:fitting], places[:fitting]
-    predicted = np.asarray(rule(labels, sentinels), bool)
+        end = np.flatnonzero(ids == SENTINEL)[fitting]
+        ids, labels, starts, places = ids[:end], labels[:end], starts[:fitting], places[:fitting]
+    predicted = np.asarray(rule(labels, np.flatnonzero(ids == SENTINEL)), bool)
 
-    # `at`: which of the ids stands at each position; those of a place share a sentinel.
-    widths = np.ones(len(ids), np.int64)
-    widths[sentinels] = [len(place) for place in places]
-    at = np.repeat(np.arange(len(ids)), widths)
-    shortened = cut or len(at) > length
-    at = at[:length]
+    at = _origins(ids, places)
+    cut_text, at = len(at) > length, at[:length]
     in_place = ids[at] == SENTINEL
     tokens, slots = _contents(ids[at], in_place, places, tokens_per_view)
-    text = _text_labels(labels[at], in_place, tokens, slots)
-    if any(place.unlearnt is not None for place in places):
-        text[np.flatnonzero(in_place)[_unlearnt(places)]] = -1
-    if cut and mask_dangling and tokens[-len(mask_dangling) :].tolist() == list(mask_dangling):
-        text[-len(mask_dangling) :] = -1
-    visual = np.full(len(at), -1, np.int32)
-    if predicted.any():
-        answers = np.repeat(predicted, widths[sentinels])
-        visual[in_place] = np.where(answers & (slots[in_place] >= 0), slots[in_place], -1)
 
-    text_targets, visual_targets = _shifted(text), _shifted(visual)
+    text = _text_labels(labels[at], in_place, tokens, slots, places)
+    if cut and _ends_with(tokens, mask_dangling):
+        text[-len(mask_dangling) :] = -1
+    text_targets = _shifted(text)
+    visual_targets = _shifted(_visual_labels(slots, in_place, places, predicted))
     positions = np.arange(len(at), dtype=np.int32)
     if turns is not None:
         turns = np.asarray(turns, np.int32)[at]
         positions, last = _restart(turns)
         text_targets[last] = visual_targets[last] = -1
-    P = tokens_per_view
-    views = [start + _view_starts(place, P) for start, place in zip(starts, places, strict=True)]
     return Row(
         tokens, positions, text_targets, slots, visual_targets, starts,
-        np.concatenate(views) if views else np.zeros(0, np.int32), predicted, turns,
-        shortened,
+        _all_view_starts(starts, places, tokens_per_view), predicted, turns, cut or cut_text,
     )  # fmt: skip
 
 
-def _fit(sentinels, places: Sequence[Place], length: int) -> tuple[np.ndarray, int]:
+def _fit(ids: np.ndarray, places: Sequence[Place], length: int) -> tuple[np.ndarray, int]:
     """(column at which each place begins, how many of them, from the first, fit into `length`)."""
+    sentinels = np.flatnonzero(ids == SENTINEL)
     if len(sentinels) != len(places):
         raise ValueError(f"{len(sentinels)} images in the text, places for {len(places)}")
     widths = np.array([len(place) for place in places], np.int64)
     ends = np.cumsum(widths) + sentinels - np.arange(len(places))
     starts = (ends - widths).astype(np.int32)
     return starts, int(np.searchsorted(ends, length, side="right"))
+
+
+def _origins(ids: np.ndarray, places: Sequence[Place]) -> np.ndarray:
+    """Which of the ids stands at each position; those of a place share its sentinel."""
+    widths = np.ones(len(ids), np.int64)
+    widths[ids == SENTINEL] = [len(place) for place in places]
+    return np.repeat(np.arange(len(ids)), widths)
+
+
+def _all_view_starts(starts, places: Sequence[Place], P: int) -> np.ndarray:
+    """int32[V] columns, see `Row`."""
+    views = [start + _view_starts(place, P) for start, place in zip(starts, places, strict=True)]
+    return np.concatenate(views) if views else np.zeros(0, np.int32)
 
 
 @functools.lru_cache(maxsize=64)  # where images have one view, they share one place
@@ -232,19 +233,36 @@ def _contents(tokens, in_place, places, P: int) -> tuple[np.ndarray, np.ndarray]
     return tokens, slots
 
 
+def _text_labels(labels, in_place, tokens, slots, places: Sequence[Place]) -> np.ndarray:
+    """int32[n]: the token that the state before is to predict, -1 for none.
+
+    Tokens in an image's stead are supervised where the image's sentinel is, unless they are never
+    predicted (`Place.unlearnt`).
+    """
+    here = np.where(in_place & (labels != IGNORE), tokens, labels)
+    text = np.where((slots == TEXT) & (here >= 0), here, -1).astype(np.int32)
+    if any(place.unlearnt is not None for place in places):
+        text[np.flatnonzero(in_place)[_unlearnt(places)]] = -1
+    return text
+
+
 def _unlearnt(places: Sequence[Place]) -> np.ndarray:
     """bool[n] of all positions in places, one place after another: see `Place`."""
     none = lambda place: np.zeros(len(place), bool)  # noqa: E731
     return np.concatenate([none(p) if p.unlearnt is None else p.unlearnt for p in places])
 
 
-def _text_labels(labels, in_place, tokens, slots) -> np.ndarray:
-    """int32[n]: the token that the state before is to predict, -1 for none.
+def _ends_with(tokens: np.ndarray, ids: Sequence[int]) -> bool:
+    return len(ids) > 0 and tokens[-len(ids) :].tolist() == list(ids)
 
-    Tokens in an image's stead are supervised where the image's sentinel is.
-    """
-    here = np.where(in_place & (labels != IGNORE), tokens, labels)
-    return np.where((slots == TEXT) & (here >= 0), here, -1).astype(np.int32)
+
+def _visual_labels(slots, in_place, places: Sequence[Place], predicted) -> np.ndarray:
+    """int32[n]: the visual token that the state before is to predict, -1 for none."""
+    visual = np.full(len(slots), -1, np.int32)
+    if predicted.any():
+        answers = np.repeat(predicted, [len(place) for place in places])
+        visual[in_place] = np.where(answers & (slots[in_place] >= 0), slots[in_place], -1)
+    return visual
 
 
 def _shifted(labels: np.ndarray) -> np.ndarray:

@@ -23,7 +23,7 @@ from metamorph_jax.data.sources.base import IMAGE
 from metamorph_jax.errors import BadSample, ConfigError
 from metamorph_jax.eval.answers import Store, as_line, key_of, of_line
 from metamorph_jax.eval.tasks.base import Answer, AnswerImage, Question, Task
-from metamorph_jax.sampling.generator import Options
+from metamorph_jax.sampling.options import Options
 from metamorph_jax.sampling.requests import FAULTS, Request, checked
 from metamorph_jax.sampling.results import Reply, TextPart, stem
 

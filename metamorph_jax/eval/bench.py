@@ -39,7 +39,7 @@ from metamorph_jax.eval.tasks.base import (
     write_json,
     write_json_lines,
 )
-from metamorph_jax.sampling.generator import Options
+from metamorph_jax.sampling.options import Options
 
 # What code raises that meets a value of another type or form than official files have.
 _ODD = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)

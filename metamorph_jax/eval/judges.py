@@ -23,7 +23,7 @@ from metamorph_jax.endpoint import ChatClient, Completion, image_part, text_part
 from metamorph_jax.errors import FileError, RequestRefused, UserError
 from metamorph_jax.eval import asking
 from metamorph_jax.eval.answers import Store
-from metamorph_jax.sampling.generator import Options
+from metamorph_jax.sampling.options import Options
 from metamorph_jax.sampling.requests import Request, place
 from metamorph_jax.sampling.results import Reply, TextPart
 

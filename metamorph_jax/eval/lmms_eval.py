@@ -28,7 +28,7 @@ from PIL import Image
 from metamorph_jax.data.sources import video
 from metamorph_jax.errors import ConfigError
 from metamorph_jax.files import shown
-from metamorph_jax.sampling.generator import Options
+from metamorph_jax.sampling.options import Options
 from metamorph_jax.sampling.requests import Request
 from metamorph_jax.sampling.results import Reply, TextPart, stem
 

@@ -246,7 +246,7 @@ class _ModelWriter:
         self._args, self._generator = args, None
 
     def ask(self, jobs, taken, failed) -> None:
-        from metamorph_jax.sampling.generator import Options
+        from metamorph_jax.sampling.options import Options
 
         args = self._args
         try:

@@ -182,7 +182,7 @@ def ask_model(generator, jobs: Sequence[Job], options, taken: Taken, failed: Fai
         generator: a `sampling.generator.Generator`.
         jobs, taken, failed: as in `ask_endpoint`; jobs that the context has no room for fail. A
             reply has the marker `<image>` where the model drew one.
-        options: `sampling.generator.Options`.
+        options: `sampling.options.Options`.
     """
     by_id = {job.id: job for job in jobs}
     requests = (

@@ -130,48 +130,73 @@ def generate_step(
     Raises:
         ConfigError: the recipe has no language model.
     """
-    from metamorph_jax.models.build import outline
     from metamorph_jax.models.llm.llama import Llama
-    from metamorph_jax.nn import quantized
     from metamorph_jax.sampling.loop import Loop
     from metamorph_jax.sampling.policy import TextPolicy
-    from metamorph_jax.sampling.trained import reading
     from metamorph_jax.train.config import resolve
 
     run = resolve(config)
     mesh = _mesh_to_generate(run.cfg, devices)
     rows = round((rows_per_device or 1) * mesh.size)
     with jax.set_mesh(mesh):  # whose kind of device decides how weights are kept
-        dtype, pack = reading(run.recipe, run.model, weights, run.cfg.recipe)
-
-        def make(rngs):
-            model = run.recipe.create(run.model, rngs)
-            if pack is not None:
-                quantized.quantize(model, *pack)
-            return model
-
-        model = outline(make, mesh, dtype)
+        model = _read_model(run, weights, mesh)
         llama = next(m for _, m in nnx.iter_modules(model) if type(m) is Llama)
         loading = _loading_bytes(model, mesh)
         llm, kept = _taken_over(llama, weights, mesh)
         beside = _bytes(nnx.state(model)) - _bytes(nnx.state(llama))
         loop, policy = Loop(llm, kept, None, mesh), TextPolicy()
         state = _decoding_state(loop, policy, rows, length)
-        call = jax.jit(partial(loop.step, policy=policy), donate_argnums=(1,))
-        traced = jax.make_jaxpr(partial(loop.step, policy=policy))(loop.weights, state)
-    forward = flops.of_jaxpr(traced.jaxpr)
-    codes = lambda x: 2 if x.dtype == jnp.uint8 else 1  # noqa: E731  (of 4 bits)
-    size = lambda tree: sum(x.size * codes(x) for x in jax.tree.leaves(tree))  # noqa: E731
-    rest = size(nnx.state(model)) - size(nnx.state(llama))
+        step = partial(loop.step, policy=policy)
+        forward = flops.of_jaxpr(jax.make_jaxpr(step)(loop.weights, state).jaxpr)
+    rest = _parameters(nnx.state(model)) - _parameters(nnx.state(llama))
     groups = {"weights": kept, "cache": (state.keys, state.values)}
     if state.images is not None:
         groups["images"] = state.images
     return Program(
-        call, (loop.weights, state), mesh, model,
-        {"llm": (0, size(kept)), "rest of the model": (0, rest)}, groups, rows, rows, False,
-        run.cfg, run.table["model"], flops.Flops(forward, 0.0, {"step": forward}), length=length,
-        weights=weights, beside=beside, loading=loading,
-    )  # fmt: skip
+        call=jax.jit(step, donate_argnums=(1,)),
+        args=(loop.weights, state),
+        mesh=mesh,
+        model=model,
+        parts={"llm": (0, _parameters(kept)), "rest of the model": (0, rest)},
+        groups=groups,
+        positions=rows,
+        rows=rows,
+        training=False,
+        cfg=run.cfg,
+        options=run.table["model"],
+        arithmetic=flops.Flops(forward, 0.0, {"step": forward}),
+        length=length,
+        weights=weights,
+        beside=beside,
+        loading=loading,
+    )
+
+
+def _read_model(run, weights: str, mesh):
+    """A run's model as `generate` reads it: shapes on the mesh, packed as `weights` says.
+
+    Raises:
+        ConfigError: the recipe has no language model.
+    """
+    from metamorph_jax.models.build import outline
+    from metamorph_jax.nn import quantized
+    from metamorph_jax.sampling.trained import reading
+
+    dtype, pack = reading(run.recipe, run.model, weights, run.cfg.recipe)
+
+    def make(rngs):
+        model = run.recipe.create(run.model, rngs)
+        if pack is not None:
+            quantized.quantize(model, *pack)
+        return model
+
+    return outline(make, mesh, dtype)
+
+
+def _parameters(tree) -> int:
+    """How many there are in packed or other weights; a byte has two codes of 4 bits."""
+    codes = lambda x: 2 if x.dtype == jnp.uint8 else 1  # noqa: E731
+    return sum(x.size * codes(x) for x in jax.tree.leaves(tree))
 
 
 def _mesh_to_generate(cfg, devices):

@@ -16,7 +16,8 @@ from scipy.stats import binomtest
 from metamorph_jax.eval import figures, intervals, page
 from metamorph_jax.eval.tasks.base import Task
 from metamorph_jax.sampling import best_of
-from metamorph_jax.sampling.generator import DEFAULTS, Generator, Options
+from metamorph_jax.sampling.generator import Generator
+from metamorph_jax.sampling.options import DEFAULTS, Options
 from metamorph_jax.sampling.requests import Request
 
 COUNTS = (1, 2, 4, 8)

@@ -21,8 +21,9 @@ from metamorph_jax.eval import probe
 from metamorph_jax.eval.scorers import short_answers
 from metamorph_jax.quickstart import best_of, shapes
 from metamorph_jax.quickstart import data as qdata
-from metamorph_jax.sampling.generator import Generator, Options
+from metamorph_jax.sampling.generator import Generator
 from metamorph_jax.sampling.image_decoder import ImageDecoder
+from metamorph_jax.sampling.options import Options
 from metamorph_jax.sampling.requests import Request
 from metamorph_jax.sampling.results import TextPart
 
@@ -130,7 +131,7 @@ def see_all(generator: Generator, pixels: np.ndarray, batch: int = 64) -> np.nda
     ready = np.stack([generator.prompts.views.pixels(Image.fromarray(p))[0] for p in pixels])
     fill = -len(ready) % batch
     ready = np.concatenate([ready, ready[:1].repeat(fill, 0)])
-    parts = [generator.see(ready[i : i + batch]) for i in range(0, len(ready), batch)]
+    parts = [generator.reader.see(ready[i : i + batch]) for i in range(0, len(ready), batch)]
     return np.concatenate(parts)[: len(pixels)]
 
 
@@ -165,30 +166,17 @@ def evaluate(
     features, whole = ask_for_images(generator, [r["prompt"] for r in requests])
     say(f"{whole.sum()} of {len(whole)} requests were answered with a complete image")
     drawn = drawings(image_decoder, features)
+
     reader, classifier, judged = judges(generator, data, settings)
     by_type = short_answers.score_by_type(rows, qdata.QUESTION_TYPES)
-
-    wanted = [
-        np.array([qdata.COLORS.index(r["color"]) for r in requests]),
-        np.array([qdata.SHAPES.index(r["shape"]) for r in requests]),
-    ]
-    tokens_read = reader.predict(features)
-    tokens_right = whole & (tokens_read[0] == wanted[0]) & (tokens_read[1] == wanted[1])
+    wanted = _wanted(requests)
     gain = {}
     if best_of.samples_differ(generator):
         gain = best_of.measure(generator, reader, requests, wanted, settings.batch, say)
-    n, seeds = drawn.shape[:2]
-    seen = [s.reshape(n, seeds) for s in classifier.predict(drawn.reshape(-1, *drawn.shape[2:]))]
-    right = whole[:, None] & (seen[0] == wanted[0][:, None]) & (seen[1] == wanted[1][:, None])
-    for i, request in enumerate(requests):
-        request["tokens_right"] = bool(tokens_right[i])
-        request["seen"] = [
-            f"{qdata.COLORS[seen[0][i, s]]} {qdata.SHAPES[seen[1][i, s]]}" for s in range(seeds)
-        ]
-        request["right"] = right[i].tolist()
-    measured = measure_shapes(drawn, whole, *wanted)
-    for request, overlap, count in zip(requests, measured.overlap, measured.count, strict=True):
-        request |= {"overlap": overlap.tolist(), "shapes": count.tolist()}
+    tokens_right = _judge_tokens(requests, features, whole, wanted, reader)
+    right = _judge_drawings(requests, drawn, whole, wanted, classifier)
+    measured = _measure_drawings(requests, drawn, whole, wanted)
+
     result = {
         "settings": dataclasses.asdict(settings),
         "questions": rows,
@@ -203,12 +191,54 @@ def evaluate(
         "best_of": gain,
         "judges": judged,
     }
+    _save(folder, result, features, drawn)
+    return result
+
+
+def _wanted(requests: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+    """(colours int[n], shapes int[n]) that are asked for."""
+    colors = np.array([qdata.COLORS.index(r["color"]) for r in requests])
+    return colors, np.array([qdata.SHAPES.index(r["shape"]) for r in requests])
+
+
+def _judge_tokens(requests: list[dict], features, whole, wanted, reader) -> np.ndarray:
+    """bool[n] whether visual tokens are of what was asked for; noted in the requests."""
+    color, shape = reader.predict(features)
+    right = whole & (color == wanted[0]) & (shape == wanted[1])
+    for request, one in zip(requests, right, strict=True):
+        request["tokens_right"] = bool(one)
+    return right
+
+
+def _judge_drawings(requests: list[dict], drawn, whole, wanted, classifier) -> np.ndarray:
+    """bool[n, seeds] whether drawings show what was asked for; noted in the requests, with what
+    they show."""
+    n, seeds = drawn.shape[:2]
+    read = classifier.predict(drawn.reshape(-1, *drawn.shape[2:]))
+    color, shape = (labels.reshape(n, seeds) for labels in read)
+    right = whole[:, None] & (color == wanted[0][:, None]) & (shape == wanted[1][:, None])
+    for i, request in enumerate(requests):
+        request["seen"] = [
+            f"{qdata.COLORS[color[i, s]]} {qdata.SHAPES[shape[i, s]]}" for s in range(seeds)
+        ]
+        request["right"] = right[i].tolist()
+    return right
+
+
+def _measure_drawings(requests: list[dict], drawn, whole, wanted) -> shapes.Measures:
+    """How clean the drawings are; noted in the requests."""
+    measured = measure_shapes(drawn, whole, *wanted)
+    for request, overlap, count in zip(requests, measured.overlap, measured.count, strict=True):
+        request |= {"overlap": overlap.tolist(), "shapes": count.tolist()}
+    return measured
+
+
+def _save(folder: pathlib.Path, result: dict, features, drawn) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(folder / "drawings.npz", features=features, drawings=drawn)
     partial = folder / "evaluation.json.partial"
     partial.write_text(json.dumps(jax.tree.map(_plain, result), indent=1) + "\n")
     partial.replace(folder / "evaluation.json")
-    return result
 
 
 def _plain(x):

@@ -143,7 +143,7 @@ def drawings(generator, folder: pathlib.Path, split: str) -> np.ndarray:
         folder: with the files of `stories.prepare`.
     """
     from metamorph_jax.quickstart.data import read_jsonl
-    from metamorph_jax.sampling.generator import Options
+    from metamorph_jax.sampling.options import Options
     from metamorph_jax.sampling.requests import Request
 
     rows, requests = read_jsonl(folder / f"{split}.jsonl"), []

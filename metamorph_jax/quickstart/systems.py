@@ -306,7 +306,7 @@ class SharedQuickStart(QuickStart):
 def drawings(generator, files) -> tuple[np.ndarray, np.ndarray, float]:
     """(uint8[requests, seeds, SIDE, SIDE, 3], bool[requests, seeds] whether an image was made,
     seconds per image) of the requests of the test, none picked."""
-    from metamorph_jax.sampling.generator import Options
+    from metamorph_jax.sampling.options import Options
     from metamorph_jax.sampling.requests import Request
 
     rows = qdata.read_jsonl(files.draw_test)

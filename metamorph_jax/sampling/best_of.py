@@ -18,6 +18,7 @@ import numpy as np
 
 from metamorph_jax.data.sources.base import IMAGE, VIDEO
 from metamorph_jax.errors import WeightError
+from metamorph_jax.sampling import likelihood
 from metamorph_jax.sampling.requests import FAULTS, Request
 from metamorph_jax.sampling.results import Candidates
 from metamorph_jax.sampling.segments import BROKEN, Result, VisualTokens
@@ -39,7 +40,7 @@ def check(generator, policy, temperature: float) -> None:
             "what this model draws images from are not visual tokens that it could read again: "
             "leave best_of at 1"
         )
-    if not generator.projects:
+    if not generator.reader.projects:
         raise ValueError(
             "this model was trained on cached features and has no tower, so it reads no image, "
             "not even its own: leave best_of at 1"
@@ -65,13 +66,13 @@ def askable(
     """The requests whose questions fit into the context.
 
     Args:
-        prompts: `generator.Prompts`.
+        prompts: `prompts.Prompts`.
         failed: told about the others.
     """
     for request in requests:
         try:
             for question in questions(request):
-                prompts.about(question, YES + NO)
+                likelihood.about(prompts, question, YES + NO)
         except FAULTS as error:
             failed(request, error)
         else:

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from metamorph_jax.errors import WeightError
-from metamorph_jax.sampling.generator import DEFAULTS, Drawn, Generator, Options
+from metamorph_jax.sampling.generator import Drawn, Generator
+from metamorph_jax.sampling.options import DEFAULTS, Options
 from metamorph_jax.sampling.requests import Request
 from metamorph_jax.sampling.results import Reply
 from metamorph_jax.sampling.text import row_keys
@@ -97,7 +98,7 @@ class Conversation:
         row, pixels = generator.prompts.row(
             request, budget, None if first else self._next, self.used + (not first)
         )
-        embeds, ids, images = generator.embedded(row, pixels)
+        embeds, ids, images = generator.reader.embedded(row, pixels)
         images = None if images is None else [images]
         seed = self.options.seed_of(dataclasses.replace(request, id=str(self.turns)))
         seeds = np.array([seed], np.uint32)

@@ -179,10 +179,10 @@ def _of_model(args) -> Reader:
 
     def compute(pixels: np.ndarray) -> np.ndarray:
         try:
-            features = generator.see(pixels)
+            features = generator.reader.see(pixels)
         except ValueError as error:
             raise UserError(error) from error
-        return generator.project(features) if connector else features
+        return generator.reader.project(features) if connector else features
 
     names = ("workdir", "checkpoint", "config", "overrides", "layer")
     made_by = {name: getattr(args, name) for name in names}

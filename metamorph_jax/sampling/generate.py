@@ -40,7 +40,7 @@ from metamorph_jax.sampling.requests import (
 from metamorph_jax.sampling.results import Candidates, Output, Reply, Stream, printable
 
 if typing.TYPE_CHECKING:
-    from metamorph_jax.sampling.generator import Options
+    from metamorph_jax.sampling.options import Options
 
 MOST_SAMPLES = 10_000
 EARLY = {"yes": True, "no": False, "never": "never"}
@@ -265,7 +265,7 @@ def check_model(args) -> None:
 
 def decoding_options(args, batch_size: int, **more) -> "Options":
     """The `Options` of the command line, and `more`; UserError for values that make no sense."""
-    from metamorph_jax.sampling.generator import Options
+    from metamorph_jax.sampling.options import Options
 
     try:
         return Options(

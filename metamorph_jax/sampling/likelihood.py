@@ -12,7 +12,8 @@ the same cache.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import jax
@@ -21,9 +22,15 @@ import numpy as np
 from jax import lax
 
 from metamorph_jax.data.chat import SENTINEL, Chat
-from metamorph_jax.data.sources.base import Turn
+from metamorph_jax.data.interleave import Row, build_row, read_place
+from metamorph_jax.data.sources.base import IMAGE, Turn
+from metamorph_jax.errors import WeightError
 from metamorph_jax.sampling.cached_llm import CachedLLM
 from metamorph_jax.sampling.loop import BUCKETS, Loop, RowImages, bucket
+from metamorph_jax.sampling.prompt_reader import batches
+from metamorph_jax.sampling.prompts import Prompts
+from metamorph_jax.sampling.requests import FAULTS, Request
+from metamorph_jax.sampling.segments import WHY_BROKEN
 from metamorph_jax.sharding import constrain
 
 _BLOCKS = (2, 4, 8, 16, *BUCKETS)  # lengths that blocks are padded to
@@ -60,6 +67,103 @@ class Block:
     scored: np.ndarray
 
 
+def of_requests(
+    generator,
+    requests: Iterable[Request],
+    answers: Mapping[str, Sequence[str]],
+    failed: Callable[[Request, Exception], None],
+    batch_size: int,
+    closing: bool,
+) -> Iterator[tuple[Request, list[Likelihood]]]:
+    """See `Generator.likelihoods`."""
+    requests = list(requests)
+    size = min(batch_size, max(len(requests), 1))
+    prompts = _read_all(generator, requests, answers, closing, failed)
+    for batch in batches(prompts, size):
+        filled = batch + [batch[0]] * (size - len(batch))  # needs no compilation of its own
+        _, embeds, blocks, images = zip(*filled, strict=True)
+        images = None if all(one is None for one in images) else images
+        found = of_batch(generator.loop, embeds, blocks, images)
+        for (request, *_), one in zip(batch, found, strict=False):
+            if all(math.isfinite(answer.total) for answer in one):
+                yield request, one
+            else:
+                failed(request, WeightError(f"{WHY_BROKEN}, so its answers can't be compared"))
+
+
+def of_images(
+    generator, images: np.ndarray, question: str, answers: Sequence[str], batch_size: int
+) -> list[list[Likelihood]]:
+    """See `Generator.likelihoods_about`."""
+    row, blocks = about(generator.prompts, question, answers)
+    embeds = [generator.reader.placed(row, image[None]).embeds for image in images]
+    found = []
+    for start in range(0, len(images), batch_size):
+        part = embeds[start : start + batch_size]
+        filled = part + part[:1] * (batch_size - len(part))
+        found += of_batch(generator.loop, filled, [blocks] * batch_size)[: len(part)]
+    return found
+
+
+# ---- prompts, and the blocks after them
+
+
+def _read_all(generator, requests, answers, closing: bool, failed):
+    """(request, embeds, blocks, images) of those requests that can be answered."""
+    for request in requests:
+        try:
+            row, pixels, blocks = _compared(
+                generator.prompts, request, answers[request.id], closing
+            )
+            prompt = generator.reader.embedded(row, pixels)
+            yield request, prompt.embeds, blocks, prompt.images
+        except FAULTS as error:
+            failed(request, error)
+
+
+def _compared(prompts: Prompts, request: Request, answers: Sequence[str], closing: bool):
+    """(row, pixels) as `Prompts.row`, and a block for each of the answers.
+
+    Raises:
+        ValueError, BadSample: with a message for the user.
+    """
+    blocks = []
+
+    def write(turns):
+        prompt, found = split(prompts.chat, turns, answers, closing)
+        blocks.extend(found)
+        return prompt
+
+    row, pixels = prompts.row(request, 1, write)
+    _check_room(prompts, row, blocks)
+    return row, pixels, blocks
+
+
+def about(prompts: Prompts, question: str, answers: Sequence[str]) -> tuple[Row, list[Block]]:
+    """(row, a block for each of the answers) of a question about an image that is seen already.
+
+    Args:
+        question: the image stands where it has `<image>`, else before it.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    text = question if IMAGE in question else f"{IMAGE}{prompts.chat.template.lead}{question}"
+    ids, blocks = split(prompts.chat, [("user", text)], answers)
+    place = read_place(*prompts.views.plan(None))
+    row = build_row(ids, None, [place], prompts.views.tokens, len(ids) + len(place))
+    _check_room(prompts, row, blocks)
+    return row, blocks
+
+
+def _check_room(prompts: Prompts, row: Row, blocks: Sequence[Block]) -> None:
+    need = len(row) + max(len(block.ids) for block in blocks)
+    if need > prompts.length:
+        raise ValueError(
+            f"prompt and answer make {need} positions, but the context has {prompts.length}"
+        )
+
+
 def split(
     chat: Chat, turns: Sequence[Turn], answers: Sequence[str], closing: bool = False
 ) -> tuple[np.ndarray, list[Block]]:
@@ -91,6 +195,9 @@ def split(
             raise ValueError(f"an answer to be compared must be text, not {answer!r}")
         blocks.append(Block(ids[: last[-1] + 1], scored[: last[-1] + 1]))
     return written[0].ids[:shared], blocks
+
+
+# ---- a batch
 
 
 def of_batch(

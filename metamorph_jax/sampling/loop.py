@@ -289,38 +289,41 @@ class Loop:
         Raises:
             ValueError: it does not fit into the cache, or the record, or an image has no place.
         """
-        lengths, width = np.zeros(len(state.length), np.int32), self.llm.cfg.width
-        block = [np.zeros((0, width), np.float32)] * len(lengths)
-        for row, x in zip(rows, embeddings, strict=True):
-            if not len(x):
+        B, empty = len(state.length), np.zeros((0, self.llm.cfg.width), np.float32)
+        block = _spread(embeddings, rows, B, empty)
+        lengths = np.array([len(x) for x in block], np.int32)
+        for row in rows:
+            if not lengths[row]:
                 raise ValueError(f"nothing to append to row {row}")
-            lengths[row], block[row] = len(x), x
-        filled, budget, count, unread = self.read(
+        turn = max_new_tokens is not None
+        budget = max_new_tokens + policy.extra_steps if turn else 0
+        self._check_room(state, lengths, budget if turn else None)
+        n = bucket(int(lengths.max()), buckets)
+        looks = [None] * B if images is None else _spread(images, rows, B, None)
+        _check_places(state, looks)
+        with self.on_mesh():
+            return self._extend(
+                self.weights, state, padded(block, n, np.float32, 0), lengths, np.int32(budget),
+                self.joined(looks), policy=policy, turn=turn,
+            )  # fmt: skip
+
+    def _check_room(self, state: State, lengths: np.ndarray, budget: int | None) -> None:
+        """Raises ValueError where blocks int32[B], and the tokens that rows may emit after them,
+        don't fit.
+
+        Args:
+            budget: a new one, with which records begin anew; None: the rows have theirs.
+        """
+        filled, given, count, unread = self.read(
             state.length, state.budget, state.count, state.unread
         )
-        left, turn = budget - count, max_new_tokens is not None
-        if turn:
-            left = max_new_tokens + policy.extra_steps
-            if left > state.record.shape[1]:
-                raise ValueError(f"records have {state.record.shape[1]} places, not {left}")
+        if budget is not None and budget > state.record.shape[1]:
+            raise ValueError(f"records have {state.record.shape[1]} places, not {budget}")
+        left = given - count if budget is None else budget
         need = int(np.where(lengths, filled + unread + lengths + left, 0).max())
         slots = state.values[0].shape[-2]
         if need > slots:
             raise ValueError(f"{need} positions don't fit the cache, which has {slots} slots")
-        n = bucket(int(lengths.max()), buckets)
-        budget = np.int32(left if turn else 0)
-        looks: list[RowImages | None] = [None] * len(lengths)
-        for row, of_it in zip(rows, images or (), strict=images is not None):
-            looks[row] = of_it
-        most = max((len(x.start) for x in looks if x is not None), default=0)
-        places = 0 if state.images is None else state.images.start.shape[1]
-        if most > places:
-            raise ValueError(f"{most} images don't fit the {places} places of a row")
-        with self.on_mesh():
-            return self._extend(
-                self.weights, state, padded(block, n, np.float32, 0), lengths, budget,
-                self.joined(looks), policy=policy, turn=turn,
-            )  # fmt: skip
 
     def results(self, state: State, policy: Policy) -> list[Result]:
         """What the rows emitted, since the prompt or since the last turn began."""
@@ -502,6 +505,22 @@ def _where(rows, new, old):
     """`new` for these rows, `old` for the others, of pytrees with leaves [B, ...]."""
     choose = lambda a, b: jnp.where(rows.reshape(-1, *(1,) * (a.ndim - 1)), a, b)  # noqa: E731
     return jax.tree.map(choose, new, old)
+
+
+def _spread(values: Sequence, rows: Sequence[int], count: int, missing) -> list:
+    """One for each of so many rows: the values for `rows`, `missing` for the others."""
+    spread = [missing] * count
+    for row, value in zip(rows, values, strict=True):
+        spread[row] = value
+    return spread
+
+
+def _check_places(state: State, images: Sequence[RowImages | None]) -> None:
+    """Raises ValueError where a row gets more images than it has places for."""
+    most = max((len(x.start) for x in images if x is not None), default=0)
+    places = 0 if state.images is None else state.images.start.shape[1]
+    if most > places:
+        raise ValueError(f"{most} images don't fit the {places} places of a row")
 
 
 def padded(rows: Sequence, length: int, dtype, fill) -> np.ndarray:

@@ -18,7 +18,8 @@ from metamorph_jax.data.stream import choices
 from metamorph_jax.errors import BadSample
 from metamorph_jax.files import shown
 from metamorph_jax.recipe import Shown
-from metamorph_jax.sampling.generator import Generator, Options
+from metamorph_jax.sampling.generator import Generator
+from metamorph_jax.sampling.options import Options
 from metamorph_jax.sampling.requests import IMAGE, Request
 
 TOKENS = 64  # of an answer, besides the visual tokens of one image

@@ -6,6 +6,9 @@ import numpy as np
 
 # In the record of what a row emitted; BROKEN: its logits were not finite, and it ended there.
 VISUAL, NOTHING, BROKEN = -1, -2, -3
+WHY_BROKEN = (
+    "the model's logits are not finite (damaged weights, or numbers too large for its dtype)"
+)
 
 
 @dataclasses.dataclass(frozen=True)

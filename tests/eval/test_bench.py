@@ -22,7 +22,7 @@ from metamorph_jax.eval.tasks.base import (  # noqa: E402
     mean,
     mean_terms,
 )
-from metamorph_jax.sampling.generator import Options  # noqa: E402
+from metamorph_jax.sampling.options import Options  # noqa: E402
 from tests.eval import toy  # noqa: E402
 
 ROWS = [

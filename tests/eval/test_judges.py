@@ -15,7 +15,7 @@ from metamorph_jax.errors import EndpointError, UserError  # noqa: E402
 from metamorph_jax.eval import bench, judges, tasks  # noqa: E402
 from metamorph_jax.eval.bench import Settings  # noqa: E402
 from metamorph_jax.eval.judges import EndpointModel, Judge  # noqa: E402
-from metamorph_jax.sampling.generator import Options  # noqa: E402
+from metamorph_jax.sampling.options import Options  # noqa: E402
 from metamorph_jax.sampling.requests import Request  # noqa: E402
 from tests import chat_server  # noqa: E402
 from tests.eval import toy  # noqa: E402

@@ -14,7 +14,7 @@ from PIL import Image
 
 from metamorph_jax.data.chat import Markers
 from metamorph_jax.sampling import trained
-from metamorph_jax.sampling.generator import Prompts
+from metamorph_jax.sampling.prompts import Prompts
 from metamorph_jax.sampling.results import Reply, TextPart
 from tests.hostile.harness import check
 

@@ -13,7 +13,7 @@ from metamorph_jax.data.sources.base import IMAGE
 from metamorph_jax.errors import BadSample, UserError
 from metamorph_jax.instruct import journal, writers
 from metamorph_jax.instruct.wordings import DETAIL_QUESTIONS
-from metamorph_jax.sampling.generator import Options
+from metamorph_jax.sampling.options import Options
 from metamorph_jax.sampling.requests import Request
 from tests.chat_server import ChatServer, completion, half, raw, status
 

@@ -28,9 +28,11 @@ from metamorph_jax.models.llm import llama
 from metamorph_jax.nn.attention import row_mask
 from metamorph_jax.recipe import Shard
 from metamorph_jax.sampling import samples
-from metamorph_jax.sampling.generator import Generator, Prompts
+from metamorph_jax.sampling.generator import Generator
 from metamorph_jax.sampling.llm_weights import take_over
 from metamorph_jax.sampling.loop import Loop
+from metamorph_jax.sampling.prompt_reader import PromptReader
+from metamorph_jax.sampling.prompts import Prompts
 from metamorph_jax.types import Batch
 
 # ---- what it is made of
@@ -142,7 +144,8 @@ def generator(model: Toy, cfg: Config, data: DataConfig, *, weights: str = "auto
     del eyes.llm
     chat = Chat.of(specs.tokenizer(cfg.tokenizer), data.row)
     prompts = Prompts(chat, input_spec(cfg).views, data.images, data.row.length)
-    return Generator(Loop(llm, kept, None, mesh), lambda text: text, prompts, eyes, 3)
+    loop = Loop(llm, kept, None, mesh)
+    return Generator(loop, lambda text: text, prompts, PromptReader(loop, eyes, 3))
 
 
 def show(model: Toy, cfg: Config, data: DataConfig, count: int):

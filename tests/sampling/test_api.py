@@ -17,7 +17,7 @@ from metamorph_jax.models import build
 from metamorph_jax.models.build import is_open
 from metamorph_jax.recipes import metamorph
 from metamorph_jax.sampling import trained
-from metamorph_jax.sampling.generator import Options
+from metamorph_jax.sampling.options import Options
 
 
 def test_load_and_generate(workdir, image_files, capsys):

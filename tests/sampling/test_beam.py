@@ -14,9 +14,9 @@ from metamorph_jax.models.llm import llama
 from metamorph_jax.sampling import beam, generate
 from metamorph_jax.sampling.beam import Beams
 from metamorph_jax.sampling.conversation import Conversation
-from metamorph_jax.sampling.generator import Options
 from metamorph_jax.sampling.llm_weights import take_over
 from metamorph_jax.sampling.loop import Loop
+from metamorph_jax.sampling.options import Options
 from metamorph_jax.sampling.policy import StoppingPolicy, TextPolicy
 from metamorph_jax.sampling.requests import Request
 from metamorph_jax.sampling.segments import BROKEN

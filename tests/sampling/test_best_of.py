@@ -14,8 +14,8 @@ from metamorph_jax.models.heads.visual_flow import FlowConfig
 from metamorph_jax.recipes.metamorph import decoding
 from metamorph_jax.sampling import best_of, generate, trained
 from metamorph_jax.sampling.conversation import Conversation
-from metamorph_jax.sampling.generator import Options
 from metamorph_jax.sampling.likelihood import Likelihood
+from metamorph_jax.sampling.options import Options
 from metamorph_jax.sampling.requests import Request
 
 # The start of an image, its four visual tokens and another token; six rows, compiled once.
@@ -92,7 +92,7 @@ def test_a_score_is_that_of_reading_an_image(sampler, image_files):
     """Visual tokens of a file score as the file does, and scores of questions add up."""
     file = image_files / "a.png"
     (loaded,) = sampler.prompts.images.load([_ref(file)])
-    features = sampler.see(sampler.prompts.views.pixels(loaded))
+    features = sampler.reader.see(sampler.prompts.views.pixels(loaded))
     asked = ("Is it red?", "Look at <image>: is it a circle?")
     requests = [Request(question, question, (str(file),)) for question in asked]
     answers = dict.fromkeys(asked, (*best_of.YES, *best_of.NO))
@@ -131,7 +131,7 @@ def test_what_cannot_be_asked_for(sampler, generator, monkeypatch):
         with pytest.raises(ValueError, match="writes text only"):
             sampler.check(two)
     with monkeypatch.context() as patch:
-        patch.setattr(sampler, "_project", None)
+        patch.setattr(sampler.reader, "_project", None)
         with pytest.raises(ValueError, match="has no tower"):
             sampler.check(two)
     with pytest.raises(ValueError, match="leave best_of at 1"):

@@ -11,7 +11,7 @@ from metamorph_jax.data.chat import Chat
 from metamorph_jax.errors import UserError
 from metamorph_jax.sampling import chat, generate
 from metamorph_jax.sampling.conversation import Conversation
-from metamorph_jax.sampling.generator import Options
+from metamorph_jax.sampling.options import Options
 from metamorph_jax.sampling.requests import Request
 from metamorph_jax.sampling.results import ImagePart, Reply, TextPart
 

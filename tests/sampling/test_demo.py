@@ -14,7 +14,7 @@ from metamorph_jax.sampling import generate
 from metamorph_jax.sampling.conversation import Conversation
 from metamorph_jax.sampling.demo import command
 from metamorph_jax.sampling.demo.engine import Engine, Limits, Settings, Turn
-from metamorph_jax.sampling.generator import Options
+from metamorph_jax.sampling.options import Options
 from metamorph_jax.sampling.requests import Request
 
 SHORT = Settings(max_new_tokens=6)

@@ -13,7 +13,7 @@ import pytest
 from metamorph_jax.errors import UserError
 from metamorph_jax.sampling.demo import page
 from metamorph_jax.sampling.demo.engine import Engine, Settings
-from metamorph_jax.sampling.generator import Options
+from metamorph_jax.sampling.options import Options
 
 SKIPPED = "needs gradio: pip install 'metamorph_jax[demo]' in an environment of its own"
 

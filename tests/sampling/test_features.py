@@ -49,8 +49,8 @@ def index(tmp_path):
 def expected(generator, file, layer):
     with Image.open(file) as image:
         pixels = generator.prompts.views.pixels(image.convert("RGB"))
-    found = generator.see(pixels)
-    return generator.project(found) if layer == "connector" else found
+    found = generator.reader.see(pixels)
+    return generator.reader.project(found) if layer == "connector" else found
 
 
 @pytest.mark.parametrize("layer", features.LAYERS)

@@ -15,7 +15,7 @@ from metamorph_jax.data.sources import kinds
 from metamorph_jax.errors import UserError, WeightError
 from metamorph_jax.recipes.metamorph import wordings
 from metamorph_jax.sampling.conversation import Conversation
-from metamorph_jax.sampling.generator import Options
+from metamorph_jax.sampling.options import Options
 from metamorph_jax.sampling.requests import Request, as_sample
 from metamorph_jax.sampling.results import TextPart
 from metamorph_jax.sampling.trained import load_generator
@@ -207,8 +207,8 @@ def test_a_generator_takes_other_weights_without_compiling(workdir, image_files)
         return [part.ids for part in reply.segments if isinstance(part, TextPart)]
 
     before, wanted = ids(first), ids(second)
-    loop = first.loop
-    compiled = (loop._prefill, loop._advance, loop._embed, first._see, first._project)
+    loop, reader = first.loop, first.reader
+    compiled = (loop._prefill, loop._advance, loop._embed, reader._see, reader._project)
     sizes = [function._cache_size() for function in compiled]
     first.release()
     first.renew(second)

@@ -18,7 +18,7 @@ from PIL import Image
 
 from metamorph_jax import api
 from metamorph_jax.errors import ConfigError
-from metamorph_jax.sampling.generator import Options
+from metamorph_jax.sampling.options import Options
 from metamorph_jax.sampling.requests import Request
 from metamorph_jax.sampling.trained import load_generator
 

@@ -10,8 +10,8 @@ from PIL import Image
 from metamorph_jax.errors import UserError, WeightError
 from metamorph_jax.recipes import decoder
 from metamorph_jax.recipes.decoder.config import pixels
-from metamorph_jax.sampling.generator import Options
 from metamorph_jax.sampling.image_decoder import ImageDecoder
+from metamorph_jax.sampling.options import Options
 from metamorph_jax.sampling.requests import Request
 from metamorph_jax.sampling.results import (
     ImagePart,

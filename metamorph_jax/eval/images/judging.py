@@ -20,7 +20,7 @@ from metamorph_jax.errors import UserError
 from metamorph_jax.eval.answers import Store
 from metamorph_jax.eval.judges import ENDPOINT, EndpointModel, check_judge
 from metamorph_jax.files import shown
-from metamorph_jax.sampling.generator import Options
+from metamorph_jax.sampling.options import Options
 from metamorph_jax.sampling.requests import Request
 
 VERDICTS = ("Yes", "No")

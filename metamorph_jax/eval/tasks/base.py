@@ -136,7 +136,7 @@ class Protocol:
 
     Attributes:
         options: of the task; those that are given win.
-        decoding: of the generator (`sampling.generator.Options`); those that are not at their
+        decoding: of the generator (`sampling.options.Options`); those that are not at their
             defaults win.
     """
 

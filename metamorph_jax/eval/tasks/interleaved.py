@@ -35,7 +35,7 @@ from metamorph_jax.eval.images.features import ImageSet
 from metamorph_jax.eval.images.judging import ENDPOINT, check_judge
 from metamorph_jax.eval.judges import EndpointModel
 from metamorph_jax.eval.tasks.base import Answer, File, Protocol, Question, Record, Task
-from metamorph_jax.sampling.generator import Options
+from metamorph_jax.sampling.options import Options
 from metamorph_jax.sampling.requests import MOST_ROUNDS, Request
 
 TEXT_IMAGE = "100 x CLIP, neighbouring image and text"

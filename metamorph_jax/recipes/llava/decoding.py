@@ -13,10 +13,12 @@ from metamorph_jax.recipes.llava.model import Llava
 from metamorph_jax.recipes.llava.published import generation_fields
 from metamorph_jax.recipes.llava.sources import KINDS
 from metamorph_jax.sampling import samples
-from metamorph_jax.sampling.generator import Generator, Prompts
+from metamorph_jax.sampling.generator import Generator
 from metamorph_jax.sampling.llm_weights import take_over
 from metamorph_jax.sampling.loop import Loop
 from metamorph_jax.sampling.policy import stopping
+from metamorph_jax.sampling.prompt_reader import PromptReader
+from metamorph_jax.sampling.prompts import Prompts
 
 
 def make_loop(model: Llava, weights: str = "auto") -> Loop:
@@ -42,9 +44,9 @@ def generator(model: Llava, cfg, data, *, weights: str = "auto") -> Generator:
     prompts = Prompts(chat, views, data.images, data.row.length,
                       frames=data.frames, ends=ends)  # fmt: skip
     reads = None if model.vision.tower is None else encoder
-    width = model.vision.feature_shape[1]
+    reader = PromptReader(loop, reads, model.vision.feature_shape[1], newline)
     policy = functools.partial(stopping, stops=chat.stops)
-    return Generator(loop, policy, prompts, reads, width, newline)
+    return Generator(loop, policy, prompts, reader)
 
 
 def show(model: Llava, cfg, data, count: int) -> list[Shown]:

@@ -32,10 +32,12 @@ from metamorph_jax.recipes.metamorph.sources import KINDS
 from metamorph_jax.recipes.metamorph.wordings import look_first
 from metamorph_jax.sampling import samples
 from metamorph_jax.sampling.cached_llm import once
-from metamorph_jax.sampling.generator import Generator, Prompts
+from metamorph_jax.sampling.generator import Generator
 from metamorph_jax.sampling.llm_weights import take_over
 from metamorph_jax.sampling.loop import Loop
 from metamorph_jax.sampling.policy import BROKEN, Emission, Model, Policy, Step, TextPolicy
+from metamorph_jax.sampling.prompt_reader import PromptReader
+from metamorph_jax.sampling.prompts import Prompts
 from metamorph_jax.sampling.segments import VISUAL, Result, read_record
 
 
@@ -258,7 +260,8 @@ def generator(
     policy = partial(make_policy, parts, force_end=force_end, parity=parity)
     ends = tuple(listed_eos(generation_fields(cfg)))
     prompts = Prompts(chat, views, data.images, data.row.length, look_first, data.frames, ends)
-    return Generator(loop, policy, prompts, encoder, model.feature_shape[1])
+    reader = PromptReader(loop, encoder, model.feature_shape[1])
+    return Generator(loop, policy, prompts, reader)
 
 
 def _sample_with(head, flow: Mapping[str, float]) -> None:

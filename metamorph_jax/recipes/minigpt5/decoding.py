@@ -41,11 +41,14 @@ from metamorph_jax.recipes.minigpt5.model import MiniGPT5
 from metamorph_jax.recipes.minigpt5.published import base
 from metamorph_jax.recipes.minigpt5.sources import KINDS
 from metamorph_jax.sampling import samples
-from metamorph_jax.sampling.generator import Drawn, Generator, Options, Prompt, Prompts
+from metamorph_jax.sampling.generator import Drawn, Generator
 from metamorph_jax.sampling.image_decoder import ImageDecoder
 from metamorph_jax.sampling.llm_weights import take_over
 from metamorph_jax.sampling.loop import Loop
+from metamorph_jax.sampling.options import Options
 from metamorph_jax.sampling.policy import Emission, Model, Policy, Step, TextPolicy, stopping
+from metamorph_jax.sampling.prompt_reader import Prompt, PromptReader
+from metamorph_jax.sampling.prompts import Prompts
 from metamorph_jax.sampling.requests import Request
 from metamorph_jax.sampling.segments import BROKEN, VISUAL, Result, VisualTokens
 
@@ -200,11 +203,24 @@ class Drawing(nnx.Module):
         )  # fmt: skip
 
 
+class VokenReader(PromptReader):
+    """A reader that tells no ids of prompts.
+
+    A repetition penalty looks at replies only, as in the reference: prompts hold the text that ends
+    a reply.
+    """
+
+    def embedded(self, row, pixels: np.ndarray | None) -> Prompt:
+        """See `PromptReader.embedded`."""
+        prompt = super().embedded(row, pixels)
+        return prompt._replace(ids=np.full_like(prompt.ids, -1))
+
+
 class VokenGenerator(Generator):
     """A generator whose rows have vokens, from which images are drawn when a batch is written.
 
     Args:
-        loop, prompts, encoder, feature_width: see `Generator`.
+        loop, prompts, reader: see `Generator`.
         image_decoder: draws the states of vokens.
         cfg: of the model.
         turn_tokens: see `VokenPolicy`.
@@ -213,10 +229,10 @@ class VokenGenerator(Generator):
     modes = ("text", "image", "both")
 
     def __init__(
-        self, loop: Loop, prompts: Prompts, encoder: nnx.Module, feature_width: int,
-        image_decoder: ImageDecoder, cfg: Config, turn_tokens: int = TURN,
+        self, loop: Loop, prompts: Prompts, reader: PromptReader, image_decoder: ImageDecoder,
+        cfg: Config, turn_tokens: int = TURN,
     ):  # fmt: skip
-        super().__init__(loop, self._policy, prompts, encoder, feature_width)
+        super().__init__(loop, self._policy, prompts, reader)
         self.image_decoder, self.turn_tokens = image_decoder, turn_tokens
         self.vokens = voken_ids(cfg)
 
@@ -234,12 +250,6 @@ class VokenGenerator(Generator):
         """See `Generator.release`."""
         super().release()
         self.image_decoder.weights = None
-
-    def embedded(self, row, pixels: np.ndarray | None) -> Prompt:
-        """See `Generator.embedded`. A repetition penalty looks at replies only, as in the
-        reference: prompts hold the text that ends a reply."""
-        prompt = super().embedded(row, pixels)
-        return prompt._replace(ids=np.full_like(prompt.ids, -1))
 
     def policy_of(self, options: Options, requests: Sequence[Request] = ()) -> Policy:
         """With beams, and in mode "text", a voken ends a reply as the end of a sequence does."""
@@ -302,18 +312,17 @@ def generator(
         weights: how those of the language model are kept, see `take_over`.
         turn_tokens: most tokens of a text before an image that a request asks for.
     """
-    reader = nnx.merge(*nnx.split(model))  # the same arrays, another module
-    del reader.llm, reader.mapper, reader.decoder, reader.text_encoder
+    encoder = nnx.merge(*nnx.split(model))  # the same arrays, another module
+    del encoder.llm, encoder.mapper, encoder.decoder, encoder.text_encoder
     mesh = sharding.mesh_of(nnx.state(model))
     llm, kept = take_over(model.llm, weights, mesh)
     views = data.images.change(input_spec(cfg).views)
     chat = Chat.of(load_tokenizer(cfg), data.row)
     ends = tuple(listed_eos(specs.generation_fields(base(cfg), llm.cfg.vocab_size)))
     prompts = Prompts(chat, views, data.images, data.row.length, None, data.frames, ends)
-    return VokenGenerator(
-        Loop(llm, kept, None, mesh), prompts, reader, cfg.qformer.resampler.width,
-        ImageDecoder(Drawing(model)), cfg, turn_tokens,
-    )  # fmt: skip
+    loop = Loop(llm, kept, None, mesh)
+    reader = VokenReader(loop, encoder, cfg.qformer.resampler.width)
+    return VokenGenerator(loop, prompts, reader, ImageDecoder(Drawing(model)), cfg, turn_tokens)
 
 
 def show(model: MiniGPT5, cfg, data, count: int) -> list[Shown]:

@@ -35,11 +35,14 @@ from metamorph_jax.recipes.mm_interleaved.model import MMInterleaved
 from metamorph_jax.recipes.mm_interleaved.published import base
 from metamorph_jax.recipes.mm_interleaved.sources import KINDS
 from metamorph_jax.sampling import samples
-from metamorph_jax.sampling.generator import Drawn, Generator, Options, Prompt, Prompts
+from metamorph_jax.sampling.generator import Drawn, Generator
 from metamorph_jax.sampling.image_decoder import with_steps
 from metamorph_jax.sampling.llm_weights import take_over
 from metamorph_jax.sampling.loop import Loop, RowImages, State
+from metamorph_jax.sampling.options import Options
 from metamorph_jax.sampling.policy import Emission, Model, Policy, Step, TextPolicy
+from metamorph_jax.sampling.prompt_reader import Prompt, PromptReader
+from metamorph_jax.sampling.prompts import Prompts
 from metamorph_jax.sampling.requests import Request
 from metamorph_jax.sampling.segments import BROKEN, NOTHING, Result, Text, VisualTokens
 from metamorph_jax.types import TEXT
@@ -199,6 +202,10 @@ class Painter:
             np.zeros((count, side, side, vision.vit.width), np.float32) for side in vision.sides
         )
 
+    def for_llm(self, maps: tuple) -> tuple:
+        """Those maps that the language model samples."""
+        return maps[len(maps) - self.cfg.insert.levels :]
+
     def draw(
         self, states, start: np.ndarray, maps: Sequence[Sequence], seeds, guidance: float
     ) -> np.ndarray:
@@ -253,6 +260,51 @@ def _filled(x):
     return join([x, *[x[:1]] * more]) if more else x
 
 
+@dataclasses.dataclass(frozen=True)
+class _OwnImages(RowImages):
+    """`RowImages` that know all maps of their images, for the decoder.
+
+    Attributes:
+        all_maps: a tuple of float[m, h, w, C].
+    """
+
+    all_maps: tuple = ()
+
+    def each(self) -> list[tuple]:
+        return [tuple(x[k] for x in self.all_maps) for k in range(len(self.start))]
+
+
+class DrawingReader(PromptReader):
+    """Reads prompts in whose images the layers of the language model look, too.
+
+    Args:
+        loop: see `PromptReader`.
+        painter: reads images.
+        soi: its id, which has a learned vector beside its embedding.
+    """
+
+    def __init__(self, loop: Loop, painter: Painter, soi: int):
+        super().__init__(loop)
+        self.painter, self.soi = painter, soi
+
+    def embedded(self, row, pixels: np.ndarray | None) -> Prompt:
+        """See `PromptReader.embedded`."""
+        embeds = self.embed(row.tokens)
+        visual, maps, starts = row.image_slots >= 0, self.painter.no_maps(0), ()
+        if pixels is not None:
+            tokens, maps = self.painter.see(pixels)
+            embeds[visual] = tokens.reshape(-1, embeds.shape[-1])[row.image_slots[visual]]
+            starts = row.view_starts
+        ids = np.where(row.image_slots == TEXT, row.tokens, -1)
+        return Prompt(embeds, ids, _OwnImages(self.painter.for_llm(maps), starts, all_maps=maps))
+
+    def embed(self, ids: np.ndarray) -> np.ndarray:
+        """float32[n, D] of ids, with the learned vector of `soi`."""
+        embeds = self.loop.embed(ids)
+        embeds[ids == self.soi] += np.asarray(self.loop.weights["parts"]["soi"], np.float32)
+        return embeds
+
+
 class DrawingGenerator(Generator):
     """A generator whose rows wait while their images are drawn.
 
@@ -265,7 +317,8 @@ class DrawingGenerator(Generator):
     places = PLACES
 
     def __init__(self, loop: Loop, prompts: Prompts, painter: Painter, soi: int):
-        super().__init__(loop, lambda text: DrawingPolicy(text, soi), prompts)
+        reader = DrawingReader(loop, painter, soi)
+        super().__init__(loop, lambda text: DrawingPolicy(text, soi), prompts, reader)
         self.painter = self.image_decoder = painter
         self.soi = soi
 
@@ -278,31 +331,6 @@ class DrawingGenerator(Generator):
         """See `Generator.release`."""
         super().release()
         self.painter.weights = None
-
-    # ---- prompts
-
-    def embedded(self, row, pixels: np.ndarray | None) -> Prompt:
-        """See `Generator.embedded`."""
-        embeds = self.embed(row.tokens)
-        visual, maps, starts = row.image_slots >= 0, self.painter.no_maps(0), ()
-        if pixels is not None:
-            tokens, maps = self.painter.see(pixels)
-            embeds[visual] = tokens.reshape(-1, embeds.shape[-1])[row.image_slots[visual]]
-            starts = row.view_starts
-        ids = np.where(row.image_slots == TEXT, row.tokens, -1)
-        return Prompt(embeds, ids, _OwnImages(self.for_llm(maps), starts, all_maps=maps))
-
-    def embed(self, ids: np.ndarray) -> np.ndarray:
-        """float32[n, D] of ids, with the learned vector of `soi`."""
-        embeds = self.loop.embed(ids)
-        embeds[ids == self.soi] += np.asarray(self.loop.weights["parts"]["soi"], np.float32)
-        return embeds
-
-    def for_llm(self, maps: tuple) -> tuple:
-        """Those maps that the language model samples."""
-        return maps[len(maps) - self.painter.cfg.insert.levels :]
-
-    # ---- replies
 
     def policy_of(self, options: Options, requests: Sequence[Request] = ()) -> Policy:
         """With beams, and in mode "text", `soi` ends a reply as the end of a sequence does."""
@@ -327,7 +355,7 @@ class DrawingGenerator(Generator):
         stream=None, draw: bool = True,
     ) -> State:  # fmt: skip
         """Advances until all rows are done; draws the images that they wait for."""
-        shown = np.zeros(len(state.count), int)
+        painter, shown = self.painter, np.zeros(len(state.count), int)
         while True:
             state = self.loop.finish(state, policy, stream and _after(shown, stream))
             paused, length, count, budget, done = self.loop.read(
@@ -338,7 +366,7 @@ class DrawingGenerator(Generator):
             if not rows or not draw:
                 return state
             images = self.drawings(state, rows, length, drawn, options)
-            visual, maps = self.painter.see(images)
+            visual, maps = painter.see(images)
             for row, own in zip(rows, zip(*maps, strict=True), strict=True):
                 drawn[row].maps.append(own)
             used = np.isin(np.arange(len(paused)), rows) * np.int32(P)  # visual tokens count
@@ -350,7 +378,7 @@ class DrawingGenerator(Generator):
                 return state
             state = self.loop.extend(
                 state, [visual[k] for k in onward], [rows[k] for k in onward], policy,
-                images=[RowImages(self.for_llm(tuple(x[k : k + 1] for x in maps)), [0])
+                images=[RowImages(painter.for_llm(tuple(x[k : k + 1] for x in maps)), [0])
                         for k in onward],
             )  # fmt: skip
 
@@ -384,20 +412,6 @@ class DrawingGenerator(Generator):
             segments.append(segment)
         result = dataclasses.replace(result, segments=tuple(segments))
         return super().reply(result, options, seed, False, own)
-
-
-@dataclasses.dataclass(frozen=True)
-class _OwnImages(RowImages):
-    """`RowImages` that know all maps of their images, for the decoder.
-
-    Attributes:
-        all_maps: a tuple of float[m, h, w, C].
-    """
-
-    all_maps: tuple = ()
-
-    def each(self) -> list[tuple]:
-        return [tuple(x[k] for x in self.all_maps) for k in range(len(self.start))]
 
 
 def generator(model: MMInterleaved, cfg, data, *, weights: str = "auto") -> DrawingGenerator:

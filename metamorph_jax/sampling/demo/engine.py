@@ -24,7 +24,8 @@ from metamorph_jax.data import images
 from metamorph_jax.errors import BadSample, UserError, WeightError
 from metamorph_jax.files import shown
 from metamorph_jax.sampling.conversation import Conversation
-from metamorph_jax.sampling.generator import DEFAULTS, Generator, Options
+from metamorph_jax.sampling.generator import Generator
+from metamorph_jax.sampling.options import DEFAULTS, Options
 from metamorph_jax.sampling.requests import FAULTS, Request, as_sample, checked
 from metamorph_jax.sampling.results import Reply, Stream, TextPart
 

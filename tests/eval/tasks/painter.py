@@ -4,7 +4,7 @@ import numpy as np
 
 from metamorph_jax.eval import bench, tasks
 from metamorph_jax.eval.images import features
-from metamorph_jax.sampling.generator import Options
+from metamorph_jax.sampling.options import Options
 from metamorph_jax.sampling.results import ImagePart, Reply, TextPart
 
 

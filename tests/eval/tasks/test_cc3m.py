@@ -11,7 +11,7 @@ from metamorph_jax.errors import FileError
 from metamorph_jax.eval import bench, tasks
 from metamorph_jax.eval.images import features, statistics
 from metamorph_jax.eval.images.features import ImageSet
-from metamorph_jax.sampling.generator import Options
+from metamorph_jax.sampling.options import Options
 
 from .painter import INCEPTION, Clip, Painter, run
 

@@ -13,7 +13,7 @@ from metamorph_jax.eval import bench, tasks
 from metamorph_jax.eval.images import features, statistics
 from metamorph_jax.eval.images.features import ImageSet
 from metamorph_jax.eval.tasks.base import Answer
-from metamorph_jax.sampling.generator import Options
+from metamorph_jax.sampling.options import Options
 from metamorph_jax.sampling.results import ImagePart, Reply
 
 from ..images.conftest import clip_folder  # noqa: F401  a fixture

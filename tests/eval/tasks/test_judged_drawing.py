@@ -17,8 +17,8 @@ from metamorph_jax.eval.images.judging import asked
 from metamorph_jax.eval.tasks import judged_drawing, made_images
 from metamorph_jax.eval.tasks.base import Answer, by_group
 from metamorph_jax.models.diffusion.samplers import SamplingConfig
-from metamorph_jax.sampling.generator import Options
 from metamorph_jax.sampling.likelihood import Likelihood
+from metamorph_jax.sampling.options import Options
 from metamorph_jax.sampling.results import ImagePart, Reply
 
 from ..images.test_dpg import CSV

@@ -22,7 +22,8 @@ from metamorph_jax.recipes import minigpt5 as recipe
 from metamorph_jax.recipes.minigpt5.config import LORA
 from metamorph_jax.recipes.minigpt5.decoding import VokenPolicy
 from metamorph_jax.sampling.conversation import Conversation
-from metamorph_jax.sampling.generator import Drawn, Options
+from metamorph_jax.sampling.generator import Drawn
+from metamorph_jax.sampling.options import Options
 from metamorph_jax.sampling.policy import Model, Step, TextPolicy, stopping
 from metamorph_jax.sampling.requests import Request
 from metamorph_jax.sampling.results import ImagePart, Stream

@@ -10,7 +10,7 @@ from PIL import Image
 from metamorph_jax.data.config import DataConfig, RowConfig
 from metamorph_jax.eval import bench, tasks
 from metamorph_jax.recipes import minigpt5 as recipe
-from metamorph_jax.sampling.generator import Options
+from metamorph_jax.sampling.options import Options
 from tests.data.sets import made
 from tests.eval.tasks import test_mmdialog
 from tests.recipes.minigpt5.tiny import TINY, make

@@ -19,7 +19,8 @@ from metamorph_jax.recipes import mm_interleaved as recipe
 from metamorph_jax.recipes.mm_interleaved.decoding import DrawingPolicy
 from metamorph_jax.recipes.mm_interleaved.published import computing_in
 from metamorph_jax.sampling import trained
-from metamorph_jax.sampling.generator import Drawn, Options
+from metamorph_jax.sampling.generator import Drawn
+from metamorph_jax.sampling.options import Options
 from metamorph_jax.sampling.policy import Model, Step, TextPolicy
 from metamorph_jax.sampling.requests import Request
 from metamorph_jax.sampling.results import ImagePart

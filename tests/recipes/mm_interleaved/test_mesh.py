@@ -66,7 +66,7 @@ print("trained alike")
 
 DRAWING = """
 from metamorph_jax.data.config import DataConfig, RowConfig
-from metamorph_jax.sampling.generator import Options
+from metamorph_jax.sampling.options import Options
 from metamorph_jax.sampling.requests import Request
 
 data = DataConfig(row=RowConfig(template="document", length=64, images=4))
