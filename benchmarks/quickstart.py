@@ -1,14 +1,15 @@
 """The quick start over seeds: mean, worst and spread of every target, against the goals.
 
     python benchmarks/quickstart.py --seeds 3 [--precision float32|bfloat16] [--workdir DIR]
+    python benchmarks/quickstart.py --seeds 3 --head flow     # a vision head that samples
     python benchmarks/quickstart.py --table            # of the files that are there, a second
     python benchmarks/quickstart.py --table --picture notebooks/quickstart.png
 
 Every run is `metamorph quickstart` in a folder of its own; after an interruption, the same command
-resumes it. A finished run leaves one small file in `--results`, named after its seed, precision and
-CPU, and is not run again while that file is there. The files can be committed, and those of several
-machines lie side by side: each CPU and precision has a table of its own, in `table.md` and
-`table.json`. Remove the files of older code: all that are there are counted.
+resumes it. A finished run leaves one small file in `--results`, named after its seed, head,
+precision and CPU, and is not run again while that file is there. The files can be committed, and
+those of several machines lie side by side: each CPU, precision and head has a table of its own, in
+`table.md` and `table.json`. Remove the files of older code: all that are there are counted.
 """
 
 import argparse
@@ -31,13 +32,14 @@ class Target:
     """A number that each run measures, and what the mean and the worst of the seeds should reach.
 
     Attributes:
+        mean: None for a number without a goal.
         worst: None where only the mean has a goal.
         share: whether it is shown in percent.
         at_most: less is better.
     """
 
     title: str
-    mean: float
+    mean: float | None = None
     worst: float | None = None
     share: bool = True
     at_most: bool = False
@@ -50,6 +52,8 @@ TARGETS = {
     "held_out_right": Target("drawings of pairs that training never drew", 0.80),
     "overlap": Target("overlap with the best-fitting shape (median IoU)", 0.90),
     "one_shape": Target("drawings with exactly one shape", 0.95),
+    "place_spread": Target("spread of the drawn shapes' places, pixels", share=False),
+    "size_spread": Target("spread of their sizes, pixels", share=False),
     "minutes": Target("minutes, downloads excluded", 25, share=False, at_most=True),
 }
 
@@ -69,6 +73,7 @@ def record(workdir: pathlib.Path, command: str) -> dict:
     made = versions()
     return {
         **settings,
+        "head": start.head,
         "cpu": cpu_name(),
         "cores": cores(),
         "matrix_units": has_matrix_units(),
@@ -82,16 +87,17 @@ def record(workdir: pathlib.Path, command: str) -> dict:
     }
 
 
-def file_name(seed: int, precision: str, cpu: str) -> str:
+def file_name(seed: int, head: str, precision: str, cpu: str) -> str:
     """Of the result of a run."""
     words = re.sub(r"\((R|TM)\)|\bCPU\b|\bProcessor\b", " ", cpu)
-    return f"seed{seed}-{precision}-{'-'.join(re.findall(r'[A-Za-z0-9.]+', words)).lower()}.json"
+    short = "-".join(re.findall(r"[A-Za-z0-9.]+", words)).lower()
+    return f"seed{seed}-{head}-{precision}-{short}.json"
 
 
-def run(seed: int, precision: str, workdir: pathlib.Path, smoke: bool) -> None:
+def run(seed: int, head: str, precision: str, workdir: pathlib.Path, smoke: bool) -> None:
     """One quick start, in a process of its own."""
     command = [sys.executable, "-m", "metamorph_jax", "quickstart", f"--seed={seed}"]
-    command += [f"--precision={precision}", f"--workdir={workdir}"]
+    command += [f"--head={head}", f"--precision={precision}", f"--workdir={workdir}"]
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     # As `launch/quickstart.sh` does.
     tuned = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "PYTHONPATH": os.pathsep.join(paths)}
@@ -99,18 +105,18 @@ def run(seed: int, precision: str, workdir: pathlib.Path, smoke: bool) -> None:
     subprocess.run(command, check=True, env={**os.environ, **tuned})
 
 
-def read(results: pathlib.Path) -> dict[tuple[str, str], list[dict]]:
-    """(CPU, precision) -> results by seed."""
-    found: dict[tuple[str, str], list[dict]] = {}
+def read(results: pathlib.Path) -> dict[tuple[str, str, str], list[dict]]:
+    """(CPU, precision, head) -> results by seed."""
+    found: dict[tuple[str, str, str], list[dict]] = {}
     for file in sorted(results.glob("seed*.json")):
         one = json.loads(file.read_text())
-        found.setdefault((one["cpu"], one["precision"]), []).append(one)
+        found.setdefault((one["cpu"], one["precision"], one["head"]), []).append(one)
     return {key: sorted(ones, key=lambda one: one["seed"]) for key, ones in sorted(found.items())}
 
 
 def summary(runs: list[dict]) -> dict[str, dict]:
     """Target -> {mean, worst, spread, seeds, goal, goal_worst, reached}; the spread is the largest
-    minus the smallest."""
+    minus the smallest, and `reached` is None where there is no goal."""
     found = {}
     for name, target in TARGETS.items():
         values = [one["targets"].get(name) for one in runs]
@@ -118,11 +124,13 @@ def summary(runs: list[dict]) -> dict[str, dict]:
             continue
         mean, worst = statistics.mean(values), (max if target.at_most else min)(values)
         goal = MINUTES[runs[0]["precision"]] if name == "minutes" else target.mean
-        met = mean <= goal if target.at_most else mean >= goal
+        reached = None
+        if goal is not None:
+            met = mean <= goal if target.at_most else mean >= goal
+            reached = met and (target.worst is None or worst >= target.worst)
         found[name] = {
             "mean": mean, "worst": worst, "spread": max(values) - min(values), "seeds": values,
-            "goal": goal, "goal_worst": target.worst,
-            "reached": met and (target.worst is None or worst >= target.worst),
+            "goal": goal, "goal_worst": target.worst, "reached": reached,
         }  # fmt: skip
     return found
 
@@ -134,14 +142,14 @@ def median_run(runs: list[dict]) -> dict:
 
 
 def table(runs: list[dict]) -> str:
-    """The runs of one CPU and precision as Markdown."""
+    """The runs of one CPU, precision and head as Markdown."""
     first, lines = runs[0], []
     units = "with" if first["matrix_units"] else "without"
     seeds = ", ".join(str(one["seed"]) for one in runs)
     lines += [
-        f"{first['cpu']}, {first['cores']} cores, {units} matrix units; products in "
-        f"{first['precision']}; seeds {seeds}, the median run is that of seed "
-        f"{median_run(runs)['seed']}. `{first['command']}`",
+        f"{first['cpu']}, {first['cores']} cores, {units} matrix units; vision head "
+        f"{first['head']}, products in {first['precision']}; seeds {seeds}, the median run is that "
+        f"of seed {median_run(runs)['seed']}. `{first['command']}`",
         "",
         f"| | goal: mean | goal: worst | mean | worst | spread | seeds {seeds} | |",
         "|---|---|---|---|---|---|---|---|",
@@ -152,7 +160,7 @@ def table(runs: list[dict]) -> str:
         )
         numbers = [row["goal"], row["goal_worst"], row["mean"], row["worst"], row["spread"]]
         cells = [TARGETS[name].title, *map(shown, numbers), ", ".join(map(shown, row["seeds"]))]
-        cells.append("reached" if row["reached"] else "missed")
+        cells.append({True: "reached", False: "missed", None: ""}[row["reached"]])
         lines.append(f"| {' | '.join(cells)} |")
     commits = sorted({str(one["commit"])[:10] for one in runs})
     steps = ", ".join(
@@ -170,9 +178,10 @@ def write_tables(results: pathlib.Path) -> str:
     groups = read(results)
     text = "\n\n".join(map(table, groups.values())) + "\n"
     tables = [
-        {"cpu": cpu, "precision": precision, "runs": len(runs), "command": runs[0]["command"],
-         "median_seed": median_run(runs)["seed"], "targets": summary(runs)}
-        for (cpu, precision), runs in groups.items()
+        {"cpu": cpu, "precision": precision, "head": head, "runs": len(runs),
+         "command": runs[0]["command"], "median_seed": median_run(runs)["seed"],
+         "targets": summary(runs)}
+        for (cpu, precision, head), runs in groups.items()
     ]  # fmt: skip
     (results / "table.md").write_text(text)
     (results / "table.json").write_text(json.dumps(tables, indent=1) + "\n")
@@ -220,6 +229,9 @@ def arguments() -> argparse.Namespace:
         help="of matrix products (default: bfloat16 on CPUs with matrix units)",
     )  # fmt: skip
     parser.add_argument(
+        "--head", choices=("mlp", "flow"), default="mlp", help="vision head, see the quick start"
+    )
+    parser.add_argument(
         "--workdir",
         type=pathlib.Path,
         default="quickstart-seeds",
@@ -243,18 +255,19 @@ def run_missing(args: argparse.Namespace, cpu: str) -> None:
     """Runs the seeds that have no result of this CPU and precision."""
     args.results.mkdir(parents=True, exist_ok=True)
     command = f"python benchmarks/quickstart.py --seeds {args.seeds} --precision {args.precision}"
+    command += f" --head {args.head}" if args.head != "mlp" else ""
     for seed in range(args.seeds):
-        file = args.results / file_name(seed, args.precision, cpu)
+        file = args.results / file_name(seed, args.head, args.precision, cpu)
         if file.is_file():
             print(f"seed {seed}: {file} is there", flush=True)
             continue
-        run(seed, args.precision, folder(args, seed), args.smoke)
+        run(seed, args.head, args.precision, folder(args, seed), args.smoke)
         file.write_text(json.dumps(record(folder(args, seed), command), indent=1) + "\n")
 
 
 def folder(args: argparse.Namespace, seed: int) -> pathlib.Path:
     """The workdir of a run."""
-    return args.workdir / f"seed{seed}-{args.precision}"
+    return args.workdir / f"seed{seed}-{args.head}-{args.precision}"
 
 
 def draw_median(args: argparse.Namespace, runs: list[dict]) -> None:
@@ -284,9 +297,10 @@ def main() -> int:
         sys.exit(f"{args.results} has no results yet: leave --table out")
     print(f"\n{write_tables(args.results)}")
     if args.picture:
-        if (cpu, args.precision) not in groups:
-            sys.exit(f"no results of this CPU in {args.precision}: see --precision")
-        draw_median(args, groups[cpu, args.precision])
+        mine = cpu, args.precision, args.head
+        if mine not in groups:
+            sys.exit(f"no results of {', '.join(mine)}: see --precision and --head")
+        draw_median(args, groups[mine])
     return 0
 
 

@@ -60,7 +60,6 @@ LLM = {
         text_chunk=128,
         max_visual_targets=256,
         vpit_tokens="added",  # the table is a fifth of the model, and frozen
-        remat="dots",
     ),
     "1b": _llm("llama3.2-1b", "meta-llama/Llama-3.2-1B-Instruct"),
     "8b": _llm("llama3.1-8b", "meta-llama/Llama-3.1-8B-Instruct"),

@@ -71,7 +71,7 @@ class Drawing:
     judged: list[str]
     right: list[bool]
     real: np.ndarray | None = None
-    tokens_right: bool | None = None  # the probe's verdict on the visual tokens
+    tokens_right: list[bool] | None = None  # the probe's verdict on the visual tokens of each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,8 +160,10 @@ def _drawing(d: Drawing) -> page.Cell:
     wrong = [seen for seen, right in zip(d.judged, d.right, strict=True) if not right]
     if wrong:
         lines.append(page.Line(f"classified as: {', '.join(wrong)}", "bad"))
-    if d.tokens_right is False:
-        lines.append(page.Line("visual tokens already wrong", "bad"))
+    if d.tokens_right and not all(d.tokens_right):
+        count = d.tokens_right.count(False)
+        which = "" if count == len(d.tokens_right) else f" of {count} drawing{'s' * (count > 1)}"
+        lines.append(page.Line(f"visual tokens{which} already wrong", "bad"))
     return page.Cell(images, lines, d.prompt)
 
 

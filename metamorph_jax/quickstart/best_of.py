@@ -17,8 +17,7 @@ from metamorph_jax.eval import figures, intervals, page
 from metamorph_jax.eval.tasks.base import Task
 from metamorph_jax.sampling import best_of
 from metamorph_jax.sampling.generator import Generator
-from metamorph_jax.sampling.options import DEFAULTS, Options
-from metamorph_jax.sampling.requests import Request
+from metamorph_jax.sampling.options import DEFAULTS
 
 COUNTS = (1, 2, 4, 8)
 SAMPLES = max(COUNTS)
@@ -34,53 +33,28 @@ def samples_differ(generator: Generator) -> bool:
     return generator.policy_of(DEFAULTS).varies
 
 
-def measure(generator: Generator, reader, requests: list[dict], wanted, batch: int, say) -> dict:
+def measure(
+    generator: Generator, requests: list[dict], features: np.ndarray, whole: np.ndarray,
+    right: np.ndarray, say,
+) -> dict:  # fmt: skip
     """The gain over N, JSON-able.
 
     Args:
         generator: of a model whose samples differ.
-        reader: `probe.LinearProbe` of visual tokens.
         requests: of `data.draw_requests`.
-        wanted: (colours int[n], shapes int[n]) that they ask for.
-        batch: samples that are decoded together.
-        say: told how long it takes.
+        features: float32[n, samples, P, C] visual tokens that were decoded for them.
+        whole, right: bool[n, samples] whether they are complete, and show what was asked for.
+        say: told how long it takes to read them back.
     """
     clock = time.perf_counter()
-    features, whole = decode(generator, requests, batch)
-    decoded, clock = time.perf_counter() - clock, time.perf_counter()
     scores = np.full(whole.shape, -np.inf)
     for n, request in enumerate(requests):
         asked = questions(request["color"], request["shape"])
         if whole[n].any():
-            found = best_of.scores(generator, features[n][whole[n]], asked, SAMPLES)
+            found = best_of.scores(generator, features[n][whole[n]], asked, whole.shape[1])
             scores[n, whole[n]] = found
-    read = time.perf_counter() - clock
-    say(f"best of {SAMPLES}: {whole.size} samples decoded in {decoded:.0f} s, read back in "
-        f"{read:.0f} s")  # fmt: skip
-    flat = features.reshape(-1, *features.shape[2:])
-    seen = [one.reshape(whole.shape) for one in reader.predict(flat)]
-    right = whole & (seen[0] == wanted[0][:, None]) & (seen[1] == wanted[1][:, None])
+    say(f"{whole.size} samples read back in {time.perf_counter() - clock:.0f} s")
     return gain(right, scores)
-
-
-def decode(generator: Generator, requests: list[dict], batch: int):
-    """(float32[n, samples, P, C] visual tokens, bool[n, samples] whether they are complete)."""
-    P, C = generator.feature_shape
-    features = np.zeros((len(requests), SAMPLES, P, C), np.float32)
-    whole = np.zeros(features.shape[:2], bool)
-    asked = [Request(str(n), request["prompt"], sample=k)
-             for n, request in enumerate(requests) for k in range(SAMPLES)]  # fmt: skip
-
-    def failed(request, error):
-        raise error
-
-    options = Options(P + 24, batch_size=batch)
-    for request, reply in generator.replies(asked, options, failed, draw=False):
-        made = [part for part in reply.image_parts if part.complete]
-        if made:
-            where = int(request.id), request.sample
-            features[where], whole[where] = made[0].features, True
-    return features, whole
 
 
 def gain(right: np.ndarray, scores: np.ndarray) -> dict:

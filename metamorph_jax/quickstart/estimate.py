@@ -22,11 +22,12 @@ class Reference:
 
 
 # bfloat16: the machine of `Steps.minutes`, an Intel CPU with matrix units (AMX). Its FLOP/s are
-# those of the training step in docs/speed.md. float32: a Xeon of 2.5 GHz without matrix units. It
-# took 61 minutes for what the other did in 21, with other work beside it: an upper bound.
+# those of the training step in docs/speed.md. float32: a Xeon of 2.5 GHz without matrix units, with
+# little work beside it: 48 minutes for all steps but "predict", of which 31 for VPiT, where the
+# other took 23 and 12.
 REFERENCES = {
     "bfloat16": Reference(flops=3.8e11, factor=1.0),
-    "float32": Reference(flops=1.1e11, factor=2.9),
+    "float32": Reference(flops=1.1e11, factor=2.2),
 }
 
 

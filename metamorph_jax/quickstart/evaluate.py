@@ -1,11 +1,11 @@
 """What the quick start's models can do, measured on held-out data.
 
 Answers: held-out questions about held-out images, one question per prompt, greedy. Visual tokens:
-24 requests in held-out wordings, read by a linear probe. Drawings: the decoder draws an image from
-each of these sets of tokens with two seeds, none picked, and a small classifier reads its colour
-and shape; `shapes` measures how clean they are. Four of the 24 pairs of colour and shape were never
-drawn in training (`data.HELD_OUT`). Where the head samples, `best_of.py` measures what it is worth
-to choose among several samples.
+24 requests in held-out wordings, read by a linear probe; where the head samples, eight samples of
+each, and `best_of.py` measures what it is worth to choose among them. Drawings: two of each
+request, none picked (of the first two samples, where there are some), whose colour and shape a
+small classifier reads; `shapes` measures how clean they are. Four of the 24 pairs of colour and
+shape were never drawn in training (`data.HELD_OUT`).
 """
 
 import dataclasses
@@ -17,6 +17,8 @@ import numpy as np
 from PIL import Image
 
 from metamorph_jax.data import predicted
+from metamorph_jax.data.cache import ArrayCache
+from metamorph_jax.data.sources.base import ImageRef
 from metamorph_jax.eval import probe
 from metamorph_jax.eval.scorers import short_answers
 from metamorph_jax.quickstart import best_of, shapes
@@ -42,7 +44,7 @@ class Settings:
         seed: for the choice of questions and for the classifier.
     """
 
-    questions: int = 1000
+    questions: int = 500
     batch: int = 50
     judge_steps: int = 800
     seed: int = 0
@@ -79,16 +81,23 @@ def accuracy(rows: list[dict]) -> float:
     return sum(short_answers.is_right(r["predicted"], r["answer"]) for r in rows) / len(rows)
 
 
-def ask_for_images(generator: Generator, prompts: list[str], batch: int = 24):
-    """(float32[n, P, C] visual tokens, bool[n] whether the image is complete), decoded greedily."""
+def ask_for_images(generator: Generator, prompts: list[str], samples: int = 1, batch: int = 48):
+    """(float32[n, samples, P, C] visual tokens, bool[n, samples] whether they are complete)."""
     P, C = generator.feature_shape
-    features, whole = np.zeros((len(prompts), P, C), np.float32), np.zeros(len(prompts), bool)
-    requests = [Request(str(i), prompt) for i, prompt in enumerate(prompts)]
-    replies = generator.generate(requests, Options(P + 24, batch_size=batch), draw=False)
-    for i, reply in enumerate(replies):
+    features = np.zeros((len(prompts), samples, P, C), np.float32)
+    whole = np.zeros(features.shape[:2], bool)
+    asked = [Request(str(n), prompt, sample=k)
+             for n, prompt in enumerate(prompts) for k in range(samples)]  # fmt: skip
+
+    def failed(request, error):
+        raise error
+
+    options = Options(P + 24, batch_size=batch)
+    for request, reply in generator.replies(asked, options, failed, draw=False):
         made = [part for part in reply.image_parts if part.complete]
         if made:
-            features[i], whole[i] = made[0].features, True
+            where = int(request.id), request.sample
+            features[where], whole[where] = made[0].features, True
     return features, whole
 
 
@@ -97,7 +106,7 @@ def predict(generator: Generator, data: qdata.QuickstartData, path: str) -> dict
     samples = qdata.read_jsonl(data.draw_train)
     asked = [s["conversations"][0]["value"] for s in samples]
     prompts = sorted(set(asked))
-    features, whole = ask_for_images(generator, prompts)
+    features, whole = (x[:, 0] for x in ask_for_images(generator, prompts))
     numbers = {prompt: i if whole[i] else -1 for i, prompt in enumerate(prompts)}
     rows = [numbers[prompt] for prompt in asked]
     predicted.save(path, [str(data.root / s["image"]) for s in samples], rows, features)
@@ -106,15 +115,29 @@ def predict(generator: Generator, data: qdata.QuickstartData, path: str) -> dict
 
 
 def drawings(image_decoder: ImageDecoder, features: np.ndarray) -> np.ndarray:
-    """uint8[n, seeds, h, w, 3]; the seeds are the same for every request."""
-    return np.stack([image_decoder.draw_many(features, None, seed) for seed in SEEDS], axis=1)
+    """uint8[n, seeds, h, w, 3] of the first samples in float32[n, samples, P, C], or of the only
+    one; the seeds are the same for every request."""
+    drawn = [image_decoder.draw_many(features[:, k], None, seed)
+             for seed, k in zip(SEEDS, drawn_samples(features), strict=True)]  # fmt: skip
+    return np.stack(drawn, axis=1)
 
 
-def judges(generator: Generator, data: qdata.QuickstartData, settings: Settings):
-    """(linear probe, image classifier, their accuracy on real held-out images)."""
-    _, train_pixels, *train_labels = qdata.labelled_images(data, "train")
+def drawn_samples(samples: np.ndarray) -> list[int]:
+    """Which of the samples, the second dimension, is drawn with each of the seeds."""
+    return [k % samples.shape[1] for k in range(len(SEEDS))]
+
+
+def judges(generator: Generator, data: qdata.QuickstartData, settings: Settings, cache):
+    """(linear probe, image classifier, their accuracy on real held-out images); `cache` as of
+    `evaluate`."""
+    numbers, train_pixels, *train_labels = qdata.labelled_images(data, "train")
     _, test_pixels, *test_labels = qdata.labelled_images(data, "test")
-    reader = probe.fit_probe(see_all(generator, train_pixels), train_labels)
+    if cache is None:
+        known = see_all(generator, train_pixels)
+    else:
+        refs = [ImageRef(str(data.images / "train" / f"{n}.png")) for n in numbers]
+        known = np.array(cache.rows[[cache.lookup(ref)[0] for ref in refs]], np.float32)
+    reader = probe.fit_probe(known, train_labels)
     config = dataclasses.replace(probe.ClassifierConfig(), steps=settings.judge_steps)
     classifier = probe.train_classifier(train_pixels, train_labels, settings.seed, config)
     judged = {
@@ -136,13 +159,15 @@ def see_all(generator: Generator, pixels: np.ndarray, batch: int = 64) -> np.nda
 
 
 def measure_shapes(drawn: np.ndarray, whole: np.ndarray, color, shape) -> shapes.Measures:
-    """Of drawings uint8[n, seeds, h, w, 3], arrays [n, seeds]; 0 where an image is not whole."""
+    """Of drawings uint8[n, seeds, h, w, 3], arrays [n, seeds, ...]; 0, or NaN, where bool[n, seeds]
+    `whole` says that there is none."""
     n, seeds = drawn.shape[:2]
     flat = drawn.reshape(-1, *drawn.shape[2:])
     found = shapes.measure(flat, color.repeat(seeds), shape.repeat(seeds))
-    kept = whole[:, None].astype(int)
+    kept = whole.astype(int)
     overlap, count = (x.reshape(n, seeds) * kept for x in (found.overlap, found.count))
-    return shapes.Measures(overlap, count)
+    box = np.where(whole[..., None], found.box.reshape(n, seeds, 4), np.nan)
+    return shapes.Measures(overlap, count, box)
 
 
 def measure_real(data: qdata.QuickstartData, copies: int = len(SEEDS)) -> shapes.Measures:
@@ -155,25 +180,29 @@ def measure_real(data: qdata.QuickstartData, copies: int = len(SEEDS)) -> shapes
 
 def evaluate(
     generator: Generator, image_decoder: ImageDecoder, data, folder: pathlib.Path,
-    settings: Settings, say=print,
+    settings: Settings, cache: ArrayCache | None = None, say=print,
 ) -> dict:  # fmt: skip
     """Measures everything, saves it in `folder`, and returns the JSON-able part.
 
-    folder gets evaluation.json and drawings.npz (visual tokens, drawings).
+    Args:
+        folder: gets evaluation.json and drawings.npz (visual tokens, drawings).
+        cache: of the visual tokens of the training images; None computes them.
     """
     rows = answer_questions(generator, data, settings, say)
-    requests = qdata.read_jsonl(data.draw_test)
-    features, whole = ask_for_images(generator, [r["prompt"] for r in requests])
-    say(f"{whole.sum()} of {len(whole)} requests were answered with a complete image")
-    drawn = drawings(image_decoder, features)
-
-    reader, classifier, judged = judges(generator, data, settings)
     by_type = short_answers.score_by_type(rows, qdata.QUESTION_TYPES)
+    requests = qdata.read_jsonl(data.draw_test)
     wanted = _wanted(requests)
-    gain = {}
-    if best_of.samples_differ(generator):
-        gain = best_of.measure(generator, reader, requests, wanted, settings.batch, say)
+    samples = best_of.SAMPLES if best_of.samples_differ(generator) else 1
+    features, whole = ask_for_images(generator, [r["prompt"] for r in requests], samples)
+    say(f"{whole.sum()} of {whole.size} requests were answered with a complete image")
+
+    reader, classifier, judged = judges(generator, data, settings, cache)
     tokens_right = _judge_tokens(requests, features, whole, wanted, reader)
+    gain = {}
+    if samples > 1:
+        gain = best_of.measure(generator, requests, features, whole, tokens_right, say)
+
+    drawn, whole = drawings(image_decoder, features), whole[:, drawn_samples(whole)]
     right = _judge_drawings(requests, drawn, whole, wanted, classifier)
     measured = _measure_drawings(requests, drawn, whole, wanted)
 
@@ -202,27 +231,31 @@ def _wanted(requests: list[dict]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _judge_tokens(requests: list[dict], features, whole, wanted, reader) -> np.ndarray:
-    """bool[n] whether visual tokens are of what was asked for; noted in the requests."""
-    color, shape = reader.predict(features)
-    right = whole & (color == wanted[0]) & (shape == wanted[1])
-    for request, one in zip(requests, right, strict=True):
-        request["tokens_right"] = bool(one)
+    """bool[n, samples] whether visual tokens are of what was asked for; noted in the requests for
+    those that are drawn."""
+    color, shape = _read(reader, features)
+    right = whole & (color == wanted[0][:, None]) & (shape == wanted[1][:, None])
+    for request, row in zip(requests, right[:, drawn_samples(right)], strict=True):
+        request["tokens_right"] = row.tolist()
     return right
 
 
 def _judge_drawings(requests: list[dict], drawn, whole, wanted, classifier) -> np.ndarray:
     """bool[n, seeds] whether drawings show what was asked for; noted in the requests, with what
     they show."""
-    n, seeds = drawn.shape[:2]
-    read = classifier.predict(drawn.reshape(-1, *drawn.shape[2:]))
-    color, shape = (labels.reshape(n, seeds) for labels in read)
-    right = whole[:, None] & (color == wanted[0][:, None]) & (shape == wanted[1][:, None])
+    color, shape = _read(classifier, drawn)
+    right = whole & (color == wanted[0][:, None]) & (shape == wanted[1][:, None])
     for i, request in enumerate(requests):
-        request["seen"] = [
-            f"{qdata.COLORS[color[i, s]]} {qdata.SHAPES[shape[i, s]]}" for s in range(seeds)
-        ]
+        pairs = zip(color[i], shape[i], strict=True)
+        request["seen"] = [f"{qdata.COLORS[c]} {qdata.SHAPES[s]}" for c, s in pairs]
         request["right"] = right[i].tolist()
     return right
+
+
+def _read(judge, made: np.ndarray) -> list[np.ndarray]:
+    """(colours int[n, k], shapes int[n, k]) that `judge.predict` sees in made[n, k, ...]."""
+    found = judge.predict(made.reshape(-1, *made.shape[2:]))
+    return [labels.reshape(made.shape[:2]) for labels in found]
 
 
 def _measure_drawings(requests: list[dict], drawn, whole, wanted) -> shapes.Measures:

@@ -30,7 +30,7 @@ SMOKE = (
 NOTES = [
     "The probe and the classifier are trained on real training images only; they take no part in "
     "training the model.",
-    "The dashed line of the visual loss is the score of always predicting the mean token: the "
+    "A dashed line of the visual loss is the score of always predicting the mean token: the "
     "features of one tower share a large mean.",
     "The held-out curves are measured during training on a few questions of the split that the "
     "final score is measured on. Nothing in training depends on them.",
@@ -56,7 +56,7 @@ def make_report(
             title=f"metamorph_jax quick start{'' if goals else ', smoke size'}",
             lead=LEAD if goals else SMOKE,
             targets=targets(result, timings, goals) if goals else [],
-            curves=curves(workdir),
+            curves=curves(workdir, facts["vision head"]),
             scores=[short_answers.TypeScore(**s) for s in result["scores"]],
             examples=examples(data, result["questions"]),
             drawings=drawings(data, result["drawings"], arrays["drawings"]),
@@ -64,7 +64,7 @@ def make_report(
             judges=result["judges"],
             timings=timings,
             facts=facts | result["settings"] | versions(),
-            notes=NOTES if goals else [],
+            notes=[*NOTES, spread(result)] if goals else [],
             commands=commands,
         ),
     )
@@ -79,19 +79,19 @@ def targets(result: dict, timings, goals) -> list[report.Target]:
             "Generated visual tokens of the right colour and shape (probe)",
             result["tokens_right"],
             goals["tokens_right"],
-            note="24 requests",
+            note="24 requests" + (", 8 samples each" if result["best_of"] else ""),
         ),
         report.Target(
             "Drawings of the right colour and shape (classifier)",
             result["drawings_right"],
             goals["drawings_right"],
-            note="24 requests × 2 seeds, none picked",
+            note="24 requests, two drawings each, none picked",
         ),
         report.Target(
             "Of these, pairs of colour and shape that training never drew",
             result["held_out_right"],
             goals["held_out_right"],
-            note="4 requests × 2 seeds",
+            note="4 requests, two drawings each",
         ),
         report.Target(
             "Overlap of the drawn shape with the circle, rectangle or triangle that fits it best",
@@ -109,15 +109,28 @@ def targets(result: dict, timings, goals) -> list[report.Target]:
     ]
 
 
-def curves(workdir: pathlib.Path) -> list[report.Curve]:
+def spread(result: dict) -> str:
+    """How much the places and sizes of what was drawn vary, in words."""
+    real = result["real"]
+    return (
+        "A request says nothing of place and size. The centres of the drawn shapes have a standard "
+        f"deviation of {result['place_spread']:.1f} pixels ({real['place_spread']:.1f} in real "
+        f"images), their sizes one of {result['size_spread']:.1f} ({real['size_spread']:.1f})."
+    )
+
+
+def curves(workdir: pathlib.Path, head: str) -> list[report.Curve]:
     """Loss curves of the three stages, and the evaluations during training."""
     out = []
+    visual = ("minus cosine", ["visual_loss", "visual_cosine_floor"])
+    if head == "flow":
+        visual = ("error of the predicted velocity", ["visual_loss"])
     for stage, title, names in (
         ("connector", "Connector: text loss of the answers", ["text_loss"]),
         ("vpit", "VPiT: text loss (vqa: questions, main: requests)", TEXT_LOSSES),
         ("vpit", "VPiT: text loss of held-out questions", ["evals.heldout.text_loss"]),
         ("vpit", "VPiT: held-out answer tokens predicted right", ["evals.heldout.text_accuracy"]),
-        ("vpit", "VPiT: visual loss (minus cosine)", ["visual_loss", "visual_cosine_floor"]),
+        ("vpit", f"VPiT: visual loss ({visual[0]})", visual[1]),
         ("decoder", "Decoder: error of the predicted velocity", ["mse"]),
     ):
         values = read_metrics(workdir / stage / "metrics.jsonl")

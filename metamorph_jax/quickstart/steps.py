@@ -26,7 +26,7 @@ class Steps:
             units, what the platform does by itself elsewhere.
         minutes: name of a step, or how it begins -> what it takes on two cores with matrix units;
             see `estimate` for other machines.
-        file: holds size, seed and a given precision, which may not change.
+        file: holds `identity`, which may not change.
     """
 
     workdir: pathlib.Path
@@ -42,16 +42,19 @@ class Steps:
 
         self.workdir = self.workdir.expanduser().resolve()
         (self.workdir / "steps").mkdir(parents=True, exist_ok=True)
-        mine = {"size": self.size, "seed": self.seed}
-        if self.precision:
-            mine["precision"] = self.precision
-        file = self.workdir / self.file
+        file, mine = self.workdir / self.file, self.identity
         if file.is_file() and json.loads(file.read_text()) != mine:
             raise UserError(
                 f"{self.workdir} holds a quick start with {json.loads(file.read_text())}, not "
                 f"{mine}: choose another --workdir"
             )
         file.write_text(json.dumps(mine) + "\n")
+
+    @property
+    def identity(self) -> dict:
+        """Size, seed and what else was asked for."""
+        given = {"precision": self.precision} if self.precision else {}
+        return {"size": self.size, "seed": self.seed} | given
 
     @property
     def steps(self) -> dict[str, Callable[[], dict | None]]:

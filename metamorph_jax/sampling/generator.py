@@ -97,6 +97,9 @@ class Generator:
         def raise_it(request, error):
             raise error
 
+        if len({request.id for request in requests}) < len(requests):
+            raise ValueError("two requests have the same id: ask for `replies`, which come with "
+                             "their requests")  # fmt: skip
         pairs = self.replies(requests, options, raise_it, stream, draw)
         found = {request.id: reply for request, reply in pairs}
         return [found[request.id] for request in requests]

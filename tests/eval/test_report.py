@@ -29,7 +29,7 @@ def full_report():
         scores=short_answers.score_by_type(rows),
         examples=[R.Example(IMAGE, EVIL, "red", EVIL, False)],
         drawings=[R.Drawing("Draw", "red circle", [IMAGE, IMAGE], ["red circle", EVIL],
-                            [True, False], IMAGE, tokens_right=False)],
+                            [True, False], IMAGE, tokens_right=[False, True])],
         judges={"probe": {"color": 1.0}, EVIL: {"color": 0.5, "shape": 0.25}},
         timings={EVIL: 61.0, "b": 20.0},
         facts={"seed": 0, EVIL: EVIL},
@@ -56,7 +56,7 @@ def test_verdicts_are_plain():
     assert "2 of 4 targets reached" in text
     assert text.count(">reached<") == 2 and text.count(">missed<") == 1
     assert text.count(">not measured<") == 1
-    assert "1 of 2 drawings show" in text and "tokens already wrong" in text
+    assert "1 of 2 drawings show" in text and "tokens of 1 drawing already wrong" in text
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from metamorph_jax.eval import probe, report
-from metamorph_jax.quickstart import best_of
+from metamorph_jax.quickstart import best_of, evaluate
 from metamorph_jax.quickstart import data as qdata
 from metamorph_jax.sampling.likelihood import Likelihood
 from metamorph_jax.sampling.results import ImagePart, Reply
@@ -76,8 +76,12 @@ def test_the_report_of_a_model_that_knows_what_it_drew():
     reader = probe.LinearProbe(
         np.zeros(width), np.eye(width), np.zeros(width), (len(COLOR), len(SHAPE))
     )
-    said = []
-    result = best_of.measure(Scripted(requests), reader, requests, wanted, 24, said.append)
+    said, generator = [], Scripted(requests)
+    features, whole = evaluate.ask_for_images(generator, [r["prompt"] for r in requests], 8)
+    assert not whole[:, 5].any() and whole.sum() == 7 * n
+    color, shape = (x.reshape(whole.shape) for x in reader.predict(features.reshape(8 * n, 1, -1)))
+    right = whole & (color == wanted[0][:, None]) & (shape == wanted[1][:, None])
+    result = best_of.measure(generator, requests, features, whole, right, said.append)
     assert f"{8 * n} samples" in said[0]
     counts = result["counts"]
     assert counts["1"]["kept"] == pytest.approx(0.5) and counts["8"]["kept"] == 1

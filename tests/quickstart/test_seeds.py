@@ -35,19 +35,22 @@ def bench(monkeypatch):
         options = dict(o.removeprefix("--").split("=") for o in command if "=" in o)
         assert "--smoke" in command and env["PYTHONPATH"].startswith(str(FILE.parents[1]))
         module.ran.append(options)
-        _finish(pathlib.Path(options["workdir"]), int(options["seed"]), options["precision"])
+        found = [options[name] for name in ("seed", "precision", "head")]
+        _finish(pathlib.Path(options["workdir"]), *found)
 
     monkeypatch.setattr(subprocess, "run", finish)
     monkeypatch.setattr(platforms, "cpu_name", lambda: CPU)
     return module
 
 
-def _finish(workdir: pathlib.Path, seed: int, precision: str) -> None:
-    start = QuickStart(workdir, "smoke", seed, precision)
+def _finish(workdir: pathlib.Path, seed: str, precision: str, head: str) -> None:
+    seed = int(seed)
+    start = QuickStart(workdir, "smoke", seed, precision, head)
     for name in start.steps:
         record = {"seconds": 240 if name == "vpit" else 60, "interrupted": int(seed == 2)}
         (workdir / "steps" / f"{name}.json").write_text(json.dumps(record))
-    found = dict.fromkeys(GOALS, 0.9) | {"drawings_right": RIGHT[seed], "accuracy": 0.9 + seed / 50}
+    found = dict.fromkeys(GOALS, 0.9) | {"place_spread": 11.0, "size_spread": 4.0}
+    found |= {"drawings_right": RIGHT[seed], "accuracy": 0.9 + seed / 50}
     (workdir / "evaluation").mkdir()
     (workdir / "evaluation/evaluation.json").write_text(json.dumps(found))
     drawn = np.full((24, 2, 64, 64, 3), 50 * seed, np.uint8)
@@ -67,13 +70,14 @@ def test_every_seed_runs_once_and_all_are_in_the_table(bench, monkeypatch, tmp_p
     assert {one["precision"] for one in bench.ran} == {"float32"}
     text = capsys.readouterr().out.rsplit("\n\n\n", 1)[-1]
     names = sorted(file.name for file in (tmp_path / "results").glob("seed*"))
-    assert names == [f"seed{n}-float32-intel-xeon-2.50ghz.json" for n in range(3)]
+    assert names == [f"seed{n}-mlp-float32-intel-xeon-2.50ghz.json" for n in range(3)]
     for line in (
         "| drawings of the requested colour and shape | 93.0 % | 88.0 % | 93.3 % | 90.0 % | 6.0 % "
         "| 96.0 %, 90.0 %, 94.0 % | reached |",
         "| held-out questions | 95.0 % | 92.0 % | 92.0 % | 90.0 % | 4.0 % "
         "| 90.0 %, 92.0 %, 94.0 % | missed |",
         "| minutes, downloads excluded | 25.0 |  | 10.0 | 10.0 | 0.0 | 10.0, 10.0, 10.0 |",
+        "| spread of their sizes, pixels |  |  | 4.0 | 4.0 | 0.0 | 4.0, 4.0, 4.0 |  |",
         "the median run is that of seed 2",
         "vpit 4.0",
         "Some runs were interrupted and resumed.",
@@ -89,8 +93,9 @@ def test_every_seed_runs_once_and_all_are_in_the_table(bench, monkeypatch, tmp_p
     assert row["seeds"] == list(RIGHT) and row["reached"] and row["worst"] == 0.9
 
 
-def test_each_cpu_and_precision_has_its_own_table(bench, monkeypatch, tmp_path):
+def test_each_cpu_precision_and_head_has_its_own_table(bench, monkeypatch, tmp_path):
     options = ("--seeds=1", "--workdir", tmp_path)
+    _run(bench, monkeypatch, *options, "--precision=float32", "--head=flow")
     _run(bench, monkeypatch, *options, "--precision=float32")
     _run(bench, monkeypatch, *options, "--precision=bfloat16")
     monkeypatch.setattr(platforms, "cpu_name", lambda: "AMD EPYC 9B14")
@@ -98,13 +103,14 @@ def test_each_cpu_and_precision_has_its_own_table(bench, monkeypatch, tmp_path):
          "--results", tmp_path / "results")  # fmt: skip
     groups = bench.read(tmp_path / "results")
     assert list(groups) == [
-        ("AMD EPYC 9B14", "bfloat16"), (CPU, "bfloat16"), (CPU, "float32")
+        ("AMD EPYC 9B14", "bfloat16", "mlp"), (CPU, "bfloat16", "mlp"),
+        (CPU, "float32", "flow"), (CPU, "float32", "mlp"),
     ]  # fmt: skip
     text = (tmp_path / "results/table.md").read_text()
-    assert text.count("minutes, downloads excluded") == 3
+    assert text.count("minutes, downloads excluded") == 4 and "vision head flow" in text
     assert text.count("downloads excluded | 18.0 |") == 2
     _run(bench, monkeypatch, "--table", "--workdir", tmp_path)
-    assert len(bench.ran) == 3
+    assert len(bench.ran) == 4
 
 
 def test_without_results_there_is_no_table(bench, monkeypatch, tmp_path):

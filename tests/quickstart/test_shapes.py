@@ -95,6 +95,7 @@ def test_the_report_shows_them_beside_those_of_real_images():
     result = dict.fromkeys(GOALS, 0.5) | {
         "overlap": 0.91,
         "real": {"overlap": 0.987, "one_shape": 1},
+        "best_of": {},
     }
     found = {t.name: t for t in page.targets(result, {"vpit": 60}, GOALS)}
     (overlap,) = [t for name, t in found.items() if name.startswith("Overlap")]
@@ -107,6 +108,21 @@ def test_requests_without_a_whole_image_have_no_shape():
     color, shape = np.array([1, 1]), np.array([0, 0])
     image = painted(1, ("circle", PLACES["circle"]))
     drawn = np.stack([[image, image], [image, image]])
-    found = evaluate.measure_shapes(drawn, np.array([True, False]), color, shape)
+    found = evaluate.measure_shapes(drawn, np.array([[True] * 2, [False] * 2]), color, shape)
     assert found.count.tolist() == [[1, 1], [0, 0]] and not found.overlap[1].any()
     assert found.summary()["one_shape"] == 0.5
+
+
+def test_the_spread_is_that_of_centres_and_sizes():
+    """Four circles of radius 6 and 10 around two centres that are 20 pixels apart in x; one image
+    shows nothing."""
+    images = [painted(1, ("circle", (x, 30, r))) for x in (20, 40) for r in (6, 10)]
+    images.append(np.full((SIDE, SIDE, 3), GROUND, np.uint8))
+    found = shapes.measure(np.stack(images), np.ones(5, int), np.zeros(5, int))
+    assert np.isnan(found.box[4]).all() and found.overlap[4] == 0
+    np.testing.assert_allclose(found.box[1], (10, 20, 30, 40), atol=1)
+    summary = found.summary()
+    assert summary["place_spread"] == pytest.approx(5, abs=0.3)  # 10 in x, 0 in y
+    assert summary["size_spread"] == pytest.approx(4, abs=0.5)
+    nothing = shapes.Measures(np.zeros(1), np.zeros(1, int), np.full((1, 4), np.nan)).summary()
+    assert nothing["place_spread"] == nothing["size_spread"] == 0

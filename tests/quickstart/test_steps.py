@@ -34,7 +34,33 @@ def test_a_workdir_keeps_its_precision(tmp_path):
         QuickStart(tmp_path, "smoke", 0, "float32")
 
 
-@pytest.mark.parametrize(("precision", "factor"), [("float32", 2.9), ("bfloat16", 1.0)])
+def test_a_head_that_samples_predicts_nothing_for_the_decoder(tmp_path):
+    """Its tokens are like those of real images, so that the decoder is trained on these alone."""
+    regresses = QuickStart(tmp_path / "mlp", "quickstart", 0)
+    samples = QuickStart(tmp_path / "flow", "quickstart", 0, head="flow")
+    assert "predict" in regresses.steps and "predict" not in samples.steps
+    assert (
+        regresses.config("decoder").data.predicted and not samples.config("decoder").data.predicted
+    )
+    assert [resolve(one.config("vpit")).model.head for one in (regresses, samples)] == [
+        "mlp",
+        "flow",
+    ]
+    with pytest.raises(UserError, match="choose another --workdir"):
+        QuickStart(tmp_path / "flow", "quickstart", 0)
+
+
+def test_all_questions_can_be_asked_after_a_finished_run(tmp_path):
+    some = QuickStart(tmp_path, "smoke", 0)
+    for name in some.steps:
+        some.once(name, lambda: {"full": False})
+    whole = QuickStart(tmp_path, "smoke", 0, full=True)
+    assert [name for name in whole.steps if not whole.done(name)] == ["evaluate", "report"]
+    whole.once("evaluate", lambda: {"full": True})
+    assert some.done("evaluate") and whole.done("evaluate")
+
+
+@pytest.mark.parametrize(("precision", "factor"), [("float32", 2.2), ("bfloat16", 1.0)])
 def test_the_plan_estimates_what_is_left_on_this_machine(
     tmp_path, monkeypatch, capsys, precision, factor
 ):

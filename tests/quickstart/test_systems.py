@@ -204,6 +204,8 @@ def test_steps_that_are_done_are_not_run_again(run, capsys):
         (["--results=."], "--results goes with --systems"),
         (["--seeds=2"], "--seeds goes with --stories or --systems"),
         (["--systems", "--stamps=."], "--stamps goes with --stories"),
+        (["--systems", "--full"], "--full and --head belong to the quick start alone"),
+        (["--stories", "--head=flow"], "--full and --head belong to the quick start alone"),
     ],
 )
 def test_options_that_do_not_fit(tmp_path, options, message):

@@ -144,6 +144,12 @@ def test_replies_are_those_of_each_request_alone(generator, image_files):
         assert alone.text == reply.text and alone.ended == reply.ended
 
 
+def test_two_requests_with_one_id_are_refused(generator):
+    """`generate` finds replies by the id: both would get that of the last one."""
+    with pytest.raises(ValueError, match="the same id"):
+        generator.generate([Request("a", "Hello"), Request("a", "Bye", sample=1)], Options(4))
+
+
 def test_a_penalty_keeps_ids_from_coming_again(generator):
     """With a huge penalty, no id of prompt or reply comes a second time."""
     request = Request("0", "Hello there")

@@ -8,15 +8,19 @@ states of an autoregressive model is the head of MAR (Li et al. 2024, arXiv 2406
 diffusion.
 
     x_t  = (1 - t) noise + t x                       x: scaled visual token; t in [0, 1]
-    loss = mean over channels of (v(x_t, t, state) - (x - noise))^2
+    v    = (f(x_t, t, state) - x_t) / (1 - t)
+    loss = mean over channels of (v - (x - noise))^2
     x   <- noise + sum over steps of v / steps       Euler, from t = 0 to 1
 
-    v: x_t ─ linear ─ depth x [norm, shift and scale, linear, SiLU, linear, gate] ─ norm ─ linear
+    f: x_t ─ linear ─ depth x [norm, shift and scale, linear, SiLU, linear, gate] ─ norm ─ linear
        shift, scale and gate are made of the state and of t
 
-Timesteps are drawn from a logit-normal distribution (Esser et al. 2024, arXiv 2403.03206). In
-training, some states are replaced by a learned one, for classifier-free guidance. All of it
-computes in float32.
+The network predicts the visual token, from which the velocity follows (Li & He 2025, arXiv
+2511.13720): visual tokens fill few of their channels' dimensions and noise fills all of them, so
+that a small network which predicts the velocity itself learns noise above all
+(`benchmarks/vision_head.py` compares both). Timesteps are drawn from a logit-normal distribution
+(Esser et al. 2024, arXiv 2403.03206). In training, some states are replaced by a learned one, for
+classifier-free guidance. All of it computes in float32.
 """
 
 import dataclasses
@@ -31,6 +35,7 @@ from metamorph_jax.models.diffusion.blocks import linear, zeros
 from metamorph_jax.models.diffusion.unet import time_features
 
 _TIME = 1000.0  # t in the units of `time_features`
+_LEAST = 0.04  # of 1 - t where it divides; the last of 25 steps has it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +123,8 @@ class FlowHead(nnx.Module):
         for block in self.blocks:
             y = block(y, condition)
         shift, scale = jnp.split(self.modulation(condition), 2, axis=-1)
-        return self.out(_norm(y) * (1 + scale) + shift)
+        token = self.out(_norm(y) * (1 + scale) + shift)
+        return (token - x) / jnp.maximum(1 - t, _LEAST)[:, None]
 
     def losses(self, states: jax.Array, targets: jax.Array, key: jax.Array) -> jax.Array:
         """float32[...] loss of each visual token, a mean over `draws`.
