@@ -32,22 +32,13 @@ SAMPLES, TEMPERATURE, GUIDANCE = 8, 0.7, 1.5
 
 def load(workdir: pathlib.Path):
     """(float32[N, P, C] visual tokens of the training images, colours int[N], shapes int[N])."""
-    import numpy as np
-
-    from metamorph_jax.data import pipeline
-    from metamorph_jax.data.sources.base import ImageRef
     from metamorph_jax.quickstart import data as qdata
+    from metamorph_jax.quickstart.evaluate import cached_tokens
     from metamorph_jax.quickstart.run import QuickStart
-    from metamorph_jax.recipes.metamorph.input import input_spec
-    from metamorph_jax.train.config import resolve
 
     start = QuickStart(workdir, **json.loads((workdir / QuickStart.file).read_text()))
-    run = resolve(start.config("connector"))
-    cache = pipeline.open_cache(run.data, input_spec(run.model))
     numbers, _, color, shape = qdata.labelled_images(start.files, "train")
-    refs = [ImageRef(str(start.files.images / "train" / f"{n}.png")) for n in numbers]
-    rows = [cache.lookup(ref)[0] for ref in refs]
-    return np.array(cache.rows[rows], np.float32), color, shape
+    return cached_tokens(start.cache, start.files, numbers), color, shape
 
 
 def make_model(kind: str, tokens: int, channels: int, seed: int):
@@ -56,14 +47,14 @@ def make_model(kind: str, tokens: int, channels: int, seed: int):
     import jax.numpy as jnp
     from flax import nnx
 
-    from metamorph_jax.models.heads.visual_flow import FlowConfig, FlowHead
+    from metamorph_jax.models.heads.visual_flow import LEAST, FlowConfig, FlowHead
     from metamorph_jax.models.heads.visual_regression import VisualHead
 
     class Velocity(FlowHead):
         """Its network's output is the velocity."""
 
         def velocity(self, x, t, state):
-            left = jnp.maximum(1 - t, 0.04)[:, None]  # what `FlowHead` divides by
+            left = jnp.maximum(1 - t, LEAST)[:, None]  # what `FlowHead` divides by
             return super().velocity(x, t, state) * left + x
 
     class Block(nnx.Module):

@@ -135,8 +135,7 @@ def judges(generator: Generator, data: qdata.QuickstartData, settings: Settings,
     if cache is None:
         known = see_all(generator, train_pixels)
     else:
-        refs = [ImageRef(str(data.images / "train" / f"{n}.png")) for n in numbers]
-        known = np.array(cache.rows[[cache.lookup(ref)[0] for ref in refs]], np.float32)
+        known = cached_tokens(cache, data, numbers)
     reader = probe.fit_probe(known, train_labels)
     config = dataclasses.replace(probe.ClassifierConfig(), steps=settings.judge_steps)
     classifier = probe.train_classifier(train_pixels, train_labels, settings.seed, config)
@@ -147,6 +146,12 @@ def judges(generator: Generator, data: qdata.QuickstartData, settings: Settings,
         "classifier on images": probe.agreement(classifier.predict(test_pixels), test_labels),
     }
     return reader, classifier, judged
+
+
+def cached_tokens(cache: ArrayCache, data: qdata.QuickstartData, numbers) -> np.ndarray:
+    """float32[n, P, C] visual tokens of training images, by their numbers."""
+    refs = [ImageRef(str(data.images / "train" / f"{n}.png")) for n in numbers]
+    return np.array(cache.rows[[cache.lookup(ref)[0] for ref in refs]], np.float32)
 
 
 def see_all(generator: Generator, pixels: np.ndarray, batch: int = 64) -> np.ndarray:

@@ -197,8 +197,18 @@ class QuickStart(Steps):
 
     @property
     def features(self) -> pathlib.Path:
-        """The cache of the tower's features."""
+        """The folder with the cache of the tower's features."""
         return self.workdir / "features"
+
+    @property
+    def cache(self):
+        """The cache of the training images' visual tokens (`ArrayCache`), which `data` fills."""
+        from metamorph_jax.data import pipeline
+        from metamorph_jax.recipes.metamorph.input import input_spec
+        from metamorph_jax.train.config import resolve
+
+        run = resolve(self.config("connector"))
+        return pipeline.open_cache(run.data, input_spec(run.model))
 
     def data(self) -> dict:
         from metamorph_jax.quickstart import data
@@ -242,12 +252,9 @@ class QuickStart(Steps):
         return {"last": train(self.config(stage), self.workdir / stage)}
 
     def evaluate(self) -> dict:
-        from metamorph_jax.data import pipeline
         from metamorph_jax.quickstart import evaluate
-        from metamorph_jax.recipes.metamorph.input import input_spec
         from metamorph_jax.sampling.image_decoder import load_image_decoder
         from metamorph_jax.sampling.trained import load_generator
-        from metamorph_jax.train.config import resolve
 
         settings = evaluate.Settings(seed=self.seed)
         if self.size == "smoke":
@@ -256,10 +263,8 @@ class QuickStart(Steps):
             settings = dataclasses.replace(settings, questions=0)
         generator = load_generator(str(self.workdir / "vpit"))
         image_decoder = load_image_decoder(str(self.workdir / "decoder"))
-        run = resolve(self.config("vpit"))
-        cache = pipeline.open_cache(run.data, input_spec(run.model))
         result = evaluate.evaluate(
-            generator, image_decoder, self.files, self.workdir / "evaluation", settings, cache
+            generator, image_decoder, self.files, self.workdir / "evaluation", settings, self.cache
         )
         found = {name: result[name] for name in GOALS if name in result}
         for name, value in found.items():

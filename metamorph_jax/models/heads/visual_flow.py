@@ -35,7 +35,7 @@ from metamorph_jax.models.diffusion.blocks import linear, zeros
 from metamorph_jax.models.diffusion.unet import time_features
 
 _TIME = 1000.0  # t in the units of `time_features`
-_LEAST = 0.04  # of 1 - t where it divides; the last of 25 steps has it
+LEAST = 0.04  # of 1 - t where it divides; the last of 25 steps has it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +124,7 @@ class FlowHead(nnx.Module):
             y = block(y, condition)
         shift, scale = jnp.split(self.modulation(condition), 2, axis=-1)
         token = self.out(_norm(y) * (1 + scale) + shift)
-        return (token - x) / jnp.maximum(1 - t, _LEAST)[:, None]
+        return (token - x) / jnp.maximum(1 - t, LEAST)[:, None]
 
     def losses(self, states: jax.Array, targets: jax.Array, key: jax.Array) -> jax.Array:
         """float32[...] loss of each visual token, a mean over `draws`.
