@@ -2,7 +2,7 @@
 
     outline     the model with a ShapeDtypeStruct for every array: shape, dtype and sharding
     fill        a recipe reads weights into it; each tensor goes straight to its shards
-    initialize  what nothing filled gets its random values, on its shards, in one program
+    initialize  what nothing filled gets its random values, on its shards
 
 So a weight that is loaded is never made at random first, no array is held twice, and none is ever
 whole on one device unless its sharding says so. The random values are those of the whole model's
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.extend import core
 from jax.sharding import Mesh
 
 from metamorph_jax import sharding
@@ -23,10 +24,6 @@ from metamorph_jax.models import lora
 from metamorph_jax.nn import quantized
 
 Make = Callable[[nnx.Rngs], nnx.Module]
-
-# XLA's level of optimization for the program of random values on CPUs. It runs once; level 3 takes
-# four times as long to compile, for the same bits.
-EFFORT = 1
 
 
 def build(
@@ -103,14 +100,38 @@ def initialize(model: nnx.Module, make: Make, mesh: Mesh, seed: int) -> None:
         made = dict(_leaves(make(rngs(key))))
         return [made[path].get_raw_value().astype(x.dtype) for path, x in wanted.items()]
 
-    where = [x.sharding for x in wanted.values()]
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    quick = {"xla_backend_optimization_level": EFFORT} if on_cpu else None
-    with jax.set_mesh(mesh):
-        program = jax.jit(init, out_shardings=where, compiler_options=quick)
-        values = program(jax.random.key(seed))
+    where, key = [x.sharding for x in wanted.values()], jax.random.key(seed)
+    if mesh.devices.flat[0].platform == "cpu":
+        values = map(_place, _one_by_one(init, key), where)
+    else:
+        with jax.set_mesh(mesh):
+            values = jax.jit(init, out_shardings=where)(key)
     for variable, value in zip(left.values(), values, strict=True):
         variable.set_raw_value(value)
+
+
+def _one_by_one(make: Callable, key: jax.Array) -> list[jax.Array]:
+    """`make(key)`, a program for each operation and shape; what nothing needs is not computed.
+
+    XLA compiles random numbers slowly for CPUs: in one program, those of a model of 480 small
+    weights take it half a minute. Most weights share their shape with others, and so programs.
+    """
+    closed = jax.make_jaxpr(make)(key)
+    needed, used = {*map(id, closed.jaxpr.outvars)}, []
+    for equation in reversed(closed.eqns):
+        if needed.intersection(map(id, equation.outvars)):
+            used.append(equation)
+            needed.update(map(id, equation.invars))
+    trimmed = closed.replace(jaxpr=closed.jaxpr.replace(eqns=used[::-1]))
+    return core.jaxpr_as_fun(trimmed)(key)
+
+
+def _place(value: jax.Array, where: jax.sharding.Sharding) -> jax.Array:
+    """An array that every process has, on its shards."""
+    if where.is_fully_addressable:
+        return jax.device_put(value, where)
+    whole = np.asarray(value)
+    return jax.make_array_from_callback(whole.shape, where, lambda part: whole[part])
 
 
 def is_open(part: nnx.Module | nnx.Variable) -> bool:
