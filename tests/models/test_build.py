@@ -6,6 +6,7 @@ from flax import nnx
 
 from metamorph_jax.models import build
 from metamorph_jax.models.llm import llama
+from metamorph_jax.sharding import make_mesh
 
 
 def test_rngs_have_the_keys_of_flax():
@@ -23,3 +24,23 @@ def test_rngs_have_the_keys_of_flax():
     ))  # fmt: skip
     assert all(jax.tree.leaves(jax.tree.map(same, ours, theirs)))
     assert build.rngs(3)() == nnx.Rngs(3)()
+
+
+def test_random_weights_are_those_of_the_whole_model(monkeypatch):
+    """Made one by one, of the asked dtype; a weight that is filled is not made at random."""
+    make = lambda rngs: llama.Llama(llama.SIZES["tiny"], rngs=rngs)  # noqa: E731
+    expected = nnx.state(make(nnx.Rngs(5)), nnx.Param)
+
+    def fill(model):
+        model.norm.scale.set_raw_value(np.full(model.norm.scale.shape, 7.0, np.float32))
+
+    def refuse(*args, **options):
+        raise AssertionError("compiled as a whole")
+
+    monkeypatch.setattr(build.jax, "jit", refuse)
+    found = nnx.state(build.build(make, make_mesh(), 5, fill), nnx.Param)
+    for (path, ours), (_, theirs) in zip(
+        nnx.to_flat_state(found), nnx.to_flat_state(expected), strict=True
+    ):
+        wanted = np.full(theirs.shape, 7.0) if path == ("norm", "scale") else theirs[...]
+        np.testing.assert_allclose(ours[...], wanted, rtol=1e-6, atol=1e-7, err_msg=str(path))
