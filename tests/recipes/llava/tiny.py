@@ -4,13 +4,13 @@ import dataclasses
 import json
 
 import jax
-from flax import nnx
 from PIL import Image
 
 from metamorph_jax.data.config import DataConfig, OrderConfig, RowConfig, SourceConfig
 from metamorph_jax.models import build
 from metamorph_jax.models.vision.encoder import VisionConfig
 from metamorph_jax.recipes import llava as recipe
+from metamorph_jax.sharding import make_mesh
 
 SIDE, P = 32, 16  # of clip-tiny
 TINY = recipe.Config(
@@ -36,9 +36,8 @@ def fast(f):
 
 
 def make(cfg=TINY, seed=0):
-    graph, _ = nnx.split(nnx.eval_shape(lambda: recipe.create(cfg, build.rngs(0))))
-    state = fast(lambda key: nnx.state(recipe.create(cfg, build.rngs(key))))(jax.random.key(seed))
-    return nnx.merge(graph, state)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    return build.build(lambda rngs: recipe.create(cfg, rngs), mesh, seed)
 
 
 def write(folder):

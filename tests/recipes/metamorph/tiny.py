@@ -10,6 +10,7 @@ from flax import nnx
 from metamorph_jax.models import build
 from metamorph_jax.models.vision.encoder import VisionConfig
 from metamorph_jax.recipes import metamorph as recipe
+from metamorph_jax.sharding import make_mesh
 from metamorph_jax.types import Batch, Images
 
 TINY = recipe.Config(llm="tiny", vision=VisionConfig("siglip-tiny", tokens=4), text_chunk=16)
@@ -29,9 +30,8 @@ def change(cfg, vision=None, **changes):
 
 
 def make(cfg=TINY, seed=0):
-    graph, _ = nnx.split(nnx.eval_shape(lambda: recipe.create(cfg, build.rngs(0))))
-    state = fast(lambda key: nnx.state(recipe.create(cfg, build.rngs(key))))(jax.random.key(seed))
-    return nnx.merge(graph, state)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    return build.build(lambda rngs: recipe.create(cfg, rngs), mesh, seed)
 
 
 def sums_of(model, batch):
