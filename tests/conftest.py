@@ -84,9 +84,10 @@ def quick_compile(request):
     import jax
 
     path = request.path.relative_to(pathlib.Path(__file__).parent).as_posix()
-    jax.config.update("jax_disable_most_optimizations", path.startswith(LARGE_PROGRAMS))
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    quick = path.startswith(LARGE_PROGRAMS)
+    if jax.config.read("jax_disable_most_optimizations") != quick:
+        jax.config.update("jax_disable_most_optimizations", quick)
+        jax.clear_caches()  # JAX doesn't ask how a program was compiled, and last bits differ
 
 
 @pytest.fixture(scope="session")
