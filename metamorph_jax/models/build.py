@@ -5,8 +5,8 @@
     initialize  what nothing filled gets its random values, on its shards
 
 So a weight that is loaded is never made at random first, no array is held twice, and none is ever
-whole on one device unless its sharding says so. The random values are those of the whole model's
-initialisation, whatever was loaded.
+whole on one device unless its sharding says so (but for random values on CPUs, whose devices share
+their memory). The random values are those of the whole model's initialisation, whatever was loaded.
 """
 
 import types
