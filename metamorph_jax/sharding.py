@@ -139,6 +139,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def put(x, where: jax.sharding.Sharding) -> jax.Array:
+    """An array on the devices of a sharding; a process gives the whole of it, or a global array."""
+    if isinstance(x, jax.Array) and x.sharding == where:
+        return x
+    if where.is_fully_addressable or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+        return jax.device_put(x, where)
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
+
+
 def mesh_of(tree) -> Mesh:
     """The mesh of the arrays of a tree; without one, a mesh of their one device."""
     found = None

@@ -17,13 +17,12 @@ import re
 import time
 from collections.abc import Container, Mapping
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import regex
 from flax import nnx
 
-from metamorph_jax import files
+from metamorph_jax import files, sharding
 from metamorph_jax.convert import casts, hf, llama, names, vit
 from metamorph_jax.errors import MissingFile, WeightError
 from metamorph_jax.files import shown
@@ -360,8 +359,4 @@ def _put(variable: nnx.Variable, array: np.ndarray) -> None:
     """Gives a variable an array in its dtype, on the devices where it lies."""
     where = getattr(variable.get_raw_value(), "sharding", None)
     host = array.astype(variable.dtype)
-    variable.set_raw_value(
-        jnp.asarray(host)
-        if where is None
-        else jax.make_array_from_callback(host.shape, where, lambda index: host[index])
-    )
+    variable.set_raw_value(jnp.asarray(host) if where is None else sharding.put(host, where))

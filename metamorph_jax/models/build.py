@@ -102,7 +102,7 @@ def initialize(model: nnx.Module, make: Make, mesh: Mesh, seed: int) -> None:
 
     where, key = [x.sharding for x in wanted.values()], jax.random.key(seed)
     if mesh.devices.flat[0].platform == "cpu":
-        values = map(_place, _one_by_one(init, key), where)
+        values = map(sharding.put, _one_by_one(init, key), where)
     else:
         with jax.set_mesh(mesh):
             values = jax.jit(init, out_shardings=where)(key)
@@ -124,14 +124,6 @@ def _one_by_one(make: Callable, key: jax.Array) -> list[jax.Array]:
             needed.update(map(id, equation.invars))
     trimmed = closed.replace(jaxpr=closed.jaxpr.replace(eqns=used[::-1]))
     return core.jaxpr_as_fun(trimmed)(key)
-
-
-def _place(value: jax.Array, where: jax.sharding.Sharding) -> jax.Array:
-    """An array that every process has, on its shards."""
-    if where.is_fully_addressable:
-        return jax.device_put(value, where)
-    whole = np.asarray(value)
-    return jax.make_array_from_callback(whole.shape, where, lambda part: whole[part])
 
 
 def is_open(part: nnx.Module | nnx.Variable) -> bool:

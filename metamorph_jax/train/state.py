@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
@@ -163,17 +162,7 @@ def create(
 
 def place(values: Params, parts: Parts) -> Params:
     """Puts every leaf on its devices; a process gives the whole leaf, or a global array."""
-
-    def one(name, x):
-        where = parts.shardings[name]
-        if isinstance(x, jax.Array) and x.sharding == where:
-            return x
-        if where.is_fully_addressable or (isinstance(x, jax.Array) and not x.is_fully_addressable):
-            return jax.device_put(x, where)
-        host = np.asarray(x)
-        return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
-
-    return {name: one(name, x) for name, x in values.items()}
+    return {name: sharding.put(x, parts.shardings[name]) for name, x in values.items()}
 
 
 def shardings(parts: Parts, mesh: Mesh, optimizer: Optimizer, statistics: bool) -> TrainState:
