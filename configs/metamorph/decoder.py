@@ -8,7 +8,7 @@ image it draws the image. Loss: mean square error of the predicted noise or imag
 | size | decoder | hardware | expect |
 |---|---|---|---|
 | smoke | two small transformer blocks | anything | a minute; runs through |
-| quickstart | transformer on 64 x 64 pixels, 3.3 M | a laptop, 2 cores | 6 minutes; a shape of |
+| quickstart | transformer on 64 x 64 pixels, 3.3 M | a laptop, 2 cores | 9 minutes; a shape of |
 | | | | the colour asked for |
 | 1b, 8b | Stable Diffusion 1.5, its UNet tuned | 8 chips of 32 GB or | the reference's setting |
 | | with a two-layer MLP, 512 x 512 | 8 GPUs of 80 GB | |

@@ -13,7 +13,7 @@ value, `visual_cosine_floor`, beside `visual_loss`. `sizes.py` says what each si
 | size | hardware | expect |
 |---|---|---|
 | smoke | anything | a minute; runs through |
-| quickstart | a laptop, 2 cores | 12 minutes; most of easy-vqa's questions |
+| quickstart | a laptop, 2 cores | 18 minutes; most of easy-vqa's questions |
 | 1b | 16 chips of 16 GB | - |
 | 8b | 128 chips of 16 GB, or 64 GPUs of 80 GB | MMBench 75.2, COCO FID 11.8 (the paper) |
 | 70b | 128 chips of 95 GB | - |

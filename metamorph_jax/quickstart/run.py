@@ -23,7 +23,9 @@ from metamorph_jax.eval import figures
 from metamorph_jax.quickstart.commands import following
 from metamorph_jax.quickstart.steps import Steps, located_config
 
-MINUTES = {"data": 1, "connector": 1, "vpit": 12, "predict": 1, "decoder": 6, "evaluate": 3}
+# Two idle cores with AMX, see `estimate.py`. vpit, decoder and evaluate follow from runs of 12, 6
+# and 3 minutes, before they did less work.
+MINUTES = {"data": 1, "connector": 1, "vpit": 9, "predict": 1, "decoder": 4.5, "evaluate": 2}
 # Vision heads, and what differs from the config.
 HEADS = {
     "mlp": {},
