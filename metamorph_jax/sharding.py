@@ -102,6 +102,12 @@ def platform() -> str:
     return {"cuda": "gpu", "rocm": "gpu", "nvidia": "gpu"}.get(name, name)
 
 
+def one_device() -> bool:
+    """Whether arrays lie on one device: no mesh is set, or one of a single device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1
+
+
 def spec(*names: str | None) -> P:
     """The PartitionSpec of dimensions with these names (`None`: not sharded)."""
     return P(*(None if n is None else RULES[n] for n in names))

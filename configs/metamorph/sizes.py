@@ -93,7 +93,7 @@ DATA = {
     "smoke": dict(sources=dict(main=SMOKE), row=_ROW),
     "quickstart": dict(
         sources=dict(main=dict(**DRAW, weight=0.7), vqa=dict(**VQA, weight=0.3)),
-        row=_ROW,
+        row=dict(_ROW, template="chatml_short"),
         cache=CACHE,
     ),
     "1b": _LARGE,

@@ -44,7 +44,7 @@ PAPER = dict(
     optim=dict(learning_rate=6.93e-5, base_batch=1536, batch=1536.0),
 )
 QUICKSTART = dict(
-    steps=520,
+    steps=400,
     batch_size=1,
     checkpoint_every=120,
     model=dict(

@@ -13,7 +13,7 @@ import logging
 import jax
 import jax.numpy as jnp
 
-from metamorph_jax.sharding import platform
+from metamorph_jax.sharding import one_device, platform
 
 _MASKED = -1e30  # finite: a row without any key must give zeros, not NaN
 _LONG = 128 * 128  # queries x keys from which a loop over heads beats batched products on a CPU
@@ -83,7 +83,7 @@ def attend(
     if q.dtype == jnp.bfloat16 and target == "gpu":
         wide = None if mask is None else mask[:, None]
         return jax.nn.dot_product_attention(q, k, v, mask=wide, scale=scale, implementation="cudnn")
-    if L * S >= _LONG and target == "cpu" and _one_device():
+    if L * S >= _LONG and target == "cpu" and one_device():
         return _head_by_head(q, k, v, mask, scale)
     q = (q * scale).reshape(B, L, K, N // K, H)
     if target == "cpu":  # not all layouts have a product of bfloat16 with float32 sums
@@ -94,11 +94,6 @@ def attend(
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     weights = (weights / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
     return jnp.einsum("BKGLS,BSKH->BLKGH", weights, v).reshape(B, L, N, H)
-
-
-def _one_device() -> bool:
-    mesh = jax.sharding.get_abstract_mesh()
-    return mesh.empty or mesh.size == 1
 
 
 def _head_by_head(q, k, v, mask, scale):

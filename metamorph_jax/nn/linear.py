@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from metamorph_jax.sharding import gathered, platform
+from metamorph_jax.sharding import gathered, one_device, platform
 
 
 def flat_dot_general(lhs, rhs, dimension_numbers, precision=None, **options):
@@ -17,9 +17,8 @@ def flat_dot_general(lhs, rhs, dimension_numbers, precision=None, **options):
     matrix units.
     For `nnx.Linear(dot_general=...)`, which passes `precision` and more `options` on.
     """
-    mesh = jax.sharding.get_abstract_mesh()
     plain = dimension_numbers == (((lhs.ndim - 1,), (0,)), ((), ()))
-    if not plain or not (mesh.empty or mesh.size == 1):
+    if not plain or not one_device():
         return jax.lax.dot_general(lhs, rhs, dimension_numbers, precision, **options)
     rows = lhs.reshape(-1, lhs.shape[-1])
     few = len(rows) <= _FEW

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from metamorph_jax.sharding import one_device, platform
+
 
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale (Zhang & Sennrich 2019); statistics in float32, result in x's dtype."""
@@ -19,8 +21,28 @@ class RMSNorm(nnx.Module):
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """`RMSNorm` of float[..., D] with scale float[D]."""
     y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return (y * scale).astype(x.dtype)
+    inverse = jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    if platform() == "cpu" and one_device() and y.size > scale.size:
+        return _scaled(y, inverse, scale).astype(x.dtype)
+    return (y * inverse * scale).astype(x.dtype)
+
+
+@jax.custom_vjp
+def _scaled(y, inverse, scale):
+    """y * inverse * scale; the sums of the backward pass are matrix products, as XLA's CPU backend
+    takes 30 times as long for sums."""
+    return y * inverse * scale
+
+
+def _scaled_backward(saved, g):
+    y, inverse, scale = saved
+    rows = (g * y).reshape(-1, y.shape[-1])
+    flat = inverse.reshape(1, -1)
+    d_inverse = rows @ scale[:, None]
+    return g * (inverse * scale), d_inverse.reshape(inverse.shape), (flat @ rows)[0]
+
+
+_scaled.defvjp(lambda *given: (_scaled(*given), given), _scaled_backward)
 
 
 def l2_normalize(x: jax.Array, eps: float = 1e-12) -> jax.Array:

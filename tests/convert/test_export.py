@@ -50,6 +50,15 @@ def test_transformers_writes_the_ids_of_training(loaded, name, template, system,
         _ids(tokenizer, [("tool", "x")])
 
 
+def test_transformers_writes_a_template_without_system_turns(loaded):
+    tokenizer = loaded["smollm2"]
+    chat = Chat(tokenizer, "chatml_short")
+    tokenizer.chat_template = to_jinja(chat)
+    assert _ids(tokenizer, TURNS, add_generation_prompt=True) == chat.prompt(TURNS).tolist()
+    answered = [*TURNS, ("assistant", "Well.")]
+    assert _ids(tokenizer, answered) == chat.conversation(answered).ids.tolist()
+
+
 def test_a_template_with_a_first_turn_of_its_own(loaded):
     """Its images before everything, the system message inside the first question."""
     template = ChatTemplate(

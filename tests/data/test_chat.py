@@ -166,6 +166,28 @@ def test_default_system_turn(name, start):
     assert readable(Chat(Letters(), name).question("Hi")).startswith(start)
 
 
+def test_chatml_without_roles():
+    chat = Chat(Letters(), "chatml_short", markers=AROUND)
+    got = chat.conversation((("user", "<image>\nOne?"), ("assistant", "a<image>b")))
+    assert readable(got.ids) == "[<@>\nOne?\na<@>b]"
+    assert readable(got.ids[got.labels != IGNORE]) == "a<@>b]"
+    assert readable(chat.question("One?", 1)) == "[<@>\nOne?\n"
+    assert readable(chat.prompt((("user", "Draw."),))) == "[Draw.\n"
+
+
+@pytest.mark.parametrize("template", ["chatml", "chatml_short"])
+def test_an_independent_turn_is_the_question_alone(template):
+    chat = Chat(Letters(), template, markers=AROUND)
+    asked = [(("user", f"{start}{q}?"), ("assistant", q)) for start, q in
+             (("<image>\n", "One"), ("", "Two"))]  # fmt: skip
+    got = chat.conversation(sum(asked, ()), independent=True)
+    for k, q in ((1, "One"), (2, "Two")):  # prefix + turn k
+        alone = chat.conversation((("user", f"<image>\n{q}?"), ("assistant", q)))
+        see = (got.turns == 0) | (got.turns == k)
+        assert got.ids[see].tolist() == alone.ids.tolist()
+        assert got.labels[see].tolist() == alone.labels.tolist()
+
+
 def test_independent_turns():
     chat = Chat(Letters(), "chatml", markers=AROUND)
     turns = (
@@ -176,13 +198,6 @@ def test_independent_turns():
     assert text[0] == "[user\n<@>"
     assert text[1] == "\nOne?]\n[assistant\n1]\n"
     assert text[2] == "\nTwo?]\n[assistant\n2]\n"
-    for k in (1, 2):  # prefix + turn k is what the same question alone would be
-        alone = chat.conversation((("user", "<image>\n" + turns[2 * k - 2][1].lstrip("<image>\n")),
-                                   turns[2 * k - 1]))  # fmt: skip
-        see = got.turns == 0
-        see |= got.turns == k
-        assert got.ids[see].tolist() == alone.ids.tolist()
-        assert got.labels[see].tolist() == alone.labels.tolist()
     assert chat.conversation(turns[:2], independent=True).turns is None
     assert chat.conversation((("user", "No picture"), *turns[1:]), independent=True).turns is None
 

@@ -79,11 +79,46 @@ def grid_features(side: int, width: int) -> np.ndarray:
     return np.concatenate([row, column], axis=1).astype(np.float32)
 
 
-def neighbours(x):
-    """The nine 3x3 neighbours of every position, zeros outside: nine arrays like x [B, h, w, c]."""
-    _, h, w, _ = x.shape
-    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    return [x[:, i : i + h, j : j + w] for i in range(3) for j in range(3)]
+def _pad(x):
+    return jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+
+
+def _shifted(padded, number):
+    """One of the nine 3x3 neighbours of every position of float[B, h, w, c], which is padded."""
+    B, h, w, c = padded.shape
+    return jax.lax.dynamic_slice(padded, (0, number // 3, number % 3, 0), (B, h - 2, w - 2, c))
+
+
+def with_neighbours(x):
+    """float[B, h, w, 9 c]: every position and its eight neighbours, by rows, zeros outside."""
+    # A loop, because XLA's CPU backend would compute x anew for each of nine slices.
+    padded = _pad(x)
+    parts = jax.lax.map(lambda number: _shifted(padded, number), jnp.arange(9))
+    return jnp.moveaxis(parts, 0, 3).reshape(*x.shape[:3], -1)
+
+
+@jax.custom_vjp
+def depthwise(x, kernel):
+    """Depthwise 3x3 convolution of float[B, h, w, c], zeros outside; kernel: float[9, c], by rows.
+
+    The gradient of x is one, too; left to itself, XLA adds nine padded arrays, which CPUs do
+    slowly.
+    """
+    padded = _pad(x)
+    return sum(_shifted(padded, number) * kernel[number] for number in range(9))
+
+
+def _depthwise_backward(saved, gradient):
+    x, kernel = saved
+    padded = _pad(x)
+
+    def tap(number):
+        return jnp.sum(gradient * _shifted(padded, number), axis=(0, 1, 2))
+
+    return depthwise(gradient, kernel[::-1]), jax.lax.map(tap, jnp.arange(9))
+
+
+depthwise.defvjp(lambda x, kernel: (depthwise(x, kernel), (x, kernel)), _depthwise_backward)
 
 
 def _norm(x):
@@ -121,9 +156,7 @@ class Block(nnx.Module):
         B, L, D = x.shape
         if hasattr(self, "depthwise"):
             patches = x[:, L - self.side**2 :].reshape(B, self.side, self.side, D)
-            kernel = self.depthwise[...].astype(x.dtype)
-            mixed = sum(y * k for y, k in zip(neighbours(patches), kernel, strict=True))
-            mixed = mixed.reshape(B, -1, D)
+            mixed = depthwise(patches, self.depthwise[...].astype(x.dtype)).reshape(B, -1, D)
             x = x + jnp.pad(mixed, ((0, 0), (L - self.side**2, 0), (0, 0)))
         parts = jnp.split(self.modulation(nnx.silu(cond))[:, None], 6, axis=-1)
         shift1, scale1, gate1, shift2, scale2, gate2 = parts
@@ -186,7 +219,7 @@ class DiT(nnx.Module):
         side = cfg.sample_size // cfg.patch
         patches = space_to_depth(x.astype(cfg.dtype), cfg.patch)
         if cfg.local:
-            patches = jnp.concatenate(neighbours(patches), axis=-1)
+            patches = with_neighbours(patches)
         patches = self.embed(patches).reshape(len(x), side * side, cfg.width)
         y = patches + jnp.asarray(grid_features(side, cfg.width), cfg.dtype)
         place = self.context_embed(context)
